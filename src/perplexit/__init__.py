@@ -1,0 +1,45 @@
+"""Perplexit: a language model's perplexity as a number that can be trusted, compared and used.
+
+Names are loaded on first use (PEP 562), so that `import perplexit` needs neither torch nor
+transformers and `perplexit --help` stays quick.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "prepare": "perplexit.inputs.prepare",
+    "TokenFile": "perplexit.inputs.token_file",
+    "load_session": "perplexit.sessions.registry",
+    "evaluate": "perplexit.evaluation",
+    "compare": "perplexit.comparison",
+    "Comparison": "perplexit.comparison",
+    "Run": "perplexit.runs.run",
+    "compile": "perplexit.compilation.compile_model",
+    "Timer": "perplexit.resources.timer",
+    "MemoryTracker": "perplexit.resources.memory",
+    "PytorchInferenceSession": "perplexit.sessions.pytorch",
+    "OnnxInferenceSession": "perplexit.sessions.onnx",
+    "calculate_perplexity": "perplexit.seed_api",
+    "torch_perplexity": "perplexit.seed_api",
+    "compute_perplexity": "perplexit.seed_api",
+}
+
+__all__ = ["__version__", *_HOME_OF]  # noqa: PLE0604 - strings, from the table above
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module that a public name lives in, the first time it is asked for."""
+    try:
+        home = _HOME_OF[name]
+    except KeyError:
+        raise AttributeError(f"module 'perplexit' has no attribute {name!r}") from None
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

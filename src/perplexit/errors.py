@@ -1,0 +1,127 @@
+"""Every exception that Perplexit raises on purpose.
+
+Each message says three things: what was expected, what came, what to do. The command line prints
+the message alone and exits with `exit_code`; a traceback means a bug in Perplexit.
+
+    PerplexitError
+    ├── UsageError                 a wrong combination of arguments (also a ValueError)
+    ├── CorpusError                text that cannot be read, or has nothing in it
+    ├── TokenizerError             a tokenizer that cannot be loaded or that loses text
+    ├── TokenFileError             a prepared input that is damaged or of another version
+    ├── FingerprintMismatchError   two things that must be identical are not
+    ├── ModelError                 a checkpoint or program that cannot be loaded
+    │   └── VocabularyError        ids outside the model's vocabulary
+    ├── CapabilityError            a session is asked for something it cannot do
+    ├── QuantizationError          a precision that is unknown, or that quantized nothing
+    ├── CompilationError           an export that failed or does not give the checkpoint's numbers
+    ├── EngineOutOfMemoryError     one window does not fit
+    ├── NonFiniteError             a NaN or infinite loss, with its window and position
+    ├── EmptyScoreError            nothing was scored, so no mean exists
+    ├── RunError                   a run folder that is damaged, incomplete or of another version
+    │   └── ResumeError            a run folder made under other conditions
+    ├── MemoryBoundError           a stated memory bound was exceeded
+    ├── MissingPackageError        an optional package, with the command that installs it
+    └── GateError                  a comparison outside its stated bound (exit code 3)
+"""
+
+__all__ = [
+    "CapabilityError",
+    "CompilationError",
+    "CorpusError",
+    "EmptyScoreError",
+    "EngineOutOfMemoryError",
+    "FingerprintMismatchError",
+    "GateError",
+    "MemoryBoundError",
+    "MissingPackageError",
+    "ModelError",
+    "NonFiniteError",
+    "PerplexitError",
+    "QuantizationError",
+    "ResumeError",
+    "RunError",
+    "TokenFileError",
+    "TokenizerError",
+    "UsageError",
+    "VocabularyError",
+]
+
+
+class PerplexitError(Exception):
+    """The root of the tree: catch this to catch everything Perplexit raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(PerplexitError, ValueError):
+    """Arguments that contradict each other or lie outside their range."""
+
+
+class CorpusError(PerplexitError):
+    """Text that cannot be read, lacks the named column, or holds no document."""
+
+
+class TokenizerError(PerplexitError):
+    """A tokenizer that cannot be loaded, or that returns no tokens for text."""
+
+
+class TokenFileError(PerplexitError):
+    """A token file that is damaged, of another version, or not a token file."""
+
+
+class FingerprintMismatchError(PerplexitError):
+    """Two inputs, texts or models that must be identical differ; the message says in what."""
+
+
+class ModelError(PerplexitError):
+    """A checkpoint or compiled program that cannot be loaded."""
+
+
+class VocabularyError(ModelError):
+    """Token ids that the model has no row for."""
+
+
+class CapabilityError(PerplexitError):
+    """A session was asked for something that it cannot do; raised before anything runs."""
+
+
+class QuantizationError(PerplexitError):
+    """A precision that is unknown to the engine, or that would have quantized nothing."""
+
+
+class CompilationError(PerplexitError):
+    """A compilation that failed, or whose program disagrees with the checkpoint."""
+
+
+class EngineOutOfMemoryError(PerplexitError):
+    """An engine ran out of memory; the batch is halved until one window alone does not fit."""
+
+
+class NonFiniteError(PerplexitError):
+    """A scored token's loss is NaN or infinite; the message names window, position and token."""
+
+
+class EmptyScoreError(PerplexitError):
+    """No token (or byte, or word) was scored, so the figure asked for does not exist."""
+
+
+class RunError(PerplexitError):
+    """A run folder that is damaged, incomplete, or of another schema version."""
+
+
+class ResumeError(RunError):
+    """A run folder made under other conditions than those asked for; the message lists them."""
+
+
+class MemoryBoundError(PerplexitError):
+    """A stated memory bound was exceeded; the message gives bound and peak."""
+
+
+class MissingPackageError(PerplexitError, ImportError):
+    """An optional package is missing; the message is the command that installs it."""
+
+
+class GateError(PerplexitError):
+    """A comparison lies outside a bound that was stated for it."""
+
+    exit_code = 3

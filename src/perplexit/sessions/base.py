@@ -1,0 +1,111 @@
+"""What a session is: one loaded model on one engine that gives per-token results for windows.
+
+The minimum is `InferenceSession.token_nll`. Every further ability is a Protocol of its own, so a
+session that lacks one fails an `isinstance` check before anything runs.
+
+Shape suffixes: N = scored tokens of one window, K = alternatives a token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.inputs.windows import WindowIds
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """Whose numbers these are. `weights_fingerprint` is the SHA-256 of weights and configuration."""
+
+    address: str
+    architecture: str
+    num_parameters: int
+    weights_fingerprint: str
+    vocab_size: int
+    max_length: int | None = None  # longest window the model was made for; None: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationDescription:
+    """What a quantization really did, counted on the loaded model."""
+
+    name: str
+    library: str
+    num_modules: int
+    num_bytes: int  # bytes of the quantized tensors, scales included
+    effective_bits: float  # bits a parameter over the whole model
+    unquantized: tuple[str, ...] = ()  # names of the large tensors that were left alone
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDescription:
+    """The conditions of a measurement, as they are in effect (not as they were asked for)."""
+
+    engine: str
+    version: str
+    dtype: str
+    device: str
+    quantization: QuantizationDescription | None = None
+    threads: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # engine's own effective settings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDetails:
+    """Per-token results of one window, one entry a target, padding never included.
+
+    nll_N:          float32, nats, from a log-softmax in float32 or better.
+    entropy_N:      float32, nats, of the predicted distribution; None where not to be had.
+    rank_N:         int32, 1 = the target was the most likely token (ties count in its favour).
+    top_ids_NK:     int32, the K most likely tokens, most likely first; None unless asked for.
+    top_logprobs_NK: float32, their log-probabilities (negative, nats).
+    """
+
+    nll_N: NDArray[np.float32]
+    entropy_N: NDArray[np.float32] | None = None
+    rank_N: NDArray[np.int32] | None = None
+    top_ids_NK: NDArray[np.int32] | None = None
+    top_logprobs_NK: NDArray[np.float32] | None = None
+
+
+@runtime_checkable
+class InferenceSession(Protocol):
+    """One loaded model on one engine. The windows of one call form one batch."""
+
+    @property
+    def model(self) -> ModelDescription:
+        """Whose numbers these are."""
+        ...
+
+    @property
+    def description(self) -> SessionDescription:
+        """The engine and the settings in effect."""
+        ...
+
+    def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
+        """One array a window: the nll of each target in nats, in the order of `targets_N`.
+
+        Raises EngineOutOfMemoryError where the batch does not fit (the caller halves it), and
+        VocabularyError where an id has no row in the model.
+        """
+        ...
+
+    def max_batch_size(self, window_length: int) -> int:
+        """How many windows of `window_length` ids one call may be given, judged by free memory."""
+        ...
+
+    def close(self) -> None:
+        """Release the model. A closed session is not used again."""
+        ...
+
+
+@runtime_checkable
+class DetailedSession(InferenceSession, Protocol):
+    """A session that sees whole distributions: entropy, rank and the most likely alternatives."""
+
+    def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
+        """As `token_nll` (the same nll to the last bit), with entropy, rank and alternatives."""
+        ...
