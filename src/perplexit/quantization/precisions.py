@@ -1,0 +1,102 @@
+"""Precision names: one canonical spelling each, and which library makes it on which engine."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from perplexit.errors import QuantizationError, UsageError
+
+_DTYPE_SYNONYMS = {
+    "float32": "float32",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+}
+
+
+def canonical_dtype(name: str) -> str:
+    """`float32`, `bfloat16` or `float16`, for any usual spelling (`fp32`, `torch.bfloat16`, …).
+
+    Raises UsageError for a name that is none of them.
+    """
+    spelling = str(name).strip().lower().removeprefix("torch.")
+    try:
+        return _DTYPE_SYNONYMS[spelling]
+    except KeyError:
+        known = ", ".join(sorted(_DTYPE_SYNONYMS))
+        raise UsageError(f"expected a dtype, one of {known}; got {name!r}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBlocks:
+    """Weights as integers of `bits` bits in blocks that share a scale; activations untouched.
+
+    block_size: weights along the summed axis that share one scale.
+    symmetric:  no zero point; the scale alone maps integers back.
+    """
+
+    bits: int
+    block_size: int = 32
+    symmetric: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one engine gets one precision: the library that does the work, and the weights' format."""
+
+    precision: str
+    engine: str
+    library: str
+    weights: WeightBlocks
+
+
+_PRECISION_SYNONYMS = {
+    "8bit": "int8",
+    "8-bit": "int8",
+    "4bit": "int4",
+    "4-bit": "int4",
+}
+
+_RECIPES = {
+    (recipe.engine, recipe.precision): recipe
+    for recipe in (
+        Recipe("int8", "onnx", "onnxruntime MatMulNBits", WeightBlocks(bits=8)),
+        Recipe("int4", "onnx", "onnxruntime MatMulNBits", WeightBlocks(bits=4)),
+    )
+}
+
+
+def canonical_precision(name: str) -> str:
+    """The precision's canonical name (`8bit` → `int8`); unknown names pass, in lower case."""
+    spelling = name.strip().lower()
+    return _PRECISION_SYNONYMS.get(spelling, spelling)
+
+
+def known_precisions(engine: str) -> tuple[str, ...]:
+    """The precisions that can be made for `engine`, in the table's order."""
+    return tuple(precision for home, precision in _RECIPES if home == engine)
+
+
+def recipe_for(precision: str, *, engine: str) -> Recipe:
+    """Who makes `precision` on `engine`, and how.
+
+    Raises QuantizationError that lists the engine's precisions, and the engines that do have it.
+    """
+    name = canonical_precision(precision)
+    try:
+        return _RECIPES[engine, name]
+    except KeyError:
+        elsewhere = sorted(home for home, known in _RECIPES if known == name)
+        raise QuantizationError(
+            f"expected a precision that the engine {engine!r} can make ({_listed(known_precisions(engine))}); "
+            f"got {precision!r}{f', which {_listed(elsewhere)} can make' if elsewhere else ''}"
+        ) from None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none in this version"
