@@ -1,0 +1,1 @@
+"""Checkpoints made into programs of other engines, with the perplexity head inside."""

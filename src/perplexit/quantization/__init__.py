@@ -1,0 +1,1 @@
+"""Precisions: their names, and what a quantization did to a model's weights."""

@@ -47,7 +47,7 @@ class WeightBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one engine gets one precision: the library that does the work, and the weights' format."""
+    """How one engine gets one precision: the library that makes it, and the weights' format."""
 
     precision: str
     engine: str
@@ -92,9 +92,10 @@ def recipe_for(precision: str, *, engine: str) -> Recipe:
         return _RECIPES[engine, name]
     except KeyError:
         elsewhere = sorted(home for home, known in _RECIPES if known == name)
+        hint = f", which {_listed(elsewhere)} can make" if elsewhere else ""
         raise QuantizationError(
-            f"expected a precision that the engine {engine!r} can make ({_listed(known_precisions(engine))}); "
-            f"got {precision!r}{f', which {_listed(elsewhere)} can make' if elsewhere else ''}"
+            f"expected a precision that the engine {engine!r} can make: "
+            f"{_listed(known_precisions(engine))}; got {precision!r}{hint}"
         ) from None
 
 
