@@ -1,0 +1,58 @@
+# One command each, from an empty machine with Python 3.11 (or newer) and make:
+#   make demo    the whole story on a real small model and real text
+#   make test    the environment, then every test
+# A second call installs nothing.
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+WORKERS ?= 2
+# One thread a worker: two workers with two threads each would fight over two cores.
+PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+SOURCES := src tests bench docs
+
+.PHONY: setup demo test check bench docs clean
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.setup-done
+
+demo: $(VENV)/.demo-done
+	$(BIN)/perplexit demo --out demo
+
+test: setup
+	$(PYTEST)
+
+check: setup
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+	$(PYTEST) -m 'not slow and not real_model'
+
+bench: setup
+	$(BIN)/python bench/evaluate_against_plain_loop.py
+
+docs: setup
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# The pinned torch first, alone: whatever is installed after it finds it there and keeps it.
+$(VENV)/.torch-done: constraints-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) -c constraints-dev.txt torch
+	touch $@
+
+$(VENV)/.demo-done: $(VENV)/.torch-done pyproject.toml requirements-demo.txt
+	$(PIP) --prefer-binary -c constraints-dev.txt -e '.[onnx]'
+	$(PIP) --prefer-binary --no-deps -r requirements-demo.txt
+	touch $@
+
+$(VENV)/.setup-done: $(VENV)/.torch-done pyproject.toml requirements-demo.txt requirements-test.txt
+	$(PIP) --prefer-binary -c constraints-dev.txt -e '.[all]' --group dev
+	$(PIP) --prefer-binary --no-deps -r requirements-test.txt
+	touch $@ $(VENV)/.demo-done
