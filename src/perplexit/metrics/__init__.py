@@ -1,0 +1,1 @@
+"""From sums over scored tokens to reported figures: NumPy and SciPy only."""

@@ -1,0 +1,153 @@
+"""Intervals around a mean loss that do not pretend tokens to be independent.
+
+Shape suffixes: M = scored tokens of a run, in window order; C = clusters.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from perplexit.errors import EmptyScoreError, UsageError
+from perplexit.metrics.totals import require_finite
+
+MIN_DOCUMENTS = 20  # fewer documents than this are too few clusters to trust
+MAX_BLOCKS = 16  # measured: docs/decisions/0003-intervals.md
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """Which tokens vary together. `labels[m]` is the cluster of token m, dense from 0."""
+
+    labels: NDArray[np.int64]
+    method: str  # "document" or "window-block"
+    num_clusters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean in nats with its confidence interval. `low` and `high` are None with a `reason`."""
+
+    value: float
+    low: float | None
+    high: float | None
+    standard_error: float | None
+    num_clusters: int
+    method: str
+    confidence: float
+    reason: str | None = None
+
+
+def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer]) -> Clusters:
+    """The clusters of a run's tokens: documents, or blocks of windows where documents are few.
+
+    From 20 documents on, each is a cluster. Below, the windows in their order are cut into at most
+    `MAX_BLOCKS` contiguous blocks of about equal token counts, so that neighbouring windows, whose
+    topic (and, in some protocols, whose tokens) they share, fall into the same cluster.
+    """
+    if len(document_M) != len(window_M):
+        raise UsageError(
+            f"document and window must have one entry a token, got {len(document_M)} and "
+            f"{len(window_M)}: give columns of the same tokens"
+        )
+    document_index = _dense(document_M)
+    num_documents = _count(document_index)
+    if num_documents >= MIN_DOCUMENTS:
+        return Clusters(document_index, "document", num_documents)
+    block_index = _blocks(_dense(window_M), MAX_BLOCKS)
+    return Clusters(block_index, "window-block", _count(block_index))
+
+
+def mean_interval(
+    nll_M: NDArray[np.floating], clusters: Clusters, confidence: float = 0.95
+) -> Interval:
+    """The mean of `nll_M` with its cluster-robust interval.
+
+    The mean is the ratio of two sums over clusters, Σ y_c / Σ n_c. Its variance is linearised and
+    corrected for each cluster's leverage, which is the delete-one-cluster jackknife:
+
+        e_c = (y_c - mean · n_c) / N,   h_c = n_c / N
+        var = (C - 1) / C · Σ (e_c / (1 - h_c))²
+        mean ± t(confidence, C - 1) · √var
+
+    Source: Bell & McCaffrey 2002 (the CR3 correction); Cochran, Sampling Techniques, ch. 6.
+    Below two clusters there is no interval, and the reason is given.
+    Raises EmptyScoreError without tokens, NonFiniteError for NaN or infinite values.
+    """
+    _check_confidence(confidence)
+    if len(nll_M) == 0:
+        raise EmptyScoreError("expected at least one scored token, got 0: nothing has a mean")
+    if len(nll_M) != len(clusters.labels):
+        raise UsageError(
+            f"expected a cluster for each of {len(nll_M)} tokens, got {len(clusters.labels)}: "
+            "give the clusters of the same tokens"
+        )
+    require_finite(nll_M)
+    labels, num_clusters = clusters.labels, clusters.num_clusters
+    counts_C = np.bincount(labels, minlength=num_clusters)
+    sums_C = np.zeros(num_clusters)
+    np.add.at(sums_C, labels, nll_M.astype(np.float64))
+    return _ratio_interval(sums_C, counts_C, clusters.method, confidence)
+
+
+def paired_interval(
+    nll_reference_M: NDArray[np.floating],
+    nll_candidate_M: NDArray[np.floating],
+    clusters: Clusters,
+    confidence: float = 0.95,
+) -> Interval:
+    """The mean of `candidate - reference` over the same tokens, with its interval, in nats.
+
+    It is the log of the ratio of the two perplexities. Pairing takes out what makes a token hard
+    for both, so the interval is far narrower than that of either mean.
+    """
+    if len(nll_reference_M) != len(nll_candidate_M):
+        raise UsageError(
+            f"expected the same tokens twice, got {len(nll_reference_M)} and "
+            f"{len(nll_candidate_M)}: compare runs over the same input"
+        )
+    difference_M = nll_candidate_M.astype(np.float64) - nll_reference_M.astype(np.float64)
+    return mean_interval(difference_M, clusters, confidence)
+
+
+def _ratio_interval(
+    sums_C: NDArray[np.float64], counts_C: NDArray[np.int64], method: str, confidence: float
+) -> Interval:
+    num_clusters, num_tokens = len(counts_C), int(counts_C.sum())
+    mean = float(sums_C.sum() / num_tokens)
+    if num_clusters < 2:
+        reason = f"no interval: {num_clusters} cluster ({method}), and at least 2 are needed"
+        return Interval(mean, None, None, None, num_clusters, method, confidence, reason)
+    residuals_C = (sums_C - mean * counts_C) / (num_tokens - counts_C)
+    variance = (num_clusters - 1) / num_clusters * float(residuals_C @ residuals_C)
+    standard_error = math.sqrt(variance)
+    half = float(special.stdtrit(num_clusters - 1, 0.5 + confidence / 2)) * standard_error
+    return Interval(
+        mean, mean - half, mean + half, standard_error, num_clusters, method, confidence
+    )
+
+
+def _blocks(window_index_M: NDArray[np.int64], max_blocks: int) -> NDArray[np.int64]:
+    """A block index for each token: contiguous windows, cut where the token counts are even."""
+    counts = np.bincount(window_index_M)
+    middles = np.cumsum(counts) - counts / 2
+    block_of_window = np.floor(middles * min(max_blocks, len(counts)) / max(counts.sum(), 1))
+    return _dense(block_of_window.astype(np.int64)[window_index_M])
+
+
+def _dense(labels_M: NDArray[np.integer]) -> NDArray[np.int64]:
+    index: NDArray[np.int64] = np.unique(labels_M, return_inverse=True)[1].astype(np.int64)
+    return index.reshape(-1)
+
+
+def _count(index_M: NDArray[np.int64]) -> int:
+    return int(index_M.max()) + 1 if len(index_M) else 0
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise UsageError(
+            f"confidence must lie between 0 and 1, got {confidence}: 0.95 is the usual choice"
+        )

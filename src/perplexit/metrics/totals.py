@@ -1,0 +1,174 @@
+"""Sums over scored tokens: the only thing that is ever added up. Metrics divide them, once.
+
+Shape suffix: M = scored tokens of a run, in window order.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import NonFiniteError, UsageError
+
+NonFinitePolicy = Literal["error", "count"]
+
+_CHUNK = 1 << 16  # values turned into Python floats at a time by the exact sum
+
+
+@dataclass(frozen=True, slots=True)
+class NllTotals:
+    """Sums over scored tokens. Merge with `+`; divide only in a metric.
+
+    nll_sum:    nats, positive, float64.
+    num_tokens: scored tokens: exactly those whose nll is in `nll_sum`.
+    num_bytes:  UTF-8 bytes that those tokens stand for.
+    num_words:  words that begin in those tokens.
+    """
+
+    nll_sum: float = 0.0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_words: int = 0
+
+    def __add__(self, other: "NllTotals") -> "NllTotals":
+        return NllTotals(
+            self.nll_sum + other.nll_sum,
+            self.num_tokens + other.num_tokens,
+            self.num_bytes + other.num_bytes,
+            self.num_words + other.num_words,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        nll_M: NDArray[np.floating],
+        num_bytes_M: NDArray[np.integer] | None = None,
+        num_words_M: NDArray[np.integer] | None = None,
+    ) -> "NllTotals":
+        """The totals of these tokens; the sum is exact to the last bit of float64.
+
+        Raises NonFiniteError where a loss is NaN or infinite (see `finite_mask` for counting
+        them instead), UsageError where the columns differ in length.
+        """
+        for name, column in (("num_bytes", num_bytes_M), ("num_words", num_words_M)):
+            if column is not None and len(column) != len(nll_M):
+                raise UsageError(
+                    f"{name} must have one entry a scored token ({len(nll_M)}), got {len(column)}: "
+                    "give both columns for the same tokens"
+                )
+        require_finite(nll_M)
+        return cls(
+            nll_sum=exact_sum(nll_M),
+            num_tokens=len(nll_M),
+            num_bytes=0 if num_bytes_M is None else int(num_bytes_M.sum(dtype=np.int64)),
+            num_words=0 if num_words_M is None else int(num_words_M.sum(dtype=np.int64)),
+        )
+
+
+def exact_sum(values_M: NDArray[np.floating]) -> float:
+    """The float64 nearest to the true sum of finite `values_M` (Shewchuk's algorithm, `math.fsum`).
+
+    Correctly rounded, so it depends on neither the order of the values nor the processor's vectors.
+    """
+
+    def chunks() -> Iterator[list[float]]:
+        for start in range(0, len(values_M), _CHUNK):
+            yield values_M[start : start + _CHUNK].astype(np.float64).tolist()
+
+    return math.fsum(chain.from_iterable(chunks()))
+
+
+@dataclass(frozen=True, slots=True)
+class NonFiniteToken:
+    """Where the first non-finite loss of a run is, and how many there are."""
+
+    index: int  # row among the scored tokens
+    value: float
+    count: int
+    window: int | None = None
+    position: int | None = None
+    token_id: int | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.value} nats at scored token {self.index}"]
+        for name, part in (
+            ("window", self.window),
+            ("position", self.position),
+            ("token id", self.token_id),
+        ):
+            if part is not None:
+                parts.append(f"{name} {part}")
+        return ", ".join(parts) + (f" (the first of {self.count})" if self.count > 1 else "")
+
+
+def first_non_finite(
+    nll_M: NDArray[np.floating],
+    *,
+    window_M: NDArray[np.integer] | None = None,
+    position_M: NDArray[np.integer] | None = None,
+    token_id_M: NDArray[np.integer] | None = None,
+) -> NonFiniteToken | None:
+    """The first NaN or infinite loss with its window, position and token; None if there is none."""
+    bad = np.flatnonzero(~np.isfinite(nll_M))
+    if len(bad) == 0:
+        return None
+    first = int(bad[0])
+
+    def at(column: NDArray[np.integer] | None) -> int | None:
+        return None if column is None else int(column[first])
+
+    return NonFiniteToken(
+        index=first,
+        value=float(nll_M[first]),
+        count=len(bad),
+        window=at(window_M),
+        position=at(position_M),
+        token_id=at(token_id_M),
+    )
+
+
+def require_finite(
+    nll_M: NDArray[np.floating],
+    *,
+    window_M: NDArray[np.integer] | None = None,
+    position_M: NDArray[np.integer] | None = None,
+    token_id_M: NDArray[np.integer] | None = None,
+) -> None:
+    """Nothing, where every loss is finite.
+
+    Raises NonFiniteError that names the first one's window, position and token.
+    """
+    found = first_non_finite(nll_M, window_M=window_M, position_M=position_M, token_id_M=token_id_M)
+    if found is not None:
+        raise NonFiniteError(
+            f"expected a finite loss for every scored token, got {found}. Score in a wider dtype "
+            "(float32), or count such tokens and leave them out with on_non_finite='count'"
+        )
+
+
+def finite_mask(
+    nll_M: NDArray[np.floating],
+    policy: NonFinitePolicy,
+    *,
+    window_M: NDArray[np.integer] | None = None,
+    position_M: NDArray[np.integer] | None = None,
+    token_id_M: NDArray[np.integer] | None = None,
+) -> tuple[NDArray[np.bool_], int]:
+    """Which tokens enter the sums, and how many do not.
+
+    `error`: all of them, or NonFiniteError. `count`: the finite ones; the others leave the
+    numerator and every denominator together, and their number is part of the result (as KenLM's
+    "perplexity excluding OOVs" does with its count of OOVs).
+    """
+    if policy not in ("error", "count"):
+        raise UsageError(
+            f"on_non_finite must be 'error' or 'count', got {policy!r}: choose one of the two"
+        )
+    if policy == "error":
+        require_finite(nll_M, window_M=window_M, position_M=position_M, token_id_M=token_id_M)
+    keep = np.isfinite(nll_M)
+    return keep, int(len(keep) - np.count_nonzero(keep))
