@@ -109,3 +109,12 @@ class DetailedSession(InferenceSession, Protocol):
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """As `token_nll` (the same nll to the last bit), with entropy, rank and alternatives."""
         ...
+
+
+@runtime_checkable
+class MeasuresDeviceMemory(Protocol):
+    """A session that knows how much accelerator memory its process has used at most."""
+
+    def peak_device_bytes(self) -> int | None:
+        """The peak since the session was made, in bytes; None where it runs on the host."""
+        ...

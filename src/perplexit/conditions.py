@@ -1,0 +1,81 @@
+"""The conditions of a measurement: whether a model fits an input, and whether two runs match."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from perplexit.errors import ResumeError, VocabularyError
+from perplexit.inputs.token_file import TokenFile
+from perplexit.runs.run import Run
+from perplexit.sessions.base import InferenceSession
+
+
+def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
+    """Warnings about an input that the model can take but was not made for.
+
+    Raises VocabularyError where the input holds ids that the model has no row for.
+    """
+    vocab_size = session.model.vocab_size
+    if tokens.max_token_id >= vocab_size:
+        raise VocabularyError(
+            f"expected token ids below the model's vocabulary of {vocab_size}, got "
+            f"{tokens.max_token_id} in the input; prepare the input with this model's own "
+            f"tokenizer ({session.model.address})"
+        )
+    warnings = []
+    longest = int(tokens.fed_lengths().max(initial=0))
+    limit = session.model.max_length
+    if limit is not None and longest > limit:
+        warnings.append(
+            f"windows of up to {longest} ids, but the model was made for {limit}: losses beyond "
+            f"that position tell about extrapolation; prepare with --max-length {limit}"
+        )
+    if tokens.vocab_size and tokens.vocab_size < vocab_size:
+        warnings.append(
+            f"the model has {vocab_size} vocabulary rows and the tokenizer {tokens.vocab_size}: "
+            "the rows without a token keep their share of the probability"
+        )
+    return warnings
+
+
+def check_same_conditions(recorded: Run, wanted: Run, batch_size: int | str) -> None:
+    """Raise ResumeError where going on with `recorded` would mix two measurements.
+
+    Everything that can change a figure must be equal: input, weights, engine and its settings,
+    precision, device, threads, what is recorded a token. An explicit batch size must be the
+    recorded one; "auto" takes whatever was recorded.
+    """
+    differences = [
+        f"{name}: recorded {before!r}, now {after!r}"
+        for name, (before, after) in _compared(recorded, wanted).items()
+        if before != after
+    ]
+    planned = recorded.batch_plan.get("batch_size")
+    if batch_size not in ("auto", planned):
+        differences.append(f"batch_size: recorded {planned!r}, now {batch_size!r}")
+    if differences:
+        raise ResumeError(
+            f"expected the conditions that the run {recorded.folder} was begun under, but "
+            + "; ".join(differences)
+            + ". Name another folder with --run, or repeat the recorded settings"
+        )
+
+
+def _compared(recorded: Run, wanted: Run) -> dict[str, tuple[Any, Any]]:
+    names = ["input_fingerprint", "threads", "top_k", "on_non_finite", "confidence"]
+    names.append("perplexit_version")
+    pairs = {name: (getattr(recorded, name), getattr(wanted, name)) for name in names}
+    key = "weights_fingerprint"
+    pairs["model weights"] = (recorded.model.get(key), wanted.model.get(key))
+    before, after = _plain(recorded.session), _plain(wanted.session)
+    for name in sorted(set(before) | set(after)):
+        pairs[name] = (before.get(name), after.get(name))
+    return pairs
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON would give it back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

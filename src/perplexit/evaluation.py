@@ -1,0 +1,307 @@
+"""evaluate(session, input) → Run: every declared target scored, sums kept, one record."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from perplexit import __version__
+from perplexit.conditions import check_fits, check_same_conditions
+from perplexit.errors import NonFiniteError, UsageError
+from perplexit.inputs.token_file import TokenFile
+from perplexit.resources.host import HostMemory
+from perplexit.results import WindowResults, columns_of
+from perplexit.runs.figures import figures_of
+from perplexit.runs.run import SCHEMA_VERSION, Run
+from perplexit.runs.store import Part, RunStore
+from perplexit.scoring import BatchPlan, ProgressUpdate, ScoredBatch, Scorer, plan_batches
+from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory
+from perplexit.sessions.registry import load_session
+
+SECONDS_BETWEEN_PARTS = 1.0
+
+Progress = Callable[[ProgressUpdate], None]
+
+
+def evaluate(
+    session: InferenceSession | str | Path,
+    tokens: TokenFile | str | Path,
+    *,
+    run: str | Path | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    top_k: int = 0,
+    confidence: float = 0.95,
+    on_non_finite: Literal["error", "count"] = "error",
+    progress: Progress | None = None,
+) -> Run:
+    """The run of a model over a prepared input: perplexity with its interval and its conditions.
+
+    session:  an open session, or a model address (`hf:PATH_OR_ID`, `onnx:DIR`, a bare path) that
+        is loaded with `dtype`, `quantization`, `device` and `threads`, and closed afterwards.
+    tokens:   a TokenFile or the path of one (opened and verified).
+    run:      the run folder. Results are committed there part by part; the same call after a kill
+        goes on where it was, and a complete run under the same conditions is returned as it is.
+        None keeps the run in memory.
+    batch_size: windows a batch, or "auto": what memory allows. Halved when memory runs out.
+    top_k:    record the K most likely alternatives of every target.
+    on_non_finite: "error" stops at the first NaN or infinite loss and names it; "count" leaves
+        such tokens out of every sum and reports how many there were.
+    progress: called after every batch.
+
+    Raises ResumeError where the folder's run was made under other conditions, NonFiniteError,
+    VocabularyError, CapabilityError, EngineOutOfMemoryError, RunError, TokenFileError.
+    """
+    _check_options(batch_size, top_k, confidence, on_non_finite)
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        memory = stack.enter_context(HostMemory())
+        token_file = tokens if isinstance(tokens, TokenFile) else TokenFile.open(tokens)
+        store = None if run is None else stack.enter_context(RunStore(run))
+        if isinstance(session, str | Path):
+            session = stack.enter_context(
+                _loaded(
+                    session, dtype=dtype, quantization=quantization, device=device, threads=threads
+                )
+            )
+        elif (dtype, quantization, device, threads) != (None, None, None, None):
+            raise UsageError(
+                "dtype, quantization, device and threads are settings of a session that is being "
+                "loaded, but an open session was given; set them in load_session"
+            )
+        load_seconds = time.perf_counter() - began
+        evaluation = _Evaluation(session, token_file, store, memory, progress)
+        wanted = evaluation.new_run(
+            top_k=top_k, confidence=confidence, on_non_finite=on_non_finite, batch_size=batch_size
+        )
+        recorded = None if store is None else store.record()
+        if recorded is not None:
+            check_same_conditions(recorded, wanted, batch_size)
+            if recorded.status == "complete":
+                return recorded
+            wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)
+        return evaluation.complete(wanted, began=began, load_seconds=load_seconds)
+
+
+def _check_options(batch_size: Any, top_k: int, confidence: float, on_non_finite: str) -> None:
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise UsageError(f"batch_size must be 'auto' or at least 1, got {batch_size!r}")
+    if top_k < 0:
+        raise UsageError(f"top_k must be 0 or more, got {top_k}")
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence must lie between 0 and 1, got {confidence}; 0.95 is usual")
+    if on_non_finite not in ("error", "count"):
+        raise UsageError(f"on_non_finite must be 'error' or 'count', got {on_non_finite!r}")
+
+
+@contextmanager
+def _loaded(address: str | Path, **settings: Any) -> Iterator[InferenceSession]:
+    session = load_session(address, **settings)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+@dataclass
+class _Evaluation:
+    """One evaluation under way: session, input and folder, and what is being filled."""
+
+    session: InferenceSession
+    tokens: TokenFile
+    store: RunStore | None
+    memory: HostMemory
+    progress: Progress | None
+
+    def new_run(
+        self, *, top_k: int, confidence: float, on_non_finite: str, batch_size: int | str
+    ) -> Run:
+        """The record of a run under these conditions that has scored nothing yet."""
+        warnings = check_fits(self.session, self.tokens)
+        description = asdict(self.session.description)
+        threads = description.pop("threads")
+        plan = plan_batches(
+            self.session, self.tokens, None if batch_size == "auto" else int(batch_size)
+        )
+        return Run(
+            schema_version=SCHEMA_VERSION,
+            perplexit_version=__version__,
+            status="running",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            confidence=confidence,
+            input_fingerprint=self.tokens.input_fingerprint,
+            text_fingerprint=self.tokens.text_fingerprint,
+            tokenizer_fingerprint=self.tokens.tokenizer_fingerprint,
+            protocol=self.tokens.protocol,
+            input_spec=dict(self.tokens.spec),
+            num_documents=self.tokens.num_documents,
+            num_windows=self.tokens.num_windows,
+            model=asdict(self.session.model),
+            session=description,
+            threads=threads,
+            top_k=top_k,
+            on_non_finite=on_non_finite,
+            batch_plan={"batch_size": batch_size, **plan.to_json()},
+            warnings=warnings,
+        )
+
+    def complete(self, run: Run, *, began: float, load_seconds: float) -> Run:
+        """The run with everything scored and every figure filled in, stored if it has a folder."""
+        results = WindowResults(self.tokens)
+        if self.store is not None:
+            for part in self.store.parts():
+                results.fill(part.window, part.num_targets, part.columns)
+                results.seconds += part.seconds["prefill"]
+            self.store.write_record(run)
+        resumed = _Resumed(results.num_windows_scored, results.num_tokens_done, results.seconds)
+        try:
+            run = self._score_all(run, results, resumed)
+        except BaseException:
+            if self.store is not None:
+                last = self.store.record() or run
+                self.store.write_record(replace(last, status="interrupted"))
+            raise
+        run = replace(
+            run,
+            status="complete",
+            num_windows_resumed=resumed.num_windows,
+            loaded_tokens=results.run_tokens(),
+        )
+        run = replace(
+            run,
+            **figures_of(
+                run.tokens,
+                confidence=run.confidence,
+                on_non_finite=run.on_non_finite,
+                aggregate=self.tokens.spec.get("aggregate"),
+            ),
+            peak_memory_bytes={
+                "host_rss": self.memory.peak_bytes,
+                "torch_device": (
+                    self.session.peak_device_bytes()
+                    if isinstance(self.session, MeasuresDeviceMemory)
+                    else None
+                ),
+            },
+            seconds={
+                "load": load_seconds,
+                "prefill": results.seconds,
+                "decode": 0.0,
+                "total": time.perf_counter() - began + resumed.seconds,
+            },
+            tokens_per_second=results.num_tokens_done / max(results.seconds, 1e-9),
+        )
+        return run if self.store is None else _stored(self.store, run)
+
+    def _score_all(self, run: Run, results: WindowResults, resumed: "_Resumed") -> Run:
+        """Score what is not done, committing as it goes; the run with the plan as it ended up."""
+        scorer = Scorer(self.session, self.tokens, BatchPlan.from_json(run.batch_plan), run.top_k)
+        pending = _PendingPart(self.store)
+        plan = scorer.plan
+        try:
+            for batch in scorer.batches(results.done[scorer.order]):
+                if scorer.plan != plan:  # memory ran out: a resumed run must repeat the halving
+                    pending.commit()
+                    plan = scorer.plan
+                    run = replace(run, batch_plan={**run.batch_plan, **plan.to_json()})
+                    if self.store is not None:
+                        self.store.write_record(run)
+                if run.on_non_finite == "error":
+                    self._check_finite(batch)
+                pending.add(batch)
+                results.add(batch)
+                if self.progress is not None:
+                    self.progress(_progress_of(results, self.tokens, resumed))
+        finally:
+            pending.commit()
+        return run
+
+    def _check_finite(self, batch: ScoredBatch) -> None:
+        """Raise NonFiniteError that names the batch's first bad token."""
+        for row, details in zip(batch.windows.tolist(), batch.details, strict=True):
+            bad = np.flatnonzero(~np.isfinite(details.nll_N))
+            if len(bad):
+                window = self.tokens.windows[row]
+                ids = self.tokens.window_ids(row)
+                position = int(ids.targets_N[bad[0]])
+                raise NonFiniteError(
+                    f"expected a finite loss for every token, got {float(details.nll_N[bad[0]])} "
+                    f"in window {row} at position {position} (token id "
+                    f"{int(ids.ids_T[position])}, document {window.document}); what was scored "
+                    "before is kept. Score in float32, or with on_non_finite='count' to leave "
+                    "such tokens out and count them"
+                )
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """What an earlier process had scored."""
+
+    num_windows: int
+    num_tokens: int
+    seconds: float
+
+
+class _PendingPart:
+    """Scored batches not yet committed; committed about once a second, and at the end."""
+
+    def __init__(self, store: RunStore | None) -> None:
+        self._store = store
+        self._batches: list[ScoredBatch] = []
+        self._last_commit = time.perf_counter()
+
+    def add(self, batch: ScoredBatch) -> None:
+        if self._store is None:
+            return
+        if self._batches and self._batches[-1].stop != batch.start:
+            self.commit()
+        self._batches.append(batch)
+        if time.perf_counter() - self._last_commit >= SECONDS_BETWEEN_PARTS:
+            self.commit()
+
+    def commit(self) -> None:
+        if self._store is not None and self._batches:
+            self._store.add_part(_part_of(self._batches))
+        self._batches = []
+        self._last_commit = time.perf_counter()
+
+
+def _part_of(batches: list[ScoredBatch]) -> Part:
+    details = [d for batch in batches for d in batch.details]
+    return Part(
+        start=batches[0].start,
+        stop=batches[-1].stop,
+        window=np.concatenate([batch.windows for batch in batches]),
+        num_targets=np.array([len(d.nll_N) for d in details], dtype=np.int64),
+        columns=columns_of(details),
+        seconds={"prefill": sum(batch.seconds for batch in batches)},
+    )
+
+
+def _progress_of(results: WindowResults, tokens: TokenFile, resumed: _Resumed) -> ProgressUpdate:
+    return ProgressUpdate(
+        num_tokens=results.num_tokens_done,
+        total_tokens=tokens.num_targets,
+        nll_sum=results.nll_sum,
+        num_windows=results.num_windows_scored,
+        total_windows=tokens.num_windows,
+        num_tokens_resumed=resumed.num_tokens,
+        num_windows_resumed=resumed.num_windows,
+        seconds=results.seconds - resumed.seconds,
+    )
+
+
+def _stored(store: RunStore, run: Run) -> Run:
+    """Put the results on disk: tokens first, then the record that calls them complete."""
+    run = replace(run, tokens_sha256=store.write_tokens(run.tokens), folder=store.folder)
+    store.write_record(run)
+    store.remove_parts()
+    return run

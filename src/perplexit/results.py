@@ -1,0 +1,152 @@
+"""Per-token results on their way into window order, and as the columns of a run.
+
+Shape suffix: R = rows, a scored token each, in window order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from perplexit.inputs.token_file import TokenFile
+from perplexit.inputs.windows import PrefixMode
+from perplexit.runs.run_tokens import RunTokens
+from perplexit.scoring import ScoredBatch
+from perplexit.sessions.base import TokenDetails
+
+_COLUMN_OF_DETAIL = {
+    "nll": "nll_N",
+    "entropy": "entropy_N",
+    "rank": "rank_N",
+    "top_ids": "top_ids_NK",
+    "top_logprobs": "top_logprobs_NK",
+}
+
+
+def columns_of(details: Sequence[TokenDetails]) -> dict[str, NDArray[Any]]:
+    """The results of several windows as columns, window after window."""
+    columns = {}
+    for name, attribute in _COLUMN_OF_DETAIL.items():
+        arrays = [getattr(d, attribute) for d in details]
+        if arrays and all(array is not None for array in arrays):
+            columns[name] = np.concatenate(arrays)
+    return columns
+
+
+class WindowResults:
+    """The results of a run's windows, filled in any order and read in window order.
+
+    done:    a flag a window. seconds: time in the session. nll_sum: finite losses so far, in the
+    order they came (for progress; the reported sum is taken in window order).
+    """
+
+    def __init__(self, tokens: TokenFile) -> None:
+        self._tokens = tokens
+        self._counts = tokens.target_counts()
+        self._starts = np.concatenate([[0], np.cumsum(self._counts)])
+        self._columns: dict[str, NDArray[Any]] = {}
+        self.done = self._counts == 0  # a window without targets needs no forward pass
+        self.seconds = 0.0
+        self.nll_sum = 0.0
+        self.num_tokens_done = 0
+
+    @property
+    def num_windows_scored(self) -> int:
+        """Windows with at least one target that are done."""
+        return int(np.count_nonzero(self.done & (self._counts > 0)))
+
+    def add(self, batch: ScoredBatch) -> None:
+        """Fill in one scored batch."""
+        counts = np.array([len(d.nll_N) for d in batch.details], dtype=np.int64)
+        self.fill(batch.windows, counts, columns_of(batch.details))
+        self.seconds += batch.seconds
+
+    def fill(
+        self,
+        windows: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        columns: dict[str, NDArray[Any]],
+    ) -> None:
+        """Fill in the results of `windows`, which lie one after another in `columns`."""
+        if not np.array_equal(counts, self._counts[windows]):
+            raise ValueError("a session or a part gave another number of results than of targets")
+        rows = _ranges(self._starts[windows], counts)
+        for name, values in columns.items():
+            if name not in self._columns:
+                shape = (int(self._starts[-1]), *values.shape[1:])
+                self._columns[name] = np.zeros(shape, dtype=values.dtype)
+            self._columns[name][rows] = values
+        new = windows[~self.done[windows]]
+        self.num_tokens_done += int(self._counts[new].sum())
+        finite = np.isfinite(columns["nll"])
+        self.nll_sum += float(columns["nll"].sum(dtype=np.float64, where=finite))
+        self.done[windows] = True
+
+    def run_tokens(self) -> RunTokens:
+        """Everything as the rows of a run. Raises ValueError where a window is not done."""
+        if not self.done.all():
+            raise ValueError(f"{int((~self.done).sum())} windows are not scored")
+        tokens, counts = self._tokens, self._counts
+        table = tokens.windows
+        flat_R = _targets_of_all(tokens)
+        document_R = np.repeat(table.document, counts)
+        token_index_R = flat_R - tokens.document_starts[document_R]
+        inserted = table.prefix_mode == int(PrefixMode.INSERT)
+        position_R = token_index_R - np.repeat(table.start - inserted, counts)
+        domain_R = np.full(len(flat_R), -1, dtype=np.int32)
+        if tokens.domains:
+            domain_R = tokens.document_domains[document_R]
+        return RunTokens(
+            document=document_R.astype(np.int32),
+            window=np.repeat(np.arange(len(counts)), counts).astype(np.int32),
+            position=position_R.astype(np.int32),
+            token_index=token_index_R.astype(np.int64),
+            domain=domain_R.astype(np.int32),
+            domains=tuple(tokens.domains),
+            token_id=np.asarray(tokens.token_ids[flat_R], dtype=np.int32),
+            **_text_columns(tokens, flat_R, document_R),
+            **self._columns,
+        )
+
+
+def _targets_of_all(tokens: TokenFile) -> NDArray[np.int64]:
+    """Flat token indices of every window's targets, in window order."""
+    table = tokens.windows
+    widths = table.target_stop - table.target_start
+    flat = _ranges(tokens.document_starts[table.document] + table.target_start, widths)
+    if tokens.scored_mask is not None:
+        flat = flat[np.asarray(tokens.scored_mask)[flat]]
+    return flat
+
+
+def _text_columns(
+    tokens: TokenFile, flat_R: NDArray[np.int64], document_R: NDArray[np.int64]
+) -> dict[str, Any]:
+    if not tokens.has_text:
+        return {
+            "byte_start": np.full(len(flat_R), -1, dtype=np.int64),
+            "num_bytes": np.zeros(len(flat_R), dtype=np.int32),
+            "num_words": np.zeros(len(flat_R), dtype=np.int32),
+        }
+    starts = np.asarray(tokens.byte_starts)
+    document_byte_R = starts[tokens.document_starts[document_R]]
+    every_token = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(),
+        len(starts) - 1,
+        [None, pa.py_buffer(np.ascontiguousarray(starts)), pa.py_buffer(tokens.text_bytes)],
+    )
+    return {
+        "byte_start": starts[flat_R] - document_byte_R,
+        "num_bytes": (starts[flat_R + 1] - starts[flat_R]).astype(np.int32),
+        "num_words": np.asarray(tokens.num_words)[flat_R].astype(np.int32),
+        "token_bytes": every_token.take(pa.array(flat_R)),
+    }
+
+
+def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`concatenate([arange(s, s + c) for s, c in zip(starts, counts)])`, without the loop."""
+    total = int(counts.sum())
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(total)

@@ -1,0 +1,164 @@
+"""Run: the record of one session over one input, as `run.json` holds it."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from perplexit.errors import RunError
+from perplexit.runs.run_tokens import RunTokens
+
+SCHEMA_VERSION = 1
+RUN_FILE = "run.json"
+TOKENS_FILE = "tokens.parquet"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model on one engine over one prepared input: the figures and their conditions.
+
+    Every field is a key of `run.json`. A figure that does not exist or is not finite is None, and
+    `reasons` says why. `nll_sum` is in nats; `perplexity` is always exp(nll_sum / num_tokens);
+    `protocol_perplexity` is the protocol's own aggregate where it differs, else None.
+    """
+
+    schema_version: int
+    perplexit_version: str
+    status: str  # "running", "interrupted" or "complete"
+    created: str  # UTC, ISO 8601
+
+    perplexity: float | None = None
+    perplexity_low: float | None = None
+    perplexity_high: float | None = None
+    protocol_perplexity: float | None = None
+    nll_sum: float | None = None
+    num_tokens: int | None = None
+    num_bytes: int | None = None
+    num_words: int | None = None
+    bits_per_byte: float | None = None
+    bits_per_byte_low: float | None = None
+    bits_per_byte_high: float | None = None
+    byte_perplexity: float | None = None
+    word_perplexity: float | None = None
+    macro_average_perplexity: float | None = None
+    domains: list[dict[str, Any]] = field(default_factory=list)
+    loss_by_position: list[dict[str, Any]] = field(default_factory=list)
+    num_non_finite: int = 0
+
+    confidence: float = 0.95
+    interval_method: str | None = None
+    num_clusters: int | None = None
+
+    input_fingerprint: str = ""
+    text_fingerprint: str = ""
+    tokenizer_fingerprint: str = ""
+    protocol: str = ""
+    input_spec: dict[str, Any] = field(default_factory=dict)
+    num_documents: int = 0
+    num_windows: int = 0
+    num_windows_resumed: int = 0
+
+    model: dict[str, Any] = field(default_factory=dict)
+    session: dict[str, Any] = field(default_factory=dict)
+    threads: int | None = None
+    top_k: int = 0
+    on_non_finite: str = "error"
+    batch_plan: dict[str, Any] = field(default_factory=dict)
+
+    seconds: dict[str, float | None] = field(default_factory=dict)  # load, prefill, decode, total
+    tokens_per_second: float | None = None
+    peak_memory_bytes: dict[str, int | None] = field(default_factory=dict)
+
+    tokens_sha256: str | None = None  # of tokens.parquet
+    reasons: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    folder: Path | None = field(default=None, compare=False, metadata={"json": False})
+    loaded_tokens: RunTokens | None = field(
+        default=None, compare=False, repr=False, metadata={"json": False}
+    )
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """The run that a folder holds, complete or not.
+
+        Raises RunError where there is none, it cannot be read, or its schema is another.
+        """
+        folder = Path(folder)
+        path = folder / RUN_FILE if folder.is_dir() else folder
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(
+                f"expected a run folder with a {RUN_FILE} in it, got {folder}; "
+                "`perplexit eval MODEL INPUT --run FOLDER` makes one"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise RunError(f"{path} cannot be read as JSON ({error}); evaluate again") from None
+        return cls.from_json(record, folder=path.parent)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], *, folder: Path | None = None) -> "Run":
+        """The run that a `run.json` document describes; raises RunError for another schema."""
+        version = record.get("schema_version") if isinstance(record, Mapping) else None
+        if version != SCHEMA_VERSION:
+            raise RunError(
+                f"expected a run of schema version {SCHEMA_VERSION}, got {version!r}"
+                f"{f' in {folder}' if folder else ''}; use the Perplexit that wrote it, "
+                "or evaluate again"
+            )
+        known = {f.name for f in fields(cls) if f.metadata.get("json", True)}
+        missing = {"status", "created", "perplexit_version"} - set(record)
+        if missing:
+            raise RunError(f"the run record{f' in {folder}' if folder else ''} lacks {missing}")
+        return cls(**{k: v for k, v in record.items() if k in known}, folder=folder)
+
+    def to_json(self) -> dict[str, Any]:
+        """The `run.json` document: plain JSON values, every number finite or null."""
+        record = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("json", True)
+        }
+        return {key: _finite_or_none(value) for key, value in record.items()}
+
+    @cached_property
+    def tokens(self) -> RunTokens:
+        """A row a scored token, in window order; read from `tokens.parquet` on first use.
+
+        Raises RunError where the run is not complete.
+        """
+        if self.loaded_tokens is not None:
+            return self.loaded_tokens
+        if self.folder is None or self.status != "complete":
+            raise RunError(
+                f"expected a complete run, got one that is {self.status}"
+                f"{f' in {self.folder}' if self.folder else ''}; "
+                "finish it with `perplexit eval` and the same --run"
+            )
+        return RunTokens.read(self.folder / TOKENS_FILE)
+
+    def __str__(self) -> str:
+        if self.perplexity is None:
+            return f"Run({self.status}, {self.model.get('address')})"
+        interval = (
+            f" [{self.perplexity_low:.4f}, {self.perplexity_high:.4f}]"
+            if self.perplexity_low is not None and self.perplexity_high is not None
+            else ""
+        )
+        return (
+            f"perplexity {self.perplexity:.4f}{interval} over {self.num_tokens} tokens, "
+            f"{self.session.get('engine')} {self.session.get('dtype')}, {self.model.get('address')}"
+        )
+
+
+def _finite_or_none(value: Any) -> Any:
+    """The value with every non-finite float replaced by None, in containers too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_none(item) for item in value]
+    return value

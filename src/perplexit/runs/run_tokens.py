@@ -1,0 +1,157 @@
+"""RunTokens: a row a scored token, as columns, in memory or in `tokens.parquet`.
+
+Shape suffixes: R = rows (scored tokens over all windows), K = alternatives a token.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from perplexit.errors import RunError
+
+ROWS_PER_GROUP = 1 << 18
+
+
+@dataclass(frozen=True)
+class RunTokens:
+    """Per-token results in window order; a token that two windows score has two rows.
+
+    document:    int32; window: int32 (row of the window table); position: int32, the target's
+                 index in the ids its window was fed; token_index: int64, in the document.
+    byte_start:  int64, in the document's UTF-8; num_bytes: int32; num_words: int32, words that
+                 begin in the token. -1 / 0 where the input holds ids without text.
+    domain:      int32 codes into `domains`.
+    nll:         float32, nats. entropy: float32, nats. rank: int32, 1 = most likely.
+    top_ids / top_logprobs: (R, K), most likely first.
+    token_bytes: the UTF-8 bytes each token stands for.
+    """
+
+    document: NDArray[np.int32]
+    window: NDArray[np.int32]
+    position: NDArray[np.int32]
+    token_index: NDArray[np.int64]
+    byte_start: NDArray[np.int64]
+    num_bytes: NDArray[np.int32]
+    num_words: NDArray[np.int32]
+    domain: NDArray[np.int32]
+    domains: tuple[str, ...]
+    token_id: NDArray[np.int32]
+    nll: NDArray[np.float32]
+    entropy: NDArray[np.float32] | None = None
+    rank: NDArray[np.int32] | None = None
+    top_ids: NDArray[np.int32] | None = None
+    top_logprobs: NDArray[np.float32] | None = None
+    token_bytes: Any = None  # pyarrow LargeBinaryArray
+
+    def __len__(self) -> int:
+        return len(self.nll)
+
+    def text_of(self, row: int) -> str:
+        """The text that a row's token stands for; bytes that are no whole character as U+FFFD."""
+        if self.token_bytes is None:
+            return f"<{int(self.token_id[row])}>"
+        data: bytes = self.token_bytes[row].as_py()
+        return data.decode("utf-8", errors="replace")
+
+    def write(self, path: Path) -> None:
+        """Write as Parquet, row group by row group, byte for byte the same for equal columns."""
+        schema = self._schema()
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for start in range(0, max(len(self), 1), ROWS_PER_GROUP):
+                writer.write_batch(self._batch(schema, start, start + ROWS_PER_GROUP))
+
+    def _schema(self) -> pa.Schema:
+        columns = [
+            ("document", pa.int32()),
+            ("domain", pa.dictionary(pa.int32(), pa.string())),
+            ("window", pa.int32()),
+            ("position", pa.int32()),
+            ("token_index", pa.int64()),
+            ("byte_start", pa.int64()),
+            ("num_bytes", pa.int32()),
+            ("num_words", pa.int32()),
+            ("token_id", pa.int32()),
+            ("token_bytes", pa.large_binary()),
+            ("nll", pa.float32()),
+            ("entropy", pa.float32()),
+            ("rank", pa.int32()),
+        ]
+        if self.top_ids is not None:
+            columns.append(("top_ids", pa.list_(pa.int32(), self.top_ids.shape[1])))
+            columns.append(("top_logprobs", pa.list_(pa.float32(), self.top_ids.shape[1])))
+        return pa.schema(columns)
+
+    def _batch(self, schema: pa.Schema, start: int, stop: int) -> pa.RecordBatch:
+        stop = min(stop, len(self))
+        arrays = []
+        for column in schema:
+            values = getattr(self, column.name)
+            part = None if values is None else values[start:stop]
+            if part is None:
+                arrays.append(pa.nulls(stop - start, column.type))
+            elif column.name == "domain":
+                arrays.append(pa.DictionaryArray.from_arrays(pa.array(part), list(self.domains)))
+            elif pa.types.is_fixed_size_list(column.type):
+                flat = pa.array(part.reshape(-1), column.type.value_type)
+                arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=column.type))
+            elif column.name == "token_bytes":
+                arrays.append(part)
+            else:
+                arrays.append(pa.array(part, column.type))
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    @classmethod
+    def read(cls, path: Path) -> "RunTokens":
+        """The columns of a `tokens.parquet`; raises RunError where it cannot be read."""
+        try:
+            table = pq.read_table(path)
+            return cls._from_table(table)
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise RunError(
+                f"{path} cannot be read ({error}); `perplexit runs verify` says more, "
+                "or evaluate again"
+            ) from None
+
+    @classmethod
+    def _from_table(cls, table: pa.Table) -> "RunTokens":
+        def numbers(name: str) -> NDArray[Any]:
+            return np.asarray(table.column(name).to_numpy())
+
+        def numbers_or_none(name: str) -> NDArray[Any] | None:
+            if name not in table.column_names or table.column(name).null_count:
+                return None
+            column = table.column(name)
+            if pa.types.is_fixed_size_list(column.type):
+                flat = column.combine_chunks().flatten().to_numpy()
+                return np.asarray(flat).reshape(-1, column.type.list_size)
+            return np.asarray(column.to_numpy())
+
+        domain = table.column("domain").unify_dictionaries().combine_chunks()
+        if isinstance(domain, pa.ChunkedArray):  # an empty table has no chunk to combine
+            domain = pa.DictionaryArray.from_arrays(
+                pa.array([], pa.int32()), pa.array([], pa.string())
+            )
+        token_bytes = table.column("token_bytes")
+        return cls(
+            document=numbers("document"),
+            window=numbers("window"),
+            position=numbers("position"),
+            token_index=numbers("token_index"),
+            byte_start=numbers("byte_start"),
+            num_bytes=numbers("num_bytes"),
+            num_words=numbers("num_words"),
+            domain=np.asarray(domain.indices.to_numpy(zero_copy_only=False)),
+            domains=tuple(domain.dictionary.to_pylist()),
+            token_id=numbers("token_id"),
+            nll=numbers("nll"),
+            entropy=numbers_or_none("entropy"),
+            rank=numbers_or_none("rank"),
+            top_ids=numbers_or_none("top_ids"),
+            top_logprobs=numbers_or_none("top_logprobs"),
+            token_bytes=None if token_bytes.null_count else token_bytes.combine_chunks(),
+        )

@@ -1,0 +1,172 @@
+"""RunStore: a folder a run, filled part by part, so that a killed run goes on where it was.
+
+run.json         the record; written first with status "running", last with "complete"
+parts/           per-token results as they come, each file written atomically and named by its
+                 content's hash; removed when the run is complete
+tokens.parquet   a row a scored token, written once at the end
+.lock            held while a process writes here; the system releases it if that process dies
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from perplexit.errors import RunError
+from perplexit.files import sha256_of_file, write_atomically
+from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
+from perplexit.runs.run_tokens import RunTokens
+
+PARTS_FOLDER = "parts"
+LOCK_FILE = ".lock"
+_PART_NAME = re.compile(r"part-(\d{12})-(\d{12})-([0-9a-f]{16})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Results of the windows at places `start … stop - 1` of the batch plan's order.
+
+    window:  int64, row of the window table; num_targets: int64, how many results it has.
+    columns: per-token arrays, window after window (nll, entropy, rank, top_ids, top_logprobs).
+    seconds: time spent in the session for them.
+    """
+
+    start: int
+    stop: int
+    window: NDArray[np.int64]
+    num_targets: NDArray[np.int64]
+    columns: dict[str, NDArray[Any]]
+    seconds: dict[str, float]
+
+    def to_bytes(self) -> bytes:
+        """The part as a safetensors document."""
+        tensors = {f"column.{name}": np.ascontiguousarray(a) for name, a in self.columns.items()}
+        tensors |= {"window": self.window, "num_targets": self.num_targets}
+        return bytes(save(tensors, metadata={"seconds": json.dumps(self.seconds)}))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, start: int, stop: int) -> "Part":
+        """The part that `to_bytes` wrote."""
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return cls(
+            start=start,
+            stop=stop,
+            window=tensors.pop("window"),
+            num_targets=tensors.pop("num_targets"),
+            columns={name.removeprefix("column."): array for name, array in tensors.items()},
+            seconds=json.loads(header["__metadata__"]["seconds"]),
+        )
+
+
+class RunStore:
+    """The writer of one run folder. Use as a context manager: it holds the folder's lock.
+
+    Raises RunError where the folder holds something else, or another process writes to it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"expected a folder for the run, got the file {folder}; name another")
+        if self.folder.is_dir() and not self._is_ours():
+            raise RunError(
+                f"expected a new folder or a run's folder, got {folder} with other files in it; "
+                "name another with --run"
+            )
+        self._lock = FileLock(self.folder / LOCK_FILE)
+
+    def _is_ours(self) -> bool:
+        ours = {RUN_FILE, PARTS_FOLDER, LOCK_FILE}
+        names = {path.name for path in self.folder.iterdir()}
+        return RUN_FILE in names or all(n in ours or n.startswith(f".{RUN_FILE}.") for n in names)
+
+    def __enter__(self) -> "RunStore":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(
+                f"another process is writing to the run {self.folder}; wait for it, "
+                "or name another folder with --run"
+            ) from None
+        except OSError as error:
+            raise RunError(f"the run folder {self.folder} cannot be made: {error}") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def record(self) -> Run | None:
+        """The run as recorded so far, or None in a new folder."""
+        return Run.open(self.folder) if (self.folder / RUN_FILE).exists() else None
+
+    def write_record(self, run: Run) -> None:
+        """Put `run.json` in place, whole."""
+        text = json.dumps(run.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        write_atomically(self.folder / RUN_FILE, lambda path: _write_bytes(path, text.encode()))
+
+    def add_part(self, part: Part) -> None:
+        """Commit a part: after this returns, a kill does not lose it."""
+        data = part.to_bytes()
+        digest = hashlib.sha256(data).hexdigest()[:16]
+        name = f"part-{part.start:012d}-{part.stop:012d}-{digest}.safetensors"
+        path = self.folder / PARTS_FOLDER / name
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda temporary: _write_bytes(temporary, data))
+
+    def parts(self) -> Iterator[Part]:
+        """Every whole part, in plan order.
+
+        One that does not match its hash is left out, and its windows are scored again.
+        """
+        for path in sorted((self.folder / PARTS_FOLDER).glob("part-*.safetensors")):
+            match = _PART_NAME.fullmatch(path.name)
+            if match is None:
+                continue
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest()[:16] == match[3]:
+                yield Part.from_bytes(data, int(match[1]), int(match[2]))
+
+    def write_tokens(self, tokens: RunTokens) -> str:
+        """Put `tokens.parquet` in place and give its SHA-256."""
+        path = self.folder / TOKENS_FILE
+        write_atomically(path, tokens.write)
+        return sha256_of_file(path)
+
+    def remove_parts(self) -> None:
+        """Drop the parts of a run that is complete."""
+        shutil.rmtree(self.folder / PARTS_FOLDER, ignore_errors=True)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def list_runs(folders: str | Path | Iterable[str | Path] = "runs") -> Iterator[Run]:
+    """The runs in a folder (itself one, or its sub-folders at any depth), oldest first.
+
+    Raises RunError where the folder does not exist. A folder whose record cannot be read is left
+    out; `verify_run` says what is wrong with it.
+    """
+    if isinstance(folders, str | Path):
+        folders = [folders]
+    runs = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise RunError(f"expected a folder with runs in it, got {folder}, which is not there")
+        for path in folder.rglob(RUN_FILE):
+            try:
+                runs.append(Run.open(path.parent))
+            except RunError:
+                continue
+    yield from sorted(runs, key=lambda run: (run.created, str(run.folder)))

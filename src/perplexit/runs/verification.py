@@ -1,0 +1,120 @@
+"""Stored runs checked against themselves, and written out for other tools."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from perplexit.errors import PerplexitError, RunError, UsageError
+from perplexit.files import sha256_of_file, write_atomically
+from perplexit.runs.figures import figures_of
+from perplexit.runs.run import TOKENS_FILE, Run
+
+EXPORT_SUFFIXES = (".csv", ".parquet", ".jsonl")
+
+
+def verify_run(folder: str | Path) -> list[str]:
+    """What is wrong with a stored run, one sentence each; empty where it is sound.
+
+    The token table must be the one that was recorded (SHA-256), and every figure in `run.json`
+    must follow from it: all are computed again, without a model.
+    Raises RunError where there is no run to check.
+    """
+    run = Run.open(folder)
+    if run.status != "complete":
+        return [f"the run is {run.status}; go on with `perplexit eval` and the same --run"]
+    path = Path(folder) / TOKENS_FILE
+    if not path.exists():
+        return [f"{TOKENS_FILE} is missing; evaluate again"]
+    if sha256_of_file(path) != run.tokens_sha256:
+        return [f"{TOKENS_FILE} is not the file that was recorded (its SHA-256 differs)"]
+    try:
+        figures = figures_of(
+            run.tokens,
+            confidence=run.confidence,
+            on_non_finite=run.on_non_finite,
+            aggregate=run.input_spec.get("aggregate"),
+        )
+    except PerplexitError as error:
+        return [str(error)]
+    return list(_differences(run.to_json(), Run.from_json(run.to_json() | figures).to_json()))
+
+
+def _differences(recorded: dict[str, Any], computed: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: recorded {recorded[name]!r}, but the tokens give {computed[name]!r}"
+        for name in recorded
+        if not _same(recorded[name], computed[name])
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, floats to the last few bits (another platform's exp may differ there)."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-300)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+def export_tokens(folder: str | Path, path: str | Path) -> Path:
+    """Write a run's token table as CSV, JSON lines or Parquet, by the suffix of `path`.
+
+    `text` is added: the token's bytes as text, with U+FFFD for those that are no whole character.
+    Raises UsageError for another suffix, RunError where the run is not complete.
+    """
+    path = Path(path)
+    if path.suffix not in EXPORT_SUFFIXES:
+        raise UsageError(
+            f"expected a file name that ends in one of {', '.join(EXPORT_SUFFIXES)}, "
+            f"got {path.name}"
+        )
+    run = Run.open(folder)
+    if run.status != "complete" or run.folder is None:
+        raise RunError(f"expected a complete run, got one that is {run.status} in {folder}")
+    table = _with_text(pq.read_table(run.folder / TOKENS_FILE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    elif path.suffix == ".csv":
+        flat = _lists_as_columns(table)
+        write_atomically(path, lambda temporary: pyarrow.csv.write_csv(flat, temporary))
+    else:
+        write_atomically(path, lambda temporary: _write_json_lines(table, temporary))
+    return path
+
+
+def _with_text(table: pa.Table) -> pa.Table:
+    """The table with `text` for `token_bytes` and plain strings for the domain."""
+    raw = table.column("token_bytes").to_pylist()
+    text = [None if b is None else b.decode("utf-8", errors="replace") for b in raw]
+    place = table.column_names.index("token_bytes")
+    table = table.set_column(place, "text", pa.array(text, pa.string()))
+    domain = table.column("domain").cast(pa.string())
+    return table.set_column(table.column_names.index("domain"), "domain", domain)
+
+
+def _lists_as_columns(table: pa.Table) -> pa.Table:
+    """The table with `top_ids` and `top_logprobs` as one column an alternative."""
+    for name in ("top_ids", "top_logprobs"):
+        if name in table.column_names:
+            column = table.column(name).combine_chunks()
+            values = np.asarray(column.flatten()).reshape(len(table), -1)
+            table = table.drop_columns([name])
+            for k in range(values.shape[1]):
+                table = table.append_column(f"{name}_{k + 1}", pa.array(values[:, k]))
+    return table
+
+
+def _write_json_lines(table: pa.Table, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for batch in table.to_batches(max_chunksize=65536):
+            for row in batch.to_pylist():
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,187 @@
+"""Windows through a session: pooled longest first, in batches that fit, results window by window.
+
+"Place" means a window's index in the plan's order, not its row in the window table.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import CapabilityError, EngineOutOfMemoryError
+from perplexit.inputs.token_file import TokenFile
+from perplexit.sessions.base import DetailedSession, InferenceSession, TokenDetails
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimit:
+    """How large batches are from place `start` on; one window is always allowed.
+
+    max_windows: windows a batch; max_ids: ids fed forward a batch, padding included.
+    """
+
+    start: int
+    max_windows: int
+    max_ids: int | None = None
+
+    def halved(self, start: int, num_windows: int) -> "BatchLimit":
+        """The limit after a batch of `num_windows` at `start` did not fit."""
+        return BatchLimit(start, max(1, num_windows // 2), self.max_ids and self.max_ids // 2)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which windows go together: frozen at the start of a run, so that a resumed run repeats it.
+
+    A batch's composition can change the last bits of its results; the same plan on the same
+    machine gives the same bits. `limits` grows only when an engine runs out of memory.
+    """
+
+    limits: tuple[BatchLimit, ...]
+    order: str = "longest-first"
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as `run.json` holds it."""
+        return {
+            "order": self.order,
+            "limits": [
+                {"start": x.start, "max_windows": x.max_windows, "max_ids": x.max_ids}
+                for x in self.limits
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "BatchPlan":
+        """The plan that `to_json` described."""
+        return cls(tuple(BatchLimit(**limit) for limit in record["limits"]), record["order"])
+
+    def batch_stop(self, start: int, lengths: NDArray[np.int64]) -> int:
+        """Where the batch that begins at place `start` ends. `lengths` are in plan order."""
+        limit = [x for x in self.limits if x.start <= start][-1]
+        next_change = min((x.start for x in self.limits if x.start > start), default=len(lengths))
+        size = limit.max_windows
+        if limit.max_ids is not None:  # longest first: the first window sets the padded length
+            size = min(size, max(1, limit.max_ids // max(1, int(lengths[start]))))
+        return min(start + size, next_change, len(lengths))
+
+
+def plan_batches(
+    session: InferenceSession, tokens: TokenFile, batch_size: int | None = None
+) -> BatchPlan:
+    """The plan for a new run: `batch_size` windows a batch, or what the session's memory allows."""
+    if batch_size is not None:
+        return BatchPlan((BatchLimit(0, batch_size),))
+    longest = int(tokens.fed_lengths().max(initial=1))
+    size = max(1, session.max_batch_size(longest))
+    return BatchPlan((BatchLimit(0, max_windows=4096, max_ids=size * longest),))
+
+
+def longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of the window table, longest window first, ties in table order."""
+    return np.argsort(-lengths, kind="stable")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """One batch's results: `details[i]` belongs to row `windows[i]` of the window table."""
+
+    start: int
+    stop: int
+    windows: NDArray[np.int64]
+    details: list[TokenDetails]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressUpdate:
+    """How far an evaluation is.
+
+    nll_sum: nats over `num_tokens`; both include what an earlier, interrupted process scored.
+    num_tokens_resumed, num_windows_resumed: what this process did not have to score.
+    seconds: this process's own scoring time.
+    """
+
+    num_tokens: int
+    total_tokens: int
+    nll_sum: float
+    num_windows: int
+    total_windows: int
+    num_tokens_resumed: int
+    num_windows_resumed: int
+    seconds: float
+
+
+@dataclass
+class Scorer:
+    """Runs a plan over a session, leaving out the places that are already done.
+
+    `plan` is replaced by one with smaller batches when the engine runs out of memory; the caller
+    records it before the next batch is scored (`batches` yields after every success).
+    """
+
+    session: InferenceSession
+    tokens: TokenFile
+    plan: BatchPlan
+    top_k: int = 0
+    lengths: NDArray[np.int64] = field(init=False)
+    order: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.top_k and not isinstance(self.session, DetailedSession):
+            raise CapabilityError(
+                f"--top-k {self.top_k} needs whole distributions, but "
+                f"{self.session.model.address} gives the loss of each target alone; "
+                "leave --top-k out, or compile with --no-perplexity"
+            )
+        lengths = self.tokens.fed_lengths()
+        self.order = longest_first(lengths)
+        self.lengths = lengths[self.order]
+
+    def batches(self, done: NDArray[np.bool_]) -> Iterator[ScoredBatch]:
+        """Each batch of the plan with a place that is not `done`, scored, in plan order.
+
+        Raises EngineOutOfMemoryError where one window alone does not fit.
+        """
+        start = 0
+        while start < len(self.order):
+            stop = self.plan.batch_stop(start, self.lengths)
+            if done[start:stop].all():
+                start = stop
+                continue
+            try:
+                batch = self._score(start, stop)
+            except EngineOutOfMemoryError as error:
+                self._halve(start, stop, error)
+                continue
+            yield batch
+            start = stop
+
+    def _score(self, start: int, stop: int) -> ScoredBatch:
+        rows = self.order[start:stop]
+        windows = [self.tokens.window_ids(int(row)) for row in rows]
+        began = time.perf_counter()
+        details = details_of(self.session, windows, top_k=self.top_k)
+        seconds = time.perf_counter() - began
+        return ScoredBatch(start, stop, rows, details, seconds)
+
+    def _halve(self, start: int, stop: int, error: EngineOutOfMemoryError) -> None:
+        if stop - start == 1:
+            raise EngineOutOfMemoryError(
+                f"one window of {int(self.lengths[start])} ids does not fit in memory ({error}); "
+                "prepare the input with a smaller --max-length, or use a smaller dtype"
+            ) from error
+        limit = [x for x in self.plan.limits if x.start <= start][-1]
+        kept = tuple(x for x in self.plan.limits if x.start < start)
+        self.plan = BatchPlan((*kept, limit.halved(start, stop - start)), self.plan.order)
+
+
+def details_of(
+    session: InferenceSession, windows: Sequence[Any], *, top_k: int = 0
+) -> list[TokenDetails]:
+    """Everything the session can tell of each target: details where it can, else nll alone."""
+    if isinstance(session, DetailedSession):
+        return session.token_details(windows, top_k=top_k)
+    return [TokenDetails(nll) for nll in session.token_nll(windows)]
