@@ -27,14 +27,14 @@ VOCAB_SIZE = 320
 MAX_LENGTH = 256
 BOS, EOS = "<|bos|>", "<|eos|>"
 _TEXT = (
-    "The loss of a token is the negative logarithm of its probability. A window is what one forward "
-    "pass sees. The tokens of a window are scored once; the tokens before them are its context. "
-    "Whoever measures twice and gets the same number has measured something. Ein Maß für Überraschung."
+    "The loss of a token is the negative logarithm of its probability. A window is what one "
+    "forward pass sees. Its tokens are scored once; the tokens before them are its context. "
+    "Whoever measures twice and gets the same number has measured. Ein Maß für Überraschung."
 )
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer of exactly VOCAB_SIZE ids: bos 0, eos 1; it adds neither itself."""
+    """A byte-level BPE tokenizer of VOCAB_SIZE ids: bos 0, eos 1; it adds neither itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -131,7 +131,7 @@ TINY_MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def save_tiny_model(name: str, folder: Path) -> Path:
-    """Write one of TINY_MODELS with its tokenizer as a Hugging Face folder and return the folder."""
+    """The folder, filled with one of TINY_MODELS and the tokenizer as Hugging Face writes them."""
     model = TINY_MODELS[name]()
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(

@@ -1,0 +1,1 @@
+"""Tensors in, per-token tensors out (torch; no state)."""

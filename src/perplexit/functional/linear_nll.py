@@ -1,0 +1,43 @@
+"""Final hidden states and a head in, per-token results out: never the whole logits.
+
+Shape suffixes: N = targets, D = hidden size, V = vocabulary.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from perplexit.functional.nll import TokenStatistics, statistics_in_place
+
+DEFAULT_LOGITS_BYTES = 64 * 2**20
+
+
+def rows_within(budget_bytes: int, vocab_size: int) -> int:
+    """How many rows of float32 logits fit into `budget_bytes`, at least one."""
+    return max(1, budget_bytes // (4 * vocab_size))
+
+
+def statistics_of_hidden_states(
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    chunk_rows: int,
+    with_details: bool = False,
+    top_k: int = 0,
+) -> TokenStatistics:
+    """As `token_statistics(head(hidden_ND), targets_N)`, `chunk_rows` rows of logits at a time.
+
+    `head` maps a chunk of hidden states to its logits, soft-cap, scale and bias included. The
+    logits that it returns are overwritten, so it may hand out the same buffer every time.
+    """
+    parts = [
+        statistics_in_place(
+            head(hidden_ND[start : start + chunk_rows]),
+            targets_N[start : start + chunk_rows],
+            with_details=with_details,
+            top_k=top_k,
+        )
+        for start in range(0, max(1, len(hidden_ND)), chunk_rows)
+    ]
+    return TokenStatistics.joined(parts)
