@@ -15,10 +15,12 @@ def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
     Raises VocabularyError where the input holds ids that the model has no row for.
     """
     vocab_size = session.model.vocab_size
-    if tokens.max_token_id >= vocab_size:
+    prefix_id = int(tokens.windows.prefix_id.max(initial=-1))
+    largest_id = max(int(tokens.token_ids.max(initial=-1)), prefix_id)
+    if largest_id >= vocab_size:
         raise VocabularyError(
             f"expected token ids below the model's vocabulary of {vocab_size}, got "
-            f"{tokens.max_token_id} in the input; prepare the input with this model's own "
+            f"{largest_id} in the input; prepare the input with this model's own "
             f"tokenizer ({session.model.address})"
         )
     warnings = []

@@ -181,7 +181,7 @@ class _Evaluation:
                 run.tokens,
                 confidence=run.confidence,
                 on_non_finite=run.on_non_finite,
-                aggregate=self.tokens.spec.get("aggregate"),
+                protocol=self.tokens.spec["protocol"],
             ),
             peak_memory_bytes={
                 "host_rss": self.memory.peak_bytes,

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import EmptyScoreError
+from perplexit.inputs.protocols import protocol_perplexity
 from perplexit.metrics import likelihood
 from perplexit.metrics.intervals import clusters_for, mean_interval
-from perplexit.metrics.totals import NllTotals, exact_sum, finite_mask
+from perplexit.metrics.totals import NllTotals, finite_mask
 from perplexit.runs.run_tokens import RunTokens
 
 NO_TEXT = "the input holds ids without text (it was imported as plain id lines)"
@@ -26,12 +27,12 @@ def figures_of(
     *,
     confidence: float,
     on_non_finite: str,
-    aggregate: str | None = None,
+    protocol: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The fields of `run.json` that follow from the scored tokens, `reasons` for the null ones.
 
-    aggregate: the protocol's own way to average ("window-mean": exp of the unweighted mean of the
-        windows' mean losses), reported as `protocol_perplexity`.
+    protocol: the input spec's entry; where its tool averages in another way, that tool's figure is
+        reported as `protocol_perplexity`.
     Raises NonFiniteError under the policy "error", EmptyScoreError where nothing finite is left.
     """
     keep, num_non_finite = finite_mask(
@@ -60,7 +61,7 @@ def figures_of(
     }
     _add_intervals(figures, scored, totals, confidence, has_text)
     _add_text_units(figures, totals, has_text)
-    _add_protocol_perplexity(figures, scored, aggregate)
+    _add_protocol_perplexity(figures, scored, protocol)
     _add_tables(figures, scored)
     return figures.record
 
@@ -114,13 +115,13 @@ def _add_text_units(figures: _Figures, totals: NllTotals, has_text: bool) -> Non
             figures.set(name, None, str(error) if has_text else NO_TEXT)
 
 
-def _add_protocol_perplexity(figures: _Figures, scored: RunTokens, aggregate: str | None) -> None:
-    if aggregate == "window-mean":
-        figures.set(
-            "protocol_perplexity", likelihood.exp_or_inf(float(window_means(scored).mean()))
-        )
-    else:
-        figures.record["protocol_perplexity"] = None
+def _add_protocol_perplexity(
+    figures: _Figures, scored: RunTokens, protocol: Mapping[str, Any]
+) -> None:
+    figures.record["protocol_perplexity"] = None
+    if protocol.get("aggregate", "tokens") != "tokens":
+        value = protocol_perplexity(protocol, scored.nll, scored.window)
+        figures.set("protocol_perplexity", value)
 
 
 def _add_tables(figures: _Figures, scored: RunTokens) -> None:
@@ -139,15 +140,6 @@ def _add_tables(figures: _Figures, scored: RunTokens) -> None:
     figures.record["loss_by_position"] = [
         asdict(bucket) for bucket in likelihood.loss_by_position(scored.position, scored.nll)
     ]
-
-
-def window_means(tokens: RunTokens) -> NDArray[np.float64]:
-    """Each window's mean loss in nats, in window order; windows without a scored token left out."""
-    starts = np.flatnonzero(np.r_[True, tokens.window[1:] != tokens.window[:-1]])
-    stops = np.r_[starts[1:], len(tokens)]
-    return np.array(
-        [exact_sum(tokens.nll[a:b]) / (b - a) for a, b in zip(starts, stops, strict=True)]
-    )
 
 
 def rows_of(tokens: RunTokens, rows: NDArray[np.bool_] | NDArray[np.int64]) -> RunTokens:

@@ -38,7 +38,7 @@ def verify_run(folder: str | Path) -> list[str]:
             run.tokens,
             confidence=run.confidence,
             on_non_finite=run.on_non_finite,
-            aggregate=run.input_spec.get("aggregate"),
+            protocol=run.input_spec["protocol"],
         )
     except PerplexitError as error:
         return [str(error)]
