@@ -14,7 +14,8 @@ from perplexit.sessions.base import ModelDescription, SessionDescription, TokenD
 class BigramSession:
     """p(next | last id): a fixed random matrix, so every nll is a table look-up.
 
-    memory_ids: more ids than this in a batch (padding included) "run out of memory".
+    memory_ids: more ids than this in a batch (padding included) "run out of memory", once
+        `memory_from_batch` batches are through.
     seconds_per_batch: how long a batch takes. bad_token: an id whose loss is NaN.
     """
 
@@ -24,6 +25,7 @@ class BigramSession:
         *,
         seed: int = 0,
         memory_ids: int | None = None,
+        memory_from_batch: int = 0,
         seconds_per_batch: float = 0.0,
         bad_token: int | None = None,
         details: bool = True,
@@ -31,6 +33,7 @@ class BigramSession:
         logits_VV = np.random.default_rng(seed).normal(0, 2, (vocab_size, vocab_size))
         self.logprobs_VV = logits_VV - np.log(np.exp(logits_VV).sum(axis=1, keepdims=True))
         self.memory_ids = memory_ids
+        self.memory_from_batch = memory_from_batch
         self.seconds_per_batch = seconds_per_batch
         self.bad_token = bad_token
         self.batches: list[list[int]] = []
@@ -42,7 +45,8 @@ class BigramSession:
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         longest = max(len(window.ids_T) for window in windows)
-        if self.memory_ids is not None and len(windows) * longest > self.memory_ids:
+        limited = self.memory_ids is not None and len(self.batches) >= self.memory_from_batch
+        if limited and len(windows) * longest > self.memory_ids:
             raise EngineOutOfMemoryError(f"{len(windows)} windows of {longest}")
         self.batches.append([window.index for window in windows])
         time.sleep(self.seconds_per_batch)

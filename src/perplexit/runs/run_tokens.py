@@ -25,7 +25,7 @@ class RunTokens:
                  index in the ids its window was fed; token_index: int64, in the document.
     byte_start:  int64, in the document's UTF-8; num_bytes: int32; num_words: int32, words that
                  begin in the token. -1 / 0 where the input holds ids without text.
-    domain:      int32 codes into `domains`.
+    domain:      int32 codes into `domains`, -1 where the document has none.
     nll:         float32, nats. entropy: float32, nats. rank: int32, 1 = most likely.
     top_ids / top_logprobs: (R, K), most likely first.
     token_bytes: the UTF-8 bytes each token stands for.
@@ -95,7 +95,9 @@ class RunTokens:
             if part is None:
                 arrays.append(pa.nulls(stop - start, column.type))
             elif column.name == "domain":
-                arrays.append(pa.DictionaryArray.from_arrays(pa.array(part), list(self.domains)))
+                codes = pa.array(part, mask=part < 0)
+                names = pa.array(self.domains, pa.string())
+                arrays.append(pa.DictionaryArray.from_arrays(codes, names))
             elif pa.types.is_fixed_size_list(column.type):
                 flat = pa.array(part.reshape(-1), column.type.value_type)
                 arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=column.type))
@@ -145,7 +147,7 @@ class RunTokens:
             byte_start=numbers("byte_start"),
             num_bytes=numbers("num_bytes"),
             num_words=numbers("num_words"),
-            domain=np.asarray(domain.indices.to_numpy(zero_copy_only=False)),
+            domain=domain.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32),
             domains=tuple(domain.dictionary.to_pylist()),
             token_id=numbers("token_id"),
             nll=numbers("nll"),
