@@ -1,0 +1,1 @@
+"""Text → token ids → windows → one frozen file. Nothing below it ever tokenises."""

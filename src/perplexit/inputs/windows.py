@@ -1,13 +1,32 @@
 """Windows: what one forward pass sees, and which of its tokens are scored.
 
-Shape suffixes: T = ids fed forward in one window, N = scored tokens (targets) of one window.
+The generators are pure: document lengths in, the window table out. Each works on many documents
+at once, so that millions of windows cost milliseconds; the tests hold them to a dull loop.
+
+Shape suffixes: T = ids fed forward in one window, N = scored tokens (targets) of one window,
+D = documents, W = windows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+WindowArray = NDArray[np.int64]  # [W, 7], the columns of COLUMNS
+BosPolicy = Literal["none", "first", "every"]
+
+COLUMNS = (
+    "document",
+    "start",
+    "stop",
+    "target_start",
+    "target_stop",
+    "prefix_mode",
+    "prefix_id",
+)
 
 
 class PrefixMode(IntEnum):
@@ -45,5 +64,202 @@ class WindowIds:
     """
 
     index: int
-    ids_T: NDArray[np.int32]
-    targets_N: NDArray[np.int64]
+    ids_T: NDArray[np.int32]  # noqa: N815 - shape suffix
+    targets_N: NDArray[np.int64]  # noqa: N815 - shape suffix
+
+
+@dataclass(frozen=True, slots=True)
+class WindowTable:
+    """The window table: a row a window, read by row or by column."""
+
+    array: WindowArray  # int64 [W, 7]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Window:
+        row = self.array[index].tolist()
+        document, start, stop, target_start, target_stop, mode, prefix_id = row
+        return Window(document, start, stop, target_start, target_stop, PrefixMode(mode), prefix_id)
+
+    def __iter__(self) -> Iterator[Window]:
+        return (self[index] for index in range(len(self)))
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """The column `name` of COLUMNS, int64 [W]."""
+        return self.array[:, COLUMNS.index(name)]
+
+    @property
+    def document(self) -> NDArray[np.int64]:
+        """The document of each window."""
+        return self.array[:, 0]
+
+    @property
+    def start(self) -> NDArray[np.int64]:
+        """The first token index that each window covers."""
+        return self.array[:, 1]
+
+    @property
+    def stop(self) -> NDArray[np.int64]:
+        """The token index after the last that each window covers."""
+        return self.array[:, 2]
+
+    @property
+    def target_start(self) -> NDArray[np.int64]:
+        """The first target of each window."""
+        return self.array[:, 3]
+
+    @property
+    def target_stop(self) -> NDArray[np.int64]:
+        """The token index after the last target of each window."""
+        return self.array[:, 4]
+
+    @property
+    def prefix_mode(self) -> NDArray[np.int64]:
+        """The PrefixMode of each window."""
+        return self.array[:, 5]
+
+    @property
+    def prefix_id(self) -> NDArray[np.int64]:
+        """The prefix token of each window, -1 where it has none."""
+        return self.array[:, 6]
+
+    def fed_lengths(self) -> NDArray[np.int64]:
+        """How many ids each window feeds forward, the prefix included: int64 [W]."""
+        lengths_W: NDArray[np.int64] = (
+            self.stop - self.start + (self.prefix_mode == PrefixMode.INSERT)
+        )
+        return lengths_W
+
+
+def sliding_windows(
+    lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
+) -> WindowArray:
+    """Windows that advance by `stride`; each target of a document is scored exactly once: [W, 7].
+
+    A window needs one id of context, so the advance is `min(stride, max_length - 1)`. Window k
+    starts at k · advance and scores what window k - 1 did not reach; the last one is shifted left
+    to end at the document's end and be full-length where the document allows.
+    """
+    room, first_target, extended_D = _frame(lengths_D, max_length, bos)
+    advance = min(stride, max_length - 1)
+    overhang_D = np.maximum(extended_D - room, 0)
+    counts_D = np.where(extended_D > first_target, 1 - (-overhang_D // advance), 0)
+    document_W, ordinal_W = _spread(counts_D)
+    reach_W = ordinal_W * advance + room
+    start_W = np.minimum(ordinal_W * advance, overhang_D[document_W])
+    stop_W = np.minimum(reach_W, extended_D[document_W])
+    target_W = np.where(ordinal_W == 0, first_target, reach_W - advance)
+    return _table(document_W, start_W, stop_W, target_W, bos=bos, bos_id=bos_id)
+
+
+def disjoint_windows(
+    lengths_D: ArrayLike,
+    *,
+    max_length: int,
+    bos: BosPolicy = "none",
+    bos_id: int = -1,
+    keep_tail: bool = True,
+) -> WindowArray:
+    """Consecutive chunks of `max_length` fed ids: [W, 7].
+
+    The first id of a chunk is its context and is not scored, unless a BOS stands before it. A tail
+    is kept where at least one of its ids can be scored (not at all where `keep_tail` is false).
+    """
+    room, first_target, extended_D = _frame(lengths_D, max_length, bos)
+    whole_D, tail_D = np.divmod(extended_D, room)
+    counts_D = whole_D + (tail_D > first_target) if keep_tail else whole_D
+    document_W, ordinal_W = _spread(counts_D)
+    start_W = ordinal_W * room
+    stop_W = np.minimum(start_W + room, extended_D[document_W])
+    return _table(document_W, start_W, stop_W, start_W + first_target, bos=bos, bos_id=bos_id)
+
+
+def document_windows(
+    lengths_D: ArrayLike, *, bos: BosPolicy = "none", bos_id: int = -1
+) -> WindowArray:
+    """One window a document, however long, where it has a target: [W, 7]."""
+    # `every` and `first` are one thing here: the one window has the one BOS.
+    policy: BosPolicy = "none" if bos == "none" else "first"
+    extended_D = np.asarray(lengths_D, dtype=np.int64) + (policy == "first")
+    document_W = np.flatnonzero(extended_D > 1)
+    start_W = np.zeros_like(document_W)
+    return _table(
+        document_W, start_W, extended_D[document_W], start_W + 1, bos=policy, bos_id=bos_id
+    )
+
+
+def qefficient_windows(
+    lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
+) -> WindowArray:
+    """Full windows at `range(0, n - max_length + 1, stride)`, every target of each: [W, 7].
+
+    Tokens where windows overlap are scored more than once, and the tail is dropped; that is this
+    protocol, not a defect of this function.
+    """
+    room, first_target, extended_D = _frame(lengths_D, max_length, bos)
+    counts_D = np.where(extended_D >= room, (extended_D - room) // stride + 1, 0)
+    document_W, ordinal_W = _spread(counts_D)
+    start_W = ordinal_W * stride
+    return _table(
+        document_W, start_W, start_W + room, start_W + first_target, bos=bos, bos_id=bos_id
+    )
+
+
+def mlc_windows(
+    lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
+) -> WindowArray:
+    """Windows at `range(0, n, stride)`, the short ones at the end included: [W, 7].
+
+    Every window scores all its ids but the first, so overlaps count more than once. A last window
+    of a single id has no target and is dropped.
+    """
+    room, first_target, extended_D = _frame(lengths_D, max_length, bos)
+    # range(0, n, stride) less a start at n - 1, which would leave one id alone
+    counts_D = -(-np.maximum(extended_D - first_target, 0) // stride)
+    document_W, ordinal_W = _spread(counts_D)
+    start_W = ordinal_W * stride
+    stop_W = np.minimum(start_W + room, extended_D[document_W])
+    return _table(document_W, start_W, stop_W, start_W + first_target, bos=bos, bos_id=bos_id)
+
+
+def _frame(
+    lengths_D: ArrayLike, max_length: int, bos: BosPolicy
+) -> tuple[int, int, NDArray[np.int64]]:
+    """(ids of the text a window has room for, first scorable index, length of each sequence).
+
+    Under `first` the sequence is [BOS] + ids, and windows are cut from it as from any other.
+    """
+    extended_D = np.asarray(lengths_D, dtype=np.int64) + (bos == "first")
+    extended_D = np.where(np.asarray(lengths_D) > 0, extended_D, 0)
+    return (max_length - 1, 0, extended_D) if bos == "every" else (max_length, 1, extended_D)
+
+
+def _spread(counts_D: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(document of each window, its ordinal within the document), both int64 [W]."""
+    document_W = np.repeat(np.arange(len(counts_D), dtype=np.int64), counts_D)
+    before_D = np.cumsum(counts_D) - counts_D
+    return document_W, np.arange(len(document_W), dtype=np.int64) - before_D[document_W]
+
+
+def _table(
+    document_W: NDArray[np.int64],
+    start_W: NDArray[np.int64],
+    stop_W: NDArray[np.int64],
+    target_W: NDArray[np.int64],
+    *,
+    bos: BosPolicy,
+    bos_id: int,
+) -> WindowArray:
+    """The window table from ranges in the (extended) sequences; targets run to the stop."""
+    shift = int(bos == "first")
+    prefixed_W = start_W == 0 if shift else np.full(len(start_W), bos == "every")
+    table = np.empty((len(document_W), len(COLUMNS)), dtype=np.int64)
+    table[:, 0] = document_W
+    table[:, 1] = np.maximum(start_W - shift, 0)
+    table[:, 2] = stop_W - shift
+    table[:, 3] = target_W - shift
+    table[:, 4] = stop_W - shift
+    table[:, 5] = np.where(prefixed_W, PrefixMode.INSERT, PrefixMode.NONE)
+    table[:, 6] = np.where(prefixed_W, bos_id, -1)
+    return table

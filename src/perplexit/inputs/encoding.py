@@ -1,0 +1,146 @@
+"""EncodedBatch: ids, and the exact UTF-8 bytes and the words that each of them stands for.
+
+Two ways lead to a token's bytes. Where the vocabulary's own spelling of the tokens, put end to
+end, *is* the text (byte-level BPE, SentencePiece without a normaliser), the spelling is the answer.
+Elsewhere (case folding, NFKC, unknown tokens) character offsets are: a token gets the bytes up to
+the end of its span, so that what no token covers goes to the token that follows.
+Either way the bytes of a document's tokens sum to the bytes of the document.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ASCII_SPACE = np.zeros(256, dtype=np.bool_)
+_ASCII_SPACE[[9, 10, 11, 12, 13, 28, 29, 30, 31, 32]] = True
+# The UTF-8 of every other character that str.split() splits at
+_WIDE_SPACES = tuple(
+    chr(code).encode()
+    for code in (0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """Documents as ids, end to end.
+
+    ids:             int32 [n].
+    document_starts: int64 [D + 1], where each document's ids begin.
+    byte_starts:     int64 [n + 1], where each token's bytes begin in `text_bytes`.
+    num_words:       int64 [n], words (as str.split() finds them) that begin in each token.
+    text_bytes:      the UTF-8 of all documents.
+    """
+
+    ids: NDArray[np.int32]
+    document_starts: NDArray[np.int64]
+    byte_starts: NDArray[np.int64]
+    num_words: NDArray[np.int64]
+    text_bytes: bytes
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the batch."""
+        return len(self.document_starts) - 1
+
+    @classmethod
+    def of(
+        cls,
+        ids: NDArray[np.int32],
+        ids_per_document: Sequence[int],
+        bytes_per_token: NDArray[np.int64],
+        texts_utf8: Sequence[bytes],
+    ) -> "EncodedBatch":
+        """The batch of these documents; the words are found here."""
+        document_starts = _starts(np.asarray(ids_per_document, dtype=np.int64))
+        byte_starts = _starts(bytes_per_token)
+        text_bytes = b"".join(texts_utf8)
+        text_starts = _starts(np.fromiter(map(len, texts_utf8), np.int64, len(texts_utf8)))
+        before = _words_before(text_bytes, text_starts[:-1])
+        return cls(ids, document_starts, byte_starts, np.diff(before[byte_starts]), text_bytes)
+
+    @classmethod
+    def without_text(
+        cls, ids: NDArray[np.int32], ids_per_document: Sequence[int]
+    ) -> "EncodedBatch":
+        """Documents of which only the ids are known: no bytes, no words."""
+        document_starts = _starts(np.asarray(ids_per_document, dtype=np.int64))
+        nothing = np.zeros(len(ids) + 1, dtype=np.int64)
+        return cls(ids, document_starts, nothing, nothing[1:], b"")
+
+
+def word_starts(text_bytes: bytes, text_starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """For each byte, whether a word begins there: bool [len(text_bytes)].
+
+    A word is a maximal run of characters that are no white space, as `str.split()` has it; one
+    never reaches across `text_starts`, where documents begin.
+    """
+    data = np.frombuffer(text_bytes, dtype=np.uint8)
+    space = _ASCII_SPACE[data]
+    if not text_bytes.isascii():
+        _mark_wide_spaces(data, space)
+    begins = ~space
+    begins[1:] &= space[:-1]
+    starts = text_starts[text_starts < len(data)]
+    begins[starts] = ~space[starts]
+    return begins
+
+
+def bytes_from_spans(
+    text: str,
+    begin_chars: NDArray[np.int64],
+    end_chars: NDArray[np.int64],
+    own_lengths: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """How many bytes of `text` each token stands for, from character spans: int64 [n].
+
+    own_lengths: the bytes a token spells by itself, -1 where unknown. Tokens that share characters
+    (byte fallback, byte-level pieces of one character) split them so, where that adds up; where it
+    does not (one character expanded to several tokens) the first takes all and the rest get none.
+    The sum over tokens is `len(text.encode())`.
+    """
+    byte_at = char_to_byte(text)
+    begins = byte_at[begin_chars]
+    reach = np.maximum.accumulate(byte_at[end_chars])
+    opens = np.concatenate(([True], begins[1:] >= reach[:-1]))  # a group of overlapping spans
+    heads = np.flatnonzero(opens)
+    group = np.cumsum(opens) - 1
+    known = np.where(own_lengths < 0, byte_at[-1] + 1, own_lengths)
+    spelled = np.cumsum(known)
+    spelled -= (spelled[heads] - known[heads])[group]
+    tails = np.concatenate((heads[1:], [len(opens)])) - 1
+    splits = spelled[tails] == reach[tails] - begins[heads]
+    ends = np.where(splits[group], begins[heads][group] + spelled, reach)
+    ends[-1] = byte_at[-1]
+    return np.diff(np.maximum.accumulate(ends), prepend=0)
+
+
+def char_to_byte(text: str) -> NDArray[np.int64]:
+    """The byte offset of each character, and of the end: int64 [len(text) + 1]."""
+    if text.isascii():
+        return np.arange(len(text) + 1, dtype=np.int64)
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    width = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return _starts(width)
+
+
+def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
+
+
+def _words_before(text_bytes: bytes, text_starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many words begin before each byte, and before the end: int64 [len(text_bytes) + 1]."""
+    return _starts(word_starts(text_bytes, text_starts).astype(np.int64))
+
+
+def _mark_wide_spaces(data: NDArray[np.uint8], space: NDArray[np.bool_]) -> None:
+    leads = {byte: np.flatnonzero(data == byte) for byte in {code[0] for code in _WIDE_SPACES}}
+    for pattern in _WIDE_SPACES:
+        first = leads[pattern[0]]
+        for step, byte in enumerate(pattern[1:], start=1):
+            first = first[data[first + step] == byte]  # in range: the bytes are valid UTF-8
+        for step in range(len(pattern)):
+            space[first + step] = True

@@ -1,0 +1,133 @@
+"""The plain form: one window a line, its ids separated by blanks.
+
+It says what is fed forward, not what is scored: a line read back scores all its ids but the first,
+and is a document of its own.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perplexit.errors import CorpusError, UsageError
+from perplexit.inputs.encoding import EncodedBatch
+from perplexit.inputs.token_file import TokenFile
+from perplexit.inputs.token_file_writer import TokenFileWriter
+from perplexit.inputs.tokenizer import load
+from perplexit.inputs.windows import document_windows
+
+_LINES_PER_BATCH = 1024
+_LARGEST_ID = np.iinfo(np.int32).max
+
+
+def export_id_lines(token_file: TokenFile, path: str | Path) -> int:
+    """Write the ids that each window feeds forward, a line a window; the number of lines.
+
+    Which of them are targets is lost where windows overlap or prompts are not scored.
+    """
+    target = Path(path)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
+            for index in range(token_file.num_windows):
+                ids = token_file.window_ids(index).ids_T.tolist()
+                file.write(" ".join(map(str, ids)) + "\n")
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return token_file.num_windows
+
+
+def import_id_lines(
+    path: str | Path,
+    *,
+    output: str | Path,
+    tokenizer: str | Path | object | None = None,
+) -> TokenFile:
+    """The token file of windows that another tool wrote; it knows no text (`has_text` is false).
+
+    Lines of fewer than two ids have nothing to score; they are skipped and counted in the spec.
+    With `tokenizer`, its fingerprint is recorded and ids outside its vocabulary are refused.
+    Raises CorpusError, with the line, for anything but ids separated by blanks.
+    """
+    loaded = None if tokenizer is None else load(tokenizer)
+    limit = _LARGEST_ID + 1 if loaded is None else loaded.vocab_size
+    if Path(path).resolve() == Path(output).resolve():
+        raise UsageError(f"The output {output} is the file that is read. Name another.")
+    short: list[int] = []
+    num_lines, largest = 0, -1
+    with TokenFileWriter(Path(output), masked=False, has_text=False) as writer:
+        for first_line, lines in _line_batches(Path(path), limit):
+            num_lines += len(lines)
+            short += [first_line + i for i, ids in enumerate(lines) if len(ids) < 2]
+            kept = [ids for ids in lines if len(ids) >= 2]
+            largest = max([largest, *(max(ids) for ids in kept)])
+            _append(writer, kept)
+        spec: dict[str, Any] = {
+            "protocol": {
+                "name": "id-lines",
+                "version": 1,
+                "max_length": None,
+                "stride": None,
+                "bos": "none",
+                "prefix_id": -1,
+                "joined_with": None,
+                "aggregate": "window-means",
+            },
+            "tokenizer": loaded.to_json() if loaded else {"vocab_size": largest + 1},
+            "domains": [],
+            "corpus": {
+                "num_read": num_lines,
+                "skipped": {"fewer than two ids": {"count": len(short), "first": short[:5]}}
+                if short
+                else {},
+            },
+        }
+        return writer.finish(spec, tokenizer_fingerprint=loaded.fingerprint if loaded else "")
+
+
+def _append(writer: TokenFileWriter, lines: list[list[int]]) -> None:
+    lengths = [len(ids) for ids in lines]
+    flat = np.fromiter((index for ids in lines for index in ids), np.int32, sum(lengths))
+    windows = document_windows(lengths)
+    windows[:, 0] += writer.num_documents
+    writer.append(
+        EncodedBatch.without_text(flat, lengths),
+        domains_D=np.full(len(lines), -1, dtype=np.int32),
+        windows=windows,
+    )
+
+
+def _line_batches(path: Path, limit: int) -> Iterator[tuple[int, list[list[int]]]]:
+    """(number of the first line, ids of each line) for groups of lines."""
+    batch: list[list[int]] = []
+    first = 1
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                batch.append(_ids(line, f"{path}, line {number}", limit))
+                if len(batch) == _LINES_PER_BATCH:
+                    yield first, batch
+                    first, batch = number + 1, []
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error}.") from error
+    if batch:
+        yield first, batch
+
+
+def _ids(line: bytes, origin: str, limit: int) -> list[int]:
+    words = line.split()
+    if not all(word.isdigit() for word in words):
+        wrong = next(word for word in words if not word.isdigit())
+        raise CorpusError(
+            f"{origin} holds {wrong[:20]!r}. Expected token ids separated by blanks. Text is "
+            f"prepared without the option for ids."
+        )
+    ids = [int(word) for word in words]
+    if ids and max(ids) >= limit:
+        raise CorpusError(f"{origin} holds the id {max(ids)}. Expected ids below {limit}.")
+    return ids

@@ -1,0 +1,257 @@
+"""`prepare`: a corpus → a token file, streamed.
+
+Shape suffixes: D = documents.
+"""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import CorpusError, TokenizerError, UsageError
+from perplexit.inputs.corpus import Document, Keys, documents
+from perplexit.inputs.encoding import EncodedBatch
+from perplexit.inputs.protocols import PROTOCOLS, ResolvedProtocol, resolve_protocol
+from perplexit.inputs.token_file import TokenFile
+from perplexit.inputs.token_file_writer import TokenFileWriter
+from perplexit.inputs.tokenizer import Tokenizer, load
+
+Progress = Callable[[int, int], None]  # documents and tokens written so far
+
+_BATCH_CHARACTERS = 2_000_000
+_BATCH_DOCUMENTS = 4096
+_NUM_EXAMPLES = 5
+
+
+def prepare(
+    corpus: Any,
+    *,
+    tokenizer: str | Path | object,
+    output: str | Path | None = None,
+    protocol: str = "sliding",
+    max_length: int | None = None,
+    stride: int | None = None,
+    bos: str = "auto",
+    text_key: str = "text",
+    domain_key: str | None = None,
+    prompt_key: str | None = None,
+    progress: Progress | None = None,
+) -> TokenFile:
+    """The corpus as a verified token file at `output` (a temporary one without it).
+
+    corpus:     a path (a str is one) or several Paths, a `datasets` object, or a list of texts.
+    tokenizer:  whatever `perplexit.inputs.tokenizer.load` takes.
+    bos:        auto (what the tokenizer itself adds, resolved and recorded), none, first, every.
+    prompt_key: the column with prompts; only the tokens of the answer (`text_key`) are scored.
+
+    Raises UsageError for options that contradict each other, CorpusError and TokenizerError for
+    what cannot be read, EmptyScoreError where no token would be scored.
+    """
+    loaded = load(tokenizer)
+    plan = _plan(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
+    keys = Keys(text_key, domain_key, prompt_key)
+    _check_joining(plan, keys)
+    target, cleanup = _target(output)
+    try:
+        with TokenFileWriter(target, masked=prompt_key is not None, has_text=True) as writer:
+            preparation = _Preparation(loaded, plan, writer)
+            for batch in _batches(_joined(documents(corpus, keys), plan, preparation)):
+                preparation.add(batch)
+                if progress is not None:
+                    progress(writer.num_documents, writer.num_ids)
+            result = writer.finish(preparation.spec(), tokenizer_fingerprint=loaded.fingerprint)
+    except BaseException:
+        cleanup()
+        raise
+    if output is None:
+        weakref.finalize(result, cleanup)
+    return result
+
+
+@dataclass
+class _Skipped:
+    """Documents left out for one reason, with the numbers of the first few."""
+
+    count: int = 0
+    first: list[int] = field(default_factory=list)
+
+    def add(self, number: int) -> None:
+        self.count += 1
+        if len(self.first) < _NUM_EXAMPLES:
+            self.first.append(number)
+
+
+class _Preparation:
+    """What a pass over the corpus counts on its way into the writer."""
+
+    def __init__(self, tokenizer: Tokenizer, plan: ResolvedProtocol, writer: TokenFileWriter):
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.writer = writer
+        self.num_read = 0
+        self.skipped: dict[str, _Skipped] = {}
+        self.domains: dict[str, int] = {}
+        self.num_special = 0
+        self.num_own_bos = 0
+
+    def add(self, batch: Sequence[Document]) -> None:
+        """Encode documents and write those that have tokens."""
+        numbers = range(self.num_read, self.num_read + len(batch))
+        self.num_read += 0 if self.plan.joined_with is not None else len(batch)
+        kept = [entry for entry in zip(numbers, batch, strict=True) if self._keep(*entry)]
+        if not kept:
+            return
+        texts = [(document.prompt or "") + (document.text or "") for _, document in kept]
+        encoded = self.tokenizer.encode_batch(texts, first_document=kept[0][0])
+        lengths_D = np.diff(encoded.document_starts)
+        for index in np.flatnonzero(lengths_D == 0).tolist():
+            self._skip("blank, no tokens", kept[index][0])
+        present_D = lengths_D > 0
+        kept = [entry for entry, present in zip(kept, present_D, strict=True) if present]
+        self._write(_without_empty(encoded, present_D), [document for _, document in kept])
+
+    def spec(self) -> dict[str, Any]:
+        """What the file records of how it was made: no paths, no times."""
+        if self.writer.num_documents == 0:
+            reasons = ", ".join(f"{entry.count} {reason}" for reason, entry in self._reasons())
+            raise CorpusError(
+                f"The corpus holds no document with text: {self.num_read} were read"
+                + (f" ({reasons})." if reasons else ".")
+                + " Give at least one document that is not empty."
+            )
+        return {
+            "protocol": self.plan.to_json(),
+            "tokenizer": self.tokenizer.to_json(),
+            "domains": list(self.domains),
+            "corpus": {
+                "num_read": self.num_read,
+                "skipped": {reason: vars(entry) for reason, entry in self._reasons()},
+                "num_special_tokens": self.num_special,
+                "num_documents_with_own_bos": self.num_own_bos,
+            },
+        }
+
+    def _reasons(self) -> list[tuple[str, _Skipped]]:
+        return sorted(self.skipped.items())
+
+    def _keep(self, number: int, document: Document) -> bool:
+        if document.text:
+            return True
+        self._skip("null" if document.text is None else "empty", number)
+        return False
+
+    def _skip(self, reason: str, number: int) -> None:
+        self.skipped.setdefault(reason, _Skipped()).add(number)
+
+    def _write(self, encoded: EncodedBatch, kept: Sequence[Document]) -> None:
+        first_D = encoded.ids[encoded.document_starts[:-1]]
+        own_bos_D = first_D == self.plan.prefix_id
+        windows = self.plan.windows(
+            np.diff(encoded.document_starts),
+            first_document=self.writer.num_documents,
+            own_bos_D=own_bos_D,
+        )
+        self.num_own_bos += int(np.count_nonzero(own_bos_D))
+        self.num_special += self.tokenizer.num_special(encoded.ids)
+        prompts = [document.prompt for document in kept]
+        self.writer.append(
+            encoded,
+            domains_D=self._domain_codes(kept),
+            windows=windows,
+            scored_mask=None if prompts[:1] == [None] else _answer_mask(encoded, prompts),
+        )
+
+    def _domain_codes(self, kept: Sequence[Document]) -> NDArray[np.int32]:
+        codes = [
+            -1
+            if document.domain is None
+            else self.domains.setdefault(document.domain, len(self.domains))
+            for document in kept
+        ]
+        return np.array(codes, dtype=np.int32)
+
+
+def _plan(
+    tokenizer: Tokenizer, protocol: str, *, max_length: int | None, stride: int | None, bos: str
+) -> ResolvedProtocol:
+    prefix = tokenizer.added_prefix
+    if bos == "auto" and len(prefix) > 1:
+        raise TokenizerError(
+            f"The tokenizer puts {len(prefix)} tokens {list(prefix)} before a text, and a window "
+            f"has room for one. Say which with bos 'none', 'first' or 'every'."
+        )
+    return resolve_protocol(
+        protocol,
+        max_length=max_length,
+        stride=stride,
+        bos=bos,
+        added_prefix_id=prefix[0] if len(prefix) == 1 else None,
+        bos_id=tokenizer.bos_id,
+    )
+
+
+def _check_joining(plan: ResolvedProtocol, keys: Keys) -> None:
+    if plan.joined_with is not None and (keys.prompt or keys.domain):
+        alone = [name for name, entry in PROTOCOLS.items() if entry.joined_with is None]
+        raise UsageError(
+            f"The protocol {plan.name!r} joins all documents into one, in which prompts and "
+            f"domains are lost. Use one of {', '.join(alone)}."
+        )
+
+
+def _joined(
+    found: Iterator[Document], plan: ResolvedProtocol, preparation: _Preparation
+) -> Iterator[Document]:
+    """The documents, or the one that the protocol makes of them all (empty rows included)."""
+    if plan.joined_with is None:
+        yield from found
+        return
+    texts = [document.text or "" for document in found]
+    preparation.num_read = len(texts)
+    yield Document(plan.joined_with.join(texts), "the joined documents")
+
+
+def _batches(found: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in groups of a size that keeps the tokenizer busy and memory flat."""
+    batch: list[Document] = []
+    size = 0
+    for document in found:
+        batch.append(document)
+        size += len(document.text or "") + len(document.prompt or "")
+        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _without_empty(encoded: EncodedBatch, present_D: NDArray[np.bool_]) -> EncodedBatch:
+    """The batch without its documents that have no tokens (and no bytes either)."""
+    if present_D.all():
+        return encoded
+    starts = np.append(encoded.document_starts[:-1][present_D], encoded.document_starts[-1])
+    return EncodedBatch(
+        encoded.ids, starts, encoded.byte_starts, encoded.num_words, encoded.text_bytes
+    )
+
+
+def _answer_mask(encoded: EncodedBatch, prompts: Sequence[str | None]) -> NDArray[np.bool_]:
+    """Which tokens hold at least one byte of the answer, that is end behind the prompt."""
+    starts_D = encoded.document_starts
+    prompt_bytes_D = np.array([len((prompt or "").encode()) for prompt in prompts], dtype=np.int64)
+    answer_D = encoded.byte_starts[starts_D[:-1]] + prompt_bytes_D
+    return encoded.byte_starts[1:] > np.repeat(answer_D, np.diff(starts_D))
+
+
+def _target(output: str | Path | None) -> tuple[Path, Callable[[], None]]:
+    """(where to write, what removes it again): without `output`, a folder of its own."""
+    if output is not None:
+        return Path(output), lambda: None
+    folder = Path(tempfile.mkdtemp(prefix="perplexit-"))
+    return folder / "input.safetensors", lambda: shutil.rmtree(folder, ignore_errors=True)

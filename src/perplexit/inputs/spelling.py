@@ -1,0 +1,67 @@
+"""How a vocabulary spells its tokens, in bytes.
+
+Three alphabets are in use: byte-level BPE writes each byte as one printable character (GPT-2's
+table); SentencePiece writes a blank as U+2581 and single bytes as `<0x41>`; WordPiece marks the
+inside of a word (`##ing`) and does not spell blanks at all.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table).
+
+    Printable Latin-1 characters stand for themselves; the other bytes, in order, are written as
+    the characters from U+0100 on.
+    """
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in set(own))
+    return {chr(byte): byte for byte in own} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
+
+
+def spell_vocabulary(serialised: Mapping[str, Any], tokens: Mapping[str, int]) -> list[bytes]:
+    """The bytes that each id spells, by id, for a tokenizer in the form of a `tokenizer.json`.
+
+    A spelling is a claim to be checked against the text, never the last word: normalisers and
+    unknown tokens break it.
+    """
+    added = {entry["id"] for entry in serialised.get("added_tokens", [])}
+    byte_level = "ByteLevel" in _step_types(serialised)
+    fallback = bool(serialised["model"].get("byte_fallback", False))
+    alphabet = byte_level_alphabet()
+    spelled = [b""] * (max(tokens.values(), default=-1) + 1)
+    for token, index in tokens.items():
+        if index in added:
+            spelled[index] = token.encode("utf-8", "replace")
+        elif byte_level and all(character in alphabet for character in token):
+            spelled[index] = bytes(alphabet[character] for character in token)
+        else:
+            spelled[index] = spell_piece(token, fallback=fallback)
+    return spelled
+
+
+def spell_piece(piece: str, *, fallback: bool) -> bytes:
+    """The bytes of a SentencePiece piece; `fallback`: `<0x41>` is one byte."""
+    match = _BYTE_TOKEN.fullmatch(piece) if fallback else None
+    if match:
+        return bytes([int(match.group(1), 16)])
+    return piece.replace(_BLANK, " ").encode("utf-8", "replace")
+
+
+def _step_types(serialised: Mapping[str, Any]) -> set[str]:
+    """The types of all pre-tokenizers and normalisers, those in sequences included."""
+    found: set[str] = set()
+    steps = [serialised.get("pre_tokenizer"), serialised.get("normalizer")]
+    while steps:
+        step = steps.pop()
+        if step:
+            found.add(step.get("type", ""))
+            steps.extend(step.get("pretokenizers", []) + step.get("normalizers", []))
+    return found

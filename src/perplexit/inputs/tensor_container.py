@@ -1,0 +1,213 @@
+"""The safetensors container, written from streams and read as a memory map.
+
+The layout is the public one: 8 bytes of header length (little-endian), a JSON header, then the
+tensors without gaps. Ours is canonical besides: tensors are ordered by item size and name (so every
+one is aligned), the header's keys are sorted, and it is padded with blanks to 8 bytes. A header
+that differs from its canonical form in a single bit is therefore an error.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import TokenFileError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_LARGEST_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Name, dtype, shape and content hash of one tensor."""
+
+    name: str
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    sha256: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the tensor takes in the file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+
+
+def canonical_json(value: object) -> str:
+    """The one spelling of a JSON value: sorted keys, no blanks, no NaN."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def header_bytes(entries: list[TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """The canonical header, its length in front."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for entry in sorted(entries, key=_file_order):
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.num_bytes],
+        }
+        offset += entry.num_bytes
+    text = canonical_json(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class TensorSpool:
+    """Tensors that grow row by row in files beside the output, assembled into it at the end.
+
+    Memory stays flat however large they become. Used as a context manager: without `assemble`,
+    nothing is left behind.
+    """
+
+    def __init__(self, output: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """`layout` gives each tensor's dtype and the shape of one row."""
+        self._output = output
+        self._layout = dict(layout)
+        self._folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        self._files: dict[str, IO[bytes]] = {}
+        self._hashes = {name: hashlib.sha256() for name in layout}
+        self._num_rows = dict.fromkeys(layout, 0)
+        for name in layout:
+            self._files[name] = (self._folder / name).open("wb")
+
+    def __enter__(self) -> "TensorSpool":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def num_rows(self, name: str) -> int:
+        """Rows appended to the tensor so far."""
+        return self._num_rows[name]
+
+    def append(self, name: str, rows: NDArray[Any]) -> None:
+        """Add rows at the end of the tensor `name`."""
+        dtype, row_shape = self._layout[name]
+        data = np.ascontiguousarray(rows, dtype=DTYPES[dtype])
+        if data.shape[1:] != row_shape:
+            raise ValueError(f"{name} takes rows of shape {row_shape}, got {data.shape[1:]}")
+        self._files[name].write(data.data)
+        self._hashes[name].update(data.data)
+        self._num_rows[name] += len(data)
+
+    def entries(self) -> list[TensorEntry]:
+        """The tensors as they stand."""
+        return [
+            TensorEntry(name, dtype, (self._num_rows[name], *row), self._hashes[name].hexdigest())
+            for name, (dtype, row) in self._layout.items()
+        ]
+
+    def assemble(self, metadata: Mapping[str, str]) -> None:
+        """Write the output in one piece: it appears whole or not at all."""
+        entries = self.entries()
+        whole = self._folder / "whole"
+        with whole.open("wb") as target:
+            target.write(header_bytes(entries, metadata))
+            for entry in sorted(entries, key=_file_order):
+                self._files[entry.name].close()
+                part = self._folder / entry.name
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, target, 1 << 22)
+                part.unlink()
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(whole, self._output)
+
+
+def read_container(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    """(metadata, memory-mapped tensors) of a canonical container.
+
+    Checks the layout to the last byte, not the tensors' content. Raises TokenFileError.
+    """
+    try:
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise TokenFileError(f"{path} cannot be read as a token file: {error}.") from error
+    header, body_start = _parse_header(path, data)
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise TokenFileError(f"{path} is no token file: its header carries no metadata.")
+    entries = [_entry(path, name, value) for name, value in header.items()]
+    if header_bytes(entries, metadata) != data[:body_start].tobytes():
+        raise TokenFileError(
+            f"{path} has a damaged header: it is not byte for byte what was written. "
+            f"Prepare the input again."
+        )
+    expected = body_start + sum(entry.num_bytes for entry in entries)
+    if expected != len(data):
+        raise TokenFileError(
+            f"{path} should be {expected} bytes long and is {len(data)}: it was cut short or "
+            f"added to. Prepare the input again."
+        )
+    return metadata, _views(data, body_start, entries)
+
+
+def _file_order(entry: TensorEntry) -> tuple[int, str]:
+    return -DTYPES[entry.dtype].itemsize, entry.name
+
+
+def _parse_header(path: Path, data: NDArray[np.uint8]) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if len(data) < 8 or length > min(len(data) - 8, _LARGEST_HEADER):
+        raise TokenFileError(
+            f"{path} is no token file, or is cut short: its header should be {length} bytes long, "
+            f"the file has {len(data)} bytes."
+        )
+    try:
+        header = json.loads(data[8 : 8 + length].tobytes().decode("utf-8"))
+    except ValueError as error:
+        raise TokenFileError(
+            f"{path} is no token file, or has a damaged header ({error}). `perplexit prepare` "
+            f"makes one from text."
+        ) from error
+    if not isinstance(header, dict):
+        raise TokenFileError(f"{path} is no token file: its header is no JSON object.")
+    return header, 8 + length
+
+
+def _entry(path: Path, name: str, value: Any) -> TensorEntry:
+    try:
+        dtype, shape = value["dtype"], tuple(value["shape"])
+        known = dtype in DTYPES and all(type(size) is int and size >= 0 for size in shape)
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise TokenFileError(f"{path} has a damaged header: the entry of tensor {name!r} is wrong.")
+    return TensorEntry(name, dtype, shape, sha256="")
+
+
+def _views(
+    data: NDArray[np.uint8], body_start: int, entries: list[TensorEntry]
+) -> dict[str, NDArray[Any]]:
+    views: dict[str, NDArray[Any]] = {}
+    offset = body_start
+    for entry in sorted(entries, key=_file_order):
+        part = data[offset : offset + entry.num_bytes]
+        views[entry.name] = part.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        offset += entry.num_bytes
+    return views

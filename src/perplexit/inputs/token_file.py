@@ -1,0 +1,221 @@
+"""TokenFile: text as ids, the windows over them, and the fingerprints that identify both.
+
+Nothing below this file ever tokenises: sessions are given ids. A token file is written once (see
+`token_file_writer`), mapped into memory, and verified whenever it is opened.
+
+Shape suffixes: D = documents, W = windows, N = targets of one window.
+"""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import TokenFileError
+from perplexit.inputs.tensor_container import canonical_json, read_container
+from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowIds, WindowTable
+
+FORMAT = "perplexit-token-file"
+FORMAT_VERSION = "1"
+LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
+    "token_ids": ("I32", ()),
+    "document_starts": ("I64", ()),
+    "document_domains": ("I32", ()),
+    "byte_starts": ("I64", ()),
+    "num_words": ("U16", ()),
+    "text_bytes": ("U8", ()),
+    "windows": ("I64", (len(COLUMNS),)),
+}
+MASK_LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {"scored_mask": ("BOOL", ())}
+
+
+def input_fingerprint(metadata: dict[str, str]) -> str:
+    """SHA-256 of the canonical spec, the other fingerprints and every tensor's own hash."""
+    content = {key: value for key, value in metadata.items() if key != "input_fingerprint"}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def tensor_identity(dtype: str, shape: tuple[int, ...], sha256: str) -> str:
+    """What the metadata says of one tensor: dtype, shape and content."""
+    return f"{dtype}{list(shape)}:{sha256}"
+
+
+class TokenFile:
+    """A prepared input. Made by `prepare`, or opened and verified by `TokenFile.open`.
+
+    token_ids:        int32, all documents end to end; document d has
+                      `token_ids[document_starts[d]:document_starts[d + 1]]`.
+    document_starts:  int64 [D + 1].
+    document_domains: int32 [D], the index into `domains`, -1 where there are none.
+    text_bytes:       uint8, the exact UTF-8 of all documents end to end.
+    byte_starts:      int64 [ids + 1], where each token's bytes begin in `text_bytes`.
+    num_words:        uint16, the words (maximal runs of non-blanks) that begin in each token.
+    scored_mask:      bool per token; None: every target of a window is scored.
+    windows:          the WindowTable.
+    """
+
+    def __init__(
+        self, path: Path, metadata: dict[str, str], tensors: dict[str, NDArray[Any]]
+    ) -> None:
+        """Use `TokenFile.open`, which verifies what it reads."""
+        self.path = path
+        self.spec: dict[str, Any] = json.loads(metadata["spec"])
+        self.text_fingerprint = metadata["text_fingerprint"]
+        self.tokenizer_fingerprint = metadata["tokenizer_fingerprint"]
+        self.input_fingerprint = metadata["input_fingerprint"]
+        self.token_ids: NDArray[np.int32] = tensors["token_ids"]
+        self.document_starts: NDArray[np.int64] = np.array(tensors["document_starts"])
+        self.document_domains: NDArray[np.int32] = tensors["document_domains"]
+        self.byte_starts: NDArray[np.int64] = tensors["byte_starts"]
+        self.num_words: NDArray[np.uint16] = tensors["num_words"]
+        self.text_bytes: NDArray[np.uint8] = tensors["text_bytes"]
+        self.scored_mask: NDArray[np.bool_] | None = tensors.get("scored_mask")
+        self.windows = WindowTable(tensors["windows"])
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenFile":
+        """The token file at `path`, verified to the last bit.
+
+        Raises TokenFileError where a single bit differs from what was written, in the tensors or in
+        the header, and for files of another kind or version.
+        """
+        place = Path(path)
+        metadata, tensors = read_container(place)
+        _check_version(place, metadata)
+        _check_fingerprint(place, metadata, tensors)
+        return cls(place, metadata, tensors)
+
+    def __repr__(self) -> str:
+        return (
+            f"TokenFile({str(self.path)!r}, protocol={self.protocol!r}, "
+            f"num_documents={self.num_documents}, num_windows={self.num_windows}, "
+            f"num_targets={self.num_targets}, input_fingerprint='{self.input_fingerprint[:12]}…')"
+        )
+
+    @property
+    def protocol(self) -> str:
+        """The protocol's name."""
+        return str(self.spec["protocol"]["name"])
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The names that `document_domains` points at."""
+        return tuple(self.spec["domains"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the tokenizer's vocabulary, added tokens included."""
+        return int(self.spec["tokenizer"]["vocab_size"])
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the text is known; false for imported ids, whose tokens have no bytes."""
+        return bool(self.spec["has_text"])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents with at least one token."""
+        return len(self.document_starts) - 1
+
+    @property
+    def num_windows(self) -> int:
+        """Rows of the window table."""
+        return len(self.windows)
+
+    @property
+    def num_ids(self) -> int:
+        """Tokens over all documents."""
+        return len(self.token_ids)
+
+    @cached_property
+    def num_targets(self) -> int:
+        """Scored tokens over all windows; a token scored in two windows counts twice."""
+        return int(self.target_counts().sum())
+
+    def fed_lengths(self) -> NDArray[np.int64]:
+        """Ids that each window feeds forward, the prefix included: int64 [W]."""
+        return self.windows.fed_lengths()
+
+    def target_counts(self) -> NDArray[np.int64]:
+        """Scored tokens of each window: int64 [W]."""
+        table = self.windows
+        if self.scored_mask is None:
+            plain_W: NDArray[np.int64] = table.target_stop - table.target_start
+            return plain_W
+        before = np.concatenate(([0], np.cumsum(self.scored_mask, dtype=np.int64)))
+        base_W = self.document_starts[table.document]
+        counts_W: NDArray[np.int64] = (
+            before[base_W + table.target_stop] - before[base_W + table.target_start]
+        )
+        return counts_W
+
+    def window_ids(self, index: int) -> WindowIds:
+        """Window `index` as an engine is fed it."""
+        row = self.windows.array[index].tolist()
+        document, start, stop, target_start, target_stop, mode, prefix_id = row
+        base = int(self.document_starts[document])
+        ids_T = np.asarray(self.token_ids[base + start : base + stop])
+        shift = start
+        if mode == PrefixMode.INSERT:
+            ids_T = np.concatenate((np.array([prefix_id], dtype=np.int32), ids_T))
+            shift = start - 1
+        elif mode == PrefixMode.OVERWRITE:
+            ids_T = ids_T.copy()
+            ids_T[0] = prefix_id
+        targets_N = np.arange(target_start - shift, target_stop - shift, dtype=np.int64)
+        if self.scored_mask is not None:
+            targets_N = targets_N[self.scored_mask[base + target_start : base + target_stop]]
+        return WindowIds(index, ids_T, targets_N)
+
+    def target_tokens(self, index: int) -> NDArray[np.int64]:
+        """Flat indices into `token_ids` of the tokens that window `index` scores: int64 [N]."""
+        document, _, _, target_start, target_stop = self.windows.array[index, :5].tolist()
+        base = int(self.document_starts[document])
+        tokens_N = np.arange(base + target_start, base + target_stop, dtype=np.int64)
+        if self.scored_mask is None:
+            return tokens_N
+        return tokens_N[self.scored_mask[base + target_start : base + target_stop]]
+
+
+def _check_version(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise TokenFileError(
+            f"{path} is a safetensors file, but no token file. `perplexit prepare` makes one."
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise TokenFileError(
+            f"{path} is a token file of version {metadata.get('format_version')!r}; this Perplexit "
+            f"reads version {FORMAT_VERSION!r}. Prepare the input again."
+        )
+
+
+def _check_fingerprint(
+    path: Path, metadata: dict[str, str], tensors: dict[str, NDArray[Any]]
+) -> None:
+    """Raise TokenFileError unless metadata and tensors are what was fingerprinted."""
+    if metadata.get("input_fingerprint") != input_fingerprint(metadata):
+        raise TokenFileError(
+            f"{path} has damaged metadata: its spec and fingerprints do not hash to its "
+            f"input_fingerprint. Prepare the input again."
+        )
+    layout = LAYOUT | MASK_LAYOUT
+    recorded = json.loads(metadata["tensors"])
+    if set(recorded) != set(tensors) or not set(LAYOUT) <= set(tensors) <= set(layout):
+        raise TokenFileError(
+            f"{path} holds the tensors {sorted(tensors)}, expected {sorted(recorded)}."
+        )
+    for name, tensor in tensors.items():
+        dtype = layout[name][0]
+        found = hashlib.sha256(tensor.data).hexdigest() if tensor.size else _EMPTY_SHA256
+        if recorded[name] != tensor_identity(dtype, tensor.shape, found):
+            raise TokenFileError(
+                f"{path} is damaged: the tensor {name!r} is not what was written. "
+                f"Prepare the input again."
+            )
+
+
+_EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()

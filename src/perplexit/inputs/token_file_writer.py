@@ -1,0 +1,163 @@
+"""TokenFileWriter: documents streamed into a token file, never the whole corpus in memory.
+
+Shape suffixes: D = documents, W = windows.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import CorpusError, EmptyScoreError, TokenFileError
+from perplexit.inputs.encoding import EncodedBatch
+from perplexit.inputs.tensor_container import TensorSpool, canonical_json
+from perplexit.inputs.token_file import (
+    FORMAT,
+    FORMAT_VERSION,
+    LAYOUT,
+    MASK_LAYOUT,
+    TokenFile,
+    input_fingerprint,
+    tensor_identity,
+)
+from perplexit.inputs.windows import PrefixMode, WindowArray
+
+_LARGEST_WORD_COUNT = np.iinfo(np.uint16).max
+
+
+class TokenFileWriter:
+    """Collects documents and windows; `finish` makes the file appear, whole and verified.
+
+    A context manager: leaving it without `finish` leaves nothing behind.
+    """
+
+    def __init__(self, output: Path, *, masked: bool, has_text: bool) -> None:
+        """`masked`: the file carries a scored mask; `has_text`: tokens have bytes."""
+        if not output.parent.is_dir():
+            raise TokenFileError(f"{output.parent} is no folder, so {output} cannot be written.")
+        self._output = output
+        self._has_text = has_text
+        self._spool = TensorSpool(output, LAYOUT | (MASK_LAYOUT if masked else {}))
+        self._masked = masked
+        self._text_hash = hashlib.sha256()
+        self._num_bytes = 0
+        self._num_targets = 0
+        self._spool.append("document_starts", np.zeros(1, dtype=np.int64))
+        self._spool.append("byte_starts", np.zeros(1, dtype=np.int64))
+
+    def __enter__(self) -> "TokenFileWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._spool.__exit__(kind, error, traceback)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents written so far."""
+        return self._spool.num_rows("document_domains")
+
+    @property
+    def num_ids(self) -> int:
+        """Tokens written so far."""
+        return self._spool.num_rows("token_ids")
+
+    def append(
+        self,
+        batch: EncodedBatch,
+        *,
+        domains_D: NDArray[np.int32],
+        windows: WindowArray,
+        scored_mask: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Add the documents of `batch` and their windows.
+
+        Document numbers in `windows` are the file's; a window in which the mask leaves nothing to
+        score is dropped, as no figure depends on it.
+        """
+        starts_D = batch.document_starts
+        _check_windows(windows, np.diff(starts_D), self.num_documents)
+        counts_W = windows[:, 4] - windows[:, 3]
+        if scored_mask is not None:
+            before = np.concatenate(([0], np.cumsum(scored_mask, dtype=np.int64)))
+            base_W = starts_D[windows[:, 0] - self.num_documents]
+            counts_W = before[base_W + windows[:, 4]] - before[base_W + windows[:, 3]]
+            windows, counts_W = windows[counts_W > 0], counts_W[counts_W > 0]
+            self._spool.append("scored_mask", scored_mask)
+        self._num_targets += int(counts_W.sum())
+        self._spool.append("windows", windows)
+        self._spool.append("document_starts", starts_D[1:] + self.num_ids)
+        self._spool.append("document_domains", domains_D)
+        self._append_text(batch)
+        self._spool.append("token_ids", batch.ids)
+
+    def finish(self, spec: Mapping[str, Any], *, tokenizer_fingerprint: str) -> TokenFile:
+        """Write the file and open it. Raises EmptyScoreError where no window has a target."""
+        if self._num_targets == 0:
+            raise EmptyScoreError(
+                f"Expected at least one token to score, got none: {self.num_documents} documents "
+                f"with {self.num_ids} tokens hold no full window. Give more text, a smaller "
+                f"max_length, or the protocol 'sliding' (which scores short documents too)."
+            )
+        tensors = {
+            entry.name: tensor_identity(entry.dtype, entry.shape, entry.sha256)
+            for entry in self._spool.entries()
+        }
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "spec": canonical_json({**spec, "has_text": self._has_text}),
+            "text_fingerprint": self._text_hash.hexdigest() if self._has_text else "",
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "tensors": canonical_json(tensors),
+        }
+        metadata["input_fingerprint"] = input_fingerprint(metadata)
+        self._spool.assemble(metadata)
+        return TokenFile.open(self._output)
+
+    def _append_text(self, batch: EncodedBatch) -> None:
+        if len(batch.num_words) and int(batch.num_words.max()) > _LARGEST_WORD_COUNT:
+            raise CorpusError(
+                f"One token stands for {int(batch.num_words.max())} words, more than the "
+                f"{_LARGEST_WORD_COUNT} that a token file can hold: the tokenizer knows next to "
+                f"nothing of this text. Use another tokenizer."
+            )
+        text_starts_D = batch.byte_starts[batch.document_starts]
+        view = memoryview(batch.text_bytes)
+        for start, stop in zip(
+            text_starts_D[:-1].tolist(), text_starts_D[1:].tolist(), strict=True
+        ):
+            # the length in front frames a document: ["ab", "c"] is not ["a", "bc"]
+            self._text_hash.update((stop - start).to_bytes(8, "little"))
+            self._text_hash.update(view[start:stop])
+        self._spool.append("byte_starts", batch.byte_starts[1:] + self._num_bytes)
+        self._spool.append("num_words", batch.num_words)
+        self._spool.append("text_bytes", np.frombuffer(batch.text_bytes, dtype=np.uint8))
+        self._num_bytes += len(batch.text_bytes)
+
+
+def _check_windows(windows: WindowArray, lengths_D: NDArray[np.int64], first: int) -> None:
+    """Raise TokenFileError where a window leaves its document or scores what it cannot."""
+    document, start, stop, target_start, target_stop, mode, prefix_id = windows.T
+    inside = (document >= first) & (document < first + len(lengths_D))
+    length_W = lengths_D[np.where(inside, document - first, 0)] if len(lengths_D) else stop * 0
+    ordered = (start >= 0) & (start <= target_start) & (target_start < target_stop)
+    # the id fed first is predicted by nothing, so only an inserted prefix lets `start` be scored
+    ordered &= (target_stop <= stop) & (stop <= length_W)
+    ordered &= (mode == PrefixMode.INSERT) | (target_start > start)
+    prefixed = np.isin(mode, list(PrefixMode)) & ((prefix_id >= 0) == (mode != PrefixMode.NONE))
+    wrong = np.flatnonzero(~(inside & ordered & prefixed))
+    if len(wrong):
+        raise TokenFileError(
+            f"Window {windows[wrong[0]].tolist()} (document, start, stop, target_start, "
+            f"target_stop, prefix_mode, prefix_id) lies outside its document or scores a token "
+            f"without context."
+        )

@@ -1,0 +1,155 @@
+"""Text → ids, and the exact bytes that each id stands for.
+
+Special tokens are never added here: a BOS enters through a window's prefix, so it cannot be there
+twice. Special tokens that stand in the text itself are parsed as the tokenizer parses them (as
+transformers would), and counted.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import CorpusError, TokenizerError
+from perplexit.inputs.encoding import EncodedBatch, bytes_from_spans
+from perplexit.inputs.tokenizer_backends import LoadedTokenizer, Spans
+from perplexit.inputs.tokenizer_sources import load_tokenizer
+
+_LONG_TEXT = 64  # characters that no honest vocabulary turns into next to nothing
+_NEARLY_ALL = 0.9
+
+
+class Tokenizer:
+    """Documents in, EncodedBatch out. Loaded by `load`."""
+
+    def __init__(self, loaded: LoadedTokenizer) -> None:
+        """Take over what `load_tokenizer` found."""
+        self._backend = loaded.backend
+        self.bos_id = loaded.bos_id
+        self.eos_id = loaded.eos_id
+        self.library = loaded.backend.library
+        self.fingerprint = loaded.backend.fingerprint
+        self.vocab_size = loaded.backend.vocab_size
+        self.is_special: NDArray[np.bool_] = loaded.backend.is_special
+        self.added_prefix, self.added_suffix = loaded.backend.added
+        self._spelled = loaded.backend.spelled
+        lengths = np.fromiter(map(len, self._spelled), np.int64, len(self._spelled))
+        self._spelled_length_V: NDArray[np.int64] = lengths
+        self._own_length_V = lengths.copy()
+        if loaded.backend.unknown_id is not None:
+            self._own_length_V[loaded.backend.unknown_id] = -1  # it spells its name, not the text
+        self._spells_text = True
+
+    def __repr__(self) -> str:
+        return (
+            f"Tokenizer(library={self.library!r}, vocab_size={self.vocab_size}, "
+            f"bos_id={self.bos_id}, eos_id={self.eos_id}, fingerprint='{self.fingerprint[:12]}…')"
+        )
+
+    def encode_batch(self, texts: Sequence[str], *, first_document: int = 0) -> EncodedBatch:
+        """The ids of each text with the bytes and words of each id; bytes sum to the text's.
+
+        A text of blanks alone may have no tokens; its bytes are then left out too.
+        Raises TokenizerError where a text that is not blank gives no tokens, or a long one gives
+        next to none or nearly all unknown; CorpusError for text that is not Unicode (lone
+        surrogates). `first_document` numbers the texts in those messages.
+        """
+        utf8 = [_utf8(text, first_document + index) for index, text in enumerate(texts)]
+        spans: list[Spans] | None = None
+        if self._spells_text:
+            ids = self._backend.encode_ids(texts)
+        else:
+            spans = self._backend.encode_spans(texts)
+            ids = [entry[0] for entry in spans]
+        flat = np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids)))
+        lengths = self._spelled_length_V[flat]
+        num_misspelled = 0
+        stop = 0
+        for index, text in enumerate(texts):
+            start, stop = stop, stop + len(ids[index])
+            spelled = b"".join(map(self._spelled.__getitem__, ids[index]))
+            if spelled == utf8[index]:
+                continue
+            if spelled == b" " + utf8[index] and lengths[start]:
+                lengths[start] -= 1  # the blank that the tokenizer put in front is no text
+                continue
+            num_misspelled += 1
+            self._check_sense(text, ids[index], first_document + index)
+            if start == stop:
+                utf8[index] = b""  # a blank text without tokens: nothing holds its bytes
+                continue
+            span = spans[index] if spans else self._backend.encode_spans([text])[0]
+            own_lengths = self._own_length_V[flat[start:stop]]
+            lengths[start:stop] = bytes_from_spans(text, span[1], span[2], own_lengths)
+        # Offsets cost time; where most documents need them, ask for them at once from here on.
+        self._spells_text = num_misspelled * 2 <= len(texts)
+        return EncodedBatch.of(flat, [len(entry) for entry in ids], lengths, utf8)
+
+    def num_special(self, ids: NDArray[np.int32]) -> int:
+        """How many of `ids` are special tokens."""
+        return int(np.count_nonzero(self.is_special[ids]))
+
+    def to_json(self) -> dict[str, Any]:
+        """What the token file's spec records of the tokenizer."""
+        return {
+            "library": self.library,
+            "vocab_size": self.vocab_size,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "added_prefix": list(self.added_prefix),
+            "added_suffix": list(self.added_suffix),
+        }
+
+    def _check_sense(self, text: str, ids: list[int], document: int) -> None:
+        """Raise TokenizerError where the ids cannot stand for the text."""
+        if not ids:
+            if text.strip():
+                raise TokenizerError(
+                    f"The tokenizer returned no tokens for document {document}, which has "
+                    f"{len(text)} characters. {_REMEDY}"
+                )
+            return
+        if len(text) <= _LONG_TEXT:
+            return
+        unknown = ids.count(-1 if self._unknown_id is None else self._unknown_id)
+        if len(ids) == 1 or unknown > _NEARLY_ALL * len(ids):
+            raise TokenizerError(
+                f"The tokenizer turned the {len(text)} characters of document {document} into "
+                f"{len(ids)} tokens, {unknown} of them unknown. {_REMEDY}"
+            )
+
+    @property
+    def _unknown_id(self) -> int | None:
+        return self._backend.unknown_id
+
+
+_REMEDY = (
+    "It was probably built without its vocabulary or merges (a constructor that takes `vocab=` and "
+    "`merges=` ignores file names), or is made for another script. Load it from its folder or "
+    "tokenizer.json, or take another tokenizer."
+)
+
+
+def load(tokenizer: str | Path | object) -> Tokenizer:
+    """The tokenizer found at a path or hub id, or inside a loaded tokenizer object.
+
+    Takes a folder, a `tokenizer.json`, a SentencePiece `.model`, a `.gguf`, a hub id (`ID` or
+    `ID@REVISION`), or an object of transformers, tokenizers or sentencepiece. Raises TokenizerError
+    where there is none, MissingPackageError where an optional package is needed to read it.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    return Tokenizer(load_tokenizer(tokenizer))
+
+
+def _utf8(text: str, document: int) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"Document {document} is not Unicode text: character {error.start} is a lone surrogate "
+            f"(U+{ord(text[error.start]):04X}), which has no UTF-8. Repair the source."
+        ) from error

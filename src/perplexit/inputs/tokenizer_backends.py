@@ -1,0 +1,228 @@
+"""The two libraries that turn text into ids, behind one interface.
+
+Shape suffixes: V = vocabulary.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from perplexit.inputs.spelling import spell_piece, spell_vocabulary
+from perplexit.inputs.tensor_container import canonical_json
+
+Spans = tuple[list[int], NDArray[np.int64], NDArray[np.int64]]  # ids, first and last + 1 character
+
+
+class TokenizerBackend(Protocol):
+    """What a tokenizer library must tell. Special tokens are never added, nothing is cut off."""
+
+    @property
+    def library(self) -> str:
+        """Name of the library."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the ids of a text."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id, plus one."""
+        ...
+
+    @property
+    def spelled(self) -> list[bytes]:
+        """The bytes that each id spells, if the text is left as it is."""
+        ...
+
+    @property
+    def is_special(self) -> NDArray[np.bool_]:
+        """Which ids are control tokens."""
+        ...
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The id that stands for what the vocabulary lacks."""
+        ...
+
+    @property
+    def added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special ids that the tokenizer puts before and after a text by itself."""
+        ...
+
+    def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        ...
+
+    def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
+        """The ids of each text, and the characters that each token covers."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A backend with the ids that its surroundings (configuration files) name."""
+
+    backend: TokenizerBackend
+    bos_id: int | None
+    eos_id: int | None
+
+
+class HuggingFaceBackend:
+    """A `tokenizers.Tokenizer`: everything that has a `tokenizer.json`."""
+
+    library = "tokenizers"
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Truncation and padding are switched off in `tokenizer`, which should be our own copy."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _serialised(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        del content["truncation"], content["padding"]
+        return content
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical serialisation."""
+        return hashlib.sha256(canonical_json(self._serialised).encode()).hexdigest()
+
+    @cached_property
+    def spelled(self) -> list[bytes]:
+        """The bytes that each id spells, if the text is left as it is."""
+        return spell_vocabulary(self._serialised, self._tokenizer.get_vocab(with_added_tokens=True))
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id, plus one."""
+        return len(self.spelled)
+
+    @cached_property
+    def is_special(self) -> NDArray[np.bool_]:
+        """Which ids are control tokens."""
+        special = np.zeros(self.vocab_size, dtype=np.bool_)
+        for index, token in self._tokenizer.get_added_tokens_decoder().items():
+            special[index] = token.special
+        return special
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for what the vocabulary lacks."""
+        model = self._serialised["model"]
+        if model.get("unk_id") is not None:
+            return int(model["unk_id"])
+        token = model.get("unk_token")
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    @cached_property
+    def added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special ids that the tokenizer puts before and after a text by itself."""
+        with_special = self._tokenizer.encode("a", add_special_tokens=True).ids
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        for start in range(len(with_special) - len(plain) + 1):
+            if with_special[start : start + len(plain)] == plain:
+                return tuple(with_special[:start]), tuple(with_special[start + len(plain) :])
+        return (), ()
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of `token`, None where the vocabulary lacks it."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
+        """The ids of each text, and the characters that each token covers."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [_spans_of(encoding) for encoding in encodings]
+
+
+class SentencePieceBackend:
+    """A SentencePiece `.model` file, as its own library reads it."""
+
+    library = "sentencepiece"
+    added: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # the bare model adds nothing
+
+    def __init__(self, processor: Any) -> None:
+        """`processor` is a `sentencepiece.SentencePieceProcessor`."""
+        self._processor = processor
+        self.vocab_size = int(processor.get_piece_size())
+        unknown = int(processor.unk_id())
+        self.unknown_id: int | None = unknown if unknown >= 0 else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the model file's content."""
+        return hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
+
+    @cached_property
+    def spelled(self) -> list[bytes]:
+        """The bytes that each id spells, if the text is left as it is."""
+        pieces = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
+        return [
+            spell_piece(piece, fallback=bool(self._processor.is_byte(index)))
+            for index, piece in enumerate(pieces)
+        ]
+
+    @cached_property
+    def is_special(self) -> NDArray[np.bool_]:
+        """Which ids are control tokens."""
+        return self._flags(self._processor.is_control)
+
+    @cached_property
+    def _is_byte(self) -> NDArray[np.bool_]:
+        return self._flags(self._processor.is_byte)
+
+    def _flags(self, asks: Callable[[int], bool]) -> NDArray[np.bool_]:
+        return np.array([asks(index) for index in range(self.vocab_size)], dtype=np.bool_)
+
+    def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        ids: list[list[int]] = self._processor.encode(list(texts), add_bos=False, add_eos=False)
+        return ids
+
+    def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
+        """The ids of each text, and the characters that each token covers."""
+        return [self._spans(text) for text in texts]
+
+    def _spans(self, text: str) -> Spans:
+        ids, offsets = self._offsets(text)
+        span = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        begin, end = span[:, 0].copy(), span[:, 1].copy()
+        # a run of byte pieces has its characters on the last piece alone: give all the whole run
+        is_byte = self._is_byte[np.array(ids, dtype=np.int64)]
+        edges = np.flatnonzero(np.diff(is_byte, prepend=False, append=False))
+        for start, stop in edges.reshape(-1, 2).tolist():
+            begin[start:stop], end[start:stop] = begin[start], end[stop - 1]
+        return ids, begin, end
+
+    def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        try:
+            mapping = self._processor.encode(
+                text, return_type="offset_mapping", add_bos=False, add_eos=False
+            )
+        except TypeError:  # sentencepiece before 0.2.2 has another name for it
+            proto = self._processor.encode(
+                text, out_type="immutable_proto", add_bos=False, add_eos=False
+            )
+            pieces = list(proto.pieces)
+            return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+        return mapping["ids"], mapping["offsets"]
+
+
+def _spans_of(encoding: tokenizers.Encoding) -> Spans:
+    span = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    return encoding.ids, span[:, 0], span[:, 1]

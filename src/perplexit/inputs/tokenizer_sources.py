@@ -1,0 +1,251 @@
+"""Where tokenizers come from: folders, files, hub ids, GGUF files, loaded objects.
+
+A folder with a `tokenizer.json` is read by `tokenizers` alone; transformers is imported only for
+what needs it. Remote code is never run.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import tokenizers
+
+from perplexit.errors import MissingPackageError, TokenizerError
+from perplexit.inputs.gguf_metadata import metadata_fingerprint
+from perplexit.inputs.tokenizer_backends import (
+    HuggingFaceBackend,
+    LoadedTokenizer,
+    SentencePieceBackend,
+)
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+def load_tokenizer(source: str | Path | object) -> LoadedTokenizer:
+    """The tokenizer at a path or hub id, or inside an object that another library loaded."""
+    if not isinstance(source, str | Path):
+        return _from_object(source)
+    address = str(source)
+    for prefix in ("hf:", "gguf:"):
+        address = address.removeprefix(prefix)
+    path = Path(address)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path)
+    if _HUB_ID.fullmatch(address) and path.suffix not in {".json", ".model", ".gguf"}:
+        name, _, revision = address.partition("@")
+        return _from_transformers(name, revision=revision or None)
+    raise TokenizerError(
+        f"There is no tokenizer at {address!r}. Expected a folder with tokenizer.json, a "
+        f"tokenizer.json, a SentencePiece .model, a .gguf, or a hub id (ID or ID@REVISION)."
+    )
+
+
+def cache_folder() -> Path:
+    """Where converted tokenizers are kept: $PERPLEXIT_CACHE, or the user's cache folder."""
+    chosen = os.environ.get("PERPLEXIT_CACHE")
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("perplexit"))
+
+
+def _from_file(path: Path) -> LoadedTokenizer:
+    """By content, as file names vary (`tokenizer.model.v3`)."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"GGUF"):
+        return _from_gguf(path)
+    if head.lstrip().startswith(b"{") or path.suffix == ".json":
+        return _from_tokenizer_json(path)
+    return _from_sentencepiece_file(path)
+
+
+def _from_folder(folder: Path) -> LoadedTokenizer:
+    if (folder / "tokenizer.json").is_file():
+        return _from_tokenizer_json(folder / "tokenizer.json")
+    return _from_transformers(str(folder))
+
+
+def _from_tokenizer_json(path: Path) -> LoadedTokenizer:
+    """The tokenizer as transformers would build it: special tokens of the configuration count."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise TokenizerError(
+            f"{path} is no tokenizer that `tokenizers` can read ({error}). Expected the "
+            f"tokenizer.json that a Hugging Face tokenizer saves."
+        ) from error
+    configuration = _configuration(path.parent)
+    _add_named_tokens(tokenizer, configuration)
+    backend = HuggingFaceBackend(tokenizer)
+    bos_id = _named_id(backend, configuration.get("bos_token"))
+    eos_id = _named_id(backend, configuration.get("eos_token"))
+    prefix = backend.added[0]
+    if bos_id is None and len(prefix) == 1:
+        bos_id = prefix[0]
+    return LoadedTokenizer(backend, bos_id, eos_id)
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    """What the files beside a tokenizer.json say; the newer file wins."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TokenizerError(f"{file} is no JSON ({error}). Repair or remove it.") from error
+        found |= {key: value for key, value in content.items() if value is not None}
+    return found
+
+
+def _add_named_tokens(tokenizer: tokenizers.Tokenizer, configuration: dict[str, Any]) -> None:
+    """Make the tokens that a configuration names special, as transformers does on loading."""
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    listed = configuration.get("added_tokens_decoder", {})
+    entries = [listed[key] for key in sorted(listed, key=int)]
+    entries += [configuration[name] for name in _NAMED_TOKENS if name in configuration]
+    extra = configuration.get("extra_special_tokens", [])
+    entries += configuration.get("additional_special_tokens", [])
+    entries += list(extra.values()) if isinstance(extra, dict) else extra
+    for entry in entries:
+        token = _added_token(entry)
+        if token.content and token.content not in known:
+            known[token.content] = token
+            add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+            add([token])
+
+
+def _added_token(entry: Any) -> tokenizers.AddedToken:
+    if isinstance(entry, str):
+        return tokenizers.AddedToken(entry, special=True, normalized=False)
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    chosen = {flag: bool(entry[flag]) for flag in flags if flag in entry}
+    return tokenizers.AddedToken(entry["content"], **({"special": True} | chosen))
+
+
+def _named_id(backend: HuggingFaceBackend, token: Any) -> int | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return backend.token_to_id(content) if isinstance(content, str) else None
+
+
+def _from_transformers(name: str, *, revision: str | None = None) -> LoadedTokenizer:
+    transformers = _optional("transformers", "pytorch")
+    try:
+        loaded = transformers.AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # the libraries below raise many kinds
+        raise TokenizerError(
+            f"transformers cannot load a tokenizer from {name!r}: {_first_line(error)}. Expected a "
+            f"folder with tokenizer files, or a hub id that can be reached."
+        ) from error
+    return _from_object(loaded)
+
+
+def _from_object(source: object) -> LoadedTokenizer:
+    """A tokenizer of transformers, tokenizers or sentencepiece; the object is left as it is."""
+    if isinstance(source, tokenizers.Tokenizer):
+        backend = HuggingFaceBackend(tokenizers.Tokenizer.from_str(source.to_str()))
+        prefix = backend.added[0]
+        return LoadedTokenizer(backend, prefix[0] if len(prefix) == 1 else None, None)
+    fast = getattr(source, "backend_tokenizer", None)
+    if isinstance(fast, tokenizers.Tokenizer):
+        backend = HuggingFaceBackend(tokenizers.Tokenizer.from_str(fast.to_str()))
+        bos_id, eos_id = (getattr(source, f"{name}_token_id", None) for name in ("bos", "eos"))
+        return LoadedTokenizer(backend, bos_id, eos_id)
+    if hasattr(source, "serialized_model_proto"):
+        return _from_sentencepiece(source)
+    raise TokenizerError(
+        f"Expected a path, a hub id, or a tokenizer of transformers (fast), tokenizers or "
+        f"sentencepiece; got {type(source).__name__}. Slow tokenizers do not say which bytes a "
+        f"token stands for: load the fast one, or the .model file itself."
+    )
+
+
+def _from_sentencepiece_file(path: Path) -> LoadedTokenizer:
+    sentencepiece = _optional("sentencepiece", "sentencepiece")
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception as error:  # RuntimeError, OSError or its own, by version
+        raise TokenizerError(
+            f"{path} is no SentencePiece model ({_first_line(error)}). A file named .model may be "
+            f"a tiktoken vocabulary: give the folder it is in instead."
+        ) from error
+    return _from_sentencepiece(processor)
+
+
+def _from_sentencepiece(processor: Any) -> LoadedTokenizer:
+    bos_id, eos_id = int(processor.bos_id()), int(processor.eos_id())
+    return LoadedTokenizer(
+        SentencePieceBackend(processor),
+        bos_id if bos_id >= 0 else None,
+        eos_id if eos_id >= 0 else None,
+    )
+
+
+def _from_gguf(path: Path) -> LoadedTokenizer:
+    """The tokenizer inside a GGUF, converted by transformers once and kept in the cache."""
+    kept = cache_folder() / "tokenizers" / metadata_fingerprint(path)
+    if not (kept / "tokenizer.json").is_file():
+        transformers = _optional("transformers", "pytorch")
+        _optional("gguf", "pytorch")
+        try:
+            loaded = transformers.AutoTokenizer.from_pretrained(
+                str(path.parent.resolve()), gguf_file=path.name, trust_remote_code=False
+            )
+        except Exception as error:  # the libraries below raise many kinds
+            raise TokenizerError(
+                f"transformers cannot read the tokenizer inside {path}: {_first_line(error)}. Give "
+                f"the folder of the checkpoint that the GGUF was made from."
+            ) from error
+        _keep(loaded, kept)
+    return _from_folder(kept)
+
+
+def _keep(loaded: Any, folder: Path) -> None:
+    """Save a tokenizer so that its folder appears whole, even when two processes do it at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+    try:
+        loaded.save_pretrained(staging)
+        if folder.exists():  # left incomplete by something else
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            staging.rename(folder)
+        except OSError:
+            if not (folder / "tokenizer.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _optional(package: str, extra: str) -> Any:
+    """An optional package, imported at this one door."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"This tokenizer needs the package {package}: pip install 'perplexit[{extra}]'"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
