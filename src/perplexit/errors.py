@@ -54,7 +54,9 @@ class PerplexitError(Exception):
 
 
 class UsageError(PerplexitError, ValueError):
-    """Arguments that contradict each other or lie outside their range."""
+    """Arguments that contradict each other or lie outside their range (exit code 2)."""
+
+    exit_code = 2
 
 
 class CorpusError(PerplexitError):

@@ -1,0 +1,60 @@
+"""`perplexit compile`: a checkpoint → a program with the perplexity head inside."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perplexit as px
+from perplexit.cli.group import examples
+from perplexit.cli.output import people, print_json, stdout_kept_clean
+
+EXAMPLES = examples(
+    "perplexit compile smollm2/ --to onnx -o program/",
+    "perplexit compile model.gguf --to onnx --quantization int4 -o program-int4/",
+)
+
+
+def compile_model(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="hf:FOLDER, hf:FILE.gguf, hf:ID@REVISION, a path."),
+    ],
+    to: Annotated[str, typer.Option(help="What to compile to: onnx.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The program's folder.")
+    ],
+    quantization: Annotated[
+        str | None, typer.Option(help="Weights in blocks of integers: int8 or int4.")
+    ] = None,
+    perplexity: Annotated[
+        bool,
+        typer.Option(
+            "--perplexity/--no-perplexity",
+            help="Put the loss inside the program (ids and targets in, losses out), or have the "
+            "program give logits.",
+        ),
+    ] = True,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Fix the window's length. \\[default: any]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Fix the batch's size. \\[default: any]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the program is to run.")] = "cpu",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the program's record as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Compile a checkpoint for another engine, its loss computed inside the program in float32."""
+    with stdout_kept_clean():
+        program = px.compile(
+            model,
+            to=to,
+            output=output,
+            quantization=quantization,
+            perplexity=perplexity,
+            max_length=max_length,
+            batch_size=batch_size,
+            device=device,
+        )

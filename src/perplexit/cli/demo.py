@@ -1,0 +1,33 @@
+"""`perplexit demo`: a real model, a real text, two engines, three precisions, one table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perplexit.cli import demo_story
+from perplexit.cli.group import continued_by, examples
+from perplexit.cli.output import people, print_json, stdout_kept_clean
+
+EXAMPLES = examples("perplexit demo", "perplexit demo --out /tmp/demo --json")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything is put.")] = Path(
+        "demo"
+    ),
+    json: Annotated[
+        bool, typer.Option("--json", help="Print runs and comparisons as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Score a State of the Union address with SmolLM2-135M four ways, and compare.
+
+    PyTorch fp32 is the reference; PyTorch bf16, ONNX Runtime fp32 and ONNX Runtime with 4-bit
+    weights are the candidates. It takes a few minutes on two cores and needs no network.
+    """
+    with continued_by(f"perplexit demo --out {out}"), stdout_kept_clean():
+        scored = demo_story.score_four_ways(out)
+    people().print(demo_story.table(scored))
+    people().print(demo_story.explanation(scored, out), markup=False)
+    if json:
+        print_json(demo_story.document(scored))

@@ -1,0 +1,124 @@
+"""`perplexit eval`: a model over a token file → a run."""
+
+import shlex
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perplexit as px
+from perplexit.cli.figures import run_table
+from perplexit.cli.group import continued_by, examples
+from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.progress import scoring_progress
+
+EXAMPLES = examples(
+    "perplexit eval smollm2/ speech.safetensors --run runs/fp32",
+    "perplexit eval hf:model.gguf speech.safetensors --dtype bf16 --run runs/bf16",
+    "perplexit eval onnx:program/ speech.safetensors --batch-size 4 --json",
+)
+
+
+class OnNonFinite(StrEnum):
+    """What to do with a token whose loss is NaN or infinite."""
+
+    ERROR = "error"
+    COUNT = "count"
+
+
+def _batch_size(text: str) -> str | int:
+    if text == "auto":
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise typer.BadParameter(f"expected `auto` or a whole number above 0, got {text!r}")
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="hf:FOLDER, hf:FILE.gguf, hf:ID@REVISION, onnx:FOLDER, or a path."
+        ),
+    ],
+    tokens: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A token file made by `perplexit prepare`.")
+    ],
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The run's folder; one that holds an interrupted run is continued. "
+            "\\[default: a new one under runs/]",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. \\[default: float32]")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Quantize the weights on loading, for example int4.")
+    ] = None,
+    batch_size: Annotated[
+        str,
+        typer.Option(metavar="auto|N", callback=_batch_size, help="Windows in one forward pass."),
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N or mps. \\[default: cpu]")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. \\[default: the engine's own]")
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Keep the K most likely tokens of every position.")
+    ] = 0,
+    confidence: Annotated[float, typer.Option(help="Coverage of the interval, in (0, 1).")] = 0.95,
+    on_non_finite: Annotated[
+        OnNonFinite,
+        typer.Option(help="A NaN or infinite loss stops the run, or is counted and left out."),
+    ] = OnNonFinite.ERROR,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the run's record as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Score a token file with a model: perplexity with its interval, losses, memory and time.
+
+    A run that was stopped (Ctrl-C, kill, a crash) continues when the same command names its --run.
+    """
+    folder = run or _new_run_folder(tokens)
+    again = shlex.join(["perplexit", "eval", model, str(tokens), "--run", str(folder)])
+    with (
+        continued_by(f"{again} (and the same options)"),
+        stdout_kept_clean(),
+        scoring_progress(tokens.name) as progress,
+    ):
+        result = px.evaluate(
+            model,
+            tokens,
+            run=folder,
+            dtype=dtype,
+            quantization=quantization,
+            device=device,
+            threads=threads,
+            batch_size=batch_size,
+            top_k=top_k,
+            confidence=confidence,
+            on_non_finite=on_non_finite.value,
+            progress=progress,
+        )
+    people().print(run_table(result.to_json()))
+    people().print(f"The run is in {folder}")
+    if json:
+        print_json(result.to_json())
+
+
+def _new_run_folder(tokens: Path) -> Path:
+    """A folder under runs/ that does not exist yet, named by the time (UTC) and the input."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    base = Path("runs") / f"{stamp}-{tokens.stem}"
+    number, folder = 1, base
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder

@@ -1,0 +1,160 @@
+"""Runs as tables that people read. Everything shown is a value of `run.json`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from perplexit.cli.output import in_mib, with_interval
+
+
+def input_record(token_file: Any) -> dict[str, Any]:
+    """A token file's identity, its counts and its spec, as JSON values."""
+    return {
+        "path": str(token_file.path),
+        "protocol": token_file.protocol,
+        "input_fingerprint": token_file.input_fingerprint,
+        "text_fingerprint": token_file.text_fingerprint,
+        "tokenizer_fingerprint": token_file.tokenizer_fingerprint,
+        "num_documents": token_file.num_documents,
+        "num_ids": token_file.num_ids,
+        "num_windows": token_file.num_windows,
+        "num_tokens": token_file.num_targets,
+        "vocab_size": token_file.vocab_size,
+        "spec": token_file.spec,
+    }
+
+
+def input_table(token_file: Any) -> Table:
+    """One token file: what is in it, and what was left out with the reason."""
+    protocol = token_file.spec["protocol"]
+    chosen = [
+        f"{name.replace('_', ' ')} {protocol[name]}"
+        for name in ("max_length", "stride", "bos")
+        if protocol[name] is not None
+    ]
+    table = _pairs()
+    table.add_row("token file", escape(str(token_file.path)))
+    table.add_row("protocol", ", ".join([token_file.protocol, *chosen]))
+    table.add_row("documents", _count(token_file.num_documents))
+    table.add_row("tokens", _count(token_file.num_ids))
+    table.add_row("windows", _count(token_file.num_windows))
+    table.add_row("tokens scored", _count(token_file.num_targets))
+    table.add_row("input fingerprint", token_file.input_fingerprint)
+    for reason, skipped in token_file.spec["corpus"]["skipped"].items():
+        table.add_row("skipped", f"{skipped['count']}: {reason} (first: {skipped['first']})")
+    return table
+
+
+def run_table(record: Mapping[str, Any]) -> Table:
+    """One run: figure by figure, with the conditions under which it was measured."""
+    table = _pairs()
+    for name, value in _rows(record):
+        table.add_row(name, escape(value))
+    return table
+
+
+def runs_table(records: list[Mapping[str, Any]], folders: list[str]) -> Table:
+    """One line a run."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "status", "model", "engine", "dtype", "quantization"):
+        table.add_column(name, overflow="fold")
+    table.add_column("perplexity", justify="right")
+    table.add_column("tokens", justify="right")
+    for record, folder in zip(records, folders, strict=True):
+        session = record["session"]
+        table.add_row(
+            escape(folder),
+            record["status"],
+            escape(str(record["model"].get("address", "-"))),
+            str(session.get("engine", "-")),
+            str(session.get("dtype", "-")),
+            quantization_name(session),
+            escape(_perplexity(record)),
+            _count(record["num_tokens"]),
+        )
+    return table
+
+
+def quantization_name(session: Mapping[str, Any]) -> str:
+    """The session's precision, `int4` for example; a dash where nothing is quantized."""
+    quantization = session.get("quantization")
+    return "-" if not quantization else str(quantization.get("name", "-"))
+
+
+def _pairs() -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    model, session = record["model"], record["session"]
+    rows = [
+        ("status", str(record["status"])),
+        ("perplexity", _perplexity(record)),
+        ("bits per byte", with_interval(record["bits_per_byte"], None, None)),
+        ("word perplexity", with_interval(record["word_perplexity"], None, None)),
+        ("tokens scored", _count(record["num_tokens"])),
+        ("interval", _interval(record)),
+        ("protocol", str(record["protocol"])),
+        ("input", str(record["input_fingerprint"])),
+        ("model", f"{model.get('address')} ({model.get('architecture')})"),
+        (
+            "session",
+            f"{session.get('engine')} {session.get('version')}, {session.get('dtype')}, "
+            f"{session.get('device')}",
+        ),
+        ("quantization", _quantization(session)),
+        ("speed", _speed(record)),
+        ("peak memory", _memory(record["peak_memory_bytes"])),
+    ]
+    if record["protocol_perplexity"] is not None:
+        rows.insert(
+            2, ("the protocol's own", with_interval(record["protocol_perplexity"], None, None))
+        )
+    if record["num_windows_resumed"]:
+        rows.append(("windows not scored again", _count(record["num_windows_resumed"])))
+    if record["num_non_finite"]:
+        rows.append(("tokens left out (not finite)", _count(record["num_non_finite"])))
+    rows += [("warning", warning) for warning in record["warnings"]]
+    rows += [(f"no {name}", reason) for name, reason in record["reasons"].items()]
+    return rows
+
+
+def _perplexity(record: Mapping[str, Any]) -> str:
+    return with_interval(record["perplexity"], record["perplexity_low"], record["perplexity_high"])
+
+
+def _interval(record: Mapping[str, Any]) -> str:
+    return (
+        f"{record['confidence']:.0%}, clustered by {record['interval_method']} "
+        f"({record['num_clusters']} clusters)"
+    )
+
+
+def _quantization(session: Mapping[str, Any]) -> str:
+    what = session.get("quantization")
+    if not what:
+        return "-"
+    return (
+        f"{what.get('name')} by {what.get('library')}: {what.get('num_modules')} modules, "
+        f"{in_mib(what.get('num_bytes'))}, {what.get('effective_bits'):.3g} bits a parameter"
+    )
+
+
+def _speed(record: Mapping[str, Any]) -> str:
+    speed, total = record["tokens_per_second"], record["seconds"].get("total")
+    if speed is None or total is None:
+        return "-"
+    return f"{speed:,.0f} tokens/s, {total:.1f} s in all"
+
+
+def _memory(peaks: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {in_mib(value)}" for name, value in peaks.items() if value) or "-"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"

@@ -1,0 +1,55 @@
+"""The command group: turns every stated error into one short message and an exit code."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from perplexit.errors import PerplexitError
+
+INTERRUPTED = 130
+
+
+class StatedErrors(TyperGroup):
+    """A Typer group whose commands end with the exit codes that the documentation promises.
+
+    0 done, 1 a stated error, 2 usage, 3 a gate failed, 130 Ctrl-C. A traceback is a defect.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; raises typer.Exit with the code of what stopped it."""
+        try:
+            return super().invoke(ctx)
+        except PerplexitError as error:
+            _complain(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:
+            raise  # the reader of a pipe went away: Typer ends quietly
+        except OSError as error:
+            _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _complain("interrupted; nothing that was finished is lost", kind="Stopped")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def continued_by(command: str) -> Iterator[None]:
+    """While inside, Ctrl-C ends with exit code 130 and says which command goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain(f"interrupted; to continue where it was: {command}", kind="Stopped")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def examples(*lines: str) -> str:
+    """An epilog for `--help` with one example a line (Typer joins lines that no blank divides)."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(line.replace("[", r"\[") for line in lines)])
+
+
+def _complain(message: str, *, kind: str = "Error") -> None:
+    print(f"{kind}: {message}", file=sys.stderr)

@@ -1,0 +1,147 @@
+"""`perplexit prepare`: text → a token file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perplexit as px
+from perplexit.cli.figures import input_record, input_table
+from perplexit.cli.group import examples
+from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.progress import preparing_progress
+from perplexit.errors import UsageError
+
+EXAMPLES = examples(
+    "perplexit prepare speech.txt --tokenizer smollm2/ -o speech.safetensors",
+    "perplexit prepare pages.jsonl --text-key page --tokenizer model.gguf --protocol disjoint "
+    "--max-length 512 -o pages.safetensors",
+    "perplexit prepare qa.jsonl --prompt-key question --text-key answer --tokenizer smollm2/ "
+    "--protocol document -o qa.safetensors",
+    "perplexit prepare ids.txt --from-ids -o ids.safetensors",
+)
+
+
+# What --from-ids leaves nothing to decide about.
+TEXT_OPTIONS = (
+    "protocol",
+    "max_length",
+    "stride",
+    "bos",
+    "text_key",
+    "domain_key",
+    "prompt_key",
+)
+
+
+def prepare(
+    context: typer.Context,
+    corpus: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CORPUS", help="Text, JSONL (also .gz) or Parquet files, or folders of them."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="INPUT", help="The token file to write.")
+    ],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="A tokenizer folder, tokenizer.json, SentencePiece model, GGUF file or hub id."
+        ),
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="How windows are chosen: sliding, disjoint, document, qefficient or mlc."
+        ),
+    ] = "sliding",
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ids fed forward in one window. \\[default: the protocol's own]"),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="How far windows advance. \\[default: half of --max-length]"),
+    ] = None,
+    bos: Annotated[
+        str,
+        typer.Option(help="BOS policy: auto (what the tokenizer itself adds), none, first, every."),
+    ] = "auto",
+    text_key: Annotated[
+        str, typer.Option(help="The column of the text in JSONL and Parquet.")
+    ] = "text",
+    domain_key: Annotated[
+        str | None, typer.Option(help="The column that names a document's domain.")
+    ] = None,
+    prompt_key: Annotated[
+        str | None,
+        typer.Option(help="The column of a prompt: it is context, and only the text is scored."),
+    ] = None,
+    from_ids: Annotated[
+        bool,
+        typer.Option(
+            "--from-ids", help="CORPUS is one file of ids: a window a line, blanks between."
+        ),
+    ] = False,
+    export_ids: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the windows as lines of ids to this file."),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the token file's record as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Tokenise a corpus once, into a token file that says which tokens are scored in which window.
+
+    Every run over the same token file has the same input fingerprint, so any two can be compared.
+    """
+    with stdout_kept_clean():
+        if from_ids:
+            _refuse_text_options(context)
+            token_file = px.import_id_lines(_only(corpus), output=output, tokenizer=tokenizer)
+        else:
+            if tokenizer is None:
+                raise UsageError(
+                    "expected --tokenizer, got none; name the model's folder or tokenizer.json"
+                )
+            with preparing_progress() as progress:
+                token_file = px.prepare(
+                    corpus,
+                    tokenizer=tokenizer,
+                    output=output,
+                    protocol=protocol,
+                    max_length=max_length,
+                    stride=stride,
+                    bos=bos,
+                    text_key=text_key,
+                    domain_key=domain_key,
+                    prompt_key=prompt_key,
+                    progress=progress,
+                )
+        if export_ids is not None:
+            px.export_id_lines(token_file, export_ids)
+    people().print(input_table(token_file))
+    if json:
+        print_json(input_record(token_file))
+
+
+def _refuse_text_options(context: typer.Context) -> None:
+    """Raise UsageError for an option that has no meaning where windows are given as ids."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in TEXT_OPTIONS
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise UsageError(
+            f"--from-ids takes the windows as they are, but {', '.join(given)} decides how text "
+            "is cut; leave out one of the two"
+        )
+
+
+def _only(corpus: list[Path]) -> Path:
+    if len(corpus) != 1:
+        raise UsageError(f"--from-ids expected one file of ids, got {len(corpus)}; join them first")
+    return corpus[0]

@@ -1,0 +1,64 @@
+"""A progress bar on stderr: tokens a second, the running perplexity, the time that is left."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from perplexit.cli.output import people
+
+
+@contextmanager
+def scoring_progress(label: str) -> Iterator[Callable[[Any], None] | None]:
+    """A callable that takes ProgressUpdates and draws them, or None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=people(), transient=True) as bar:
+        task = bar.add_task(label, total=None, figures="loading the model")
+
+        def show(update: Any) -> None:
+            bar.update(
+                task,
+                total=update.total_tokens,
+                completed=update.num_tokens,
+                figures=running_figures(update),
+            )
+
+        yield show
+
+
+@contextmanager
+def preparing_progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A callable that shows how much was prepared so far, or None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with people().status("Preparing") as status:
+        yield lambda documents, tokens: status.update(
+            f"Preparing: {documents:,} documents, {tokens:,} tokens"
+        )
+
+
+def running_figures(update: Any) -> str:
+    """`430 tokens/s  perplexity 18.31`: the speed of this process, the loss of everything so far.
+
+    What an earlier process scored counts in the perplexity but not in the speed.
+    """
+    parts = []
+    if update.seconds > 0:
+        speed = (update.num_tokens - update.num_tokens_resumed) / update.seconds
+        parts.append(f"{speed:,.0f} tokens/s")
+    if update.num_tokens and update.nll_sum / update.num_tokens < math.log(sys.float_info.max):
+        parts.append(f"perplexity {math.exp(update.nll_sum / update.num_tokens):.4g}")
+    return "  ".join(parts)

@@ -1,0 +1,74 @@
+"""`perplexit runs`: list, show, verify and export what is on disk."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perplexit as px
+from perplexit.cli.figures import run_table, runs_table
+from perplexit.cli.group import examples
+from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.errors import RunError
+
+app = typer.Typer(no_args_is_help=True, help="List, show, verify and export runs.")
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@app.command("list", epilog=examples("perplexit runs list", "perplexit runs list runs/ --json"))
+def list_(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder with runs in it, at any depth.")
+    ] = Path("runs"),
+    json: AsJson = False,
+) -> None:
+    """List the runs in a folder, oldest first."""
+    with stdout_kept_clean():
+        found = list(px.list_runs(folder))
+    records = [run.to_json() for run in found]
+    folders = [str(run.folder) for run in found]
+    people().print(runs_table(records, folders) if found else f"no run in {folder}")
+    if json:
+        print_json([{"folder": f, **r} for f, r in zip(folders, records, strict=True)])
+
+
+@app.command("show", epilog=examples("perplexit runs show runs/fp32"))
+def show(run: RunFolder, json: AsJson = False) -> None:
+    """Show one run's figures and the conditions under which they were measured."""
+    with stdout_kept_clean():
+        record = px.Run.open(run).to_json()
+    people().print(run_table(record))
+    if json:
+        print_json(record)
+
+
+@app.command("verify", epilog=examples("perplexit runs verify runs/fp32"))
+def verify(run: RunFolder, json: AsJson = False) -> None:
+    """Compute a run's figures again from its tokens, and check hashes; exit code 1 if unsound."""
+    with stdout_kept_clean():
+        findings = [str(finding) for finding in px.verify_run(run)]
+    if json:
+        print_json({"run": str(run), "sound": not findings, "findings": findings})
+    if findings:
+        raise RunError(f"{run} is not sound: " + "; ".join(findings))
+    people().print(f"{run} is sound")
+
+
+@app.command("export", epilog=examples("perplexit runs export runs/fp32 -o tokens.csv"))
+def export(
+    run: RunFolder,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="Ends in .csv, .parquet or .jsonl."),
+    ],
+    json: AsJson = False,
+) -> None:
+    """Write a run's scored tokens, a row a token, in the format that the file's name ends in."""
+    with stdout_kept_clean():
+        source = px.Run.open(run)
+        px.export_tokens(source, output)
+    people().print(f"{source.num_tokens} tokens are in {output}")
+    if json:
+        print_json({"run": str(run), "output": str(output), "num_tokens": source.num_tokens})
