@@ -14,7 +14,11 @@ from perplexit.errors import EmptyScoreError, UsageError
 from perplexit.metrics.totals import require_finite
 
 MIN_DOCUMENTS = 20  # fewer documents than this are too few clusters to trust
-MAX_BLOCKS = 16  # measured: docs/decisions/0003-intervals.md
+# Measured: docs/decisions, on intervals. Losses of real text drift over some hundred tokens, so a
+# block must hold many of them; below 8 blocks Student's t makes every interval far wider.
+BLOCK_TOKENS = 1500
+MIN_BLOCKS = 8
+MAX_BLOCKS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Interval:
     low: float | None
     high: float | None
     standard_error: float | None
+    degrees_of_freedom: float | None
     num_clusters: int
     method: str
     confidence: float
@@ -43,9 +48,10 @@ class Interval:
 def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer]) -> Clusters:
     """The clusters of a run's tokens: documents, or blocks of windows where documents are few.
 
-    From 20 documents on, each is a cluster. Below, the windows in their order are cut into at most
-    `MAX_BLOCKS` contiguous blocks of about equal token counts, so that neighbouring windows, whose
-    topic (and, in some protocols, whose tokens) they share, fall into the same cluster.
+    From 20 documents on, each is a cluster. Below, the windows in their order are cut into
+    contiguous blocks of about equal token counts: as many as hold 1,500 tokens each, but at least
+    8 and at most 32, and never more than there are windows. Neighbouring windows share their topic
+    (and, in some protocols, their tokens), which is why they fall into the same block.
     """
     if len(document_M) != len(window_M):
         raise UsageError(
@@ -56,7 +62,8 @@ def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer])
     num_documents = _count(document_index)
     if num_documents >= MIN_DOCUMENTS:
         return Clusters(document_index, "document", num_documents)
-    block_index = _blocks(_dense(window_M), MAX_BLOCKS)
+    max_blocks = min(MAX_BLOCKS, max(MIN_BLOCKS, len(window_M) // BLOCK_TOKENS))
+    block_index = _blocks(_dense(window_M), max_blocks)
     return Clusters(block_index, "window-block", _count(block_index))
 
 
@@ -66,13 +73,16 @@ def mean_interval(
     """The mean of `nll_M` with its cluster-robust interval.
 
     The mean is the ratio of two sums over clusters, Σ y_c / Σ n_c. Its variance is linearised and
-    corrected for each cluster's leverage, which is the delete-one-cluster jackknife:
+    corrected for each cluster's leverage h_c, which is the delete-one-cluster jackknife; unequal
+    clusters also leave fewer degrees of freedom than their number says:
 
-        e_c = (y_c - mean · n_c) / N,   h_c = n_c / N
-        var = (C - 1) / C · Σ (e_c / (1 - h_c))²
-        mean ± t(confidence, C - 1) · √var
+        h_c = n_c / Σ n,   e_c = (y_c - mean · n_c) / Σ n
+        variance = (C - 1) / C · Σ (e_c / (1 - h_c))²
+        degrees of freedom = 1 / Σ h_c² - 1        (C - 1 for equal clusters; never below 1)
+        mean ± t(confidence, degrees of freedom) · √variance
 
-    Source: Bell & McCaffrey 2002 (the CR3 correction); Cochran, Sampling Techniques, ch. 6.
+    Sources: Cochran, Sampling Techniques, ch. 6 (the ratio); Bell & McCaffrey 2002 (CR3); Carter,
+    Schnepel & Steigerwald 2017 (effective number of clusters); coverage: docs/decisions.
     Below two clusters there is no interval, and the reason is given.
     Raises EmptyScoreError without tokens, NonFiniteError for NaN or infinite values.
     """
@@ -119,13 +129,15 @@ def _ratio_interval(
     mean = float(sums_C.sum() / num_tokens)
     if num_clusters < 2:
         reason = f"no interval: {num_clusters} cluster ({method}), and at least 2 are needed"
-        return Interval(mean, None, None, None, num_clusters, method, confidence, reason)
-    residuals_C = (sums_C - mean * counts_C) / (num_tokens - counts_C)
+        return Interval(mean, None, None, None, None, num_clusters, method, confidence, reason)
+    leverage_C = counts_C / num_tokens
+    residuals_C = (sums_C - mean * counts_C) / num_tokens / (1 - leverage_C)
     variance = (num_clusters - 1) / num_clusters * float(residuals_C @ residuals_C)
-    standard_error = math.sqrt(variance)
-    half = float(special.stdtrit(num_clusters - 1, 0.5 + confidence / 2)) * standard_error
+    degrees = max(1.0, 1 / float(leverage_C @ leverage_C) - 1)
+    error = math.sqrt(variance)
+    half = float(special.stdtrit(degrees, 0.5 + confidence / 2)) * error
     return Interval(
-        mean, mean - half, mean + half, standard_error, num_clusters, method, confidence
+        mean, mean - half, mean + half, error, degrees, num_clusters, method, confidence
     )
 
 

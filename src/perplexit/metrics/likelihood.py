@@ -84,7 +84,7 @@ class ScoredTokens(Protocol):
 
     @property
     def domain(self) -> NDArray[np.int32] | None:
-        """The index in `domains` of the token's domain; None where the input has no domains."""
+        """The index in `domains` of the token's domain, or -1; None where there are no domains."""
         ...
 
     @property
@@ -170,13 +170,16 @@ def per_document(tokens: ScoredTokens) -> tuple[GroupLikelihood, ...]:
 
 
 def per_domain(tokens: ScoredTokens) -> DomainTable | None:
-    """A row a domain with at least one scored token; None where the input names no domains.
+    """A row a domain with at least one scored token; None where no scored token has a domain.
 
-    Raises EmptyScoreError where domains are named and no token was scored.
+    Tokens of documents without a domain (-1) are in no row.
     """
-    if tokens.domain is None or not tokens.domains:
+    if tokens.domain is None:
         return None
     by_domain = group_totals(tokens.domain, tokens.nll, tokens.num_bytes, tokens.num_words)
+    by_domain.pop(-1, None)
+    if not by_domain:
+        return None
     rows = tuple(
         GroupLikelihood(tokens.domains[code], totals, perplexity(totals))
         for code, totals in by_domain.items()
