@@ -7,7 +7,7 @@ import typer
 
 import perplexit as px
 from perplexit.cli.group import examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.output import print_json, stdout_kept_clean, tell
 
 EXAMPLES = examples(
     "perplexit compare runs/fp32 runs/bf16",
@@ -44,8 +44,8 @@ def compare(
             for c in candidates
         ]
     for candidate, comparison in zip(candidates, comparisons, strict=True):
-        people().print(f"{candidate} against {reference}", style="bold")
-        people().print(str(comparison), markup=False)
+        tell(f"{candidate} against {reference}")
+        tell(str(comparison))
     if json:
         documents = [comparison.to_json() for comparison in comparisons]
         print_json(documents[0] if len(documents) == 1 else documents)

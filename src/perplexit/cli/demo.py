@@ -7,9 +7,9 @@ import typer
 
 from perplexit.cli import demo_story
 from perplexit.cli.group import continued_by, examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
 
-EXAMPLES = examples("perplexit demo", "perplexit demo --out /tmp/demo --json")
+EXAMPLES = examples("perplexit demo", "perplexit demo --out elsewhere/ --json")
 
 
 def demo(
@@ -28,6 +28,6 @@ def demo(
     with continued_by(f"perplexit demo --out {out}"), stdout_kept_clean():
         scored = demo_story.score_four_ways(out)
     people().print(demo_story.table(scored))
-    people().print(demo_story.explanation(scored, out), markup=False)
+    tell(demo_story.explanation(scored, out))
     if json:
         print_json(demo_story.document(scored))

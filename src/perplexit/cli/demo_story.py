@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 import perplexit as px
-from perplexit.cli.output import in_mib, people, with_interval
+from perplexit.cli.output import in_mib, tell, with_interval
 from perplexit.cli.packaged import packaged_file
 from perplexit.cli.progress import scoring_progress
 
@@ -37,7 +37,7 @@ def score_four_ways(out: Path) -> list[Scored]:
     model = packaged_file(MODEL_PACKAGE, MODEL_FILE)
     speech = packaged_file(TEXT_PACKAGE, TEXT_FILE)
     out.mkdir(parents=True, exist_ok=True)
-    _tell(f"Preparing {speech.name}: sliding windows of {MAX_LENGTH} tokens, stride {STRIDE}")
+    tell(f"Preparing {speech.name}: sliding windows of {MAX_LENGTH} tokens, stride {STRIDE}")
     tokens = px.prepare(
         speech,
         tokenizer=model,
@@ -57,7 +57,7 @@ def score_four_ways(out: Path) -> list[Scored]:
     }
     scored: list[Scored] = []
     for name, (address, dtype, folder) in ways.items():
-        _tell(f"Scoring {tokens.num_targets:,} tokens with {name}")
+        tell(f"Scoring {tokens.num_targets:,} tokens with {name}")
         with scoring_progress(name) as progress:
             run = px.evaluate(address, tokens, dtype=dtype, run=folder, progress=progress)
         comparison = px.compare(scored[0].run, run) if scored else None
@@ -68,15 +68,11 @@ def score_four_ways(out: Path) -> list[Scored]:
 def _compiled(checkpoint: str, folder: Path, quantization: str | None) -> Path:
     """The folder of an ONNX program of the checkpoint, compiled unless it is already there."""
     if (folder / "program.json").exists():
-        _tell(f"Using the compiled program in {folder}")
+        tell(f"Using the compiled program in {folder}")
         return folder
-    _tell(f"Compiling to ONNX in {folder}" + (f", weights {quantization}" if quantization else ""))
+    tell(f"Compiling to ONNX in {folder}" + (f", weights {quantization}" if quantization else ""))
     px.compile(checkpoint, to="onnx", output=folder, quantization=quantization)
     return folder
-
-
-def _tell(line: str) -> None:
-    people().print(line, markup=False)
 
 
 def table(scored: list[Scored]) -> Table:

@@ -11,7 +11,7 @@ import typer
 import perplexit as px
 from perplexit.cli.figures import run_table
 from perplexit.cli.group import continued_by, examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
 from perplexit.cli.progress import scoring_progress
 
 EXAMPLES = examples(
@@ -108,7 +108,7 @@ def evaluate(
             progress=progress,
         )
     people().print(run_table(result.to_json()))
-    people().print(f"The run is in {folder}")
+    tell(f"The run is in {folder}")
     if json:
         print_json(result.to_json())
 

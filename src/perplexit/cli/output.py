@@ -19,6 +19,11 @@ def people() -> Console:
     return console
 
 
+def tell(line: str) -> None:
+    """Print one line for people as it is: no markup in it, no break where it is long."""
+    people().print(line, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def stdout_kept_clean() -> Iterator[None]:
     """While inside, whatever a library prints goes to stderr: stdout is for the JSON document."""

@@ -8,7 +8,7 @@ import typer
 import perplexit as px
 from perplexit.cli.figures import run_table, runs_table
 from perplexit.cli.group import examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
 from perplexit.errors import RunError
 
 app = typer.Typer(no_args_is_help=True, help="List, show, verify and export runs.")
@@ -29,7 +29,10 @@ def list_(
         found = list(px.list_runs(folder))
     records = [run.to_json() for run in found]
     folders = [str(run.folder) for run in found]
-    people().print(runs_table(records, folders) if found else f"no run in {folder}")
+    if found:
+        people().print(runs_table(records, folders))
+    else:
+        tell(f"no run in {folder}")
     if json:
         print_json([{"folder": f, **r} for f, r in zip(folders, records, strict=True)])
 
@@ -53,7 +56,7 @@ def verify(run: RunFolder, json: AsJson = False) -> None:
         print_json({"run": str(run), "sound": not findings, "findings": findings})
     if findings:
         raise RunError(f"{run} is not sound: " + "; ".join(findings))
-    people().print(f"{run} is sound")
+    tell(f"{run} is sound")
 
 
 @app.command("export", epilog=examples("perplexit runs export runs/fp32 -o tokens.csv"))
@@ -69,6 +72,6 @@ def export(
     with stdout_kept_clean():
         source = px.Run.open(run)
         px.export_tokens(source, output)
-    people().print(f"{source.num_tokens} tokens are in {output}")
+    tell(f"{source.num_tokens:,} tokens are in {output}")
     if json:
         print_json({"run": str(run), "output": str(output), "num_tokens": source.num_tokens})

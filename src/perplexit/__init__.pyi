@@ -1,0 +1,24 @@
+"""The public names with their types; at run time they are loaded on first use."""
+
+from perplexit.comparison import Comparison as Comparison
+from perplexit.comparison import compare as compare
+from perplexit.compilation.compile_model import compile as compile
+from perplexit.evaluation import evaluate as evaluate
+from perplexit.inputs.id_lines import export_id_lines as export_id_lines
+from perplexit.inputs.id_lines import import_id_lines as import_id_lines
+from perplexit.inputs.prepare import prepare as prepare
+from perplexit.inputs.token_file import TokenFile as TokenFile
+from perplexit.resources.memory import MemoryTracker as MemoryTracker
+from perplexit.resources.timer import Timer as Timer
+from perplexit.runs.run import Run as Run
+from perplexit.runs.store import list_runs as list_runs
+from perplexit.runs.verification import export_tokens as export_tokens
+from perplexit.runs.verification import verify_run as verify_run
+from perplexit.seed_api import calculate_perplexity as calculate_perplexity
+from perplexit.seed_api import compute_perplexity as compute_perplexity
+from perplexit.seed_api import torch_perplexity as torch_perplexity
+from perplexit.sessions.onnx import OnnxInferenceSession as OnnxInferenceSession
+from perplexit.sessions.pytorch import PytorchInferenceSession as PytorchInferenceSession
+from perplexit.sessions.registry import load_session as load_session
+
+__version__: str
