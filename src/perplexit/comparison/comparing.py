@@ -1,0 +1,169 @@
+"""compare: two runs over the same scored tokens → a paired ratio, its interval and a verdict.
+
+Shape suffix: M = tokens that both runs scored with a finite loss, in window order.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.comparison.pairing import Pairs, paired, require_same_input
+from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Verdict
+from perplexit.errors import UsageError
+from perplexit.metrics.intervals import Clusters, Interval, paired_interval
+from perplexit.metrics.likelihood import exp_or_inf, json_figure, mean_nll
+from perplexit.metrics.totals import NllTotals
+from perplexit.runs.run import Run
+from perplexit.runs.run_tokens import RunTokens
+
+SMALLEST_DIFFERENCE = 1e-5  # nats a token: below it, float32 engines differ among themselves
+CONTEXT_TOKENS = 12
+
+
+def compare(
+    reference: Run | str | Path,
+    candidate: Run | str | Path,
+    *,
+    confidence: float = 0.95,
+    noise_floor: float = 0.0,
+    num_most_changed: int = 10,
+) -> Comparison:
+    """The candidate against the reference, paired token by token. Either may be a run's folder.
+
+    noise_floor: nats a token within which two runs of one model are known to differ.
+    Raises FingerprintMismatchError, which says what differs, where the two runs did not score the
+    same prepared input; RunError where a run is incomplete; EmptyScoreError without common tokens.
+    """
+    if not (math.isfinite(noise_floor) and noise_floor >= 0):
+        raise UsageError(f"noise_floor must be 0 or above, got {noise_floor}: give nats a token")
+    if num_most_changed < 0:
+        raise UsageError(f"num_most_changed must be 0 or above, got {num_most_changed}")
+    reference_run, candidate_run = _opened(reference), _opened(candidate)
+    require_same_input(reference_run, candidate_run)
+    pairs = paired(reference_run.tokens, candidate_run.tokens)
+    interval = paired_interval(pairs.reference, pairs.candidate, pairs.clusters, confidence)
+    margin = max(SMALLEST_DIFFERENCE, noise_floor)
+    delta_M = pairs.delta
+    reasons = {} if interval.reason is None else {"ppl_ratio_low": interval.reason}
+    return Comparison(
+        verdict=verdict_of(interval, margin),
+        perplexity_reference=_perplexity(pairs.reference, "perplexity_reference", reasons),
+        perplexity_candidate=_perplexity(pairs.candidate, "perplexity_candidate", reasons),
+        log_perplexity_difference=interval.value,
+        log_perplexity_difference_low=interval.low,
+        log_perplexity_difference_high=interval.high,
+        ppl_ratio=exp_or_inf(interval.value),
+        ppl_ratio_low=_exp(interval.low),
+        ppl_ratio_high=_exp(interval.high),
+        num_tokens=len(delta_M),
+        num_unpaired=pairs.num_unpaired,
+        max_abs_nll_difference=float(np.abs(delta_M).max()),
+        mean_abs_nll_difference=float(np.abs(delta_M).mean()),
+        confidence=confidence,
+        interval_method=interval.method,
+        num_clusters=interval.num_clusters,
+        margin=margin,
+        input_fingerprint=reference_run.input_fingerprint,
+        reference=_conditions(reference_run),
+        candidate=_conditions(candidate_run),
+        domains=_domain_ratios(pairs, confidence),
+        most_changed=_most_changed(pairs, delta_M, num_most_changed),
+        reasons=reasons,
+        warnings=_warnings(pairs),
+    )
+
+
+def verdict_of(interval: Interval, margin: float) -> Verdict:
+    """What an interval of candidate - reference says; without an interval, nothing is claimed."""
+    low, high = interval.low, interval.high
+    if low is None or high is None or low <= 0 <= high or (-margin <= low and high <= margin):
+        return "not distinguishable"
+    return "worse" if low > 0 else "better"
+
+
+def _domain_ratios(pairs: Pairs, confidence: float) -> tuple[DomainRatio, ...]:
+    domain_M = pairs.tokens.domain[pairs.rows]
+    ratios = []
+    for code in np.unique(domain_M[domain_M >= 0]).tolist():
+        inside = np.flatnonzero(domain_M == code)
+        _, labels = np.unique(pairs.clusters.labels[inside], return_inverse=True)
+        clusters = Clusters(labels, pairs.clusters.method, int(labels.max()) + 1)
+        interval = paired_interval(
+            pairs.reference[inside], pairs.candidate[inside], clusters, confidence
+        )
+        ratios.append(
+            DomainRatio(
+                pairs.tokens.domains[code],
+                len(inside),
+                exp_or_inf(interval.value),
+                _exp(interval.low),
+                _exp(interval.high),
+            )
+        )
+    return tuple(ratios)
+
+
+def _most_changed(
+    pairs: Pairs, delta_M: NDArray[np.float64], limit: int
+) -> tuple[ChangedToken, ...]:
+    order = np.argsort(-np.abs(delta_M), kind="stable")[:limit]
+    tokens = pairs.tokens
+    return tuple(
+        ChangedToken(
+            document=int(tokens.document[row]),
+            token_index=int(tokens.token_index[row]),
+            token=tokens.text_of(row),
+            context=_context(tokens, row),
+            nll_reference=float(pairs.reference[index]),
+            nll_candidate=float(pairs.candidate[index]),
+            delta=float(delta_M[index]),
+        )
+        for index, row in zip(order.tolist(), pairs.rows[order].tolist(), strict=True)
+        if delta_M[index] != 0
+    )
+
+
+def _context(tokens: RunTokens, row: int) -> str:
+    """The text of the scored tokens right before a row, in its document."""
+    first = row
+    while (
+        first > max(0, row - CONTEXT_TOKENS)
+        and tokens.document[first - 1] == tokens.document[row]
+        and tokens.token_index[first - 1] == tokens.token_index[first] - 1
+    ):
+        first -= 1
+    if tokens.token_bytes is None:
+        return " ".join(f"<{int(token)}>" for token in tokens.token_id[first:row])
+    return b"".join(tokens.token_bytes[first:row].to_pylist()).decode("utf-8", errors="replace")
+
+
+def _warnings(pairs: Pairs) -> tuple[str, ...]:
+    if pairs.num_unpaired == 0:
+        return ()
+    return (f"{pairs.num_unpaired} tokens with a loss that is not finite in a run are left out",)
+
+
+def _conditions(run: Run) -> dict[str, Any]:
+    return {
+        "folder": None if run.folder is None else str(run.folder),
+        "model": dict(run.model),
+        "session": dict(run.session),
+    }
+
+
+def _opened(run: Run | str | Path) -> Run:
+    return run if isinstance(run, Run) else Run.open(run)
+
+
+def _perplexity(nll_M: NDArray[np.float32], name: str, reasons: dict[str, str]) -> float | None:
+    value, reason = json_figure(name, exp_or_inf(mean_nll(NllTotals.of(nll_M))))
+    if reason is not None:
+        reasons[name] = reason
+    return value
+
+
+def _exp(exponent: float | None) -> float | None:
+    return None if exponent is None else exp_or_inf(exponent)

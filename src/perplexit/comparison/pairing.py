@@ -1,0 +1,98 @@
+"""Which rows of two runs belong together, and what may not be compared.
+
+Shape suffix: M = tokens that both runs scored with a finite loss, in window order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import EmptyScoreError, FingerprintMismatchError, RunError
+from perplexit.metrics.intervals import Clusters, clusters_for
+from perplexit.runs.run import Run
+from perplexit.runs.run_tokens import RunTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The rows that both runs scored with a finite loss."""
+
+    tokens: RunTokens
+    rows: NDArray[np.int64]  # M of the rows of `tokens`
+    reference: NDArray[np.float32]  # M losses, nats
+    candidate: NDArray[np.float32]
+    clusters: Clusters
+    num_unpaired: int
+
+    @property
+    def delta(self) -> NDArray[np.float64]:
+        """M differences candidate - reference, nats."""
+        return self.candidate.astype(np.float64) - self.reference
+
+
+def paired(reference: RunTokens, candidate: RunTokens) -> Pairs:
+    """The common tokens of two runs over one input.
+
+    Raises RunError where the runs hold different tokens, EmptyScoreError where none is common.
+    """
+    for name in ("document", "window", "position", "token_id"):
+        if not np.array_equal(getattr(reference, name), getattr(candidate, name)):
+            raise RunError(
+                f"two runs over one input must hold the same tokens, got another {name} column: "
+                "one of them is damaged (`perplexit runs verify` says which); evaluate it again"
+            )
+    rows = np.flatnonzero(np.isfinite(reference.nll) & np.isfinite(candidate.nll))
+    if len(rows) == 0:
+        raise EmptyScoreError(
+            f"expected a token with a finite loss in both runs, got 0 of {len(reference)}: "
+            "score in a wider dtype"
+        )
+    return Pairs(
+        reference,
+        rows,
+        reference.nll[rows],
+        candidate.nll[rows],
+        clusters_for(reference.document[rows], reference.window[rows]),
+        len(reference) - len(rows),
+    )
+
+
+def require_same_input(reference: Run, candidate: Run) -> None:
+    """Nothing, where both runs scored the same prepared input.
+
+    Raises FingerprintMismatchError that names each thing that differs, with both values.
+    """
+    if reference.input_fingerprint == candidate.input_fingerprint:
+        return
+    differences = [
+        f"the {what} ({ours[:12]}… and {theirs[:12]}…)"
+        for what, ours, theirs in (
+            ("text", reference.text_fingerprint, candidate.text_fingerprint),
+            ("tokenizer", reference.tokenizer_fingerprint, candidate.tokenizer_fingerprint),
+        )
+        if ours != theirs
+    ]
+    ours, theirs = _flat(reference.input_spec), _flat(candidate.input_spec)
+    differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    chosen = [key for key in differing if key.startswith("protocol.")]
+    if not differences and not chosen:
+        chosen = differing
+    differences += [f"{key} ({ours.get(key)!r} and {theirs.get(key)!r})" for key in chosen]
+    raise FingerprintMismatchError(
+        "expected two runs over the same prepared input, got inputs that differ in "
+        + (", ".join(differences) or "their token ids, scored tokens or windows")
+        + ": evaluate both models on one file that `perplexit prepare` wrote"
+    )
+
+
+def _flat(spec: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in spec.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

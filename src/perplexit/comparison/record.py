@@ -1,0 +1,127 @@
+"""Comparison: what two runs over the same tokens say of each other, as a record and as text."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Verdict = Literal["better", "worse", "not distinguishable"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedToken:
+    """A token whose loss changed, with the text before it. `delta` = candidate - reference."""
+
+    document: int
+    token_index: int
+    token: str
+    context: str
+    nll_reference: float
+    nll_candidate: float
+    delta: float
+
+
+@dataclass(frozen=True, slots=True)
+class DomainRatio:
+    """One domain's paired ratio; `low` and `high` are None where it has less than two clusters."""
+
+    domain: str
+    num_tokens: int
+    ppl_ratio: float
+    ppl_ratio_low: float | None
+    ppl_ratio_high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A candidate against a reference, over the tokens that both scored with a finite loss.
+
+    log_perplexity_difference: mean of candidate - reference nll, nats a token; above 0 is worse.
+    ppl_ratio:   exp of it, the candidate's perplexity over the reference's.
+    verdict:     'not distinguishable' where the interval includes 0 or lies inside ± `margin`, or
+                 where there is no interval (`reasons` says why); else 'better' or 'worse'.
+    margin:      max(1e-5, noise_floor), nats a token.
+    num_unpaired: tokens left out because a loss was not finite; `warnings` says so.
+    """
+
+    verdict: Verdict
+    perplexity_reference: float | None
+    perplexity_candidate: float | None
+    log_perplexity_difference: float
+    log_perplexity_difference_low: float | None
+    log_perplexity_difference_high: float | None
+    ppl_ratio: float
+    ppl_ratio_low: float | None
+    ppl_ratio_high: float | None
+    num_tokens: int
+    num_unpaired: int
+    max_abs_nll_difference: float
+    mean_abs_nll_difference: float
+    confidence: float
+    interval_method: str
+    num_clusters: int
+    margin: float
+    input_fingerprint: str
+    reference: dict[str, Any]
+    candidate: dict[str, Any]
+    domains: tuple[DomainRatio, ...] = ()
+    most_changed: tuple[ChangedToken, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain JSON values, every number finite or null."""
+        record: dict[str, Any] = _plain(asdict(self))
+        return record
+
+    def __str__(self) -> str:
+        percent = f"{100 * self.confidence:g} %"
+        lines = [
+            f"verdict:    {self.verdict}",
+            f"reference:  perplexity {_shown(self.perplexity_reference)}  {_name(self.reference)}",
+            f"candidate:  perplexity {_shown(self.perplexity_candidate)}  {_name(self.candidate)}",
+            f"ratio:      {self.ppl_ratio:.6f} "
+            + _range(self.ppl_ratio_low, self.ppl_ratio_high, ".6f")
+            + f"  ({percent}, {self.num_clusters} clusters: {self.interval_method})",
+            f"nll change: {self.log_perplexity_difference:+.2e} "
+            + _range(self.log_perplexity_difference_low, self.log_perplexity_difference_high, ".2e")
+            + " nats a token",
+            f"per token:  {self.mean_abs_nll_difference:.2e} on average, "
+            f"{self.max_abs_nll_difference:.2e} at most, over {self.num_tokens:,} tokens",
+        ]
+        lines += [f"note:       {text}" for text in (*self.reasons.values(), *self.warnings)]
+        for row in self.domains:
+            interval = _range(row.ppl_ratio_low, row.ppl_ratio_high, ".5f")
+            lines.append(f"  {row.domain}: ratio {row.ppl_ratio:.5f} {interval}")
+        if self.most_changed:
+            lines.append("most changed tokens (reference -> candidate, nats):")
+        lines += [
+            f"  {t.nll_reference:8.4f} -> {t.nll_candidate:8.4f}  {t.context!r} {t.token!r}"
+            for t in self.most_changed
+        ]
+        return "\n".join(lines)
+
+
+def _name(conditions: Mapping[str, Any]) -> str:
+    session = conditions["session"]
+    quantization = session.get("quantization") or {}
+    parts = (session.get("engine"), session.get("dtype"), quantization.get("name"))
+    return " ".join([*(str(p) for p in parts if p), str(conditions["model"].get("address"))])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _range(low: float | None, high: float | None, form: str) -> str:
+    return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
