@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 import perplexit as px
+from perplexit.cli.figures import program_table
 from perplexit.cli.group import examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
 
 EXAMPLES = examples(
     "perplexit compile smollm2/ --to onnx -o program/",
@@ -58,3 +59,8 @@ def compile_model(
             batch_size=batch_size,
             device=device,
         )
+    record = program.metadata.to_json()
+    people().print(program_table(record))
+    tell(f"The program is in {output}")
+    if json:
+        print_json({"folder": str(output), **record})

@@ -55,6 +55,30 @@ def run_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
+def program_table(record: Mapping[str, Any]) -> Table:
+    """One compiled program: what went into it, and how far its losses are from the checkpoint's."""
+    verification, shapes = record["verification"], record["shapes"]
+    fixed = [
+        f"{name.replace('_', ' ')} {size}" for name, size in shapes.items() if size is not None
+    ]
+    gives = "one loss a target" if record["perplexity"] else "logits"
+    table = _pairs()
+    table.add_row("engine", str(record["engine"]))
+    table.add_row("model", escape(f"{record['model']['address']}"))
+    table.add_row("gives", f"{gives}, computed in {record['dtype']}")
+    table.add_row("shapes", ", ".join(fixed) or "any")
+    table.add_row("quantization", escape(_quantization(record)))
+    table.add_row("size", in_mib(sum(file["num_bytes"] for file in record["files"])))
+    table.add_row(
+        "verified",
+        escape(
+            f"at most {verification['max_abs_nll_difference']:.1e} nats a token from "
+            f"{verification['reference']}, over {verification['num_tokens']:,} tokens"
+        ),
+    )
+    return table
+
+
 def runs_table(records: list[Mapping[str, Any]], folders: list[str]) -> Table:
     """One line a run."""
     table = Table(box=None, pad_edge=False)
