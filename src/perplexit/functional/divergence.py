@@ -1,0 +1,100 @@
+"""Two distributions a token in, their divergences out.
+
+Shape suffixes: N = targets, V = vocabulary, K = how many top tokens are compared.
+
+The naive equivalent, with p the reference and q the candidate:
+
+    kl_N         = (p_NV * (log p_NV - log q_NV)).sum(-1)          KL(reference ‖ candidate), nats
+    reverse_kl_N = (q_NV * (log q_NV - log p_NV)).sum(-1)          KL(candidate ‖ reference), nats
+    js_N         = (KL(p ‖ m) + KL(q ‖ m)) / 2,  m = (p + q) / 2   Jensen–Shannon, nats, ≤ ln 2
+    delta_p_N    = q(target) - p(target)
+
+Sources: Kullback & Leibler 1951; Lin 1991 (Jensen–Shannon); Δp as llama.cpp's perplexity tool.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 18  # 2 MiB of float64
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDivergences:
+    """Per-target results; divergences float64 in nats, never negative.
+
+    same_top1_N:       bool, both find the same token most likely.
+    top_k_agreement_N: float32, the share of the reference's K most likely tokens that are among
+                       the candidate's K most likely.
+    delta_p_N:         float32, probability of the target under the candidate minus the reference.
+    reference_top_p_N: float32, the reference's probability of its most likely token.
+    """
+
+    kl_N: Tensor
+    reverse_kl_N: Tensor
+    js_N: Tensor
+    same_top1_N: Tensor
+    top_k_agreement_N: Tensor
+    delta_p_N: Tensor
+    reference_top_p_N: Tensor
+
+    @classmethod
+    def joined(cls, parts: "list[TokenDivergences]") -> "TokenDivergences":
+        """The divergences of consecutive targets as one; `parts` holds at least one."""
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in cls.__slots__))
+
+
+def token_divergences(
+    reference_NV: Tensor, candidate_NV: Tensor, targets_N: Tensor, *, top_k: int = 10
+) -> TokenDivergences:
+    """The divergences of two sets of logits for the same targets, in float64 from float32 logits.
+
+    Each term of a KL sum is taken as p·(e^d - 1 - d) with d = log q - log p, which is the same sum
+    (both distributions add up to 1), has no negative term, and is exactly 0 for equal logits.
+    """
+    rows = max(1, _BLOCK_ELEMENTS // reference_NV.shape[-1])
+    return TokenDivergences.joined(
+        [
+            _block_divergences(
+                reference_NV[start : start + rows].double(),
+                candidate_NV[start : start + rows].double(),
+                targets_N[start : start + rows, None],
+                top_k,
+            )
+            for start in range(0, max(1, len(targets_N)), rows)
+        ]
+    )
+
+
+def _block_divergences(
+    reference_NV: Tensor, candidate_NV: Tensor, targets_N1: Tensor, top_k: int
+) -> TokenDivergences:
+    logp_NV = reference_NV.log_softmax(-1)
+    logq_NV = candidate_NV.log_softmax(-1)
+    p_NV, q_NV = logp_NV.exp(), logq_NV.exp()
+    logm_NV = torch.logaddexp(logp_NV, logq_NV) - math.log(2)
+    k = min(top_k, reference_NV.shape[-1])
+    top_p, top_q = logp_NV.topk(k, dim=-1), logq_NV.topk(k, dim=-1)
+    shared_N = (top_p.indices[:, :, None] == top_q.indices[:, None, :]).any(-1).float().mean(-1)
+    delta_p_N = (q_NV.gather(1, targets_N1) - p_NV.gather(1, targets_N1))[:, 0]
+    return TokenDivergences(
+        kl_N=_kl(logp_NV, logq_NV, p_NV),
+        reverse_kl_N=_kl(logq_NV, logp_NV, q_NV),
+        js_N=(_kl(logp_NV, logm_NV, p_NV) + _kl(logq_NV, logm_NV, q_NV)) / 2,
+        same_top1_N=top_p.indices[:, 0] == top_q.indices[:, 0],
+        top_k_agreement_N=shared_N,
+        delta_p_N=delta_p_N.float(),
+        reference_top_p_N=top_p.values[:, 0].exp().float(),
+    )
+
+
+def _kl(logp_NV: Tensor, logq_NV: Tensor, p_NV: Tensor) -> Tensor:
+    d_NV = logq_NV - logp_NV
+    # Where p is 0 the term is q, not 0 · inf; beyond d = 30, p·e^d is taken as q itself.
+    near = torch.expm1(d_NV.clamp(max=30.0)).sub_(d_NV).mul_(p_NV)
+    far = logq_NV.exp() - p_NV - p_NV * d_NV
+    terms_NV = torch.where(d_NV > 30.0, far, near)
+    terms_NV = torch.where(p_NV == 0, logq_NV.exp(), terms_NV)
+    return terms_NV.sum(-1)
