@@ -121,7 +121,7 @@ def test_more_alternatives_than_tokens_give_the_whole_vocabulary():
 
 @pytest.mark.trap(23)
 def test_non_finite_logits_are_not_hidden():
-    """Trap 23: a NaN logit gives a NaN loss; a target at -inf gives inf, and entropy stays right."""
+    """Trap 23: a NaN logit gives a NaN loss, a target at -inf an infinite one."""
     logits = torch.tensor([[0.0, float("nan"), 1.0], [0.0, float("-inf"), 0.0]])
     result = token_statistics(logits, torch.tensor([0, 1]))
     assert math.isnan(result.nll_N[0])

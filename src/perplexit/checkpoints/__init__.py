@@ -1,0 +1,1 @@
+"""Checkpoints: what their identity is, and how they become a PyTorch model."""

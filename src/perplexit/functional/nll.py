@@ -38,11 +38,20 @@ class TokenStatistics:
     @classmethod
     def joined(cls, parts: Sequence["TokenStatistics"]) -> "TokenStatistics":
         """The statistics of consecutive targets as one; `parts` holds at least one."""
-        columns = {}
-        for name in cls.__slots__:
-            present = [column for part in parts if (column := getattr(part, name)) is not None]
-            columns[name] = torch.cat(present) if present else None
-        return cls(**columns)
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            torch.cat([part.nll_N for part in parts]),
+            _cat([part.entropy_N for part in parts]),
+            _cat([part.rank_N for part in parts]),
+            _cat([part.top_ids_NK for part in parts]),
+            _cat([part.top_logprobs_NK for part in parts]),
+        )
+
+
+def _cat(columns: Sequence[Tensor | None]) -> Tensor | None:
+    present = [column for column in columns if column is not None]
+    return torch.cat(present) if present else None
 
 
 def token_statistics(
@@ -108,7 +117,7 @@ def _ranks(logits_NV: Tensor, targets_N1: Tensor, scratch_NV: Tensor) -> Tensor:
 
 
 def _entropies(odds_NV: Tensor, sum_N: Tensor, shifted_NV: Tensor) -> Tensor:
-    mean_shifted_N = torch.linalg.vecdot(odds_NV, shifted_NV) / sum_N
+    mean_shifted_N: Tensor = torch.linalg.vecdot(odds_NV, shifted_NV) / sum_N
     if bool(mean_shifted_N.isnan().any()):  # a token at -inf: 0 · -inf, whose limit is 0
         terms_NV = torch.where(odds_NV == 0, 0.0, odds_NV * shifted_NV)
         mean_shifted_N = terms_NV.sum(-1) / sum_N

@@ -1,0 +1,96 @@
+"""A checkpoint's identity: the SHA-256 of its weights and its configuration."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from perplexit.checkpoints.cache import file_digest
+from perplexit.errors import ModelError
+
+# Who saved a configuration and from where says nothing about the numbers that the model gives.
+_IRRELEVANT_KEYS = ("_name_or_path", "transformers_version")
+
+
+def weights_fingerprint(path: Path) -> str:
+    """The identity of a `.gguf` file (the SHA-256 of its bytes) or of a safetensors folder.
+
+    A folder's is the SHA-256 of a canonical JSON text: the weight files' names with their digests
+    in order of name, and config.json without the keys that cannot change a number.
+    Raises ModelError where there are no weights or no configuration.
+    """
+    if path.is_file():
+        return file_digest(path)
+    identity = {
+        "config": _canonical(read_config(path)),
+        "weights": {file.name: file_digest(file) for file in weight_files(path)},
+    }
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """`value` as JSON with sorted keys and no blanks, in UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json. Raises ModelError where it is missing or not a JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"expected a Hugging Face model folder with config.json and *.safetensors, but "
+            f"{folder} has no config.json; name the folder that save_pretrained wrote"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"expected JSON in {path}, got something else: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"expected a JSON object in {path}, got {type(config).__name__}")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a folder's weights, in order of name.
+
+    With an index, the files that it names; else `model.safetensors`, as transformers reads them.
+    Raises ModelError where one is missing, or where the weights are pickles.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return _indexed_files(index)
+    pickles = sorted(file.name for file in folder.glob("*.bin") if file.is_file())
+    if pickles:
+        raise ModelError(
+            f"expected safetensors weights in {folder}, got {pickles[0]}: pickled weights can run "
+            "code and are not read. Convert once, where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    raise ModelError(
+        f"expected model.safetensors or model.safetensors.index.json in {folder}, found neither; "
+        "is the download complete?"
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"expected a weight_map in {index}, could not read one: {error!r}") from (
+            error
+        )
+    files = [index.parent / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(
+                f"{index.name} names {file.name}, which is not in {index.parent}; "
+                "is the download complete?"
+            )
+    return files
+
+
+def _canonical(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _IRRELEVANT_KEYS}

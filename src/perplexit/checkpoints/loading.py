@@ -1,0 +1,89 @@
+"""A checkpoint as a PyTorch model in evaluation mode: quickly, quietly, and all of its weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from perplexit.checkpoints.identity import read_config, weight_files
+from perplexit.checkpoints.quiet import quiet_transformers
+from perplexit.checkpoints.sources import CheckpointSource, find_checkpoint
+from perplexit.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded checkpoint and where it came from."""
+
+    source: CheckpointSource
+    model: nn.Module
+
+
+def load_checkpoint(
+    address: str | Path, *, dtype: str = "float32", device: str = "cpu"
+) -> Checkpoint:
+    """The model at `address` (see `find_checkpoint`) in `dtype` on `device`, in evaluation mode.
+
+    Remote code is off and pickles are not read. Raises ModelError where the folder is not a causal
+    language model that transformers knows, or where weights are missing: transformers would fill
+    them with random numbers.
+    """
+    source = find_checkpoint(address)
+    config = read_config(source.folder)
+    weight_files(source.folder)
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
+        raise ModelError(
+            f"{source.address} holds weights that are already quantized ({method}), which this "
+            "version does not load; name the checkpoint that they were made from"
+        )
+    model, loading_info = _loaded(source, getattr(torch, dtype))
+    _check_complete(source, loading_info)
+    return Checkpoint(source, model.to(device).eval())
+
+
+def _loaded(source: CheckpointSource, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(
+                source.folder, trust_remote_code=False, local_files_only=True
+            )
+            if config.is_encoder_decoder:
+                raise ModelError(
+                    f"expected a causal language model in {source.folder}, got the "
+                    f"encoder-decoder {config.model_type}"
+                )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"expected a causal language model that transformers knows in {source.folder}, but it "
+            f"cannot be loaded: {_first_lines(error)} (code shipped with a model is never run)"
+        ) from error
+    model, loading_info = loaded
+    return model, loading_info
+
+
+def _check_complete(source: CheckpointSource, loading_info: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        problems = sorted(str(problem) for problem in loading_info.get(kind, ()))
+        if problems:
+            raise ModelError(
+                f"expected every weight of the model in {source.folder}, but {len(problems)} are "
+                f"not there or of another shape ({', '.join(problems[:3])}, …); is it a causal "
+                "language model, and the download complete?"
+            )
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
