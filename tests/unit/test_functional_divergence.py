@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax, rel_entr
 from scipy.spatial.distance import jensenshannon
+from scipy.special import log_softmax, rel_entr
 
 from perplexit.functional.divergence import token_divergences
 
