@@ -4,7 +4,7 @@ import shlex
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from perplexit.cli.figures import run_table
 from perplexit.cli.group import continued_by, examples
 from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
 from perplexit.cli.progress import scoring_progress
+from perplexit.errors import UsageError
 
 EXAMPLES = examples(
     "perplexit eval smollm2/ speech.safetensors --run runs/fp32",
@@ -26,14 +27,6 @@ class OnNonFinite(StrEnum):
 
     ERROR = "error"
     COUNT = "count"
-
-
-def _batch_size(text: str) -> str | int:
-    if text == "auto":
-        return text
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise typer.BadParameter(f"expected `auto` or a whole number above 0, got {text!r}")
 
 
 def evaluate(
@@ -62,7 +55,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[
         str,
-        typer.Option(metavar="auto|N", callback=_batch_size, help="Windows in one forward pass."),
+        typer.Option(metavar="auto|N", help="Windows in one forward pass."),
     ] = "auto",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:N or mps. \\[default: cpu]")
@@ -101,7 +94,7 @@ def evaluate(
             quantization=quantization,
             device=device,
             threads=threads,
-            batch_size=batch_size,
+            batch_size=_batch_size(batch_size),
             top_k=top_k,
             confidence=confidence,
             on_non_finite=on_non_finite.value,
@@ -122,3 +115,11 @@ def _new_run_folder(tokens: Path) -> Path:
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     return folder
+
+
+def _batch_size(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise UsageError(f"--batch-size expected `auto` or a whole number above 0, got {text!r}")

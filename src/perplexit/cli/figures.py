@@ -1,6 +1,6 @@
 """Runs as tables that people read. Everything shown is a value of `run.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -79,7 +79,7 @@ def program_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
-def runs_table(records: list[Mapping[str, Any]], folders: list[str]) -> Table:
+def runs_table(records: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> Table:
     """One line a run."""
     table = Table(box=None, pad_edge=False)
     for name in ("run", "status", "model", "engine", "dtype", "quantization"):

@@ -70,8 +70,7 @@ def export(
 ) -> None:
     """Write a run's scored tokens, a row a token, in the format that the file's name ends in."""
     with stdout_kept_clean():
-        source = px.Run.open(run)
-        px.export_tokens(source, output)
-    tell(f"{source.num_tokens:,} tokens are in {output}")
+        px.export_tokens(run, output)
+    tell(f"The scored tokens of {run} are in {output}")
     if json:
-        print_json({"run": str(run), "output": str(output), "num_tokens": source.num_tokens})
+        print_json({"run": str(run), "output": str(output)})
