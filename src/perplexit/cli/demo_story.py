@@ -104,8 +104,45 @@ def _ratio(comparison: Any) -> str:
 
 
 def explanation(scored: list[Scored], out: Path) -> str:
-    """What the table says, in plain words."""
-    return ""
+    """What the table says, in plain words, paragraph by paragraph."""
+    return "\n\n".join([*(_in_words(way) for way in scored[1:]), *NOTES, _next_steps(out)])
+
+
+def _in_words(way: Scored) -> str:
+    comparison = way.comparison
+    if comparison.verdict == "not distinguishable":
+        return (
+            f"{way.name} cannot be told from the reference on this text: the interval of the "
+            "paired ratio includes 1, or any difference is too small to matter."
+        )
+    percent = 100 * abs(comparison.ppl_ratio - 1)
+    return (
+        f"{way.name} is {comparison.verdict} than the reference: its perplexity is "
+        f"{percent:.2g} % {'higher' if comparison.verdict == 'worse' else 'lower'}, and the "
+        "interval of that ratio does not include 1."
+    )
+
+
+NOTES = (
+    "The interval of a perplexity is wide, because another part of the speech would have given "
+    "another figure. The interval of a ratio is narrow, because both runs scored the same tokens, "
+    "and what makes a passage hard makes it hard for both.",
+    "The text is the State of the Union address of 2026. It is newer than the model, so the model "
+    "cannot have learned it by heart. Older addresses probably were among its training texts.",
+    "The model is SmolLM2-135M-Instruct. It was tuned to answer, not to continue speeches: compare "
+    "these figures with each other, not with published ones.",
+    "Its weights are shipped at 4 bits already (Q4_1). The reference computes in fp32, but with "
+    "those weights; so a further 4-bit quantization costs less here than it would from full "
+    "precision.",
+    "Memory is the largest resident size of the whole process during that run, weights included.",
+)
+
+
+def _next_steps(out: Path) -> str:
+    return (
+        f"Everything is in {out}. See which tokens changed most:\n"
+        f"  perplexit compare {out}/runs/pytorch-fp32 {out}/runs/onnx-int4 --most-changed 20"
+    )
 
 
 def document(scored: list[Scored]) -> Mapping[str, Any]:
