@@ -20,6 +20,8 @@ _HOME_OF = {
     "list_runs": "perplexit.runs.store",
     "verify_run": "perplexit.runs.verification",
     "export_tokens": "perplexit.runs.verification",
+    "export_words": "perplexit.runs.words",
+    "surprisal_of_words": "perplexit.runs.words",
     "export_id_lines": "perplexit.inputs.id_lines",
     "import_id_lines": "perplexit.inputs.id_lines",
     "compile": "perplexit.compilation.compile_model",

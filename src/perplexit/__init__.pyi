@@ -14,6 +14,8 @@ from perplexit.runs.run import Run as Run
 from perplexit.runs.store import list_runs as list_runs
 from perplexit.runs.verification import export_tokens as export_tokens
 from perplexit.runs.verification import verify_run as verify_run
+from perplexit.runs.words import export_words as export_words
+from perplexit.runs.words import surprisal_of_words as surprisal_of_words
 from perplexit.seed_api import calculate_perplexity as calculate_perplexity
 from perplexit.seed_api import compute_perplexity as compute_perplexity
 from perplexit.seed_api import torch_perplexity as torch_perplexity

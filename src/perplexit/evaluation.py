@@ -137,6 +137,7 @@ class _Evaluation:
             status="running",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             confidence=confidence,
+            input_path=str(self.tokens.path.resolve()),
             input_fingerprint=self.tokens.input_fingerprint,
             text_fingerprint=self.tokens.text_fingerprint,
             tokenizer_fingerprint=self.tokens.tokenizer_fingerprint,

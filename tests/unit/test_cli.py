@@ -35,6 +35,7 @@ COMPARE = ["compare", "reference", "candidate"]
 COMPILE = ["compile", "M", "--to", "onnx", "-o", "out"]
 
 # command, the option as given, the verb it reaches, the keyword and the value that arrive there
+WORDS = ["runs", "export", "r", "-o", "w.csv", "--words"]
 TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (PREPARE, ["--tokenizer", "U"], "prepare", "tokenizer", "U"),
     (PREPARE, ["-o", "other"], "prepare", "output", Path("other")),
@@ -69,6 +70,8 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (COMPILE, ["--device", "cuda"], "compile", "device", "cuda"),
     (["demo"], ["--out", "elsewhere"], "score_four_ways", "0", Path("elsewhere")),
     (["runs", "export", "r", "-o", "a.csv"], ["-o", "b.csv"], "export_tokens", "1", Path("b.csv")),
+    (WORDS, ["--words"], "export_words", "1", Path("w.csv")),
+    (WORDS, ["--input", "in.safetensors"], "export_words", "tokens", Path("in.safetensors")),
 ]
 ELSEWHERE = {"--json", "--help", "--version"}  # tested for every command below
 
@@ -143,6 +146,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         "list_runs": [record],
         "verify_run": [],
         "export_tokens": None,
+        "export_words": None,
     }.items():
         monkeypatch.setitem(vars(px), verb, recorder(verb, result))
     monkeypatch.setattr(px.Run, "open", lambda folder: record)

@@ -9,7 +9,7 @@ import perplexit as px
 from perplexit.cli.figures import run_table, runs_table
 from perplexit.cli.group import examples
 from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
-from perplexit.errors import RunError
+from perplexit.errors import RunError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="List, show, verify and export runs.")
 
@@ -59,18 +59,43 @@ def verify(run: RunFolder, json: AsJson = False) -> None:
     tell(f"{run} is sound")
 
 
-@app.command("export", epilog=examples("perplexit runs export runs/fp32 -o tokens.csv"))
+@app.command(
+    "export",
+    epilog=examples(
+        "perplexit runs export runs/fp32 -o tokens.csv",
+        "perplexit runs export runs/fp32 --words -o words.csv",
+    ),
+)
 def export(
     run: RunFolder,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="FILE", help="Ends in .csv, .parquet or .jsonl."),
     ],
+    words: Annotated[
+        bool, typer.Option("--words", help="A row a word: its surprisal and character offsets.")
+    ] = False,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="INPUT",
+            help="With --words: the run's input, where it is not at its place any more.",
+        ),
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Write a run's scored tokens, a row a token, in the format that the file's name ends in."""
+    """Write a run's scored tokens, a row a token, in the format that the file's name ends in.
+
+    With --words a row a word: the losses of tokens summed over the words that they spell.
+    """
+    if input_file is not None and not words:
+        raise UsageError("--input is for --words: tokens are exported from the run alone")
     with stdout_kept_clean():
-        px.export_tokens(run, output)
-    tell(f"The scored tokens of {run} are in {output}")
+        if words:
+            px.export_words(run, output, tokens=input_file)
+        else:
+            px.export_tokens(run, output)
+    tell(f"The {'words' if words else 'scored tokens'} of {run} are in {output}")
     if json:
-        print_json({"run": str(run), "output": str(output)})
+        print_json({"run": str(run), "output": str(output), "words": words})

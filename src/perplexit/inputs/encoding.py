@@ -76,15 +76,24 @@ def word_starts(text_bytes: bytes, text_starts: NDArray[np.int64]) -> NDArray[np
     A word is a maximal run of characters that are no white space, as `str.split()` has it; one
     never reaches across `text_starts`, where documents begin.
     """
+    space = white_space(text_bytes)
+    begins = ~space
+    begins[1:] &= space[:-1]
+    starts = text_starts[text_starts < len(space)]
+    begins[starts] = ~space[starts]
+    return begins
+
+
+def white_space(text_bytes: bytes) -> NDArray[np.bool_]:
+    """For each byte, whether it is of a character that `str.split()` splits at.
+
+    Bool [len(text_bytes)]; the bytes must be valid UTF-8.
+    """
     data = np.frombuffer(text_bytes, dtype=np.uint8)
     space = _ASCII_SPACE[data]
     if not text_bytes.isascii():
         _mark_wide_spaces(data, space)
-    begins = ~space
-    begins[1:] &= space[:-1]
-    starts = text_starts[text_starts < len(data)]
-    begins[starts] = ~space[starts]
-    return begins
+    return space
 
 
 def bytes_from_spans(

@@ -52,6 +52,7 @@ class Run:
     interval_method: str | None = None
     num_clusters: int | None = None
 
+    input_path: str | None = None  # where the input was; it is known by its fingerprint alone
     input_fingerprint: str = ""
     text_fingerprint: str = ""
     tokenizer_fingerprint: str = ""

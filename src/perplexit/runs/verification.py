@@ -1,21 +1,17 @@
 """Stored runs checked against themselves, and written out for other tools."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
-from perplexit.errors import PerplexitError, RunError, UsageError
-from perplexit.files import sha256_of_file, write_atomically
+from perplexit.errors import PerplexitError, RunError
+from perplexit.files import sha256_of_file
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import TOKENS_FILE, Run
-
-EXPORT_SUFFIXES = (".csv", ".parquet", ".jsonl")
+from perplexit.runs.tables import write_table
 
 
 def verify_run(folder: str | Path) -> list[str]:
@@ -70,25 +66,11 @@ def export_tokens(folder: str | Path, path: str | Path) -> Path:
     `text` is added: the token's bytes as text, with U+FFFD for those that are no whole character.
     Raises UsageError for another suffix, RunError where the run is not complete.
     """
-    path = Path(path)
-    if path.suffix not in EXPORT_SUFFIXES:
-        raise UsageError(
-            f"expected a file name that ends in one of {', '.join(EXPORT_SUFFIXES)}, "
-            f"got {path.name}"
-        )
     run = Run.open(folder)
     if run.status != "complete" or run.folder is None:
         raise RunError(f"expected a complete run, got one that is {run.status} in {folder}")
     table = _with_text(pq.read_table(run.folder / TOKENS_FILE))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        write_atomically(path, lambda temporary: pq.write_table(table, temporary))
-    elif path.suffix == ".csv":
-        flat = _lists_as_columns(table)
-        write_atomically(path, lambda temporary: pyarrow.csv.write_csv(flat, temporary))
-    else:
-        write_atomically(path, lambda temporary: _write_json_lines(table, temporary))
-    return path
+    return write_table(table, Path(path))
 
 
 def _with_text(table: pa.Table) -> pa.Table:
@@ -99,22 +81,3 @@ def _with_text(table: pa.Table) -> pa.Table:
     table = table.set_column(place, "text", pa.array(text, pa.string()))
     domain = table.column("domain").cast(pa.string())
     return table.set_column(table.column_names.index("domain"), "domain", domain)
-
-
-def _lists_as_columns(table: pa.Table) -> pa.Table:
-    """The table with `top_ids` and `top_logprobs` as one column an alternative."""
-    for name in ("top_ids", "top_logprobs"):
-        if name in table.column_names:
-            column = table.column(name).combine_chunks()
-            values = np.asarray(column.flatten()).reshape(len(table), -1)
-            table = table.drop_columns([name])
-            for k in range(values.shape[1]):
-                table = table.append_column(f"{name}_{k + 1}", pa.array(values[:, k]))
-    return table
-
-
-def _write_json_lines(table: pa.Table, path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for batch in table.to_batches(max_chunksize=65536):
-            for row in batch.to_pylist():
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
