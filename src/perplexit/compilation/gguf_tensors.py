@@ -1,0 +1,170 @@
+"""A transformers state dict → GGUF tensors and hyperparameters, for Llama and GPT-2.
+
+llama.cpp rotates neighbouring rows of a head where transformers rotates row i with row i + d/2,
+so the rows of q and k are reordered; GPT-2 stores its matrices transposed (Conv1D).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import CompilationError
+
+Array = NDArray[np.float32]
+_SKIPPED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufArchitecture:
+    """How checkpoints of one transformers class are written."""
+
+    arch: gguf.MODEL_ARCH
+    add_hyperparameters: Callable[[gguf.GGUFWriter, Mapping[str, Any]], None]
+    converted: Callable[[str, Array, Mapping[str, Any]], Array]
+    num_layers: str  # the config's name for it
+
+
+def architecture_of(config: Mapping[str, Any]) -> GgufArchitecture:
+    """How to write a checkpoint with this config. Raises CompilationError where it cannot be."""
+    names = config.get("architectures") or ["none"]
+    if names[0] not in _ARCHITECTURES:
+        raise CompilationError(
+            f"expected a checkpoint of {', '.join(_ARCHITECTURES)} to write as GGUF, got "
+            f"{names[0]}; convert it with llama.cpp's own script and evaluate it as gguf:FILE"
+        )
+    return _ARCHITECTURES[names[0]]
+
+
+def gguf_tensors(
+    architecture: GgufArchitecture,
+    config: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> Iterator[tuple[str, Array]]:
+    """(GGUF name, float32 array) of each tensor, in the order of `state`.
+
+    state: torch tensors by transformers' names. Raises CompilationError for a tensor that GGUF has
+    no name for, rather than leave it out.
+    """
+    num_layers = int(config[architecture.num_layers])
+    names = gguf.get_tensor_name_map(architecture.arch, num_layers)
+    for name, tensor in state.items():
+        if name.endswith(_SKIPPED) or (name == "lm_head.weight" and _is_tied(config)):
+            continue
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise CompilationError(f"GGUF's {architecture.arch.name} has no tensor for {name!r}")
+        array = np.asarray(tensor.detach().float().cpu().numpy(), dtype=np.float32)
+        yield target, np.ascontiguousarray(architecture.converted(name, array, config))
+    yield from _rope_factors(config)
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    # GPT-2's default in transformers; Llama writes it out
+    return bool(config.get("tie_word_embeddings", config.get("model_type") == "gpt2"))
+
+
+def _add_llama(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    rope = _rope(config)
+    if config.get("sliding_window"):
+        raise CompilationError("GGUF's llama architecture has no sliding window, this model has")
+    writer.add_vocab_size(int(config["vocab_size"]))
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+def _add_gpt2(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    hidden = int(config["n_embd"])
+    if config.get("activation_function", "gelu_new") != "gelu_new":
+        raise CompilationError(
+            f"llama.cpp's GPT-2 uses gelu_new, this one {config['activation_function']}"
+        )
+    writer.add_vocab_size(int(config["vocab_size"]))
+    writer.add_context_length(int(config["n_positions"]))
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(int(config["n_layer"]))
+    writer.add_feed_forward_length(int(config.get("n_inner") or 4 * hidden))
+    writer.add_head_count(int(config["n_head"]))
+    writer.add_layer_norm_eps(float(config["layer_norm_epsilon"]))
+
+
+def _converted_llama(name: str, array: Array, config: Mapping[str, Any]) -> Array:
+    heads = int(config["num_attention_heads"])
+    if ".q_proj." in name:
+        return _interleaved(array, heads)
+    if ".k_proj." in name:
+        return _interleaved(array, int(config.get("num_key_value_heads") or heads))
+    return array
+
+
+def _converted_gpt2(name: str, array: Array, config: Mapping[str, Any]) -> Array:
+    del config
+    return array.T if name.endswith(_TRANSPOSED) else array
+
+
+def _interleaved(array: Array, num_heads: int) -> Array:
+    """The rows of each head (first axis) reordered from halves to pairs: 0, d/2, 1, d/2 + 1."""
+    rows = array.reshape(num_heads, 2, len(array) // num_heads // 2, *array.shape[1:])
+    return rows.swapaxes(1, 2).reshape(array.shape)
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary parameters under one spelling. Raises CompilationError for an unknown kind."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise CompilationError(
+            f"expected rotary positions of type default, linear or llama3, got "
+            f"{rope['rope_type']!r}, which is not written to GGUF here"
+        )
+    return rope
+
+
+def _rope_factors(config: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
+    """Llama 3's frequency divisors, which llama.cpp reads as a tensor; nothing for others.
+
+    Wavelengths below `original / high` keep their frequency, those above `original / low` have it
+    divided by `factor`, with a linear blend between (the rotary type "llama3" of transformers).
+    """
+    rope = _rope(config) if "num_attention_heads" in config else {}
+    if rope.get("rope_type") != "llama3":
+        return
+    heads = int(config["num_attention_heads"])
+    dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    frequency = float(rope["rope_theta"]) ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    turns = int(rope["original_max_position_embeddings"]) * frequency / (2 * math.pi)
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    divisor = 1 / ((1 - kept) / float(rope["factor"]) + kept)
+    yield gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight", divisor.astype(np.float32)
+
+
+_LLAMA = GgufArchitecture(
+    gguf.MODEL_ARCH.LLAMA, _add_llama, _converted_llama, num_layers="num_hidden_layers"
+)
+_GPT2 = GgufArchitecture(gguf.MODEL_ARCH.GPT2, _add_gpt2, _converted_gpt2, num_layers="n_layer")
+_ARCHITECTURES = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "GPT2LMHeadModel": _GPT2,
+}

@@ -1,0 +1,97 @@
+"""What a GGUF file says of itself: architecture, tensor types and their bytes."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
+
+from perplexit.errors import ModelError
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufQuantization:
+    """What a GGUF file's quantization really did, counted over its tensors.
+
+    num_bytes: of the quantized tensors, scales included.
+    effective_bits: bits a parameter over the whole file.
+    unquantized: names of the matrices that were left alone.
+    """
+
+    name: str
+    num_tensors: int
+    num_bytes: int
+    effective_bits: float
+    unquantized: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """The header of one GGUF file.
+
+    tensor_types: how many tensors have each type, by GGUF's name for it.
+    matrix_dtype: the narrowest floating-point type among the matrices that are not quantized;
+        llama.cpp rounds activations to it when it multiplies with them.
+    """
+
+    architecture: str
+    num_parameters: int
+    tensor_types: dict[str, int]
+    matrix_dtype: str
+    quantization: GgufQuantization | None
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """The header of the GGUF file at `path`. Raises ModelError where it is none."""
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise ModelError(
+            f"expected a GGUF file at {path}, but it cannot be read as one ({error}); "
+            "download or compile it again"
+        ) from error
+    counts = Counter(GGMLQuantizationType(tensor.tensor_type).name for tensor in reader.tensors)
+    num_parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    field = reader.fields.get("general.architecture")
+    return GgufHeader(
+        architecture=str(field.contents()) if field else "unknown",
+        num_parameters=num_parameters,
+        tensor_types=dict(sorted(counts.items())),
+        matrix_dtype=_narrowest_matrix(reader),
+        quantization=_quantization(reader, num_parameters),
+    )
+
+
+def _narrowest_matrix(reader: GGUFReader) -> str:
+    types = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    narrow = [name for name in ("BF16", "F16") if name in types]
+    return _DTYPES[narrow[0]] if narrow else "float32"
+
+
+def _quantization(reader: GGUFReader, num_parameters: int) -> GgufQuantization | None:
+    quantized = [x for x in reader.tensors if x.tensor_type.name not in _FLOATS]
+    if not quantized:
+        return None
+    left = [x for x in reader.tensors if x.tensor_type.name in _FLOATS and len(x.shape) > 1]
+    num_bytes = sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    return GgufQuantization(
+        name=_file_type_name(reader) or quantized[0].tensor_type.name.lower(),
+        num_tensors=len(quantized),
+        num_bytes=sum(int(tensor.n_bytes) for tensor in quantized),
+        effective_bits=8 * num_bytes / num_parameters,
+        unquantized=tuple(tensor.name for tensor in left),
+    )
+
+
+def _file_type_name(reader: GGUFReader) -> str | None:
+    field = reader.fields.get("general.file_type")
+    if field is None:
+        return None
+    try:
+        name = LlamaFileType(int(field.contents())).name
+    except ValueError:
+        return None
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_").removesuffix("_MOE").lower()

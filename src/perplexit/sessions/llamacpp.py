@@ -1,0 +1,292 @@
+"""llama.cpp: a GGUF file on llama.cpp's own kernels, through llama-cpp-python.
+
+Nothing is left to llama.cpp's defaults that costs precision: the KV cache is float32 and flash
+attention is off unless another dtype is asked for. Ids go in as they are: no BOS is added and no
+text is tokenised. Each window is computed from an empty cache.
+
+Shape suffixes: T = ids of a window, R = rows of logits in one chunk, V = vocabulary.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.checkpoints.identity import weights_fingerprint
+from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError, VocabularyError
+from perplexit.inputs.windows import WindowIds
+from perplexit.quantization.gguf_header import GgufHeader, GgufQuantization, read_gguf_header
+from perplexit.quantization.gguf_types import requantized_gguf
+from perplexit.quantization.llamacpp_library import last_words, library_log
+from perplexit.quantization.precisions import canonical_dtype
+from perplexit.sessions.base import (
+    ModelDescription,
+    QuantizationDescription,
+    SessionDescription,
+    TokenDetails,
+)
+from perplexit.sessions.logit_rows import details_of_rows, joined_details
+
+_KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers
+_FLASH_ATTENTION_OFF = 0
+_CHUNK_ELEMENTS = 1 << 24  # logits computed at a time: 64 MiB of float32
+
+
+class LlamaCppInferenceSession:
+    """A GGUF model on llama.cpp; the logits exist for one chunk of targets at a time.
+
+    path:   a `.gguf` file, or a folder with `model.gguf` (as `perplexit compile --to gguf` makes).
+    dtype:  of the KV cache; the weights have the types that the file gives them.
+    quantization: another type (`q4_k_m`), made once by llama.cpp's quantizer and kept.
+    device: "cpu", or "gpu" / "cuda" where this build of llama.cpp can offload.
+    Raises ModelError, CapabilityError, EngineOutOfMemoryError.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: str | None = None,
+        quantization: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        address: str | None = None,
+    ) -> None:
+        original = _model_file(Path(path))
+        self._dtype = canonical_dtype(dtype or "float32")
+        self._device = _checked_device(device)
+        self._threads = threads or os.cpu_count() or 1
+        self._path = requantized_gguf(original, quantization, threads=self._threads)
+        header = read_gguf_header(self._path)
+        self._model = self._load_model()
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab_size = int(llama_cpp.llama_vocab_n_tokens(vocabulary))
+        self._chunk = int(np.clip(_CHUNK_ELEMENTS // self._vocab_size, 32, 512))
+        self._batch = llama_cpp.llama_batch_init(self._chunk, 0, 1)
+        self._context: Any = None
+        self._context_length = 0
+        try:
+            effective = _effective_settings(self._make_context(1))
+        except BaseException:
+            self.close()
+            raise
+        self.model = ModelDescription(
+            address=address or f"gguf:{original}",
+            architecture=header.architecture,
+            num_parameters=header.num_parameters,
+            weights_fingerprint=weights_fingerprint(self._path),
+            vocab_size=self._vocab_size,
+            max_length=int(llama_cpp.llama_model_n_ctx_train(self._model)) or None,
+        )
+        self.description = self._describe(header, effective)
+
+    def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
+        """The nll of each target, window by window; see InferenceSession."""
+        return [details.nll_N for details in self._details(windows, with_details=False, top_k=0)]
+
+    def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
+        """The nll with entropy, rank and alternatives; see DetailedSession."""
+        return self._details(windows, with_details=True, top_k=top_k)
+
+    def max_batch_size(self, window_length: int) -> int:
+        """1: windows are computed one after another, so a larger batch gains nothing."""
+        del window_length
+        return 1
+
+    def close(self) -> None:
+        """Release the context, the batch and the model."""
+        if self._context is not None:
+            llama_cpp.llama_free(self._context)
+        if self._model is not None:
+            llama_cpp.llama_batch_free(self._batch)
+            llama_cpp.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def _details(
+        self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int
+    ) -> list[TokenDetails]:
+        longest = max((len(window.ids_T) for window in windows), default=0)
+        self._check_ids(windows)
+        if longest > self._context_length:
+            self._make_context(longest)
+        return [self._window_details(window, with_details, top_k) for window in windows]
+
+    def _window_details(self, window: WindowIds, with_details: bool, top_k: int) -> TokenDetails:
+        # From an empty cache: reusing the overlap of sliding windows would be another protocol.
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        ids_T, rows_N = window.ids_T, window.targets_N - 1
+        wanted_T = np.zeros(len(ids_T), dtype=np.int8)
+        wanted_T[rows_N] = 1
+        parts = [self._no_details(with_details, top_k)]
+        stop = int(rows_N[-1]) + 1 if len(rows_N) else 0  # what follows the last row is not needed
+        for start in range(0, stop, self._chunk):
+            end = min(start + self._chunk, stop)
+            logits_RV = self._decode(ids_T, start, end, wanted_T)
+            if len(logits_RV):
+                targets_R = ids_T[np.flatnonzero(wanted_T[start:end]) + start + 1]
+                part = details_of_rows(logits_RV, targets_R, with_details=with_details, top_k=top_k)
+                parts.append(part)
+        return joined_details(parts)
+
+    def _no_details(self, with_details: bool, top_k: int) -> TokenDetails:
+        return details_of_rows(
+            np.empty((0, self._vocab_size), np.float32),
+            np.empty(0, np.int64),
+            with_details=with_details,
+            top_k=top_k,
+        )
+
+    def _decode(
+        self, ids_T: NDArray[np.int32], start: int, end: int, wanted_T: NDArray[np.int8]
+    ) -> NDArray[np.float32]:
+        """The logits of the wanted positions in [start, end): a view, valid until the next call."""
+        batch, length = self._batch, end - start
+        batch.n_tokens = length
+        _array(batch.token, length)[:] = ids_T[start:end]
+        _array(batch.pos, length)[:] = np.arange(start, end)
+        _array(batch.n_seq_id, length)[:] = 1
+        _array(batch.logits, length)[:] = wanted_T[start:end]
+        for index in range(length):
+            batch.seq_id[index][0] = 0
+        code = llama_cpp.llama_decode(self._context, batch)
+        if code != 0:
+            raise EngineOutOfMemoryError(
+                f"llama.cpp stopped with code {code} at ids {start} to {end} of a window"
+            )
+        rows = int(np.count_nonzero(wanted_T[start:end]))
+        if rows == 0:
+            return np.empty((0, self._vocab_size), np.float32)
+        return _array(llama_cpp.llama_get_logits(self._context), (rows, self._vocab_size))
+
+    def _check_ids(self, windows: Sequence[WindowIds]) -> None:
+        for window in windows:
+            if len(window.ids_T) and not 0 <= window.ids_T.min() <= window.ids_T.max() < (
+                self._vocab_size
+            ):
+                raise VocabularyError(
+                    f"expected ids from 0 to {self._vocab_size - 1}, the vocabulary of "
+                    f"{self._path}, got {int(window.ids_T.min())} to {int(window.ids_T.max())} in "
+                    f"window {window.index}; prepare the input with this model's own tokenizer"
+                )
+
+    def _load_model(self) -> Any:
+        options = llama_cpp.llama_model_default_params()
+        options.n_gpu_layers = 0 if self._device == "cpu" else -1
+        with library_log() as lines:
+            model = llama_cpp.llama_model_load_from_file(bytes(self._path), options)
+            if not model:
+                raise ModelError(f"llama.cpp could not load {self._path}: {last_words(lines)}")
+            log = list(lines)
+        if llama_cpp.llama_model_has_encoder(model) or _setting(log, r"causal attn += (\d)") == "0":
+            llama_cpp.llama_model_free(model)
+            raise CapabilityError(
+                f"expected a causal language model, but {self._path} has an encoder or attends in "
+                "both directions, so its tokens have no left-to-right probability"
+            )
+        return model
+
+    def _make_context(self, length: int) -> list[str]:
+        """Replace the context by one for windows of `length` ids; returns what was logged."""
+        if self._context is not None:
+            llama_cpp.llama_free(self._context)
+            self._context, self._context_length = None, 0
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = length
+        options.n_batch = options.n_ubatch = self._chunk
+        options.n_outputs_max = options.n_outputs_max_per_seq = 0  # as many as the chunk has
+        options.n_threads = options.n_threads_batch = self._threads
+        options.type_k = options.type_v = _KV_TYPES[self._dtype]
+        options.flash_attn_type = _FLASH_ATTENTION_OFF
+        options.offload_kqv = options.op_offload = self._device != "cpu"
+        with library_log() as lines:
+            context = llama_cpp.llama_init_from_model(self._model, options)
+            log = list(lines)
+        if not context:
+            raise EngineOutOfMemoryError(
+                f"llama.cpp could not make a context of {length} ids: {last_words(log)}"
+            )
+        self._context, self._context_length = context, length
+        return log
+
+    def _describe(self, header: GgufHeader, effective: "_Effective") -> SessionDescription:
+        narrow = [x for x in (effective.kv_dtype, header.matrix_dtype) if x != "float32"]
+        return SessionDescription(
+            engine="llama.cpp",
+            version=f"llama-cpp-python {llama_cpp.__version__}",
+            dtype=narrow[0] if narrow else "float32",
+            device=self._device,
+            quantization=_described(header.quantization),
+            threads=self._threads,
+            settings={
+                "kv_cache": effective.kv_dtype,
+                "flash_attention": effective.flash_attention,
+                "weights": header.tensor_types,
+                "chunk": self._chunk,
+                "cpu": llama_cpp.llama_print_system_info().decode().strip(),
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Effective:
+    """Settings as llama.cpp reports them."""
+
+    kv_dtype: str
+    flash_attention: str
+
+
+def _effective_settings(context_log: list[str]) -> _Effective:
+    """What llama.cpp's log says is in effect."""
+    kv_type = _setting(context_log, r"K \((\w+)\)")
+    return _Effective(
+        kv_dtype=canonical_dtype(kv_type) if kv_type else "none (no KV cache)",
+        flash_attention=_setting(context_log, r"flash_attn += (\w+)") or "unknown",
+    )
+
+
+def _described(quantization: GgufQuantization | None) -> QuantizationDescription | None:
+    if quantization is None:
+        return None
+    return QuantizationDescription(
+        name=quantization.name,
+        library="llama.cpp",
+        num_modules=quantization.num_tensors,
+        num_bytes=quantization.num_bytes,
+        effective_bits=quantization.effective_bits,
+        unquantized=quantization.unquantized,
+    )
+
+
+def _setting(log: list[str], pattern: str) -> str | None:
+    found = re.search(pattern, "".join(log))
+    return found.group(1) if found else None
+
+
+def _array(pointer: Any, shape: int | tuple[int, int]) -> NDArray[Any]:
+    return np.ctypeslib.as_array(pointer, shape=(shape,) if isinstance(shape, int) else shape)
+
+
+def _model_file(path: Path) -> Path:
+    file = path / "model.gguf" if path.is_dir() else path
+    if not file.is_file():
+        hint = " (a folder needs a model.gguf; make one with: perplexit compile --to gguf)"
+        raise ModelError(
+            f"expected a GGUF file, found none at {file}{hint if path.is_dir() else ''}"
+        )
+    return file
+
+
+def _checked_device(device: str | None) -> str:
+    name = (device or "cpu").lower()
+    if name != "cpu" and not llama_cpp.llama_supports_gpu_offload():
+        raise CapabilityError(
+            f"expected device cpu: this build of llama.cpp cannot offload to {device!r}; "
+            "reinstall llama-cpp-python with CMAKE_ARGS for that backend"
+        )
+    return name
