@@ -1,0 +1,179 @@
+"""The perplexity of a data loader's rows, by the names that two of the seed documents use."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import EmptyScoreError, UsageError
+from perplexit.metrics.intervals import Interval, clusters_for, mean_interval
+from perplexit.metrics.likelihood import exp_or_inf, mean_nll, perplexity
+from perplexit.metrics.totals import NllTotals
+from perplexit.resources.timer import Timer
+from perplexit.seed_api.batches import window_batches
+from perplexit.seed_api.row_scoring import regrouped, row_losses, session_of
+from perplexit.sessions.base import InferenceSession
+
+ENGINES_OF = {"torch": ("pytorch", "torch"), "onnx": ("onnx", "onnxruntime")}
+ACCEPTANCE = {"FP16": 1.001, "MXFP6/MXINT8": 1.01}  # QEfficient's bounds on the torch perplexity
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderResult:
+    """What a log file's final block says of a whole data loader."""
+
+    totals: NllTotals
+    num_samples: int
+    interval: Interval  # of the mean loss, nats
+
+
+def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's order
+    data_loader: Iterable[Any],
+    inference_session: Any,
+    ctx_len: int,
+    prompt_len: int,
+    model_type: str,
+    batch_size: int,
+    log_file: str | Path | None,
+    model_name: str,
+) -> tuple[float, float]:
+    """`(perplexity, avg_loss)`: exp of, and, the mean loss over all scored tokens, nats a token.
+
+    data_loader: batches as `window_batches` reads them; each row is one window, its second id the
+        first target. Rows that overlap are scored as they are, overlap twice, as in QEfficient.
+    inference_session: a session, a model's address, or a torch.nn.Module.
+    ctx_len: no row may hold more tokens. prompt_len: the prefill's length there; here whole
+        windows are scored, so the same targets give the same figure for every prompt_len.
+    model_type: "torch" or "onnx"; it must be the session's engine. batch_size: rows a call.
+    log_file: written anew: a line a sample, then the conditions and the figures; None for no log.
+
+    Raises UsageError for arguments out of range, EmptyScoreError where no token is scored, and
+    NonFiniteError for a loss that is NaN or infinite.
+    """
+    _check_arguments(ctx_len, prompt_len, model_type)
+    if log_file is not None:
+        Path(log_file).write_text("", encoding="utf-8")
+    with Timer("calculate_perplexity") as timer, session_of(inference_session) as session:
+        _check_engine(session, model_type)
+        losses = torch_perplexity(data_loader, session, ctx_len, prompt_len, batch_size, log_file)
+        result = _result(losses)
+    if log_file is not None:
+        conditions = {
+            "model_name": model_name,
+            "model_type": model_type,
+            "ctx_len": ctx_len,
+            "prompt_len": prompt_len,
+            "batch_size": batch_size,
+        }
+        _append(log_file, _final_block(result, conditions, timer.seconds))
+    return perplexity(result.totals), mean_nll(result.totals)
+
+
+def torch_perplexity(  # noqa: PLR0917 - as in calculate_perplexity
+    data_loader: Iterable[Any],
+    inference_session: Any,
+    ctx_len: int,
+    prompt_len: int = 1,
+    batch_size: int = 1,
+    log_file: str | Path | None = None,
+) -> list[NDArray[np.float32]]:
+    """The losses of each row's targets, nats, an array a row: what `calculate_perplexity` averages.
+
+    The arguments are those of `calculate_perplexity`; a line a row is appended to `log_file`.
+    """
+    _check_arguments(ctx_len, prompt_len, "torch")
+    losses = []
+    with session_of(inference_session) as session:
+        batches = regrouped(window_batches(data_loader, ctx_len=ctx_len), batch_size)
+        for window, nll_N in row_losses(session, batches):
+            losses.append(nll_N)
+            if log_file is not None:
+                mean = f"{mean_nll(NllTotals.of(nll_N)):.6f}" if len(nll_N) else "-"
+                line = f"sample_no: {window.index}\tavg_loss: {mean}\tnum_tokens: {len(nll_N)}\n"
+                _append(log_file, line)
+    return losses
+
+
+def compute_perplexity(
+    model: Any, data_loader: Iterable[Any], device: Any = None, pad_id: int = 0
+) -> float:
+    """`exp((1/N) Σ -log p(token))` over the N scored tokens of the loader's rows.
+
+    model: any torch.nn.Module that gives logits for every position (it is moved to `device`, and
+        its training mode is left as it was), a session, or a model's address.
+    pad_id: targets equal to it are not scored, unless a batch has a mask or labels: then those
+        decide alone, and a real token with the pad's id counts.
+
+    Infinite only past the limit of exp, a mean loss of 709.78. Raises EmptyScoreError where no
+    token is scored, NonFiniteError for a loss that is NaN or infinite.
+    """
+    with session_of(model, device=device) as session:
+        batches = window_batches(data_loader, pad_id=pad_id)
+        losses = [nll_N for _, nll_N in row_losses(session, batches)]
+    return perplexity(_result(losses).totals)
+
+
+def _result(losses: list[NDArray[np.float32]]) -> LoaderResult:
+    nll_M = np.concatenate([*losses, np.empty(0, dtype=np.float32)])
+    if len(nll_M) == 0:
+        raise EmptyScoreError(
+            f"expected at least one scored token, got 0 in {len(losses)} rows: give rows of at "
+            "least two tokens, and windows no longer than the text"
+        )
+    window_M = np.repeat(np.arange(len(losses)), [len(nll_N) for nll_N in losses])
+    clusters = clusters_for(np.zeros_like(window_M), window_M)
+    return LoaderResult(NllTotals.of(nll_M), len(losses), mean_interval(nll_M, clusters))
+
+
+def _check_arguments(ctx_len: int, prompt_len: int, model_type: str) -> None:
+    if ctx_len < 2:
+        raise UsageError(f"ctx_len must be at least 2 (a token and its context), got {ctx_len}")
+    if not 1 <= prompt_len < ctx_len:
+        raise UsageError(
+            f"prompt_len must lie between 1 and ctx_len - 1 = {ctx_len - 1}, got {prompt_len}"
+        )
+    if model_type not in ENGINES_OF:
+        raise UsageError(
+            f"model_type must be one of {sorted(ENGINES_OF)}, got {model_type!r}: a compiled "
+            "Cloud AI 100 program ('qpc') needs its own hardware; use its ONNX export here"
+        )
+
+
+def _check_engine(session: InferenceSession, model_type: str) -> None:
+    engine = session.description.engine
+    others = [kind for kind, engines in ENGINES_OF.items() if engine in engines]
+    if others and model_type not in others:
+        raise UsageError(
+            f"model_type is {model_type!r}, but the session runs on {engine}: "
+            f"say model_type={others[0]!r}, or give a session of the other kind"
+        )
+
+
+def _final_block(result: LoaderResult, conditions: dict[str, Any], seconds: float) -> str:
+    value, interval = perplexity(result.totals), result.interval
+    bounds = f"none ({interval.reason})"
+    if interval.low is not None and interval.high is not None:
+        low, high = exp_or_inf(interval.low), exp_or_inf(interval.high)
+        bounds = (
+            f"{low:.6f} to {high:.6f} ({100 * interval.confidence:g} %, "
+            f"{interval.num_clusters} clusters: {interval.method})"
+        )
+    lines = ["", *(f"{name}: {setting}" for name, setting in conditions.items())]
+    lines += [
+        f"num_samples: {result.num_samples}",
+        f"num_tokens: {result.totals.num_tokens}",
+        f"avg_loss: {mean_nll(result.totals):.6f}",
+        f"perplexity: {value:.6f}",
+        f"interval: {bounds}",
+    ]
+    if conditions["model_type"] == "torch":
+        lines += [f"target for {name}: {value * x:.6f} (x {x})" for name, x in ACCEPTANCE.items()]
+    return "\n".join([*lines, f"hours: {seconds / 3600:.6f}", ""])
+
+
+def _append(log_file: str | Path, text: str) -> None:
+    with Path(log_file).open("a", encoding="utf-8") as log:
+        log.write(text)
