@@ -34,15 +34,13 @@ def canonical_dtype(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class WeightBlocks:
-    """Weights as integers of `bits` bits in blocks that share a scale; activations untouched.
+    """Weights as integers of `bits` bits, `block_size` along the summed axis sharing one scale.
 
-    block_size: weights along the summed axis that share one scale.
-    symmetric:  no zero point; the scale alone maps integers back.
+    Symmetric: no zero point, the scale alone maps integers back. Activations are left alone.
     """
 
     bits: int
     block_size: int = 32
-    symmetric: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,143 @@
+"""The files of an ONNX program: export, quantize, save, verify, describe."""
+
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from perplexit import __version__
+from perplexit.checkpoints.loading import Checkpoint
+from perplexit.compilation.onnx_export import ExportedGraph, export_graph
+from perplexit.compilation.onnx_verification import (
+    check_quantization_changed,
+    checkpoint_nll,
+    program_difference,
+    verification_windows,
+)
+from perplexit.programs import (
+    ProgramMemory,
+    ProgramMetadata,
+    ProgramModel,
+    ProgramQuantization,
+    ProgramShapes,
+    ProgramVerification,
+    files_of,
+)
+from perplexit.quantization.onnx_blocks import (
+    ACCURACY_LEVEL,
+    QuantizedWeight,
+    large_tensors,
+    quantize_weights,
+    weight_bytes,
+)
+from perplexit.quantization.precisions import Recipe
+
+MODEL_FILE = "model.onnx"
+_LARGE_SHARE = 0.01  # a tensor with at least 1 % of the parameters is large
+
+
+def build_onnx_program(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    recipe: Recipe | None,
+    perplexity: bool,
+    shapes: ProgramShapes,
+) -> ProgramMetadata:
+    """Fill `folder` with the program and its record; the record.
+
+    The checkpoint's module is used up: it ends with the weights that the program holds.
+    Raises CompilationError where the program's losses are not the checkpoint's, and
+    QuantizationError where the recipe changed nothing.
+    """
+    model: Any = checkpoint.model
+    described = _describe_model(checkpoint)
+    windows = verification_windows(described, shapes)
+    graph = export_graph(model, perplexity=perplexity, shapes=shapes)
+    reference = checkpoint_nll(model, windows)
+    against = "the checkpoint in PyTorch float32"
+    quantization, weights = _quantize(graph, recipe, described.num_parameters)
+    path = folder / MODEL_FILE
+    ir.save(graph.model, path, external_data=f"{MODEL_FILE}.data")
+    if recipe is not None:
+        _load_dequantized(model, weights)
+        before, reference = reference, checkpoint_nll(model, windows)
+        check_quantization_changed(before, reference, recipe.precision)
+        against += f" with the weights that the {recipe.precision} blocks stand for"
+    difference = program_difference(path, windows, reference, shapes, against=against)
+    num_tokens = sum(len(nll) for nll in reference)
+    result = ProgramMetadata(
+        engine="onnx",
+        perplexity=perplexity,
+        dtype="float32",
+        opset=graph.model.graph.opset_imports[""],
+        shapes=shapes,
+        model=described,
+        memory=_memory_of(model.config.get_text_config()),
+        verification=ProgramVerification(against, num_tokens, difference),
+        files=files_of(folder),
+        quantization=quantization,
+        head_rows=graph.head_rows,
+        made_by=_versions(),
+    )
+    result.write(folder)
+    return result
+
+
+def _describe_model(checkpoint: Checkpoint) -> ProgramModel:
+    model: Any = checkpoint.model
+    config = model.config.get_text_config()
+    return ProgramModel(
+        address=checkpoint.source.address,
+        architecture=type(model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weights_fingerprint=checkpoint.source.fingerprint,
+        vocab_size=int(config.vocab_size),
+        max_length=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def _memory_of(config: Any) -> ProgramMemory:
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    # float32: a dozen hidden-sized tensors and three of the feed-forward's are alive at a time,
+    # and three copies of the attention scores.
+    return ProgramMemory(4 * (12 * hidden + 3 * inner), 4 * 3 * int(config.num_attention_heads))
+
+
+def _quantize(
+    graph: ExportedGraph, recipe: Recipe | None, num_parameters: int
+) -> tuple[ProgramQuantization | None, Sequence[QuantizedWeight]]:
+    if recipe is None:
+        return None, ()
+    weights = quantize_weights(graph.model, recipe.weights, keep=graph.head_weights)
+    stored = {weight.name: weight for weight in weights}
+    record = ProgramQuantization(
+        name=recipe.precision,
+        library=f"{recipe.library} {metadata.version('onnxruntime')}",
+        num_modules=len(weights),
+        num_bytes=sum(weight.num_bytes for weight in stored.values()),
+        effective_bits=8 * weight_bytes(graph.model) / num_parameters,
+        unquantized=large_tensors(graph.model, share=_LARGE_SHARE, num_parameters=num_parameters),
+        settings={
+            "bits": recipe.weights.bits,
+            "block_size": recipe.weights.block_size,
+            "symmetric": True,
+            "accuracy_level": ACCURACY_LEVEL,
+            "head": "float32, left as it was",
+        },
+    )
+    return record, list(stored.values())
+
+
+def _load_dequantized(model: Any, weights: Sequence[QuantizedWeight]) -> None:
+    for weight in weights:
+        model.get_parameter(weight.name).data.copy_(torch.from_numpy(weight.dequantized()))
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "onnxscript", "onnxruntime")
+    return {"perplexit": __version__} | {name: metadata.version(name) for name in packages}

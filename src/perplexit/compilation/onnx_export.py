@@ -1,0 +1,223 @@
+"""A checkpoint's module → an ONNX graph, with the perplexity head inside or with logits.
+
+Shape suffixes: B = windows, T = ids a window, N = targets over all windows, D = hidden size,
+V = vocabulary, C = rows of logits alive at a time.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from transformers.utils.generic import ModelOutput
+
+from perplexit.errors import CompilationError
+from perplexit.programs import ProgramShapes
+
+_HEAD_LOGITS_BYTES = 16 * 2**20
+_FEWEST_ROWS, _MOST_ROWS = 32, 256  # below, the head's weights are read too often; above, no gain
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """An ONNX graph whose initializers bear the checkpoint's own names.
+
+    head_weights: the names under which the head's matrix occurs.
+    head_rows:    C, or None for a program that gives logits.
+    """
+
+    model: ir.Model
+    head_weights: frozenset[str]
+    head_rows: int | None
+
+
+def rows_at_a_time(vocab_size: int) -> int:
+    """How many rows of logits the head inside a program makes at a time."""
+    rows = _HEAD_LOGITS_BYTES // (4 * vocab_size)
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, rows // 16 * 16))
+
+
+def export_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ExportedGraph:
+    """The graph of a transformers causal language model (put into eager attention and eval mode).
+
+    With `perplexity`: input_ids_BT, attention_mask_BT, target_rows_N (the row of the flattened
+    B·T hidden states that predicts the target) and target_ids_N → nll_N.
+    Without: input_ids_BT, attention_mask_BT → logits_BTV.
+    """
+    # Eager: its graph is the shortest, and the only one that keeps Gemma-2's attention soft-cap.
+    model.set_attn_implementation("eager")
+    model.eval().requires_grad_(False)
+    head_rows = rows_at_a_time(model.config.get_text_config().vocab_size) if perplexity else None
+    module = _LossProgram(model, head_rows) if head_rows else _LogitsProgram(model)
+    graph = _exported(module, shapes, head_rows)
+    _simplify(graph)
+    _restore_names(graph, model.base_model_prefix)
+    return ExportedGraph(graph, _head_weight_names(model), head_rows)
+
+
+@dataclass
+class _BodyOutput(ModelOutput):
+    """All that the heads of transformers read from a body's output."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    router_logits: Any = None
+    image_hidden_states: Any = None
+
+
+class _GivenStates(nn.Module):
+    """Stands in for a model's body: returns the hidden states that it is given."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _BodyOutput:
+        return _BodyOutput(last_hidden_state=inputs_embeds)
+
+
+def _head_of(model: Any) -> nn.Module:
+    """The model's own `forward` without its body: soft-cap, scale and bias are its own code."""
+    head = copy.copy(model)
+    head._modules = {**model._modules, model.base_model_prefix: _GivenStates()}
+    return head  # type: ignore[no-any-return]
+
+
+class _LogitsProgram(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.body = model.base_model
+        self.head = _head_of(model)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        output = self.head(inputs_embeds=hidden_BTD, use_cache=False)
+        return output.logits.float()  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.logits(self.hidden_states(input_ids, attention_mask))
+
+
+class _LossProgram(_LogitsProgram):
+    def __init__(self, model: Any, head_rows: int) -> None:
+        super().__init__(model)
+        self.head_rows = head_rows
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor, target_rows: Tensor, target_ids: Tensor
+    ) -> Tensor:
+        hidden_BTD = self.hidden_states(input_ids, attention_mask)
+        num_targets = target_rows.shape[0]
+        num_chunks = (num_targets + self.head_rows - 1) // self.head_rows
+        padding = (0, num_chunks * self.head_rows - num_targets)
+        rows, ids = (
+            nn.functional.pad(x, padding).reshape(num_chunks, self.head_rows)
+            for x in (target_rows, target_ids)
+        )
+        _, nll = scan(self._chunk, hidden_BTD.flatten(0, 1), (rows, ids))
+        return nll.flatten()[:num_targets]  # type: ignore[no-any-return]
+
+    def _chunk(self, hidden_ND: Tensor, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        rows_C, ids_C = chunk
+        logits_CV = self.logits(hidden_ND.index_select(0, rows_C)[None])[0]
+        shifted_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
+        # Summed in float64: ONNX Runtime's float32 ReduceLogSumExp is 1e-4 nats low at V = 49,152.
+        sum_C = shifted_CV.exp().sum(-1, dtype=torch.float64)
+        nll_C = sum_C.log().float() - shifted_CV.gather(-1, ids_C[:, None])[:, 0]
+        return hidden_ND.clone(), nll_C  # a scan may not return its carry itself
+
+
+def _exported(module: nn.Module, shapes: ProgramShapes, head_rows: int | None) -> ir.Model:
+    # Sizes above 1 (1 would be taken for a constant), and more targets than one chunk.
+    batch, length = shapes.batch_size or 2, shapes.length or 12
+    any_size = torch.export.Dim.DYNAMIC
+    ids = torch.arange(batch * length).reshape(batch, length) % 7
+    dims = {
+        axis: any_size
+        for axis, fixed in enumerate((shapes.batch_size, shapes.length))
+        if fixed is None
+    }
+    arguments, dynamic = [ids, torch.ones_like(ids)], [dims, dims]
+    names = ["input_ids", "attention_mask"]
+    if head_rows:
+        num_targets = shapes.num_targets or head_rows + 3
+        targets = torch.arange(num_targets) % min(7, batch * length)
+        arguments += [targets, targets.clone()]
+        dynamic += [{} if shapes.num_targets else {0: any_size}] * 2
+        names += ["target_rows", "target_ids"]
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                torch.export.export(
+                    module, tuple(arguments), dynamic_shapes=tuple(dynamic), strict=False
+                ),
+                input_names=names,
+                output_names=["nll" if head_rows else "logits"],
+                dynamo=True,
+                optimize=False,  # its pattern search takes a minute; `_simplify` takes a second
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's errors have no common root
+        first_line = str(error).strip().partition("\n")[0]
+        raise CompilationError(
+            f"expected a model that PyTorch can export to ONNX; {type(error).__name__}: "
+            f"{first_line}. Evaluate the checkpoint with PyTorch instead (hf:…)"
+        ) from error
+    if program is None:
+        raise CompilationError("expected an ONNX program, but PyTorch's exporter returned none")
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages and deprecations that are not the user's."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold what is constant but the weights' transposes, which would cost them their names."""
+    fold_constants(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+    for each in (
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        # The exporter notes source lines and paths of this machine at every node.
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        each(model)
+
+
+def _restore_names(model: ir.Model, body_prefix: str) -> None:
+    """Rename initializers from the program's module tree to the checkpoint's."""
+    for value in list(model.graph.initializers.values()):
+        if value.name and value.name.startswith("body."):
+            value.name = f"{body_prefix}.{value.name.removeprefix('body.')}"
+        elif value.name and value.name.startswith("head."):
+            value.name = value.name.removeprefix("head.")
+
+
+def _head_weight_names(model: Any) -> frozenset[str]:
+    head = model.get_output_embeddings()
+    if head is None:
+        return frozenset()
+    parameters = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, tensor in parameters if tensor is head.weight)

@@ -1,0 +1,115 @@
+"""A finished ONNX program against the checkpoint that it was made from.
+
+Shape suffixes: B = windows, T = ids a window, N = targets over all windows, V = vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from perplexit.errors import CompilationError, QuantizationError
+from perplexit.programs import ProgramModel, ProgramShapes
+
+TOLERANCE = 1e-3  # nats a token
+_LEAST_CHANGE = 1e-6  # nats: less than this is rounding, no quantization
+_LENGTHS = (64, 37, 2)  # ids: unequal, so that padding and masks are put to the test
+
+
+def verification_windows(
+    model: ProgramModel, shapes: ProgramShapes
+) -> tuple[NDArray[np.int64], ...]:
+    """A few windows of random ids (the same every time) that fit the program's shapes."""
+    longest = min(shapes.length or _LENGTHS[0], model.max_length or _LENGTHS[0])
+    random = np.random.default_rng(0)
+    return tuple(
+        random.integers(0, model.vocab_size, size=min(length, longest)) for length in _LENGTHS
+    )
+
+
+def checkpoint_nll(model: Any, windows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
+    """The nll of every id but the first of each window, each window alone, unpadded."""
+    with torch.inference_mode():
+        return [_window_nll(model, torch.from_numpy(window)) for window in windows]
+
+
+def _window_nll(model: Any, ids_T: torch.Tensor) -> NDArray[np.float64]:
+    logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
+    logprobs_TV = logits_TV[:-1].double().log_softmax(-1)
+    nll: NDArray[np.float64] = -logprobs_TV.gather(1, ids_T[1:, None])[:, 0].numpy()
+    return nll
+
+
+def check_quantization_changed(
+    before: Sequence[NDArray[np.float64]], after: Sequence[NDArray[np.float64]], precision: str
+) -> None:
+    """Raise QuantizationError where the quantized weights give the full-precision losses."""
+    change = _largest_difference(before, after)
+    if change < _LEAST_CHANGE:
+        raise QuantizationError(
+            f"expected {precision} weights to change the losses, got the full-precision ones "
+            f"(largest difference {change:.1e} nats); compile without a quantization"
+        )
+
+
+def program_difference(
+    path: Path,
+    windows: Sequence[NDArray[np.int64]],
+    reference: Sequence[NDArray[np.float64]],
+    shapes: ProgramShapes,
+    *,
+    against: str,
+) -> float:
+    """The largest difference a token, in nats, between the program and `reference`.
+
+    Raises CompilationError above 1e-3.
+    """
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    size = shapes.batch_size or len(windows)
+    computed: list[NDArray[np.float64]] = []
+    for start in range(0, len(windows), size):
+        computed += _batch_nll(session, windows[start : start + size], shapes)
+    difference = _largest_difference(computed, reference)
+    if not difference <= TOLERANCE:
+        raise CompilationError(
+            f"expected the program's losses within {TOLERANCE} nats of {against}, got a difference "
+            f"of {difference:.3g}; evaluate the checkpoint with PyTorch instead (hf:…)"
+        )
+    return difference
+
+
+def _batch_nll(
+    session: Any, windows: Sequence[NDArray[np.int64]], shapes: ProgramShapes
+) -> list[NDArray[np.float64]]:
+    length = shapes.length or max(len(window) for window in windows)
+    ids_BT = np.zeros((shapes.batch_size or len(windows), length), np.int64)
+    mask_BT = np.zeros_like(ids_BT)
+    for row, window in enumerate(windows):
+        ids_BT[row, : len(window)], mask_BT[row, : len(window)] = window, 1
+    mask_BT[len(windows) :] = 1
+    rows_N = np.concatenate(
+        [row * length + np.arange(len(window) - 1) for row, window in enumerate(windows)]
+    )
+    targets_N = np.concatenate([window[1:] for window in windows])
+    feed = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    if session.get_outputs()[0].name == "nll":
+        padding = (0, (shapes.num_targets or len(rows_N)) - len(rows_N))
+        feed |= {"target_rows": np.pad(rows_N, padding), "target_ids": np.pad(targets_N, padding)}
+        nll_N = session.run(None, feed)[0][: len(rows_N)].astype(np.float64)
+    else:
+        logits_NV = session.run(None, feed)[0].reshape(ids_BT.size, -1)[rows_N].astype(np.float64)
+        shifted_NV = logits_NV - logits_NV.max(-1, keepdims=True)
+        own_N = shifted_NV[np.arange(len(targets_N)), targets_N]
+        nll_N = np.log(np.exp(shifted_NV).sum(-1)) - own_N
+    return np.split(nll_N, np.cumsum([len(window) - 1 for window in windows])[:-1])
+
+
+def _largest_difference(
+    one: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np.float64]]
+) -> float:
+    # NaN where either is NaN: no comparison with it is true, so no check passes
+    return float(np.abs(np.concatenate(one) - np.concatenate(other)).max())

@@ -1,0 +1,198 @@
+"""What a compiled program says of itself: `program.json`, in the program's folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perplexit.errors import ModelError
+from perplexit.files import sha256_of_file, write_atomically
+
+FORMAT_VERSION = 1
+PROGRAM_FILE = "program.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramShapes:
+    """The sizes that the program was compiled for; None: any."""
+
+    batch_size: int | None = None
+    length: int | None = None  # ids of one window
+    num_targets: int | None = None  # targets of one call, over all its windows
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramModel:
+    """The checkpoint that the program was made from."""
+
+    address: str
+    architecture: str
+    num_parameters: int
+    weights_fingerprint: str
+    vocab_size: int
+    max_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramQuantization:
+    """What a quantization did to the weights, counted on the finished program.
+
+    num_bytes:      of the quantized tensors, scales included.
+    effective_bits: 8 · bytes of all weights in the program / the checkpoint's parameters.
+    unquantized:    the large tensors that were left as they were, by the checkpoint's names.
+    settings:       the format and the arithmetic (bits, block size, accuracy level).
+    """
+
+    name: str
+    library: str
+    num_modules: int
+    num_bytes: int
+    effective_bits: float
+    unquantized: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramMemory:
+    """What a window costs beyond the weights, roughly: for choosing a batch size.
+
+    One window of T ids: `bytes_per_id`·T + `bytes_per_id_pair`·T².
+    """
+
+    bytes_per_id: int
+    bytes_per_id_pair: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramVerification:
+    """How far the program's losses were from the checkpoint's when it was compiled.
+
+    reference: what was compared with, in words. The difference is the largest a token, in nats.
+    """
+
+    reference: str
+    num_tokens: int
+    max_abs_nll_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramFile:
+    """One file of the program."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramMetadata:
+    """Everything a session must know of a program before it runs.
+
+    perplexity: True: ids and targets in, one nll a target out. False: ids in, logits out.
+    head_rows:  rows of logits alive at a time inside a perplexity program.
+    """
+
+    engine: str
+    perplexity: bool
+    dtype: str
+    opset: int
+    shapes: ProgramShapes
+    model: ProgramModel
+    memory: ProgramMemory
+    verification: ProgramVerification
+    files: tuple[ProgramFile, ...]
+    quantization: ProgramQuantization | None = None
+    head_rows: int | None = None
+    made_by: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as `program.json` holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "ProgramMetadata":
+        """The record that `to_json` described.
+
+        Raises ModelError for another format version, or where a field is missing or unknown.
+        """
+        version = record.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ModelError(
+                f"expected a program of format version {FORMAT_VERSION}, got {version!r}; compile "
+                "the checkpoint again with this version of Perplexit"
+            )
+        try:
+            return cls(**{**record, **_nested(record)})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"expected the fields of a compiled program's record, got {error}; compile the "
+                "checkpoint again"
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Write `program.json` into `folder`, whole or not at all."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / PROGRAM_FILE, lambda path: _write_text(path, text))
+
+    @classmethod
+    def read(cls, folder: Path) -> "ProgramMetadata":
+        """The record of the program in `folder`.
+
+        Raises ModelError where there is none, or none that this version can read.
+        """
+        path = folder / PROGRAM_FILE
+        if not path.is_file():
+            raise ModelError(
+                f"expected a folder made by `perplexit compile` (with a {PROGRAM_FILE}), got "
+                f"{folder}; make one with: perplexit compile MODEL --to onnx -o {folder}"
+            )
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ModelError(
+                f"expected JSON in {path}, got {error}; compile the checkpoint again"
+            ) from error
+        if not isinstance(record, dict):
+            raise ModelError(f"expected a JSON object in {path}, got {type(record).__name__}")
+        return cls.from_json(record)
+
+    def check_files(self, folder: Path) -> None:
+        """Raise ModelError unless every file is there, with the content that was compiled."""
+        for file in self.files:
+            path = folder / file.name
+            if not path.is_file():
+                raise ModelError(f"expected the program's file {path}, but it is missing")
+            size = path.stat().st_size
+            if size != file.num_bytes or sha256_of_file(path) != file.sha256:
+                raise ModelError(
+                    f"{path} is not the file that was compiled (expected {file.num_bytes} bytes "
+                    f"with SHA-256 {file.sha256[:12]}…, got {size} bytes of other content); "
+                    "compile the checkpoint again"
+                )
+
+
+def files_of(folder: Path) -> tuple[ProgramFile, ...]:
+    """Every file in `folder` but the record itself, with size and hash, sorted by name."""
+    paths = sorted(path for path in folder.iterdir() if path.name != PROGRAM_FILE)
+    return tuple(ProgramFile(p.name, p.stat().st_size, sha256_of_file(p)) for p in paths)
+
+
+def _nested(record: Mapping[str, Any]) -> dict[str, Any]:
+    quantization = record["quantization"]
+    if quantization is not None:
+        left = tuple(quantization["unquantized"])
+        quantization = ProgramQuantization(**{**quantization, "unquantized": left})
+    return {
+        "shapes": ProgramShapes(**record["shapes"]),
+        "model": ProgramModel(**record["model"]),
+        "memory": ProgramMemory(**record["memory"]),
+        "verification": ProgramVerification(**record["verification"]),
+        "quantization": quantization,
+        "files": tuple(ProgramFile(**file) for file in record["files"]),
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
