@@ -1,0 +1,272 @@
+"""PyTorch: any causal language model of transformers, or a module that is already loaded.
+
+Shape suffixes: N = targets, T = ids of a window, V = vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import nn
+
+from perplexit.checkpoints.loading import load_checkpoint
+from perplexit.checkpoints.sources import CheckpointSource
+from perplexit.errors import (
+    EngineOutOfMemoryError,
+    ModelError,
+    QuantizationError,
+    UsageError,
+    VocabularyError,
+)
+from perplexit.functional.linear_nll import (
+    DEFAULT_LOGITS_BYTES,
+    rows_within,
+    statistics_of_hidden_states,
+)
+from perplexit.inputs.windows import WindowIds
+from perplexit.quantization.precisions import canonical_dtype
+from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
+from perplexit.sessions.pytorch_batch import (
+    PaddedBatch,
+    details_by_window,
+    fed_length,
+    no_details,
+)
+from perplexit.sessions.pytorch_device import (
+    batch_size_for,
+    chosen_device,
+    chosen_threads,
+    is_out_of_memory,
+    scoring_settings,
+)
+from perplexit.sessions.pytorch_forward import find_forward
+from perplexit.sessions.pytorch_module import (
+    config_integer,
+    dtype_name,
+    module_fingerprint,
+    num_embeddings,
+    position_limit,
+)
+
+
+class PytorchInferenceSession:
+    """A model in PyTorch; logits exist for one chunk of scored tokens at a time.
+
+    model:   `[hf:]PATH_OR_ID[@REVISION]`, a folder, a `.gguf` (dequantized), or a loaded causal
+             language model whose forward gives `.logits`, a tuple or a tensor. A loaded one keeps
+             its dtype, device and training flags.
+    dtype:   float32 for an address unless told otherwise, whatever the checkpoint's own is.
+    device:  cpu, cuda, cuda:N or mps; None takes CUDA where there is one.
+    threads: of the CPU; None takes OMP_NUM_THREADS, else the cores this process may use.
+    max_logits_bytes: how much float32 logits may take at a time.
+    Raises ModelError, UsageError, QuantizationError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        dtype: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        quantization: str | None = None,
+        max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
+    ) -> None:
+        if quantization is not None:
+            raise QuantizationError(
+                f"expected no quantization for PyTorch in this version, got {quantization!r}; "
+                "quantize in ONNX Runtime: perplexit compile MODEL --to onnx --quantization Q"
+            )
+        self._source: CheckpointSource | None = None
+        self._owned = not isinstance(model, nn.Module)
+        if isinstance(model, nn.Module):
+            self._threads = torch.get_num_threads() if threads is None else chosen_threads(threads)
+            self._module: nn.Module = model
+            self._device = _checked_placement(model, dtype, device)
+        else:
+            self._threads = chosen_threads(threads)
+            self._device = chosen_device(device)
+            checkpoint = load_checkpoint(
+                model, dtype=canonical_dtype(dtype or "float32"), device=str(self._device)
+            )
+            self._module, self._source = checkpoint.model, checkpoint.source
+        self._num_embeddings = num_embeddings(self._module)
+        with scoring_settings(self._module, self._threads, owned=self._owned):
+            self._forward, self._num_logits = find_forward(self._module, self._num_embeddings or 2)
+        self._id_limit = min(self._num_embeddings or self._num_logits, self._num_logits)
+        self._chunk_rows = rows_within(max_logits_bytes, self._num_logits)
+        self._position_limit = position_limit(self._module)
+        self._model_description: ModelDescription | None = None
+        self._peak_device_bytes: int | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The loaded model."""
+        return self._module
+
+    @property
+    def model(self) -> ModelDescription:
+        """Whose numbers these are; the fingerprint is computed when first asked for."""
+        if self._model_description is None:
+            name = f"module:{type(self._module).__qualname__}"
+            self._model_description = ModelDescription(
+                address=self._source.address if self._source else name,
+                architecture=type(self._module).__name__,
+                num_parameters=sum(p.numel() for p in self._module.parameters()),
+                weights_fingerprint=(
+                    self._source.fingerprint if self._source else module_fingerprint(self._module)
+                ),
+                vocab_size=self._id_limit,
+                max_length=config_integer(self._module, "max_position_embeddings", "n_positions"),
+            )
+        return self._model_description
+
+    @property
+    def description(self) -> SessionDescription:
+        """PyTorch, and the settings in effect."""
+        config = getattr(self._module, "config", None)
+        settings = {
+            "transformers": transformers.__version__,
+            "attention": getattr(config, "_attn_implementation", None),
+            "head": self._forward.kind,
+            "chunk_rows": self._chunk_rows,
+            "num_logits": self._num_logits,
+            "float32_matmul_precision": "highest",
+        }
+        return SessionDescription(
+            engine="pytorch",
+            version=torch.__version__,
+            dtype=dtype_name(self._module),
+            device=str(self._device),
+            threads=self._threads,
+            settings=settings,
+        )
+
+    def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
+        """The nll of each target, window by window; see InferenceSession."""
+        return [d.nll_N for d in self._scored_or_out_of_memory(windows, False, 0)]
+
+    def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
+        """The nll with entropy, rank and alternatives; see DetailedSession."""
+        return self._scored_or_out_of_memory(windows, True, top_k)
+
+    def max_batch_size(self, window_length: int) -> int:
+        """How many windows half of the free memory holds; at least 1."""
+        return batch_size_for(
+            self._device, max(1, window_length), self._bytes_per_id(window_length)
+        )
+
+    def peak_device_bytes(self) -> int | None:
+        """The most that torch's CUDA allocator has held by the end of a call; None elsewhere."""
+        return self._peak_device_bytes
+
+    def close(self) -> None:
+        """Release the model; one that was handed in stays with its owner."""
+        self._module = nn.Identity()
+        del self._forward
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _scored_or_out_of_memory(
+        self, windows: Sequence[WindowIds], with_details: bool, top_k: int
+    ) -> list[TokenDetails]:
+        self._check(windows)
+        try:
+            with scoring_settings(self._module, self._threads, owned=self._owned):
+                return self._scored(windows, with_details, top_k)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Raised out here, so that the failed batch's tensors are not kept by a traceback.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise EngineOutOfMemoryError(
+            f"{len(windows)} windows of up to {max(len(w.ids_T) for w in windows)} ids do not fit "
+            f"into the memory of {self._device} ({reason}); use a smaller batch or --max-length"
+        )
+
+    def _scored(
+        self, windows: Sequence[WindowIds], with_details: bool, top_k: int
+    ) -> list[TokenDetails]:
+        empty = no_details(with_details=with_details, num_alternatives=min(top_k, self._num_logits))
+        results = [empty] * len(windows)
+        for places in self._groups(windows):
+            batch = PaddedBatch.of([windows[place] for place in places], self._device)
+            rows_BTX = self._forward.rows(batch.ids_BT, batch.mask_BT)
+            rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
+            del rows_BTX
+            statistics = statistics_of_hidden_states(
+                rows_NX,
+                batch.targets_N,
+                self._forward.head,
+                chunk_rows=self._chunk_rows,
+                with_details=with_details,
+                top_k=top_k,
+            )
+            for place, details in zip(
+                places, details_by_window(statistics, batch.counts), strict=True
+            ):
+                results[place] = details
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self._peak_device_bytes = max(self._peak_device_bytes or 0, peak)
+        return results
+
+    def _groups(self, windows: Sequence[WindowIds]) -> list[list[int]]:
+        """Places of the windows that have targets, as batches to run one after the other."""
+        places = [place for place, window in enumerate(windows) if len(window.targets_N)]
+        if self._forward.takes_mask:
+            return [places] if places else []
+        by_length: dict[int, list[int]] = {}  # nothing can be padded without a mask
+        for place in places:
+            by_length.setdefault(fed_length(windows[place]), []).append(place)
+        return list(by_length.values())
+
+    def _check(self, windows: Sequence[WindowIds]) -> None:
+        for window in windows:
+            ids_T = window.ids_T
+            if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < self._id_limit:
+                raise VocabularyError(
+                    f"expected ids from 0 to {self._id_limit - 1}, the model's vocabulary, got "
+                    f"{int(ids_T.min())} to {int(ids_T.max())} in window {window.index}; prepare "
+                    "the input with this model's own tokenizer"
+                )
+            limit = self._position_limit
+            if limit is not None and len(window.targets_N) and fed_length(window) > limit:
+                raise ModelError(
+                    f"expected windows of at most {limit} ids, for which the model has position "
+                    f"embeddings, got {len(ids_T)} in window {window.index}; prepare the input "
+                    f"with --max-length {limit}"
+                )
+
+    def _bytes_per_id(self, window_length: int) -> int:
+        """A generous estimate of what one id of a batch takes in activations."""
+        hidden = config_integer(self._module, "hidden_size", "n_embd") or 1024
+        inner = config_integer(self._module, "intermediate_size", "n_inner") or 4 * hidden
+        elements = 10 * hidden + 3 * inner
+        if getattr(getattr(self._module, "config", None), "_attn_implementation", "") == "eager":
+            heads = config_integer(self._module, "num_attention_heads", "n_head") or 1
+            elements += 3 * heads * window_length
+        if self._forward.keeps_logits:
+            elements += 3 * self._num_logits
+        return 4 * elements
+
+
+def _checked_placement(module: nn.Module, dtype: str | None, device: str | None) -> torch.device:
+    """The device that a loaded module is on, if that is what was asked for."""
+    actual = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if device is not None and torch.device(device).type != actual.type:
+        raise UsageError(
+            f"expected the loaded model on {device}, but it is on {actual}; move it first: "
+            f"model.to({device!r})"
+        )
+    if dtype is not None and canonical_dtype(dtype) != dtype_name(module):
+        raise UsageError(
+            f"expected the loaded model in {canonical_dtype(dtype)}, but it is in "
+            f"{dtype_name(module)}; convert it first: model.to(torch.{canonical_dtype(dtype)})"
+        )
+    return actual

@@ -1,0 +1,97 @@
+"""Windows as one padded batch, and per-target tensors back as one record a window.
+
+Shape suffixes: B = windows, T = longest fed length, N = targets of all windows of the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from perplexit.functional.nll import TokenStatistics
+from perplexit.inputs.windows import WindowIds
+from perplexit.sessions.base import TokenDetails
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Ids to feed and the places to read, all on one device.
+
+    ids_BT:    int64, padded on the right. A row ends before its last target, which no prediction
+               needs, and its padding repeats its own last id: no foreign embedding is touched.
+    mask_BT:   int64, 0 where padded; None where nothing is, since a mask costs time.
+    rows_N, positions_N: where the prediction of each target stands; targets_N: the targets' ids.
+    counts:    targets a window.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor | None
+    rows_N: Tensor
+    positions_N: Tensor
+    targets_N: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, windows: Sequence[WindowIds], device: torch.device) -> "PaddedBatch":
+        """The batch of windows that each have at least one target."""
+        lengths_B = np.array([fed_length(window) for window in windows])
+        ids_BT = np.empty((len(windows), lengths_B.max()), dtype=np.int64)
+        for row, window, length in zip(ids_BT, windows, lengths_B, strict=True):
+            row[:length] = window.ids_T[:length]
+            row[length:] = window.ids_T[length - 1]
+        counts = tuple(len(window.targets_N) for window in windows)
+        mask_BT = None
+        if lengths_B.min() < lengths_B.max():
+            mask_BT = (np.arange(lengths_B.max()) < lengths_B[:, None]).astype(np.int64)
+        positions_N = np.concatenate([window.targets_N for window in windows]) - 1
+        targets_N = np.concatenate([window.ids_T[window.targets_N] for window in windows])
+        return cls(
+            ids_BT=torch.from_numpy(ids_BT).to(device),
+            mask_BT=None if mask_BT is None else torch.from_numpy(mask_BT).to(device),
+            rows_N=torch.from_numpy(np.repeat(np.arange(len(windows)), counts)).to(device),
+            positions_N=torch.from_numpy(positions_N.astype(np.int64)).to(device),
+            targets_N=torch.from_numpy(targets_N.astype(np.int64)).to(device),
+            counts=counts,
+        )
+
+
+def fed_length(window: WindowIds) -> int:
+    """How many ids the last target's prediction needs: those before it."""
+    return int(window.targets_N[-1])
+
+
+def details_by_window(statistics: TokenStatistics, counts: Sequence[int]) -> list[TokenDetails]:
+    """One record a window, in the order of the batch."""
+    stops = np.cumsum(counts)[:-1]
+
+    def split(column: Tensor | None, dtype: type) -> list[NDArray[np.generic]] | list[None]:
+        if column is None:
+            return [None] * len(counts)
+        return np.split(column.cpu().numpy().astype(dtype, copy=False), stops)
+
+    columns = zip(
+        split(statistics.nll_N, np.float32),
+        split(statistics.entropy_N, np.float32),
+        split(statistics.rank_N, np.int32),
+        split(statistics.top_ids_NK, np.int32),
+        split(statistics.top_logprobs_NK, np.float32),
+        strict=True,
+    )
+    return [TokenDetails(*fields) for fields in columns]  # type: ignore[arg-type]
+
+
+def no_details(*, with_details: bool, num_alternatives: int) -> TokenDetails:
+    """The record of a window without targets."""
+    none_N = np.empty(0, np.float32)
+    if not with_details:
+        return TokenDetails(none_N)
+    return TokenDetails(
+        nll_N=none_N,
+        entropy_N=none_N.copy(),
+        rank_N=np.empty(0, np.int32),
+        top_ids_NK=np.empty((0, num_alternatives), np.int32) if num_alternatives else None,
+        top_logprobs_NK=np.empty((0, num_alternatives), np.float32) if num_alternatives else None,
+    )

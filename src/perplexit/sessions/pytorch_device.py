@@ -1,0 +1,109 @@
+"""What PyTorch runs on: devices, threads, free memory, and the process's settings meanwhile."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from torch import nn
+
+from perplexit.errors import UsageError
+
+# Larger batches than this many ids gain nothing: the matrix products already fill the machine.
+_IDS_A_BATCH = {"cpu": 4096, "cuda": 65_536, "mps": 8192}
+_SHARE_OF_FREE_MEMORY = 0.5
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name; without one, CUDA where there is one, else the CPU.
+
+    Raises UsageError for a device that this machine, or this build of PyTorch, does not have.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"expected a device cpu, cuda, cuda:N or mps, got {name!r}") from error
+    available = {
+        "cpu": True,
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device.type not in available:
+        raise UsageError(f"expected a device cpu, cuda, cuda:N or mps, got {name!r}")
+    if not available[device.type]:
+        here = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+        raise UsageError(
+            f"expected a device that PyTorch sees on this machine ({', '.join(here)}), got "
+            f"{name!r}; choose one of them, or install a PyTorch build for that device"
+        )
+    return device
+
+
+def chosen_threads(threads: int | None) -> int:
+    """`threads`, or OMP_NUM_THREADS where it is set, or the cores this process may use."""
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"expected at least 1 thread, got {threads}")
+        return threads
+    from_environment = os.environ.get("OMP_NUM_THREADS", "")
+    if from_environment.isdecimal() and int(from_environment) > 0:
+        return int(from_environment)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def batch_size_for(device: torch.device, window_length: int, bytes_per_id: int) -> int:
+    """How many windows fit into half of the free memory, at least one."""
+    by_memory = int(_SHARE_OF_FREE_MEMORY * free_bytes(device)) // (bytes_per_id * window_length)
+    return max(1, min(by_memory, _IDS_A_BATCH[device.type] // window_length))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that the device can still give."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return int(psutil.virtual_memory().available)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an engine's exception says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text
+    )
+
+
+@contextmanager
+def scoring_settings(model: nn.Module, threads: int, *, owned: bool) -> Iterator[None]:
+    """Evaluation mode, true float32 products and no gradients; all as it was afterwards.
+
+    A model that was handed in may be trained later, so its forward runs under `no_grad`: caches
+    that a model makes under `inference_mode` could never take part in a gradient again.
+    """
+    training = [module for module in model.modules() if module.training]
+    precision = torch.get_float32_matmul_precision()
+    num_threads = torch.get_num_threads()
+    model.eval()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    if num_threads != threads:
+        torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode() if owned else torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+        if num_threads != threads and not owned:
+            torch.set_num_threads(num_threads)

@@ -1,0 +1,300 @@
+"""A causal language model split into what makes its rows and the head that makes their logits.
+
+The final hidden states go through the model's own head a chunk at a time: its own forward runs
+over a stub that returns given hidden states in place of the layers, so a soft-cap, a scale or a
+late norm is never left out. Whether that gives the model's logits is checked on the loaded model;
+where it does not, the whole forward pass is used, and `kind` says so.
+
+Shape suffixes: B = batch, T = ids of a row, N = rows picked for the head, D = hidden size,
+V = vocabulary, X = D or V.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from perplexit.errors import ModelError
+
+_PROBE_LENGTH = 8
+
+
+class ForwardPass(Protocol):
+    """A forward pass in two steps: rows for every position, then logits for the rows wanted."""
+
+    kind: str  # "chunked (linear)", "chunked (own forward)" or "whole forward"
+    keeps_logits: bool  # the rows are whole logits, so memory grows with batch × window × V
+    takes_mask: bool  # an attention mask can be given; without one, rows are never padded
+
+    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """Features of shape BTX, one row a position."""
+        ...
+
+    def head(self, rows_NX: Tensor) -> Tensor:
+        """Logits of shape NV; they may be overwritten."""
+        ...
+
+
+class WholeForward:
+    """The model's forward as it is: the rows are its logits."""
+
+    kind = "whole forward"
+    keeps_logits = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self._call = _Call(model)
+        self.takes_mask = self._call.takes_mask
+
+    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """The logits of every position."""
+        return _field(self._call(ids_BT, mask_BT), "logits")
+
+    def head(self, rows_NX: Tensor) -> Tensor:
+        """The rows themselves."""
+        return rows_NX
+
+
+class ChunkedForward:
+    """The layers give hidden states; a head gives logits for those that are wanted."""
+
+    keeps_logits = False
+
+    def __init__(self, body: nn.Module, head: Callable[[Tensor], Tensor], kind: str) -> None:
+        self._call = _Call(body)
+        self._head = head
+        self.kind = kind
+        self.takes_mask = self._call.takes_mask
+
+    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """The final hidden state of every position."""
+        return _field(self._call(ids_BT, mask_BT), "last_hidden_state")
+
+    def head(self, rows_NX: Tensor) -> Tensor:
+        """The logits that the model's own head makes of hidden states."""
+        return self._head(rows_NX)
+
+
+class LinearHead:
+    """`hidden @ weight.T + bias` into one buffer that every chunk reuses.
+
+    A fresh tensor of this size is fresh memory from the system each time, and its page faults cost
+    a tenth of the matrix product.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._linear = linear
+        self._buffer_NV: Tensor | None = None
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """The logits, valid until the next call."""
+        weight, bias = self._linear.weight, self._linear.bias
+        buffer = self._buffer_NV
+        if buffer is None or len(buffer) < len(hidden_ND) or buffer.dtype != hidden_ND.dtype:
+            buffer = hidden_ND.new_empty(len(hidden_ND), len(weight))
+            self._buffer_NV = buffer
+        out_NV = buffer[: len(hidden_ND)]
+        if bias is None:
+            return torch.mm(hidden_ND, weight.t(), out=out_NV)
+        return torch.addmm(bias, hidden_ND, weight.t(), out=out_NV)
+
+
+def find_forward(model: nn.Module, id_limit: int) -> tuple[ForwardPass, int]:
+    """The leanest forward pass that gives the model's own logits, and the number of its logits.
+
+    Tried on a few fixed ids below `id_limit`, with and without padding.
+    Raises ModelError where later ids change earlier predictions: the model is not causal.
+    """
+    whole = WholeForward(model)
+    probe = _Probe.of(whole, id_limit, _device_of(model))
+    for body, own_head in _splits(model):
+        chunked = ChunkedForward(body, own_head, "chunked (own forward)")
+        if probe.agrees(chunked):
+            linear = _output_linear(model)
+            if linear is not None and probe.same_head(chunked, LinearHead(linear)):
+                chunked = ChunkedForward(body, LinearHead(linear), "chunked (linear)")
+            return chunked, probe.vocab_size
+    return whole, probe.vocab_size
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Fixed random ids, and the logits that the whole forward pass gives for them."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor | None
+    plain_BTV: Tensor
+    padded_BTV: Tensor
+
+    @classmethod
+    def of(cls, whole: WholeForward, id_limit: int, device: torch.device) -> "_Probe":
+        generator = torch.Generator().manual_seed(0)
+        ids_BT = torch.randint(id_limit, (2, _PROBE_LENGTH), generator=generator)
+        changed_BT = ids_BT.clone()
+        half = _PROBE_LENGTH // 2
+        changed_BT[:, half:] = (ids_BT[:, half:] + 1 + id_limit // 2) % id_limit
+        mask_BT = torch.ones_like(ids_BT)
+        mask_BT[1, half:] = 0
+        mask = mask_BT.to(device) if whole.takes_mask else None
+        ids_BT = ids_BT.to(device)
+        plain_BTV = whole.rows(ids_BT, None)
+        if plain_BTV.shape[:2] != ids_BT.shape:
+            raise ModelError(
+                f"expected logits of shape (batch, length, vocabulary) for ids of shape "
+                f"{tuple(ids_BT.shape)}, got {tuple(plain_BTV.shape)}"
+            )
+        changed_BTV = whole.rows(changed_BT.to(device), None)
+        if not _close(plain_BTV[:, :half], changed_BTV[:, :half], slack=100.0):
+            raise ModelError(
+                "expected a causal language model, but a later id changes an earlier prediction; "
+                "perplexity is defined for models that see the past alone"
+            )
+        return cls(ids_BT, mask, plain_BTV, whole.rows(ids_BT, mask))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.plain_BTV.shape[-1]
+
+    def agrees(self, candidate: ForwardPass) -> bool:
+        """Whether a candidate gives the same logits; one that cannot run on this model does not."""
+        try:
+            pairs = [(self.plain_BTV, None)]
+            if self.mask_BT is not None:
+                pairs.append((self.padded_BTV, self.mask_BT))
+            for whole_BTV, mask_BT in pairs:
+                rows_BTX = candidate.rows(self.ids_BT, mask_BT)
+                logits_NV = candidate.head(rows_BTX.flatten(0, 1))
+                if not _close(whole_BTV.flatten(0, 1), logits_NV):
+                    return False
+        except Exception:  # whatever an unknown architecture raises over a stub: it has no split
+            return False
+        return True
+
+    def same_head(self, chunked: ForwardPass, linear: LinearHead) -> bool:
+        """Whether a plain product gives what `chunked.head` gives, also far from zero.
+
+        Near zero a soft-cap changes nothing: a thousandfold hidden state tells it apart.
+        """
+        hidden_ND = chunked.rows(self.ids_BT, None).flatten(0, 1)
+        return all(
+            _close(chunked.head(hidden_ND * scale), linear(hidden_ND * scale))
+            for scale in (1.0, 1000.0)
+        )
+
+
+def _splits(model: nn.Module) -> Iterator[tuple[nn.Module, "_OwnForwardHead"]]:
+    """The places where a model can be cut into layers and head; most have one, OPT the second."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for path in (prefix, f"{prefix}.decoder"):
+        body = _submodule(model, path)
+        if body is not None:
+            yield body, _OwnForwardHead(model, path)
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        module = model.get_submodule(path) if path else None
+    except AttributeError:
+        return None
+    return None if module is model else module
+
+
+def _output_linear(model: nn.Module) -> nn.Linear | None:
+    """The model's output embedding where it is a plain linear layer with nothing hooked on."""
+    get = getattr(model, "get_output_embeddings", None)
+    layer = get() if get is not None else None
+    # A subclass (a quantized or adapted layer) may compute something else.
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    return layer
+
+
+class _OwnForwardHead:
+    """The model's own forward over a stub: whatever it does after its layers is done here too."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self._model = _with_stub(model, path)
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        output = self._model(inputs_embeds=hidden_ND[None], use_cache=False)
+        return _field(output, "logits")[0]
+
+
+def _with_stub(model: nn.Module, path: str) -> nn.Module:
+    """A shallow copy that shares everything with `model` but the submodule at `path`."""
+    name, _, rest = path.partition(".")
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin._modules[name] = _with_stub(model.get_submodule(name), rest) if rest else _Stub()
+    return twin
+
+
+class _Stub(nn.Module):
+    """Returns its `inputs_embeds` as if they were the last layer's hidden states."""
+
+    def forward(self, *args: object, **kwargs: Any) -> "_StubOutput":
+        return _StubOutput((kwargs["inputs_embeds"],))
+
+
+class _StubOutput(tuple[Tensor]):
+    """An output whose first item is the hidden state; no cache, no attentions, no router."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
+class _Call:
+    """Calls a module with ids and, where its forward has a place for it, a mask."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        parameters = inspect.signature(module.forward).parameters
+        self._named_ids = "input_ids" in parameters
+        any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.takes_mask = any_keyword or "attention_mask" in parameters
+        self._options = {"use_cache": False} if any_keyword or "use_cache" in parameters else {}
+
+    def __call__(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Any:
+        options: dict[str, Any] = dict(self._options)
+        if mask_BT is not None:
+            options["attention_mask"] = mask_BT
+        if self._named_ids:
+            return self._module(input_ids=ids_BT, **options)
+        return self._module(ids_BT, **options)
+
+
+def _field(output: Any, name: str) -> Tensor:
+    """`output.name`, `output[name]`, the first of a tuple, or a bare tensor."""
+    if isinstance(output, Tensor):
+        return output
+    value = getattr(output, name, None)
+    if value is None and isinstance(output, dict):
+        value = output.get(name)
+    if value is None and isinstance(output, tuple) and output:
+        value = output[0]
+    if not isinstance(value, Tensor):
+        raise ModelError(
+            f"expected a forward that gives .{name}, a tuple or a tensor, "
+            f"got {type(output).__name__}"
+        )
+    return value
+
+
+def _close(expected: Tensor, got: Tensor, slack: float = 1.0) -> bool:
+    """Equal up to the rounding of their dtype; two NaN at one place are equal."""
+    if expected.shape != got.shape:
+        return False
+    relative = slack * (1e-5 if expected.dtype in (torch.float32, torch.float64) else 1e-2)
+    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) or 1.0
+    return torch.allclose(
+        expected.double(), got.double(), rtol=0.0, atol=relative * scale, equal_nan=True
+    )
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")

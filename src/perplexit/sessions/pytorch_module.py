@@ -1,0 +1,71 @@
+"""What a loaded module says of itself: identity, dtype, vocabulary, positions."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perplexit.checkpoints.identity import canonical_json
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """The SHA-256 of a loaded module: class, configuration, and every tensor of its state."""
+    config: Any = getattr(module, "config", None)
+    settings = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+    for irrelevant in ("_name_or_path", "transformers_version"):
+        settings.pop(irrelevant, None)
+    name_and_settings = [type(module).__qualname__, sorted(f"{k}={v}" for k, v in settings.items())]
+    digest = hashlib.sha256(canonical_json(name_and_settings))
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
+        digest.update(_content(tensor))
+    return digest.hexdigest()
+
+
+def _content(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(plain.view(torch.uint8).numpy())  # NumPy has no bfloat16, but its bytes
+
+
+def dtype_name(module: nn.Module) -> str:
+    """The dtype of the module's floating-point parameters; the widest where they differ."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    widest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps ** -1, default=torch.float32)
+    return str(widest).removeprefix("torch.")
+
+
+def num_embeddings(module: nn.Module) -> int | None:
+    """Rows of the input embedding, where the module says which one that is."""
+    get = getattr(module, "get_input_embeddings", None)
+    try:
+        embedding = get() if get is not None else None
+    except (NotImplementedError, AttributeError):
+        return None
+    weight = getattr(embedding, "weight", None)
+    return len(weight) if weight is not None else None
+
+
+def position_limit(module: nn.Module) -> int | None:
+    """The longest window for which a model with learned positions has embeddings; None: any."""
+    limit = config_integer(module, "max_position_embeddings", "n_positions")
+    if limit is None:
+        return None
+    get = getattr(module, "get_input_embeddings", None)
+    tokens = get() if get is not None else None
+    for embedding in module.modules():
+        if not isinstance(embedding, nn.Embedding) or embedding is tokens:
+            continue
+        if limit <= embedding.num_embeddings <= limit + 2:  # OPT counts its positions from 2
+            return limit
+    return None
+
+
+def config_integer(module: nn.Module, *names: str) -> int | None:
+    """The first of a configuration's integers of these names that is set."""
+    config: Any = getattr(module, "config", None)
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
