@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -84,9 +85,7 @@ def test_attributes_agree_with_the_documents(path):
     assert tokens.has_text
     assert tokens.num_ids == len(tokens.token_ids) == tokens.document_starts[-1]
     bounds = tokens.byte_starts[tokens.document_starts]
-    assert [
-        bytes(tokens.text_bytes[a:b]).decode() for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ] == texts
+    assert [bytes(tokens.text_bytes[a:b]).decode() for a, b in pairwise(bounds)] == texts
     assert tokens.num_words.sum() == sum(len(text.split()) for text in texts)
 
 

@@ -49,9 +49,7 @@ def byte_level_nfc() -> tokenizers.Tokenizer:
 def _byte_fallback_model() -> models.BPE:
     plain = tokenizers.Tokenizer(models.BPE())
     plain.pre_tokenizer = pre_tokenizers.Metaspace()
-    plain.train_from_iterator(
-        SAMPLE[:2], trainers.BpeTrainer(vocab_size=150, show_progress=False)
-    )
+    plain.train_from_iterator(SAMPLE[:2], trainers.BpeTrainer(vocab_size=150, show_progress=False))
     content = json.loads(plain.to_str())["model"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += [token for token in content["vocab"] if token not in tokens]

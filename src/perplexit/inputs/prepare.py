@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from perplexit.errors import CorpusError, TokenizerError, UsageError
 from perplexit.inputs.corpus import Document, Keys, documents
 from perplexit.inputs.encoding import EncodedBatch
-from perplexit.inputs.protocols import PROTOCOLS, ResolvedProtocol, resolve_protocol
+from perplexit.inputs.protocol_table import PROTOCOLS
+from perplexit.inputs.protocols import ResolvedProtocol, resolve_protocol
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TokenFileWriter
 from perplexit.inputs.tokenizer import Tokenizer, load
@@ -193,6 +194,7 @@ def _plan(
         bos=bos,
         added_prefix_id=prefix[0] if len(prefix) == 1 else None,
         bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
     )
 
 

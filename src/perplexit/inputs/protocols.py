@@ -1,10 +1,11 @@
 """Named, versioned protocols: how windows, BOS and denominators are chosen.
 
-A protocol is one entry of PROTOCOLS. `resolve_protocol` turns its name and the caller's options
-into a ResolvedProtocol, in which nothing is left open; that is what the token file records.
+`resolve_protocol` turns its name and the caller's options
+into a ResolvedProtocol, in which nothing is left open; that is what the token file records. The
+protocols themselves are entries of `protocol_table.PROTOCOLS`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,43 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from perplexit.errors import EmptyScoreError, UsageError
-from perplexit.inputs.windows import (
-    BosPolicy,
-    WindowArray,
-    disjoint_windows,
-    document_windows,
-    mlc_windows,
-    qefficient_windows,
-    sliding_windows,
-)
+from perplexit.inputs.protocol_table import PROTOCOLS, Aggregate, Protocol, WindowOptions
+from perplexit.inputs.windows import BosPolicy, WindowArray
 
 BosOption = Literal["auto", "none", "first", "every"]
-Aggregate = Literal["tokens", "window-means"]
-Generator = Callable[[NDArray[np.int64], "ResolvedProtocol"], WindowArray]
-
-BLANK_LINE = "\n\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Protocol:
-    """One named way to cut text into windows.
-
-    joined_with: the string between documents where they become one; None: windows never cross.
-    max_length:  the default; None: a window is as long as its document.
-    stride:      the default as a function of max_length; None: the protocol has no stride.
-    bos:         the BOS policies it allows (`auto` resolves to `none` or `first`).
-    aggregate:   how the tool it is named after turns losses into its perplexity.
-    """
-
-    name: str
-    version: int
-    summary: str
-    generate: Generator
-    joined_with: str | None = None
-    max_length: int | None = 1024
-    stride: Callable[[int], int] | None = None
-    bos: tuple[BosPolicy, ...] = ("none", "first", "every")
-    aggregate: Aggregate = "tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +45,8 @@ class ResolvedProtocol:
             self._check_lengths(lengths, first_document)
         own = np.broadcast_to(np.asarray(own_bos_D, dtype=np.int64), lengths.shape)
         own = own * int(self.bos != "none")
-        table = PROTOCOLS[self.name].generate(lengths - own, self)
+        options = WindowOptions(self.max_length or 0, self.stride or 0, self.bos, self.prefix_id)
+        table = PROTOCOLS[self.name].generate(lengths - own, options)
         table[:, 1:5] += own[table[:, 0], None]
         table[:, 0] += first_document
         return table
@@ -98,62 +67,6 @@ class ResolvedProtocol:
             )
 
 
-PROTOCOLS: dict[str, Protocol] = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            name="sliding",
-            version=1,
-            summary="windows advance by stride; each target is scored once, with long context",
-            generate=lambda lengths_D, plan: sliding_windows(
-                lengths_D, max_length=plan.max_length or 0, stride=plan.stride or 0, **_bos(plan)
-            ),
-            stride=lambda max_length: max_length // 2,
-        ),
-        Protocol(
-            name="disjoint",
-            version=1,
-            summary="consecutive chunks; the first id of each is context alone",
-            generate=lambda lengths_D, plan: disjoint_windows(
-                lengths_D, max_length=plan.max_length or 0, **_bos(plan)
-            ),
-        ),
-        Protocol(
-            name="document",
-            version=1,
-            summary="one window a document",
-            generate=lambda lengths_D, plan: document_windows(lengths_D, **_bos(plan)),
-            max_length=None,
-        ),
-        Protocol(
-            name="qefficient",
-            version=1,
-            summary="QEfficient: joined by blank lines, full windows, overlap scored twice",
-            generate=lambda lengths_D, plan: qefficient_windows(
-                lengths_D, max_length=plan.max_length or 0, stride=plan.stride or 0, **_bos(plan)
-            ),
-            joined_with=BLANK_LINE,
-            max_length=2048,
-            stride=lambda max_length: max_length // 2,
-            bos=("none", "first"),
-        ),
-        Protocol(
-            name="mlc",
-            version=1,
-            summary="MLC: joined by blank lines, short tails kept, mean of window means",
-            generate=lambda lengths_D, plan: mlc_windows(
-                lengths_D, max_length=plan.max_length or 0, stride=plan.stride or 0, **_bos(plan)
-            ),
-            joined_with=BLANK_LINE,
-            max_length=256,
-            stride=lambda max_length: max_length // 2,
-            bos=("none", "first"),
-            aggregate="window-means",
-        ),
-    )
-}
-
-
 def resolve_protocol(
     name: str,
     *,
@@ -162,12 +75,13 @@ def resolve_protocol(
     bos: str = "auto",
     added_prefix_id: int | None = None,
     bos_id: int | None = None,
+    eos_id: int | None = None,
 ) -> ResolvedProtocol:
     """The protocol `name` with defaults filled in and every option checked.
 
     `added_prefix_id` is the token that the tokenizer itself puts before a text (None: it adds
-    none), `bos_id` its BOS token. Raises UsageError for an unknown name, a value out of range, and
-    an option that contradicts the protocol.
+    none), `bos_id` and `eos_id` the tokens that it names so. Raises UsageError for an unknown name,
+    a value out of range, and an option that contradicts the protocol.
     """
     protocol = PROTOCOLS.get(name)
     if protocol is None:
@@ -177,7 +91,15 @@ def resolve_protocol(
         raise UsageError(
             f"max_length must be at least 2 (one id of context and one target), got {length}."
         )
-    policy, prefix_id = _resolve_bos(protocol, bos, added_prefix_id, bos_id)
+    if protocol.fixed_length and length != protocol.max_length:
+        raise UsageError(
+            f"The protocol {name!r} fixes max_length = {protocol.max_length}, got {length}. Leave "
+            f"it out, or use the protocol 'disjoint'."
+        )
+    policy = _resolve_bos(protocol, bos, added_prefix_id)
+    prefix_id = -1
+    if policy != "none":
+        prefix_id = _prefix_id(protocol, bos, added_prefix_id, bos_id, eos_id)
     return ResolvedProtocol(
         name=protocol.name,
         version=protocol.version,
@@ -195,20 +117,28 @@ def protocol_perplexity(
 ) -> float:
     """The perplexity as the tool that the protocol is named after computes it.
 
-    `tokens`: exp(mean of nll). `window-means`: exp(mean over windows of their mean nll). Sums are
-    float64; `protocol` is the spec's entry, `window_N` the window of each scored token.
+    `tokens`: exp(mean of nll). `window-means`: exp(mean over windows of their mean nll).
+    `window-perplexities`: mean over windows of exp(mean nll). `hf-guide`: exp of the mean of window
+    means, weighted by their target counts, which the guide takes one too small where windows
+    overlap. Sums are float64; `protocol` is the spec's entry, `window_N` the window of each token.
     Raises EmptyScoreError without a scored token.
     """
     if not len(nll_N):
         raise EmptyScoreError("No token was scored, so there is no perplexity to compute.")
     nll = np.asarray(nll_N, dtype=np.float64)
-    if protocol["aggregate"] == "window-means":
-        _, row_N, count_W = np.unique(window_N, return_inverse=True, return_counts=True)
-        mean = float((np.bincount(row_N, weights=nll) / count_W).mean())
-    else:
-        mean = float(nll.mean())
+    aggregate: Aggregate = protocol["aggregate"]
     with np.errstate(over="ignore"):
-        return float(np.exp(mean))
+        if aggregate == "tokens":
+            return float(np.exp(nll.mean()))
+        _, row_N, count_W = np.unique(window_N, return_inverse=True, return_counts=True)
+        mean_W = np.bincount(row_N, weights=nll) / count_W
+        if aggregate == "window-perplexities":
+            return float(np.exp(mean_W).mean())
+        weight_W = np.ones(len(count_W))
+        if aggregate == "hf-guide":
+            overlapping = protocol["stride"] < protocol["max_length"]
+            weight_W = count_W - (overlapping & (np.arange(len(count_W)) > 0))
+        return float(np.exp(np.average(mean_W, weights=weight_W)))
 
 
 def _resolve_stride(protocol: Protocol, stride: int | None, max_length: int | None) -> int | None:
@@ -228,31 +158,40 @@ def _resolve_stride(protocol: Protocol, stride: int | None, max_length: int | No
     return chosen
 
 
-def _resolve_bos(
-    protocol: Protocol, bos: str, added_prefix_id: int | None, bos_id: int | None
-) -> tuple[BosPolicy, int]:
-    """(policy, the id it puts before windows or -1)."""
-    if bos == "auto":
-        return ("none", -1) if added_prefix_id is None else ("first", added_prefix_id)
-    if bos not in get_args(BosPolicy):
+def _resolve_bos(protocol: Protocol, bos: str, added_prefix_id: int | None) -> BosPolicy:
+    """The policy that is in effect; `auto` follows the tokenizer, or the protocol's own prefix."""
+    if bos not in get_args(BosOption):
         raise UsageError(f"bos must be one of {', '.join(get_args(BosOption))}, got {bos!r}.")
-    policy: BosPolicy = bos  # type: ignore[assignment]  # narrowed by the check above
-    if policy not in protocol.bos:
-        raise UsageError(
-            f"The protocol {protocol.name!r} allows bos {', '.join(protocol.bos)} or auto, got "
-            f"{policy!r}. Leave bos out, or use the protocol 'sliding'."
-        )
-    if policy == "none":
-        return policy, -1
-    chosen = bos_id if bos_id is not None else added_prefix_id
-    if chosen is None:
-        raise UsageError(
-            f"bos {policy!r} needs a tokenizer with a BOS token, and this one names none (an EOS "
-            f"is never put in its place). Use bos 'none', or a tokenizer folder whose "
-            f"tokenizer_config.json names a bos_token."
-        )
-    return policy, chosen
+    if bos == "auto":
+        follows = protocol.prefix == "tokenizer"
+        return "none" if follows and added_prefix_id is None else "first"
+    for policy in protocol.bos:
+        if policy == bos:
+            return policy
+    raise UsageError(
+        f"The protocol {protocol.name!r} allows bos {', '.join(protocol.bos)} or auto, got "
+        f"{bos!r}. Leave bos out, or use the protocol 'sliding'."
+    )
 
 
-def _bos(plan: ResolvedProtocol) -> dict[str, Any]:
-    return {"bos": plan.bos, "bos_id": plan.prefix_id}
+def _prefix_id(
+    protocol: Protocol,
+    bos: str,
+    added_prefix_id: int | None,
+    bos_id: int | None,
+    eos_id: int | None,
+) -> int:
+    """The token that goes before windows; an EOS only where the protocol itself says so."""
+    candidates = [bos_id, added_prefix_id]
+    if bos == "auto" and protocol.prefix == "tokenizer":
+        candidates.reverse()
+    if protocol.prefix == "bos-or-eos":
+        candidates.append(eos_id)
+    for candidate in candidates:
+        if candidate is not None:
+            return candidate
+    raise UsageError(
+        f"The protocol {protocol.name!r} with bos {bos!r} needs a tokenizer with a BOS token, and "
+        f"this one names none. Use bos 'none', or a tokenizer folder whose tokenizer_config.json "
+        f"names a bos_token."
+    )

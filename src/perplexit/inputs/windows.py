@@ -64,8 +64,8 @@ class WindowIds:
     """
 
     index: int
-    ids_T: NDArray[np.int32]  # noqa: N815 - shape suffix
-    targets_N: NDArray[np.int64]  # noqa: N815 - shape suffix
+    ids_T: NDArray[np.int32]
+    targets_N: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +145,12 @@ def sliding_windows(
     advance = min(stride, max_length - 1)
     overhang_D = np.maximum(extended_D - room, 0)
     counts_D = np.where(extended_D > first_target, 1 - (-overhang_D // advance), 0)
-    document_W, ordinal_W = _spread(counts_D)
+    document_W, ordinal_W = spread_windows(counts_D)
     reach_W = ordinal_W * advance + room
     start_W = np.minimum(ordinal_W * advance, overhang_D[document_W])
     stop_W = np.minimum(reach_W, extended_D[document_W])
     target_W = np.where(ordinal_W == 0, first_target, reach_W - advance)
-    return _table(document_W, start_W, stop_W, target_W, bos=bos, bos_id=bos_id)
+    return cut_windows(document_W, start_W, stop_W, target_W, bos=bos, bos_id=bos_id)
 
 
 def disjoint_windows(
@@ -169,10 +169,10 @@ def disjoint_windows(
     room, first_target, extended_D = _frame(lengths_D, max_length, bos)
     whole_D, tail_D = np.divmod(extended_D, room)
     counts_D = whole_D + (tail_D > first_target) if keep_tail else whole_D
-    document_W, ordinal_W = _spread(counts_D)
+    document_W, ordinal_W = spread_windows(counts_D)
     start_W = ordinal_W * room
     stop_W = np.minimum(start_W + room, extended_D[document_W])
-    return _table(document_W, start_W, stop_W, start_W + first_target, bos=bos, bos_id=bos_id)
+    return cut_windows(document_W, start_W, stop_W, start_W + first_target, bos=bos, bos_id=bos_id)
 
 
 def document_windows(
@@ -181,10 +181,10 @@ def document_windows(
     """One window a document, however long, where it has a target: [W, 7]."""
     # `every` and `first` are one thing here: the one window has the one BOS.
     policy: BosPolicy = "none" if bos == "none" else "first"
-    extended_D = np.asarray(lengths_D, dtype=np.int64) + (policy == "first")
+    extended_D = extended_lengths(lengths_D, policy)
     document_W = np.flatnonzero(extended_D > 1)
     start_W = np.zeros_like(document_W)
-    return _table(
+    return cut_windows(
         document_W, start_W, extended_D[document_W], start_W + 1, bos=policy, bos_id=bos_id
     )
 
@@ -199,9 +199,9 @@ def qefficient_windows(
     """
     room, first_target, extended_D = _frame(lengths_D, max_length, bos)
     counts_D = np.where(extended_D >= room, (extended_D - room) // stride + 1, 0)
-    document_W, ordinal_W = _spread(counts_D)
+    document_W, ordinal_W = spread_windows(counts_D)
     start_W = ordinal_W * stride
-    return _table(
+    return cut_windows(
         document_W, start_W, start_W + room, start_W + first_target, bos=bos, bos_id=bos_id
     )
 
@@ -217,32 +217,37 @@ def mlc_windows(
     room, first_target, extended_D = _frame(lengths_D, max_length, bos)
     # range(0, n, stride) less a start at n - 1, which would leave one id alone
     counts_D = -(-np.maximum(extended_D - first_target, 0) // stride)
-    document_W, ordinal_W = _spread(counts_D)
+    document_W, ordinal_W = spread_windows(counts_D)
     start_W = ordinal_W * stride
     stop_W = np.minimum(start_W + room, extended_D[document_W])
-    return _table(document_W, start_W, stop_W, start_W + first_target, bos=bos, bos_id=bos_id)
+    return cut_windows(document_W, start_W, stop_W, start_W + first_target, bos=bos, bos_id=bos_id)
+
+
+def extended_lengths(lengths_D: ArrayLike, bos: BosPolicy) -> NDArray[np.int64]:
+    """Length of each sequence that windows are cut from: int64 [D].
+
+    Under `first` the sequence is [BOS] + ids, and windows are cut from it as from any other.
+    """
+    lengths = np.asarray(lengths_D, dtype=np.int64)
+    return np.where(lengths > 0, lengths + (bos == "first"), 0)
 
 
 def _frame(
     lengths_D: ArrayLike, max_length: int, bos: BosPolicy
 ) -> tuple[int, int, NDArray[np.int64]]:
-    """(ids of the text a window has room for, first scorable index, length of each sequence).
-
-    Under `first` the sequence is [BOS] + ids, and windows are cut from it as from any other.
-    """
-    extended_D = np.asarray(lengths_D, dtype=np.int64) + (bos == "first")
-    extended_D = np.where(np.asarray(lengths_D) > 0, extended_D, 0)
-    return (max_length - 1, 0, extended_D) if bos == "every" else (max_length, 1, extended_D)
+    """(room for ids of the sequence in a window, first scorable index, sequence lengths)."""
+    room, first_target = (max_length - 1, 0) if bos == "every" else (max_length, 1)
+    return room, first_target, extended_lengths(lengths_D, bos)
 
 
-def _spread(counts_D: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def spread_windows(counts_D: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(document of each window, its ordinal within the document), both int64 [W]."""
     document_W = np.repeat(np.arange(len(counts_D), dtype=np.int64), counts_D)
     before_D = np.cumsum(counts_D) - counts_D
     return document_W, np.arange(len(document_W), dtype=np.int64) - before_D[document_W]
 
 
-def _table(
+def cut_windows(
     document_W: NDArray[np.int64],
     start_W: NDArray[np.int64],
     stop_W: NDArray[np.int64],
@@ -251,7 +256,7 @@ def _table(
     bos: BosPolicy,
     bos_id: int,
 ) -> WindowArray:
-    """The window table from ranges in the (extended) sequences; targets run to the stop."""
+    """The window table from ranges in the (extended) sequences; targets run to the stop: [W, 7]."""
     shift = int(bos == "first")
     prefixed_W = start_W == 0 if shift else np.full(len(start_W), bos == "every")
     table = np.empty((len(document_W), len(COLUMNS)), dtype=np.int64)

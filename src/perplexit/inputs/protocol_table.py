@@ -1,0 +1,211 @@
+"""The protocols by name: what each fixes, allows and means.
+
+A further protocol is one entry here, with its generator of windows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.inputs.tool_windows import (
+    hf_evaluate_windows,
+    hf_guide_windows,
+    llama_cpp_windows,
+    lm_eval_windows,
+)
+from perplexit.inputs.windows import (
+    BosPolicy,
+    WindowArray,
+    disjoint_windows,
+    document_windows,
+    mlc_windows,
+    qefficient_windows,
+    sliding_windows,
+)
+
+Aggregate = Literal["tokens", "window-means", "hf-guide", "window-perplexities"]
+Prefix = Literal["tokenizer", "bos", "bos-or-eos"]
+
+BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class WindowOptions:
+    """What a generator is told; 0 where the protocol has no such option."""
+
+    max_length: int
+    stride: int
+    bos: BosPolicy
+    bos_id: int
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """The named options as keyword arguments."""
+        return {name: getattr(self, name) for name in names}
+
+
+Generator = Callable[[NDArray[np.int64], WindowOptions], WindowArray]
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """One named way to cut text into windows.
+
+    joined_with:  the string between documents where they become one; None: windows never cross.
+    max_length:   the default; None: a window is as long as its document.
+    fixed_length: the default is the only length.
+    stride:       the default as a function of max_length; None: the protocol has no stride.
+    bos:          the BOS policies it allows.
+    prefix:       what `auto` puts in front: what the tokenizer adds by itself, the BOS token, or
+                  the BOS token and, where a tokenizer has none, its EOS token.
+    aggregate:    how the tool it is named after turns losses into its perplexity.
+    """
+
+    name: str
+    version: int
+    summary: str
+    generate: Generator
+    joined_with: str | None = None
+    max_length: int | None = 1024
+    fixed_length: bool = False
+    stride: Callable[[int], int] | None = None
+    bos: tuple[BosPolicy, ...] = ("none", "first", "every")
+    prefix: Prefix = "tokenizer"
+    aggregate: Aggregate = "tokens"
+
+
+def _half(max_length: int) -> int:
+    return max_length // 2
+
+
+_OWN = (
+    Protocol(
+        name="sliding",
+        version=1,
+        summary="windows advance by stride; each target is scored once, with long context",
+        generate=lambda lengths_D, options: sliding_windows(
+            lengths_D, **options.given("max_length", "stride", "bos", "bos_id")
+        ),
+        stride=_half,
+    ),
+    Protocol(
+        name="disjoint",
+        version=1,
+        summary="consecutive chunks; the first id of each is context alone",
+        generate=lambda lengths_D, options: disjoint_windows(
+            lengths_D, **options.given("max_length", "bos", "bos_id")
+        ),
+    ),
+    Protocol(
+        name="document",
+        version=1,
+        summary="one window a document",
+        generate=lambda lengths_D, options: document_windows(
+            lengths_D, **options.given("bos", "bos_id")
+        ),
+        max_length=None,
+    ),
+)
+
+_SEEDS = (
+    Protocol(
+        name="qefficient",
+        version=1,
+        summary="QEfficient: joined by blank lines, full windows, overlap scored twice",
+        generate=lambda lengths_D, options: qefficient_windows(
+            lengths_D, **options.given("max_length", "stride", "bos", "bos_id")
+        ),
+        joined_with=BLANK_LINE,
+        max_length=2048,
+        stride=_half,
+        bos=("none", "first"),
+    ),
+    Protocol(
+        name="mlc",
+        version=1,
+        summary="MLC: joined by blank lines, short tails kept, overlap scored twice",
+        generate=lambda lengths_D, options: mlc_windows(
+            lengths_D, **options.given("max_length", "stride", "bos", "bos_id")
+        ),
+        joined_with=BLANK_LINE,
+        max_length=256,
+        stride=_half,
+        bos=("none", "first"),
+        aggregate="window-means",
+    ),
+)
+
+_TOOLS = (
+    Protocol(
+        name="hf-guide",
+        version=1,
+        summary="the transformers guide: joined, sliding, the last window short",
+        generate=lambda lengths_D, options: hf_guide_windows(
+            lengths_D, **options.given("max_length", "stride", "bos", "bos_id")
+        ),
+        joined_with=BLANK_LINE,
+        stride=_half,
+        bos=("none", "first"),
+        aggregate="hf-guide",
+    ),
+    Protocol(
+        name="hf-evaluate",
+        version=1,
+        summary="the evaluate metric: each text cut off, mean of the texts' perplexities",
+        generate=lambda lengths_D, options: hf_evaluate_windows(
+            lengths_D, **options.given("max_length", "bos", "bos_id")
+        ),
+        bos=("none", "first"),
+        prefix="bos",
+        aggregate="window-perplexities",
+    ),
+    Protocol(
+        name="lm-eval",
+        version=1,
+        summary="lm-evaluation-harness: rolling windows, a prefix token before each document",
+        generate=lambda lengths_D, options: lm_eval_windows(
+            lengths_D, **options.given("max_length", "bos_id")
+        ),
+        max_length=2048,
+        bos=("first",),
+        prefix="bos-or-eos",
+    ),
+    Protocol(
+        name="llama-cpp",
+        version=1,
+        summary="llama.cpp: whole chunks, the second half of each scored",
+        generate=lambda lengths_D, options: llama_cpp_windows(
+            lengths_D, **options.given("max_length", "bos", "bos_id")
+        ),
+        joined_with=BLANK_LINE,
+        max_length=512,
+        bos=("none", "first"),
+    ),
+    Protocol(
+        name="gptq-2048",
+        version=1,
+        summary="the GPTQ papers: joined by blank lines, whole chunks of 2048, tail dropped",
+        generate=lambda lengths_D, options: disjoint_windows(
+            lengths_D, keep_tail=False, **options.given("max_length", "bos", "bos_id")
+        ),
+        joined_with=BLANK_LINE,
+        max_length=2048,
+        fixed_length=True,
+        bos=("none", "first"),
+    ),
+    Protocol(
+        name="vllm",
+        version=1,
+        summary="vLLM's own test: joined by blank lines, chunks of 1023",
+        generate=lambda lengths_D, options: disjoint_windows(
+            lengths_D, **options.given("max_length", "bos", "bos_id")
+        ),
+        joined_with=BLANK_LINE,
+        max_length=1023,
+        bos=("none", "first"),
+    ),
+)
+
+PROTOCOLS: dict[str, Protocol] = {entry.name: entry for entry in (*_OWN, *_SEEDS, *_TOOLS)}
