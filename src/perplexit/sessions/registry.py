@@ -1,0 +1,176 @@
+"""Model addresses: `prefix:location` → the class that opens it, imported when it is asked for.
+
+This is the one lazy door through which an engine's packages come in. A new engine is one line in
+`_ENGINES` and one file beside this one.
+"""
+
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from perplexit.errors import CapabilityError, MissingPackageError, ModelError
+from perplexit.programs import PROGRAM_FILE
+from perplexit.sessions.base import InferenceSession
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """Where a session class lives, the extra that installs its packages, what it opens.
+
+    The class takes the location, and of `dtype, quantization, device, threads, address` whatever
+    means something to it.
+    """
+
+    home: str
+    extra: str
+    opens: str
+
+
+_ENGINES = {
+    "hf": _Engine(
+        "perplexit.sessions.pytorch:PytorchInferenceSession",
+        "pytorch",
+        "hf:FOLDER_OR_HUB_ID[@REVISION], or a .gguf that PyTorch dequantizes",
+    ),
+    "onnx": _Engine(
+        "perplexit.sessions.onnx:OnnxInferenceSession",
+        "onnx",
+        "onnx:DIR, made by `perplexit compile --to onnx`",
+    ),
+    "gguf": _Engine(
+        "perplexit.sessions.llamacpp:LlamaCppInferenceSession", "llamacpp", "gguf:FILE (llama.cpp)"
+    ),
+    "openvino": _Engine(
+        "perplexit.sessions.openvino:OpenVinoInferenceSession", "openvino", "openvino:DIR"
+    ),
+    "tvm": _Engine("perplexit.sessions.tvm:TvmInferenceSession", "tvm", "tvm:DIR"),
+    "completions": _Engine(
+        "perplexit.sessions.completions:CompletionsInferenceSession",
+        "completions",
+        "completions:URL#MODEL",
+    ),
+    "ngram": _Engine("perplexit.sessions.ngram:NgramInferenceSession", "ngram", "ngram:FILE"),
+    "recorded": _Engine(
+        "perplexit.sessions.recorded:RecordedInferenceSession", "all", "recorded:FILE"
+    ),
+}
+_PREFIX_OF_SUFFIX = {".gguf": "gguf", ".arpa": "ngram"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def load_session(
+    address: str | Path,
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+) -> InferenceSession:
+    """An open session on the model at `address`: `prefix:location`, or a path known by what it is.
+
+    Options left at None take the engine's default. Raises ModelError for an address that leads
+    nowhere, CapabilityError for an engine or option that is not to be had, MissingPackageError
+    with the command that installs what is missing.
+    """
+    prefix, location = split_address(address)
+    options = {
+        "dtype": dtype,
+        "quantization": quantization,
+        "device": device,
+        "threads": threads,
+        "address": f"{prefix}:{location}",
+    }
+    session_class = _session_class(prefix)
+    session: InferenceSession = session_class(location, **_accepted(session_class, prefix, options))
+    return session
+
+
+def split_address(address: str | Path) -> tuple[str, str]:
+    """`(prefix, location)` of an address; a bare path's prefix is found by looking at it.
+
+    Raises ModelError for a path that does not exist, or that is none of the things known.
+    """
+    text = str(address)
+    prefix, colon, location = text.partition(":")
+    if colon and prefix in _ENGINES:
+        if not location:
+            raise ModelError(f"expected {_ENGINES[prefix].opens}, got {text!r} without a location")
+        return prefix, location
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _prefix_of_folder(path), str(path)
+    if path.is_file():
+        return _prefix_of_file(path), str(path)
+    hint = f"; for a model on the hub write hf:{text}" if _HUB_ID.fullmatch(text) else ""
+    raise ModelError(
+        f"expected a model address, got {text!r}, which is no path here{hint}{_known()}"
+    )
+
+
+def _prefix_of_folder(folder: Path) -> str:
+    if (folder / PROGRAM_FILE).is_file():
+        try:
+            engine = json.loads((folder / PROGRAM_FILE).read_text(encoding="utf-8"))["engine"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"expected the record of a compiled program in {folder / PROGRAM_FILE}, could not "
+                f"read one ({error!r}); compile the checkpoint again"
+            ) from error
+        if engine not in _ENGINES:
+            raise ModelError(f"{folder} is a program for the unknown engine {engine!r}{_known()}")
+        return str(engine)
+    if (folder / "config.json").is_file():
+        return "hf"
+    raise ModelError(
+        f"expected a model folder, with config.json (a checkpoint) or {PROGRAM_FILE} (a compiled "
+        f"program); {folder} has neither{_known()}"
+    )
+
+
+def _prefix_of_file(path: Path) -> str:
+    prefix = _PREFIX_OF_SUFFIX.get(path.suffix.lower())
+    if prefix is None:
+        raise ModelError(
+            f"expected a model folder or a {' or '.join(_PREFIX_OF_SUFFIX)} file, got the file "
+            f"{path}; for a checkpoint name its folder{_known()}"
+        )
+    return prefix
+
+
+def _known() -> str:
+    return ". Addresses: " + "; ".join(engine.opens for engine in _ENGINES.values())
+
+
+def _session_class(prefix: str) -> Any:
+    engine = _ENGINES[prefix]
+    module, _, name = engine.home.partition(":")
+    if find_spec(module) is None:
+        here = [p for p, e in _ENGINES.items() if find_spec(e.home.partition(":")[0])]
+        raise CapabilityError(
+            f"the engine {prefix!r} is not in this version of Perplexit; it has {', '.join(here)}"
+        )
+    try:
+        return getattr(import_module(module), name)
+    except ImportError as error:
+        if isinstance(error, MissingPackageError) or (error.name or "").startswith("perplexit"):
+            raise
+        raise MissingPackageError(
+            f"the engine {prefix!r} needs the package {error.name}: "
+            f"pip install 'perplexit[{engine.extra}]'"
+        ) from error
+
+
+def _accepted(session_class: Any, prefix: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, all of which the class must know; `address` where it does."""
+    known = inspect.signature(session_class.__init__).parameters
+    for name, value in options.items():
+        if value is not None and name not in known and name != "address":
+            raise CapabilityError(
+                f"the engine {prefix!r} has no option {name}, got {value!r}; leave it out"
+            )
+    return {name: v for name, v in options.items() if v is not None and name in known}
