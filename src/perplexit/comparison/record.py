@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Verdict = Literal["better", "worse", "not distinguishable"]
 
@@ -30,6 +30,14 @@ class DomainRatio:
     ppl_ratio: float
     ppl_ratio_low: float | None
     ppl_ratio_high: float | None
+
+
+class Figure(NamedTuple):
+    """A figure that a gate can bound; `low` and `high` are None where it has no interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,19 @@ class Comparison:
     most_changed: tuple[ChangedToken, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def figures(self) -> dict[str, Figure]:
+        """The figures by the names that gates use."""
+        return {
+            "ppl_ratio": Figure(self.ppl_ratio, self.ppl_ratio_low, self.ppl_ratio_high),
+            "log_perplexity_difference": Figure(
+                self.log_perplexity_difference,
+                self.log_perplexity_difference_low,
+                self.log_perplexity_difference_high,
+            ),
+            "mean_abs_nll_difference": Figure(self.mean_abs_nll_difference),
+            "max_abs_nll_difference": Figure(self.max_abs_nll_difference),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values, every number finite or null."""
