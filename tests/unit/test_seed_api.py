@@ -21,7 +21,6 @@ from perplexit.errors import (
     VocabularyError,
 )
 from perplexit.seed_api.batches import window_batches
-from perplexit.sessions.logits_module import LogitsModuleSession
 from tests.toy_sessions import BigramSession
 
 VOCAB = 50
@@ -98,7 +97,7 @@ def test_the_first_seeds_example_runs(tmp_path: Path, rows: np.ndarray, model: T
     from perplexit import calculate_perplexity  # noqa: PLC0415 - the example's own line
 
     data_loader = torch.utils.data.DataLoader(torch.from_numpy(rows), batch_size=1)
-    inference_session = LogitsModuleSession(model)
+    inference_session = px.PytorchInferenceSession(model)
     ctx_len = 2048
     prompt_len = 1
     model_type = "torch"
@@ -405,7 +404,7 @@ def test_a_module_that_does_not_predict_every_position_is_refused(rows: np.ndarr
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return super().forward(ids)[:, -1:]
 
-    with pytest.raises(ModelError, match="predicts every position"):
+    with pytest.raises(ModelError, match="expected logits of shape"):
         px.compute_perplexity(LastOnly(), [rows])
 
 

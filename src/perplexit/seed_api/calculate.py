@@ -102,8 +102,9 @@ def compute_perplexity(
 ) -> float:
     """`exp((1/N) Σ -log p(token))` over the N scored tokens of the loader's rows.
 
-    model: any torch.nn.Module that gives logits for every position (it is moved to `device`, and
-        its training mode is left as it was), a session, or a model's address.
+    model: any torch.nn.Module that gives logits for every position (its training mode is left as
+        it was), a session, or a model's address. device: where the module is; an address is
+        loaded there.
     pad_id: targets equal to it are not scored, unless a batch has a mask or labels: then those
         decide alone, and a real token with the pad's id counts.
 

@@ -36,8 +36,14 @@ def session_of(given: Any, *, device: Any = None) -> Iterator[InferenceSession]:
     elif isinstance(given, InferenceSession):
         yield given
     elif _is_module(given):
-        module = import_module("perplexit.sessions.logits_module")  # torch is loaded already
-        yield module.LogitsModuleSession(given, device=device)
+        pytorch = import_module("perplexit.sessions.pytorch")  # torch is loaded already
+        session = pytorch.PytorchInferenceSession(
+            given, device=None if device is None else str(device)
+        )
+        try:
+            yield session
+        finally:
+            session.close()
     else:
         raise UsageError(
             "expected an inference session, a model's address or a torch.nn.Module, got "

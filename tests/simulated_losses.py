@@ -1,0 +1,109 @@
+"""Simulated losses of a known mean: skewed, correlated, drifting, in documents of unequal length.
+
+    python -m tests.simulated_losses      prints the coverage that docs/decisions/0005 reports
+
+Shape suffixes: R = repetitions, M = tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import signal
+
+from perplexit.metrics.intervals import clusters_for, mean_interval
+
+_SPREAD, _SHIFT = 0.8, 0.3
+MEAN = float(np.exp(_SPREAD**2 / 2 + _SHIFT))
+_VARIANCE = float((np.exp(_SPREAD**2) - 1) * np.exp(_SPREAD**2 + 2 * _SHIFT))
+
+
+def autoregressive(shape: tuple[int, int], rho: float, random: np.random.Generator) -> np.ndarray:
+    """Standard normal in every place, correlation rho ** lag along the second axis."""
+    noise = random.standard_normal(shape)
+    noise[:, 0] /= np.sqrt(1 - rho**2)
+    return signal.lfilter([np.sqrt(1 - rho**2)], [1, -rho], noise, axis=1)
+
+
+def losses(
+    shape: tuple[int, int],
+    random: np.random.Generator,
+    *,
+    rho: float,
+    drift_share: float = 0.0,
+    drift_length: float = 400.0,
+) -> np.ndarray:
+    """Lognormal AR(1) losses of mean MEAN; a share of their variance drifts over many tokens."""
+    nll_RM = np.exp(_SPREAD * autoregressive(shape, rho, random) + _SHIFT)
+    if drift_share:
+        drift_RM = autoregressive(shape, float(np.exp(-1 / drift_length)), random)
+        nll_RM += np.sqrt(drift_share * _VARIANCE) * drift_RM
+    return nll_RM
+
+
+@dataclass(frozen=True)
+class Coverage:
+    clustered: float
+    independent: float  # of the interval that takes tokens for independent
+    half_width: float
+
+
+def coverage(samples: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Coverage:
+    """How often 95 % intervals of (nll, document, window) samples hold MEAN."""
+    hits, naive_hits, widths = [], [], []
+    for nll, document, window in samples:
+        interval = mean_interval(nll, clusters_for(document, window))
+        assert interval.low is not None
+        assert interval.high is not None
+        hits.append(interval.low <= MEAN <= interval.high)
+        widths.append((interval.high - interval.low) / 2)
+        naive_hits.append(abs(nll.mean() - MEAN) <= 1.96 * nll.std(ddof=1) / np.sqrt(len(nll)))
+    return Coverage(float(np.mean(hits)), float(np.mean(naive_hits)), float(np.mean(widths)))
+
+
+def one_text(
+    repetitions: int, num_tokens: int, window: int, seed: int, **options: float
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """One document in windows of `window` targets."""
+    random = np.random.default_rng(seed)
+    windows = np.arange(num_tokens) // window
+    for nll in losses((repetitions, num_tokens), random, **options):  # type: ignore[arg-type]
+        yield nll, np.zeros(num_tokens, dtype=int), windows
+
+
+def many_documents(
+    repetitions: int, num_documents: int, length_spread: float, effect: float, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Documents of lognormal lengths (about 50 tokens), each with a difficulty of its own."""
+    random = np.random.default_rng(seed)
+    for _ in range(repetitions):
+        spread = length_spread * random.standard_normal(num_documents) - length_spread**2 / 2
+        lengths = np.maximum(2, np.round(50 * np.exp(spread))).astype(int)
+        document = np.repeat(np.arange(num_documents), lengths)
+        nll = losses((1, len(document)), random, rho=0.5)[0]
+        yield nll + effect * random.standard_normal(num_documents)[document], document, document
+
+
+def main() -> None:
+    print("one text: tokens, window, rho, share of drift, its length: 95 % covers (independent)")
+    for num_tokens, window in ((4096, 256), (4096, 512), (12_000, 512), (48_000, 1024)):
+        for rho, share, length in ((0.0, 0, 1), (0.5, 0, 1), (0.9, 0, 1), (0.3, 0.003, 400)):
+            options = {"rho": rho, "drift_share": share, "drift_length": length}
+            found = coverage(one_text(1000, num_tokens, window, 1, **options))
+            print(
+                f"  {num_tokens:6} {window:5} {rho:4} {share:6} {length:4}: "
+                f"{found.clustered:.1%} ({found.independent:.1%}), ± {found.half_width:.3f}"
+            )
+    print("documents: number, spread of lengths, effect: 95 % covers (independent)")
+    for num_documents in (20, 40, 200):
+        for spread in (0.0, 0.5, 1.0, 1.5):
+            for effect in (0.1, 0.4):
+                found = coverage(many_documents(1000, num_documents, spread, effect, 2))
+                print(
+                    f"  {num_documents:4} {spread:4} {effect:4}: {found.clustered:.1%} "
+                    f"({found.independent:.1%})"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Intervals: their coverage on losses of known mean, and what they refuse."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from perplexit.errors import EmptyScoreError, NonFiniteError, UsageError
+from perplexit.metrics.intervals import (
+    BLOCK_TOKENS,
+    MAX_BLOCKS,
+    MIN_BLOCKS,
+    MIN_DOCUMENTS,
+    Clusters,
+    clusters_for,
+    mean_interval,
+    paired_interval,
+)
+from tests.simulated_losses import coverage, losses, many_documents, one_text
+
+REPETITIONS = 800  # a coverage of 95 % is then measured to ± 1.5 % (two standard errors)
+
+
+def even_clusters(num_tokens: int, num_clusters: int) -> Clusters:
+    return Clusters(np.arange(num_tokens) * num_clusters // num_tokens, "document", num_clusters)
+
+
+@pytest.mark.trap(29)
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_trap_29_blocks_of_windows_cover_correlated_losses(rho: float) -> None:
+    found = coverage(one_text(REPETITIONS, 4096, 256, seed=3, rho=rho))
+    assert 0.93 <= found.clustered <= 0.97
+    if rho >= 0.5:
+        assert found.independent < 0.85
+    if rho == 0.9:
+        assert found.independent < 0.48
+
+
+@pytest.mark.trap(29)
+@pytest.mark.parametrize("length_spread", [0.0, 1.0])
+def test_trap_29_documents_cover_unequal_lengths_and_difficulties(length_spread: float) -> None:
+    found = coverage(many_documents(REPETITIONS, 30, length_spread, effect=0.4, seed=5))
+    assert 0.93 <= found.clustered <= 0.97
+    assert found.independent < 0.7
+
+
+@pytest.mark.trap(29)
+def test_trap_29_a_slow_drift_is_covered_where_the_text_is_long_enough() -> None:
+    drift = {"rho": 0.3, "drift_share": 0.003, "drift_length": 400.0}
+    found = coverage(one_text(REPETITIONS, 12_000, 512, seed=7, **drift))
+    assert 0.92 <= found.clustered <= 0.97
+    assert found.independent < 0.75
+
+
+def test_paired_differences_are_covered_too() -> None:
+    """Both runs share what makes a token hard; their true difference is 0.01 nats."""
+    random = np.random.default_rng(11)
+    shared = losses((REPETITIONS, 4096), random, rho=0.5)
+    noise = 0.05 * losses((REPETITIONS, 4096), random, rho=0.5)
+    true = float(noise.mean())
+    windows = np.arange(4096) // 256
+    clusters = clusters_for(np.zeros_like(windows), windows)
+    hits = 0
+    for reference, extra in zip(shared, noise, strict=True):
+        interval = paired_interval(reference, reference + extra, clusters)
+        hits += interval.low <= true <= interval.high  # type: ignore[operator]
+    assert 0.93 <= hits / REPETITIONS <= 0.97
+
+
+def test_equal_clusters_give_the_textbook_interval_of_their_means() -> None:
+    nll = np.random.default_rng(0).gamma(1, 2, 600)
+    means = nll.reshape(12, 50).mean(1)
+    textbook = stats.t.interval(0.9, 11, means.mean(), stats.sem(means))
+    interval = mean_interval(nll, even_clusters(600, 12), 0.9)
+    assert (interval.low, interval.high) == pytest.approx(textbook)
+    assert interval.value == pytest.approx(nll.mean())
+    assert interval.degrees_of_freedom == pytest.approx(11)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 12))
+def test_the_variance_is_that_of_leaving_out_one_cluster_at_a_time(
+    seed: int, num_clusters: int
+) -> None:
+    random = np.random.default_rng(seed)
+    labels = np.r_[np.arange(num_clusters), random.integers(0, num_clusters, 60)]
+    nll = random.gamma(1, 2, len(labels))
+    interval = mean_interval(nll, Clusters(labels, "document", num_clusters))
+    left_out = np.array([nll[labels != c].mean() for c in range(num_clusters)])
+    c = num_clusters
+    jackknife = math.sqrt((c - 1) / c * ((left_out - nll.mean()) ** 2).sum())
+    assert interval.standard_error == pytest.approx(jackknife)
+
+
+def test_one_dominating_document_leaves_few_degrees_of_freedom() -> None:
+    labels = np.r_[np.zeros(10_000, dtype=int), np.arange(1, 30)]
+    nll = np.random.default_rng(0).gamma(1, 2, len(labels))
+    interval = mean_interval(nll, Clusters(labels, "document", 30))
+    assert interval.degrees_of_freedom == 1.0
+
+
+def test_without_two_clusters_there_is_no_interval_but_a_reason() -> None:
+    interval = mean_interval(np.ones(5), Clusters(np.zeros(5, dtype=int), "window-block", 1))
+    assert (interval.value, interval.low, interval.high, interval.standard_error) == (
+        1.0,
+        None,
+        None,
+        None,
+    )
+    assert interval.reason is not None
+    assert "at least 2" in interval.reason
+
+
+def test_twenty_documents_are_clusters_nineteen_are_not() -> None:
+    document = np.repeat(np.arange(MIN_DOCUMENTS), 10)
+    enough = clusters_for(document, document)
+    assert (enough.method, enough.num_clusters) == ("document", MIN_DOCUMENTS)
+    fewer = clusters_for(document[:-10], document[:-10])
+    assert (fewer.method, fewer.num_clusters) == ("window-block", MIN_BLOCKS)
+
+
+def test_documents_without_a_scored_token_are_no_clusters() -> None:
+    document = np.repeat(np.arange(0, 60, 2), 3)
+    assert clusters_for(document, document).num_clusters == 30
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=200))
+def test_blocks_are_contiguous_windows_of_about_equal_token_counts(counts: list[int]) -> None:
+    window = np.repeat(np.arange(len(counts)) * 3, counts)  # gaps in the numbering do not matter
+    clusters = clusters_for(np.zeros_like(window), window)
+    sizes = np.bincount(clusters.labels)
+    assert len(sizes) == clusters.num_clusters <= min(MAX_BLOCKS, len(counts))
+    assert sizes.min() > 0
+    assert (np.diff(clusters.labels) >= 0).all()
+    for one in np.unique(window):
+        assert len(np.unique(clusters.labels[window == one])) == 1
+    wanted = min(MAX_BLOCKS, max(MIN_BLOCKS, len(window) // BLOCK_TOKENS), len(counts))
+    assert sizes.max() <= len(window) / wanted + max(counts)
+
+
+def test_longer_texts_have_more_blocks() -> None:
+    def num_blocks(num_tokens: int) -> int:
+        window = np.arange(num_tokens) // 256
+        return clusters_for(np.zeros_like(window), window).num_clusters
+
+    assert [num_blocks(n) for n in (512, 4_096, 12_000, 30_000, 200_000)] == [2, 8, 8, 20, 32]
+
+
+def test_wrong_arguments_are_said() -> None:
+    clusters = even_clusters(10, 2)
+    for confidence in (0.0, 1.0, 95.0):
+        with pytest.raises(UsageError, match="confidence"):
+            mean_interval(np.ones(10), clusters, confidence)
+    with pytest.raises(UsageError, match="a cluster for each of 9 tokens"):
+        mean_interval(np.ones(9), clusters)
+    with pytest.raises(UsageError, match="the same tokens twice"):
+        paired_interval(np.ones(10), np.ones(9), clusters)
+    with pytest.raises(UsageError, match="one entry a token"):
+        clusters_for(np.ones(2, dtype=int), np.ones(3, dtype=int))
+    with pytest.raises(NonFiniteError):
+        mean_interval(np.full(10, np.nan), clusters)
+    with pytest.raises(EmptyScoreError):
+        mean_interval(np.empty(0), clusters_for(np.empty(0, dtype=int), np.empty(0, dtype=int)))
