@@ -42,6 +42,7 @@ clean:
 
 # The pinned torch first, alone: whatever is installed after it finds it there and keeps it.
 $(VENV)/.torch-done: constraints-dev.txt
+	@echo "Installing into $(VENV) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade 'pip>=25.1'
 	$(PIP) -c constraints-dev.txt torch

@@ -17,6 +17,7 @@ import perplexit as px
 from perplexit.cli.app import app
 from perplexit.cli.packaged import packaged_file
 from perplexit.cli.progress import running_figures
+from perplexit.compilation.compile_model import CompiledProgram
 from perplexit.errors import GateError, MissingPackageError, ModelError, UsageError
 from perplexit.programs import (
     ProgramFile,
@@ -135,7 +136,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 
         return record
 
-    record, program = _run_record(), SimpleNamespace(metadata=_program())
+    record, program = _run_record(), CompiledProgram(Path("out"), _program())
     for verb, result in {
         "prepare": _token_file(),
         "import_id_lines": _token_file(),
@@ -297,7 +298,7 @@ def test_wrong_usage_is_exit_code_2_without_a_traceback(
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Error" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert isinstance(result.exception, SystemExit), "a traceback"
     assert calls == {}
 
 

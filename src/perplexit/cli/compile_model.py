@@ -59,8 +59,8 @@ def compile_model(
             batch_size=batch_size,
             device=device,
         )
-    record = program.metadata.to_json()
+    record = program.to_json()
     people().print(program_table(record))
     tell(f"The program is in {output}")
     if json:
-        print_json({"folder": str(output), **record})
+        print_json(record)
