@@ -42,7 +42,7 @@ from perplexit.sessions.pytorch_device import (
     is_out_of_memory,
     scoring_settings,
 )
-from perplexit.sessions.pytorch_forward import find_forward
+from perplexit.sessions.pytorch_forward import ForwardPass, WholeForward, find_forward
 from perplexit.sessions.pytorch_module import (
     config_integer,
     dtype_name,
@@ -95,11 +95,14 @@ class PytorchInferenceSession:
             self._module, self._source = checkpoint.model, checkpoint.source
         self._num_embeddings = num_embeddings(self._module)
         with scoring_settings(self._module, self._threads, owned=self._owned):
-            self._forward, self._num_logits = find_forward(self._module, self._num_embeddings or 2)
+            forward, self._num_logits = find_forward(self._module, self._num_embeddings or 2)
+        self._forward: ForwardPass = forward
         self._id_limit = min(self._num_embeddings or self._num_logits, self._num_logits)
         self._chunk_rows = rows_within(max_logits_bytes, self._num_logits)
         self._position_limit = position_limit(self._module)
+        self._description = self._describe()
         self._model_description: ModelDescription | None = None
+        self._closed = False
         self._peak_device_bytes: int | None = None
 
     @property
@@ -111,6 +114,7 @@ class PytorchInferenceSession:
     def model(self) -> ModelDescription:
         """Whose numbers these are; the fingerprint is computed when first asked for."""
         if self._model_description is None:
+            self._check_open()
             name = f"module:{type(self._module).__qualname__}"
             self._model_description = ModelDescription(
                 address=self._source.address if self._source else name,
@@ -127,23 +131,7 @@ class PytorchInferenceSession:
     @property
     def description(self) -> SessionDescription:
         """PyTorch, and the settings in effect."""
-        config = getattr(self._module, "config", None)
-        settings = {
-            "transformers": transformers.__version__,
-            "attention": getattr(config, "_attn_implementation", None),
-            "head": self._forward.kind,
-            "chunk_rows": self._chunk_rows,
-            "num_logits": self._num_logits,
-            "float32_matmul_precision": "highest",
-        }
-        return SessionDescription(
-            engine="pytorch",
-            version=torch.__version__,
-            dtype=dtype_name(self._module),
-            device=str(self._device),
-            threads=self._threads,
-            settings=settings,
-        )
+        return self._description
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """The nll of each target, window by window; see InferenceSession."""
@@ -165,8 +153,9 @@ class PytorchInferenceSession:
 
     def close(self) -> None:
         """Release the model; one that was handed in stays with its owner."""
+        self._closed = True
         self._module = nn.Identity()
-        del self._forward
+        self._forward = WholeForward(self._module)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -226,7 +215,12 @@ class PytorchInferenceSession:
             by_length.setdefault(fed_length(windows[place]), []).append(place)
         return list(by_length.values())
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("expected an open session, but this one was closed; load it again")
+
     def _check(self, windows: Sequence[WindowIds]) -> None:
+        self._check_open()
         for window in windows:
             ids_T = window.ids_T
             if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < self._id_limit:
@@ -242,6 +236,25 @@ class PytorchInferenceSession:
                     f"embeddings, got {len(ids_T)} in window {window.index}; prepare the input "
                     f"with --max-length {limit}"
                 )
+
+    def _describe(self) -> SessionDescription:
+        config = getattr(self._module, "config", None)
+        settings = {
+            "transformers": transformers.__version__,
+            "attention": getattr(config, "_attn_implementation", None),
+            "head": self._forward.kind,
+            "chunk_rows": self._chunk_rows,
+            "num_logits": self._num_logits,
+            "float32_matmul_precision": "highest",
+        }
+        return SessionDescription(
+            engine="pytorch",
+            version=torch.__version__,
+            dtype=dtype_name(self._module),
+            device=str(self._device),
+            threads=self._threads,
+            settings=settings,
+        )
 
     def _bytes_per_id(self, window_length: int) -> int:
         """A generous estimate of what one id of a batch takes in activations."""
