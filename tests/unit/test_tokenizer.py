@@ -139,6 +139,7 @@ def test_spans_that_share_a_character_split_it_by_their_own_lengths():
     assert bytes_from_spans("a漢bc", *arrays).tolist() == [1, 3, 0, 0, 2]
 
 
+@settings(deadline=None)
 @given(st.lists(any_text, max_size=4))
 def test_words_begin_where_split_finds_them(texts):
     """Against str.split() document by document: words never reach across documents."""

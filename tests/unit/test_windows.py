@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perplexit.inputs.windows import (
@@ -93,6 +93,7 @@ def frames(draw):
     return max_length, draw(st.integers(1, max_length))
 
 
+@settings(deadline=None)
 @given(lengths, frames(), policies)
 def test_sliding_equals_the_dull_loop(lengths, frame, bos):
     max_length, stride = frame
@@ -100,6 +101,7 @@ def test_sliding_equals_the_dull_loop(lengths, frame, bos):
     assert as_fed(table) == dull_sliding(lengths, max_length, stride, bos)
 
 
+@settings(deadline=None)
 @given(lengths, frames(), st.booleans(), policies)
 def test_disjoint_equals_the_dull_loop(lengths, frame, keep_tail, bos):
     table = disjoint_windows(
@@ -108,6 +110,7 @@ def test_disjoint_equals_the_dull_loop(lengths, frame, keep_tail, bos):
     assert as_fed(table) == dull_disjoint(lengths, frame[0], bos, keep_tail)
 
 
+@settings(deadline=None)
 @given(lengths, frames(), st.sampled_from(["none", "first"]))
 def test_qefficient_equals_the_dull_loop(lengths, frame, bos):
     max_length, stride = frame
@@ -117,6 +120,7 @@ def test_qefficient_equals_the_dull_loop(lengths, frame, bos):
     assert as_fed(table) == dull_overlapping(lengths, max_length, stride, bos, tails=False)
 
 
+@settings(deadline=None)
 @given(lengths, frames(), st.sampled_from(["none", "first"]))
 def test_mlc_equals_the_dull_loop(lengths, frame, bos):
     max_length, stride = frame
@@ -124,6 +128,7 @@ def test_mlc_equals_the_dull_loop(lengths, frame, bos):
     assert as_fed(table) == dull_overlapping(lengths, max_length, stride, bos, tails=True)
 
 
+@settings(deadline=None)
 @given(lengths, policies)
 def test_document_is_one_window_a_document(lengths, bos):
     rows = as_fed(document_windows(lengths, bos=bos, bos_id=BOS_ID))
@@ -137,6 +142,7 @@ def test_document_is_one_window_a_document(lengths, bos):
 
 @pytest.mark.trap(7)
 @pytest.mark.trap(8)
+@settings(deadline=None)
 @given(lengths, frames(), policies)
 def test_trap_7_and_8_sliding_scores_each_target_exactly_once(lengths, frame, bos):
     """Bitmap of scored positions: all of a document but (without a BOS) its first id, each once."""
@@ -155,6 +161,7 @@ def test_trap_7_and_8_sliding_scores_each_target_exactly_once(lengths, frame, bo
     assert counted == sum(max(0, n - (bos == "none")) for n in lengths)
 
 
+@settings(deadline=None)
 @given(lengths, frames(), policies)
 def test_windows_fit_and_have_context_before_every_target(lengths, frame, bos):
     max_length, stride = frame
@@ -170,6 +177,7 @@ def test_windows_fit_and_have_context_before_every_target(lengths, frame, bos):
             assert len(fed) > len(targets)  # something stands before the first
 
 
+@settings(deadline=None)
 @given(lengths, frames(), policies)
 def test_the_last_sliding_window_is_full_length_where_the_document_allows(lengths, frame, bos):
     max_length, stride = frame
@@ -182,6 +190,7 @@ def test_the_last_sliding_window_is_full_length_where_the_document_allows(length
 
 
 @pytest.mark.trap(2)
+@settings(deadline=None)
 @given(lengths, frames())
 def test_trap_2_bos_every_stands_before_every_window(lengths, frame):
     max_length, stride = frame
@@ -194,6 +203,7 @@ def test_trap_2_bos_every_stands_before_every_window(lengths, frame):
 
 
 @pytest.mark.trap(2)
+@settings(deadline=None)
 @given(lengths, frames())
 def test_trap_2_bos_first_stands_before_each_document_once(lengths, frame):
     max_length, stride = frame

@@ -29,6 +29,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+_COPY_BYTES = 1 << 18
 _LARGEST_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
 
 
@@ -132,7 +133,7 @@ class TensorSpool:
                 self._files[entry.name].close()
                 part = self._folder / entry.name
                 with part.open("rb") as source:
-                    shutil.copyfileobj(source, target, 1 << 22)
+                    shutil.copyfileobj(source, target, _COPY_BYTES)
                 part.unlink()
             target.flush()
             os.fsync(target.fileno())

@@ -89,4 +89,5 @@ def llama_cpp_windows(
     if bos != "none":
         table[ordinal_W > 0, 5] = PrefixMode.OVERWRITE
         table[ordinal_W > 0, 6] = bos_id
-    return table
+    kept: WindowArray = table[target_W < stop_W]  # chunks of two ids have no second half
+    return kept
