@@ -4,10 +4,12 @@ Each factory takes a tiny checkpoint's folder and returns an open session and th
 that the oracle asks. A factory whose package is missing skips.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -59,11 +61,45 @@ def _bare(folder: Path) -> InferenceSession:
     return PytorchInferenceSession(Bare(AutoModelForCausalLM.from_pretrained(folder)))
 
 
+def _llamacpp(folder: Path) -> InferenceSession:
+    """llama.cpp over a float32 GGUF file written from the checkpoint."""
+    gguf_file = pytest.importorskip("perplexit.compilation.gguf_file")
+    from perplexit.sessions.llamacpp import LlamaCppInferenceSession  # noqa: PLC0415
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    path = gguf_file.write_gguf(
+        Path(tempfile.mkdtemp()) / "model.gguf",
+        config=model.config.to_dict(),
+        state=model.state_dict(),
+        tokenizer_json=folder / "tokenizer.json",
+    )
+    return LlamaCppInferenceSession(path, threads=1)
+
+
+def _onnx(**options: object) -> Callable[[Path], InferenceSession]:
+    """ONNX Runtime over a program compiled from the checkpoint."""
+
+    def open_program(folder: Path) -> InferenceSession:
+        onnx = pytest.importorskip("perplexit.sessions.onnx")
+        from perplexit.compilation.compile_model import compile  # noqa: PLC0415
+
+        program = compile(folder, to="onnx", output=Path(tempfile.mkdtemp()), **options)
+        return onnx.OnnxInferenceSession(program.folder, threads=1)
+
+    return open_program
+
+
 ENGINES = {
     "pytorch": Engine(PytorchInferenceSession),
     "pytorch-small-chunks": Engine(
         lambda folder: PytorchInferenceSession(folder, max_logits_bytes=7 * 320 * 4)
     ),
     "pytorch-whole-forward": Engine(_whole_forward),
+    "llamacpp": Engine(_llamacpp, models=("llama",)),
+    # llama.cpp looks GELU up in a table of 16-bit floats, whatever the weights are
+    "llamacpp-gelu-table": Engine(_llamacpp, models=("gpt2",), tolerance=5e-3),
+    "onnx": Engine(_onnx()),
+    "onnx-logits": Engine(_onnx(perplexity=False)),
+    "onnx-fixed-shapes": Engine(_onnx(batch_size=3, max_length=48), models=("llama", "gpt2")),
     "pytorch-no-mask": Engine(_bare, models=("llama", "gemma2")),
 }

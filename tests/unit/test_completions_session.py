@@ -28,7 +28,7 @@ def _expected(window: WindowIds) -> np.ndarray:
 
 
 def _session(server: MarkovServer, **options) -> CompletionsInferenceSession:
-    return CompletionsInferenceSession(f"completions:{server.url}#chain", **options)
+    return CompletionsInferenceSession(f"{server.url}#chain", **options)
 
 
 @pytest.mark.parametrize("style", ["prompt_logprobs", "echo"])

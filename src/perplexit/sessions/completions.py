@@ -27,7 +27,7 @@ _CARD_KEYS = ("id", "root", "max_model_len", "owned_by")
 class CompletionsInferenceSession:
     """A served model. `dtype`, `quantization` and `device` are the server's affair.
 
-    address:     `URL#MODEL`; without `#MODEL`, the server's only model.
+    location:    `URL#MODEL`; without `#MODEL`, the server's only model.
     concurrency: requests under way at a time.
     The weights cannot be seen: `weights_fingerprint` identifies the address and what the server
     says of the model, no more. Raises ModelError, UsageError, CapabilityError.
@@ -35,7 +35,7 @@ class CompletionsInferenceSession:
 
     def __init__(
         self,
-        address: str,
+        location: str,
         *,
         dtype: str | None = None,
         quantization: str | None = None,
@@ -51,7 +51,7 @@ class CompletionsInferenceSession:
                     f"expected no --{name} for a served model, got {value!r}: the server decides "
                     "it; start the server with that setting and leave the option out"
                 )
-        url, _, name = address.removeprefix("completions:").partition("#")
+        url, _, name = location.removeprefix("completions:").partition("#")
         self._client = CompletionsClient(url, name or None, attempts=attempts)
         self._pool = ThreadPoolExecutor(max_workers=concurrency)
         self._concurrency = concurrency

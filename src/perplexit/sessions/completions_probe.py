@@ -7,8 +7,8 @@ What is known without the model:
 2. the same request twice gives the same (a prefix cache that drops positions);
 3. another last id changes nothing before it, and a shorter prompt gives the same numbers
    (a log-probability depends on the ids up to its own and no further);
-4. what the server *generates* after a prompt is computed another way: where the prompt's next
-   token is among the likeliest texts there, its log-probability must be that one.
+4. what the server *generates* after a prompt is computed another way: a likely next token, put at
+   the prompt's end, must get the log-probability that it had there.
 
 The fourth is what finds logits taken one position late: they pass all the others.
 """
@@ -27,7 +27,8 @@ from perplexit.sessions.completions_client import (
 PROBE_LENGTH = 24
 _FEWEST_IDS = 3
 _SPREAD = 0.1  # nats; a bfloat16 server differs by up to 0.05 between batch shapes
-_ENOUGH_MATCHES = 4
+_TEXTS_LENGTH = 256  # ids whose texts are learnt, to recognise what is generated
+_ENOUGH_KNOWN, _KNOWN_A_POSITION = 4, 2
 
 
 def working_style(client: CompletionsClient, ids: Sequence[int]) -> Style:
@@ -43,7 +44,7 @@ def working_style(client: CompletionsClient, ids: Sequence[int]) -> Style:
     problems = []
     for style in STYLES:
         try:
-            _check(client, list(ids[:PROBE_LENGTH]), style)
+            _check(client, list(ids[:_TEXTS_LENGTH]), style)
             return style
         except PromptAnswerError as problem:
             problems.append(f"{style}: {problem}")
@@ -56,7 +57,8 @@ def working_style(client: CompletionsClient, ids: Sequence[int]) -> Style:
     )
 
 
-def _check(client: CompletionsClient, ids: list[int], style: Style) -> None:
+def _check(client: CompletionsClient, all_ids: list[int], style: Style) -> None:
+    ids = all_ids[:PROBE_LENGTH]
     answer = client.prompt_answer(ids, style)
     _check_equal(answer, client.prompt_answer(ids, style), len(ids), "a second, identical request")
     shorter = client.prompt_answer(ids[:-1], style)
@@ -64,7 +66,8 @@ def _check(client: CompletionsClient, ids: list[int], style: Style) -> None:
     other_id = next((index for index in ids if index != ids[-1]), 0 if ids[-1] else 1)
     changed = client.prompt_answer([*ids[:-1], other_id], style)
     _check_equal(answer, changed, len(ids) - 1, "a prompt with another last id")
-    _check_against_generation(client, ids, answer)
+    id_of_text = _id_of_text(all_ids, client.prompt_answer(all_ids, style))
+    _check_against_generation(client, ids, style, id_of_text)
 
 
 def _check_equal(answer: PromptAnswer, other: PromptAnswer, stop: int, what: str) -> None:
@@ -77,32 +80,36 @@ def _check_equal(answer: PromptAnswer, other: PromptAnswer, stop: int, what: str
 
 
 def _check_against_generation(
-    client: CompletionsClient, ids: list[int], answer: PromptAnswer
+    client: CompletionsClient, ids: list[int], style: Style, id_of_text: dict[str, int]
 ) -> None:
-    num_matches = 0
-    # From the end: the more context, the likelier is the real next token among the first few.
+    """Score what the server generates as if it were the prompt: it must get the same number."""
+    num_known = 0
+    # From the end: the more context, the further a wrong answer is from the right one.
     for position in range(len(ids) - 1, 0, -1):
-        generated = client.next_tokens(ids[:position])
-        text, reported = answer.texts[position], answer.logprobs[position]
-        if reported is None or not generated:
-            continue
-        likeliest = max(generated.values())
-        known = None if text is None else generated.get(text)
-        if known is not None and not abs(known - reported) <= _SPREAD:
-            raise PromptAnswerError(
-                f"it says {reported:.3f} for {text!r} at position {position}, but {known:.3f} "
-                "where it generates it: shifted by one"
-            )
-        if reported > likeliest + _SPREAD:
-            raise PromptAnswerError(
-                f"it says {reported:.3f} for the id at position {position}, more than "
-                f"{likeliest:.3f}, its own likeliest there: shifted by one"
-            )
-        num_matches += known is not None
-        if num_matches == _ENOUGH_MATCHES:
+        context = ids[:position]
+        generated = client.next_tokens(context)
+        likely = [(text, value) for text, value in generated.items() if text in id_of_text]
+        for text, known in likely[:_KNOWN_A_POSITION]:
+            reported = client.prompt_answer([*context, id_of_text[text]], style).logprobs[-1]
+            if reported is None or not abs(known - reported) <= _SPREAD:
+                raise PromptAnswerError(
+                    f"it says {reported:.3f} for {text!r} at position {position}, but "
+                    f"{known:.3f} where it generates it: shifted by one"
+                )
+            num_known += 1
+        if num_known >= _ENOUGH_KNOWN:
             return
-    if num_matches == 0:
+    if num_known == 0:
         raise PromptAnswerError(
-            f"none of the {len(ids) - 1} known tokens is among the likeliest that it generates, "
-            "so its answers cannot be told from wrong ones"
+            "nothing that it finds likely after these ids is among them, so its answers cannot be "
+            "told from wrong ones; begin with a longer window"
         )
+
+
+def _id_of_text(ids: list[int], answer: PromptAnswer) -> dict[str, int]:
+    """The id of each text that stands for one id only, among `ids`."""
+    found: dict[str, set[int]] = {}
+    for index, text in zip(ids, answer.texts, strict=True):
+        if text is not None and "\ufffd" not in text:
+            found.setdefault(text, set()).add(index)
+    return {text: min(indices) for text, indices in found.items() if len(indices) == 1}
