@@ -100,6 +100,6 @@ ENGINES = {
     "llamacpp-gelu-table": Engine(_llamacpp, models=("gpt2",), tolerance=5e-3),
     "onnx": Engine(_onnx()),
     "onnx-logits": Engine(_onnx(perplexity=False)),
-    "onnx-fixed-shapes": Engine(_onnx(batch_size=3, max_length=48), models=("llama", "gpt2")),
+    "onnx-fixed-shapes": Engine(_onnx(batch_size=3, max_length=64), models=("llama", "gpt2")),
     "pytorch-no-mask": Engine(_bare, models=("llama", "gemma2")),
 }

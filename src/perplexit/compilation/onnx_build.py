@@ -56,7 +56,12 @@ def build_onnx_program(
     model: Any = checkpoint.model
     described = _describe_model(checkpoint)
     windows = verification_windows(described, shapes)
-    graph = export_graph(model, perplexity=perplexity, shapes=shapes)
+    graph = export_graph(
+        model,
+        perplexity=perplexity,
+        shapes=shapes,
+        weights_fingerprint=described.weights_fingerprint,
+    )
     reference = checkpoint_nll(model, windows)
     against = "the checkpoint in PyTorch float32"
     quantization, weights = _quantize(graph, recipe, described.num_parameters)

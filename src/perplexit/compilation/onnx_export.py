@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from transformers.utils.generic import ModelOutput
 
+from perplexit.compilation.graph_cache import cached_graph
 from perplexit.errors import CompilationError
 from perplexit.programs import ProgramShapes
 
@@ -46,9 +47,12 @@ def rows_at_a_time(vocab_size: int) -> int:
     return max(_FEWEST_ROWS, min(_MOST_ROWS, rows // 16 * 16))
 
 
-def export_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ExportedGraph:
+def export_graph(
+    model: Any, *, perplexity: bool, shapes: ProgramShapes, weights_fingerprint: str
+) -> ExportedGraph:
     """The graph of a transformers causal language model (put into eager attention and eval mode).
 
+    `weights_fingerprint` finds the graph again when the same checkpoint is compiled once more.
     With `perplexity`: input_ids_BT, attention_mask_BT, target_rows_N (the row of the flattened
     B·T hidden states that predicts the target) and target_ids_N → nll_N.
     Without: input_ids_BT, attention_mask_BT → logits_BTV.
@@ -58,9 +62,20 @@ def export_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> Expo
     model.eval().requires_grad_(False)
     head_rows = rows_at_a_time(model.config.get_text_config().vocab_size) if perplexity else None
     module = _LossProgram(model, head_rows) if head_rows else _LogitsProgram(model)
-    graph = _exported(module, shapes, head_rows)
-    _simplify(graph)
-    _restore_names(graph, model.base_model_prefix)
+
+    def export() -> ir.Model:
+        graph = _exported(module, shapes, head_rows)
+        _simplify(graph)
+        _restore_names(graph, model.base_model_prefix)
+        return graph
+
+    graph = cached_graph(
+        export,
+        dict(model.named_parameters(remove_duplicate=False)),
+        weights_fingerprint=weights_fingerprint,
+        perplexity=perplexity,
+        shapes=shapes,
+    )
     return ExportedGraph(graph, _head_weight_names(model), head_rows)
 
 

@@ -97,9 +97,11 @@ class OnnxInferenceSession:
 
     def max_batch_size(self, window_length: int) -> int:
         """How many windows of that many ids take half of the free memory, at most 4096 ids."""
-        fixed = self._metadata.shapes.batch_size
-        if fixed is not None:
-            return fixed
+        shapes = self._metadata.shapes
+        if shapes.length is not None and window_length > shapes.length:
+            return 1  # it will be refused
+        if shapes.batch_size is not None:
+            return shapes.batch_size
         free = int(psutil.virtual_memory().available) // 2
         return max(1, min(_MOST_IDS // window_length, free // self._window_bytes(window_length)))
 
@@ -112,7 +114,7 @@ class OnnxInferenceSession:
         return length * (memory.bytes_per_id + length * memory.bytes_per_id_pair)
 
     def _parts(self, num_windows: int) -> list[slice]:
-        size = self._metadata.shapes.batch_size or num_windows
+        size = self._metadata.shapes.batch_size or max(1, num_windows)
         return [slice(start, start + size) for start in range(0, num_windows, size)]
 
     def _program_nll(self, windows: Sequence[WindowIds]) -> NDArray[np.float32]:
@@ -155,7 +157,7 @@ class OnnxInferenceSession:
         largest = max(int(window.ids_T.max()) for window in windows)
         if lowest < 0 or largest >= self._model.vocab_size:
             raise VocabularyError(
-                f"expected ids from 0 to {self._model.vocab_size - 1}, got "
+                f"expected ids below the model's vocabulary of {self._model.vocab_size}, got "
                 f"{largest if lowest >= 0 else lowest}; prepare the input with this model's own "
                 "tokenizer"
             )

@@ -1,0 +1,97 @@
+"""Exported graphs, kept without their weights: exporting costs half a minute, the rest seconds."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from perplexit.checkpoints.cache import cache_folder
+from perplexit.files import write_atomically
+from perplexit.programs import ProgramShapes
+
+_PLACE = "checkpoint"  # where a cached graph says that a weight is: its name is enough
+_MADE_BY = ("torch", "transformers", "onnxscript", "onnx-ir")
+
+
+def cached_graph(
+    export: Callable[[], ir.Model],
+    parameters: Mapping[str, Tensor],
+    *,
+    weights_fingerprint: str,
+    perplexity: bool,
+    shapes: ProgramShapes,
+) -> ir.Model:
+    """What `export` returns for this very checkpoint, from the cache where it is there.
+
+    `parameters` by the names that the graph's initializers have. The key holds everything that
+    the graph depends on, the weights too: folding may have turned some into other constants.
+    """
+    conditions = {
+        "weights": weights_fingerprint,
+        "perplexity": perplexity,
+        "shapes": asdict(shapes),
+        "made_by": {name: metadata.version(name) for name in _MADE_BY},
+        "exporter": _digest((Path(__file__).parent / "onnx_export.py").read_bytes()),
+    }
+    key = _digest(json.dumps(conditions, sort_keys=True).encode())
+    path = cache_folder() / "onnx-graphs" / f"{key}.onnx"
+    graph = _read(path, parameters) if path.is_file() else None
+    if graph is None:
+        graph = export()
+        _write(path, graph, parameters)
+    return graph
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(path: Path, parameters: Mapping[str, Tensor]) -> ir.Model | None:
+    """The cached graph with its weights back in place; None where it cannot be used."""
+    try:
+        graph = ir.load(path)
+    except Exception:  # a damaged cache is a slow start, no error; protobuf's errors are many
+        return None
+    for value in graph.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            parameter = parameters.get(str(value.name))
+            if parameter is None:
+                return None
+            value.const_value = TorchTensor(parameter, name=value.name)
+    return graph
+
+
+def _write(path: Path, graph: ir.Model, parameters: Mapping[str, Tensor]) -> None:
+    weights = {
+        value: value.const_value
+        for value in graph.graph.initializers.values()
+        if value.name in parameters and value.const_value is not None
+    }
+    try:
+        for value, tensor in weights.items():
+            value.const_value = ir.ExternalTensor(
+                _PLACE,
+                0,
+                0,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=str(value.name),
+                base_dir="",
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: _save(temporary, graph))
+    except OSError:  # a read-only home: exported again next time
+        return
+    finally:
+        for value, tensor in weights.items():
+            value.const_value = tensor
+
+
+def _save(path: Path, graph: ir.Model) -> None:
+    path.write_bytes(ir.to_proto(graph).SerializeToString())
