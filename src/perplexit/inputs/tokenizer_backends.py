@@ -95,8 +95,12 @@ class HuggingFaceBackend:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical serialisation."""
-        return hashlib.sha256(canonical_json(self._serialised).encode()).hexdigest()
+        """SHA-256 of the canonical serialisation, of what is set in it.
+
+        Settings that are null or false are left out: a later release of the library may write new
+        ones, which must not make another tokenizer of the same one.
+        """
+        return hashlib.sha256(canonical_json(_set_values(self._serialised)).encode()).hexdigest()
 
     @cached_property
     def spelled(self) -> list[bytes]:
@@ -221,6 +225,14 @@ class SentencePieceBackend:
             pieces = list(proto.pieces)
             return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
         return mapping["ids"], mapping["offsets"]
+
+
+def _set_values(value: Any) -> Any:
+    """The JSON value without the entries of objects that are null or false."""
+    if isinstance(value, dict):
+        entries = ((key, _set_values(entry)) for key, entry in value.items())
+        return {key: entry for key, entry in entries if entry is not None and entry is not False}
+    return [_set_values(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _spans_of(encoding: tokenizers.Encoding) -> Spans:
