@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perplexit.compilation.gguf_request import gguf_precision
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
 from perplexit.programs import PROGRAM_FILE, ProgramMetadata, ProgramShapes
 from perplexit.quantization.precisions import canonical_dtype, recipe_for
 
-_TARGETS = ("onnx",)
+_TARGETS = ("onnx", "gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,23 @@ def compile(
 ) -> CompiledProgram:
     """The program that `model` (a checkpoint's address) becomes for the engine `to`.
 
-    quantization: weights in blocks of integers, `int8` or `int4`; None: as the checkpoint has them.
+    quantization: weights in blocks of integers, `int8` or `int4` for ONNX, `q4_k_m` and its like
+        for GGUF; None: as the checkpoint has them.
     perplexity:   True: the program takes ids and targets and gives losses; False: it gives logits.
     max_length, batch_size: sizes to fix in the program; None: any.
     The program is checked against the checkpoint before it is put in place; `output` is either
     whole or as it was. Raises CompilationError, QuantizationError, ModelError, UsageError, and
     CapabilityError for what no engine of this version can do.
     """
+    if to == "gguf":
+        precision = gguf_precision(
+            quantization=quantization,
+            dtype=dtype,
+            max_length=max_length,
+            batch_size=batch_size,
+            device=device,
+        )
+        return _compiled_to_gguf(model, Path(output), precision)
     _check_supported(to, dtype, device)
     shapes = _shapes(batch_size, max_length)
     recipe = recipe_for(quantization, engine=to) if quantization is not None else None
@@ -60,6 +71,16 @@ def compile(
         metadata = build_program(
             checkpoint, temporary, recipe=recipe, perplexity=perplexity, shapes=shapes
         )
+    return CompiledProgram(folder, metadata)
+
+
+def _compiled_to_gguf(model: str | Path, folder: Path, precision: str) -> CompiledProgram:
+    """A GGUF file with its record; it holds weights, so the session computes the losses."""
+    _check_replaceable(folder)
+    load_checkpoint, build_program = _gguf_compiler()
+    with _in_place_at_once(folder) as temporary:
+        metadata = build_program(load_checkpoint(model), temporary, precision=precision)
+        metadata.write(temporary)
     return CompiledProgram(folder, metadata)
 
 
@@ -101,6 +122,18 @@ def _onnx_compiler() -> tuple[Callable[..., Any], Callable[..., ProgramMetadata]
             f"compiling to ONNX needs {error.name}: pip install 'perplexit[onnx]'"
         ) from error
     return load_checkpoint, build_onnx_program
+
+
+def _gguf_compiler() -> tuple[Callable[..., Any], Callable[..., ProgramMetadata]]:
+    """The lazy door to torch, transformers, gguf and llama.cpp."""
+    try:
+        from perplexit.checkpoints.loading import load_checkpoint  # noqa: PLC0415
+        from perplexit.compilation.gguf_build import build_gguf_program  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"compiling to GGUF needs {error.name}: pip install 'perplexit[llamacpp]'"
+        ) from error
+    return load_checkpoint, build_gguf_program
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -36,7 +36,8 @@ def canonical_dtype(name: str) -> str:
 class WeightBlocks:
     """Weights as integers of `bits` bits, `block_size` along the summed axis sharing one scale.
 
-    Symmetric: no zero point, the scale alone maps integers back. Activations are left alone.
+    For ONNX symmetric: no zero point, the scale alone maps integers back. For GGUF the format is
+    the type's own. Activations are left alone.
     """
 
     bits: int
@@ -65,6 +66,19 @@ _RECIPES = {
     for recipe in (
         Recipe("int8", "onnx", "onnxruntime MatMulNBits", WeightBlocks(bits=8)),
         Recipe("int4", "onnx", "onnxruntime MatMulNBits", WeightBlocks(bits=4)),
+        Recipe("q8_0", "gguf", "gguf", WeightBlocks(bits=8)),
+        Recipe("q6_k", "gguf", "llama.cpp", WeightBlocks(bits=6, block_size=256)),
+        Recipe("q5_k_m", "gguf", "llama.cpp", WeightBlocks(bits=5, block_size=256)),
+        Recipe("q5_k_s", "gguf", "llama.cpp", WeightBlocks(bits=5, block_size=256)),
+        Recipe("q5_1", "gguf", "gguf", WeightBlocks(bits=5)),
+        Recipe("q5_0", "gguf", "gguf", WeightBlocks(bits=5)),
+        Recipe("q4_k_m", "gguf", "llama.cpp", WeightBlocks(bits=4, block_size=256)),
+        Recipe("q4_k_s", "gguf", "llama.cpp", WeightBlocks(bits=4, block_size=256)),
+        Recipe("q4_1", "gguf", "gguf", WeightBlocks(bits=4)),
+        Recipe("q4_0", "gguf", "gguf", WeightBlocks(bits=4)),
+        Recipe("mxfp4", "gguf", "gguf", WeightBlocks(bits=4)),
+        Recipe("q3_k_m", "gguf", "llama.cpp", WeightBlocks(bits=3, block_size=256)),
+        Recipe("q2_k", "gguf", "llama.cpp", WeightBlocks(bits=2, block_size=256)),
     )
 }
 

@@ -1,0 +1,146 @@
+"""A checkpoint → a folder with `model.gguf` and its record, checked against the checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from perplexit.checkpoints.loading import Checkpoint
+from perplexit.compilation.gguf_file import WRITTEN_TYPES, llamacpp_nll, write_gguf
+from perplexit.errors import CompilationError, QuantizationError
+from perplexit.programs import (
+    ProgramMemory,
+    ProgramMetadata,
+    ProgramModel,
+    ProgramQuantization,
+    ProgramShapes,
+    ProgramVerification,
+    files_of,
+)
+from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
+from perplexit.quantization.gguf_types import quantize_gguf
+
+GGUF_FILE = "model.gguf"
+_NUM_IDS = 64
+# Nats a token. llama.cpp multiplies float16 and bfloat16 matrices with activations rounded to
+# them, and looks GPT-2's GELU up in a table of 16-bit floats.
+_TOLERANCES = {"float32": 1e-2, "float16": 0.1, "bfloat16": 1.0}
+_MEAN_TOLERANCE = 1.0  # of a quantized file: beyond it, it is another model
+
+
+def build_gguf_program(
+    checkpoint: Checkpoint, folder: Path, *, precision: str = "float32"
+) -> ProgramMetadata:
+    """The record of the program written into `folder`: the matrices in `precision`.
+
+    Types of the gguf package are written straight away; the others (K-quants) are made by
+    llama.cpp's quantizer from a float32 file that was checked first, or from the checkpoint's own
+    GGUF file where that is what it is.
+    Raises CompilationError where llama.cpp's losses are not the checkpoint's, QuantizationError.
+    """
+    path = folder / GGUF_FILE
+    model: Any = checkpoint.model
+    ids = _probe_ids(int(model.config.vocab_size))
+    reference = _checkpoint_nll(checkpoint, ids)
+    original = checkpoint.source.original
+    if precision not in _TOLERANCES and original.suffix == ".gguf":
+        quantize_gguf(original, path, precision)
+    elif precision in WRITTEN_TYPES:
+        _write(checkpoint, path, precision)
+    else:
+        plain = _write(checkpoint, folder / "float32.gguf", "float32")
+        _check(llamacpp_nll(plain, ids), reference, "float32")
+        quantize_gguf(plain, path, precision)
+        plain.unlink()
+    difference = _check(llamacpp_nll(path, ids), reference, precision)
+    header = read_gguf_header(path)
+    return ProgramMetadata(
+        engine="gguf",
+        perplexity=False,
+        dtype=header.matrix_dtype,
+        opset=0,
+        shapes=ProgramShapes(),
+        model=_model_of(checkpoint),
+        memory=ProgramMemory(bytes_per_id=0, bytes_per_id_pair=0),
+        verification=ProgramVerification(
+            reference="the checkpoint in PyTorch float32",
+            num_tokens=len(ids) - 1,
+            max_abs_nll_difference=difference,
+        ),
+        files=files_of(folder),
+        quantization=_quantization(header, precision),
+        made_by={"llama-cpp-python": llama_cpp.__version__},
+    )
+
+
+def _write(checkpoint: Checkpoint, path: Path, precision: str) -> Path:
+    model: Any = checkpoint.model
+    tokenizer = checkpoint.source.folder / "tokenizer.json"
+    return write_gguf(
+        path,
+        config=model.config.to_dict(),
+        state=model.state_dict(),
+        tokenizer_json=tokenizer if tokenizer.is_file() else None,
+        precision=precision,
+    )
+
+
+def _checkpoint_nll(checkpoint: Checkpoint, ids: NDArray[np.int32]) -> NDArray[np.float64]:
+    ids_T = torch.from_numpy(ids.astype(np.int64))
+    with torch.inference_mode():
+        logits_TV = checkpoint.model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
+        logprobs_TV = logits_TV.double().log_softmax(-1)
+    nll: NDArray[np.float64] = -logprobs_TV.gather(1, ids_T[1:, None])[:, 0].numpy()
+    return nll
+
+
+def _probe_ids(vocab_size: int) -> NDArray[np.int32]:
+    return np.random.default_rng(0).integers(0, vocab_size, _NUM_IDS).astype(np.int32)
+
+
+def _check(nll: NDArray[np.float64], reference: NDArray[np.float64], precision: str) -> float:
+    """The largest difference a token. Raises CompilationError where it is too large."""
+    difference = float(np.abs(nll - reference).max())
+    mean = float(abs((nll - reference).mean()))
+    if not (difference <= _TOLERANCES.get(precision, np.inf) and mean <= _MEAN_TOLERANCE):
+        raise CompilationError(
+            f"expected llama.cpp to give the checkpoint's losses from the {precision} file, got "
+            f"{difference:.3g} nats a token apart at most and {mean:.3g} in the mean; the "
+            "checkpoint has a part that GGUF does not carry: evaluate it with hf: instead"
+        )
+    return difference
+
+
+def _quantization(header: GgufHeader, precision: str) -> ProgramQuantization | None:
+    found = header.quantization
+    if precision in _TOLERANCES:
+        return None
+    if found is None:
+        raise QuantizationError(
+            f"none of the model's matrices could be quantized to {precision}: their rows are no "
+            "multiple of its blocks; choose float16 or q8_0"
+        )
+    return ProgramQuantization(
+        name=precision,
+        library="gguf" if precision in WRITTEN_TYPES else "llama.cpp",
+        num_modules=found.num_tensors,
+        num_bytes=found.num_bytes,
+        effective_bits=found.effective_bits,
+        unquantized=found.unquantized,
+        settings={"tensor_types": header.tensor_types},
+    )
+
+
+def _model_of(checkpoint: Checkpoint) -> ProgramModel:
+    model: Any = checkpoint.model
+    return ProgramModel(
+        address=checkpoint.source.address,
+        architecture=type(model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weights_fingerprint=checkpoint.source.fingerprint,
+        vocab_size=int(model.config.vocab_size),
+        max_length=getattr(model.config, "max_position_embeddings", None),
+    )
