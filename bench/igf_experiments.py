@@ -1,0 +1,190 @@
+"""The IGF experiments of docs/igf.md: labels, learners, methods × seeds, figures.
+
+    python bench/igf_experiments.py shift          small GPT-2 tuned on 1790-1899, pool up to 1999
+    python bench/igf_experiments.py same-domain    small GPT-2 tuned on 1790-1999, the same pool
+    python bench/igf_experiments.py demo           SmolLM2-135M, pool up to 1999
+
+Objective 2000-2012, test 2013-2026 throughout. A killed call goes on where it was;
+--seconds-limit ends it after the fine-tuning that passes the limit.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from igf_corpus import OBJECTIVE_YEARS, TEST_YEARS, articles_of, packaged_model, small_gpt2
+
+from perplexit.igf.collection import collect_pairs
+from perplexit.igf.contexts import ContextStream, objective_contexts
+from perplexit.igf.experiments import ExperimentPlan, run_experiment
+from perplexit.igf.figure import draw_experiment
+from perplexit.igf.finetuning import FinetuneSettings
+from perplexit.igf.learners import save_learner
+from perplexit.igf.learning import train_learner
+from perplexit.igf.models import load_model
+from perplexit.igf.steps import StepRule
+
+SIX = ("standard", "igf-constant", "igf-shifting", "igf-quantile", "random-skip", "high-loss")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One experiment: which model, which pool, how much of everything."""
+
+    title: str
+    model_years: int | None  # the small GPT-2 is trained up to this year; None: SmolLM2
+    num_pairs: int
+    mode: str
+    learning_rate: float
+    methods: tuple[str, ...]
+    num_seeds: int
+    steps: int
+    batch_size: int
+    eval_interval: int
+    num_test: int
+    learner: str = "ridge"
+    pool: tuple[int, int] = (1790, 1999)
+
+
+SETTINGS = {
+    "shift": Setting(
+        "small GPT-2 tuned on 1790-1899; candidates 1790-1999",
+        1899,
+        1500,
+        "exact",
+        5e-4,
+        (*SIX, "perplexity-band"),
+        12,
+        60,
+        16,
+        10,
+        400,
+    ),
+    "same-domain": Setting(
+        "small GPT-2 tuned on 1790-1999; candidates 1790-1999",
+        1999,
+        1500,
+        "exact",
+        5e-4,
+        SIX,
+        12,
+        60,
+        16,
+        10,
+        400,
+    ),
+    "demo": Setting(
+        "SmolLM2-135M-Instruct; candidates 1790-1999",
+        None,
+        400,
+        "first-order",
+        5e-5,
+        ("standard", "igf-shifting", "igf-quantile"),
+        5,
+        30,
+        8,
+        10,
+        64,
+    ),
+}
+
+
+def run(name: str, folder: Path, seconds_limit: float | None) -> None:
+    """Labels, both learners, the experiment and its figure, below `folder / name`."""
+    setting = SETTINGS[name]
+    out = folder / name
+    out.mkdir(parents=True, exist_ok=True)
+    model_dir = (
+        packaged_model()
+        if setting.model_years is None
+        else small_gpt2(folder / f"gpt2-{setting.model_years}", last_year=setting.model_years)
+    )
+    model = load_model(model_dir)
+    train = articles_of(*setting.pool, model_dir)
+    objective = objective_contexts(articles_of(*OBJECTIVE_YEARS, model_dir), seed=3)
+    test = objective_contexts(articles_of(*TEST_YEARS, model_dir), number=setting.num_test, seed=4)
+    began = time.perf_counter()
+    pairs = collect_pairs(
+        model,
+        ContextStream(train, 32, seed=1_000_000).take(0, setting.num_pairs),
+        objective,
+        output=out / "pairs.safetensors",
+        mode=setting.mode,  # type: ignore[arg-type]
+        rule=StepRule(learning_rate=setting.learning_rate),
+        model_name=setting.title,
+        progress=lambda p: print(
+            f"\r{p.num_pairs}/{p.total_pairs} pairs, {p.seconds:.0f} s", end="", flush=True
+        ),
+    )
+    print(f"\npairs: {time.perf_counter() - began:.0f} s")
+    learners = {}
+    for kind in ("ridge", "cnn"):
+        learners[kind] = train_learner(
+            pairs,
+            kind=kind,
+            model=model,
+            learning_rate=1e-3 if setting.model_years else 1e-4,
+            max_epochs=40,
+            batch_size=32,
+        )
+        save_learner(learners[kind], out / kind)
+        print(kind, json.dumps(learners[kind].record["scores"]))
+    plan = ExperimentPlan(
+        methods=setting.methods,
+        seeds=tuple(range(setting.num_seeds)),
+        settings=FinetuneSettings(
+            steps=setting.steps,
+            batch_size=setting.batch_size,
+            eval_interval=setting.eval_interval,
+            learning_rate=setting.learning_rate,
+        ),
+    )
+    seconds = json.loads((out / "pairs.seconds.json").read_text())
+    document = run_experiment(
+        model,
+        train,
+        test,
+        plan=plan,
+        output=out / "experiment",
+        learner=learners[setting.learner],
+        labelling={**seconds, "num_pairs": len(pairs), "mode": setting.mode},
+        model_name=setting.title,
+        seconds_limit=seconds_limit,
+    )
+    draw_experiment(document, out / "experiment", title=setting.title)
+    report(document)
+
+
+def report(document: dict) -> None:  # type: ignore[type-arg]
+    """Print the experiment as a table."""
+    print(document["status"])
+    for method, found in document["methods"].items():
+        seconds = found["seconds"]
+        print(
+            f"{method:16} n={found['num_seeds']:2} final median {found['median_perplexity'][-1]:.3f} "
+            f"[{found['low_perplexity'][-1]:.3f}, {found['high_perplexity'][-1]:.3f}] accepted "
+            f"{found['acceptance']:.2f}  select {seconds['select']:.1f} s train "
+            f"{seconds['train']:.1f} s evaluate {seconds['evaluate']:.1f} s"
+        )
+    for row in document["comparisons"]:
+        print(
+            f"{row['method']:16} / {row['reference']}: {row['ratio']:.4f} [{row['ratio_low']:.4f}, "
+            f"{row['ratio_high']:.4f}] better {row['seeds_better']}/{row['num_seeds']} Holm t "
+            f"{row['p_t_holm']:.2g} Wilcoxon {row['p_wilcoxon_holm']:.2g}"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--folder", type=Path, default=Path("build/igf"))
+    parser.add_argument("--seconds-limit", type=float)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    run(arguments.setting, arguments.folder, arguments.seconds_limit)

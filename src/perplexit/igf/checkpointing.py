@@ -1,0 +1,80 @@
+"""Checkpoints of a fine-tuning: trainable weights, optimizer state, curve; whole or absent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from perplexit.errors import ResumeError
+from perplexit.files import write_atomically
+
+FILE = "checkpoint.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Checkpoints:
+    """One folder with the latest checkpoint in it.
+
+    Raises ResumeError where what is there was made under other conditions or is damaged.
+    """
+
+    def __init__(self, folder: str | Path, conditions: dict[str, Any]) -> None:
+        self._path = Path(folder) / FILE
+        self._conditions = json.loads(json.dumps(conditions))
+
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
+        """Put a checkpoint in the place of the last."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in _trainable(model):
+            tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+            for moment in _MOMENTS:
+                if moment in optimizer.state.get(parameter, {}):
+                    value = optimizer.state[parameter][moment]
+                    tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous()
+        record = json.dumps({"conditions": self._conditions, "state": state}, allow_nan=False)
+        write_atomically(self._path, lambda p: save_file(tensors, p, metadata={"record": record}))
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Put the last checkpoint into model and optimizer; its state, or None in a new folder."""
+        if not self._path.exists():
+            return None
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                record = json.loads((file.metadata() or {})["record"])
+                self._check(record["conditions"])
+                names = set(file.keys())
+                for name, parameter in _trainable(model):
+                    parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+                    optimizer.state[parameter] = {
+                        moment: file.get_tensor(f"{moment}.{name}").to(
+                            "cpu" if moment == "step" else parameter.device
+                        )
+                        for moment in _MOMENTS
+                        if f"{moment}.{name}" in names
+                    }
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ResumeError(
+                f"expected a checkpoint of this model in {self._path}, but it cannot be read "
+                f"({error}); remove it, or name another folder"
+            ) from None
+        state: dict[str, Any] = record["state"]
+        return state
+
+    def _check(self, found: dict[str, Any]) -> None:
+        differing = [k for k, v in self._conditions.items() if found.get(k) != v]
+        if differing:
+            raise ResumeError(
+                f"expected the checkpoint in {self._path} to be of the same fine-tuning, but "
+                f"{', '.join(differing)} differ; name another folder, or remove it"
+            )
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

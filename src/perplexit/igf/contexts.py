@@ -1,0 +1,104 @@
+"""Contexts: short windows drawn at random from articles, by a seed, the same in every run.
+
+Shape suffixes: N = contexts, T = ids of a context.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import CorpusError, UsageError
+from perplexit.igf.articles import Articles
+
+_BLOCK = 256  # candidates drawn from one seed
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Windows of one length: ids int32 [N, T], the fingerprint of the article each comes from."""
+
+    ids_NT: NDArray[np.int32]
+    article_N: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of ids and articles."""
+        content = hashlib.sha256(repr(self.ids_NT.shape).encode())
+        content.update(self.ids_NT.astype("<i4").tobytes() + self.article_N.astype("<i8").tobytes())
+        return content.hexdigest()
+
+
+class ContextStream:
+    """Candidate number i of a seed, for any i: a random window of a random article.
+
+    Articles are drawn with equal probability, as the original does; every window of an article
+    equally likely. Knowing i is knowing the stream's whole state, so nothing else has to be kept
+    in a checkpoint.
+    """
+
+    def __init__(self, articles: Articles, length: int, seed: int) -> None:
+        if length < 2:
+            raise UsageError(f"expected contexts of at least 2 ids, got {length}")
+        self._articles = articles.longer_than(length - 1)
+        self._fingerprints = self._articles.fingerprints()
+        self._lengths = np.array([len(ids) for ids in self._articles.ids])
+        self._length = length
+        self._seed = seed
+
+    def take(self, start: int, count: int) -> Contexts:
+        """Candidates `start … start + count - 1`."""
+        first, last = start // _BLOCK, (start + max(1, count) - 1) // _BLOCK
+        drawn = [self._block(number) for number in range(first, last + 1)]
+        offset = start - first * _BLOCK
+        article = np.concatenate([a for a, _ in drawn])[offset : offset + count]
+        begin = np.concatenate([b for _, b in drawn])[offset : offset + count]
+        ids = [
+            self._articles.ids[a][b : b + self._length] for a, b in zip(article, begin, strict=True)
+        ]
+        return Contexts(
+            np.array(ids, dtype=np.int32).reshape(count, self._length),
+            self._fingerprints[article],
+        )
+
+    def _block(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        random = np.random.default_rng([self._seed, number])
+        article = random.integers(0, len(self._articles), _BLOCK)
+        begin = random.integers(0, self._lengths[article] - self._length + 1)
+        return article, begin
+
+
+def objective_contexts(
+    articles: Articles, *, number: int = 100, length: int = 32, min_len: int = 1026, seed: int = 0
+) -> Contexts:
+    """`number` windows of articles longer than `min_len` ids, one an article as far as they go.
+
+    Where there are fewer articles than `number`, each gives further windows in turn.
+    """
+    if number < 1:
+        raise UsageError(f"expected at least 1 context in the objective set, got {number}")
+    chosen = articles.longer_than(max(min_len, length - 1))
+    random = np.random.default_rng(seed)
+    rounds = [i % len(chosen) for i in range(number)]
+    ids = np.empty((number, length), dtype=np.int32)
+    for row, article in enumerate(rounds):
+        begin = int(random.integers(0, len(chosen.ids[article]) - length + 1))
+        ids[row] = chosen.ids[article][begin : begin + length]
+    return Contexts(ids, chosen.fingerprints()[rounds])
+
+
+def check_disjoint(**contexts_or_articles: Contexts | Articles) -> None:
+    """Raise CorpusError where one article is in two of the named sets: a leak."""
+    seen: dict[int, str] = {}
+    for name, item in contexts_or_articles.items():
+        owned = item.article_N if isinstance(item, Contexts) else item.fingerprints()
+        for fingerprint in set(owned.tolist()):
+            other = seen.setdefault(fingerprint, name)
+            if other != name:
+                raise CorpusError(
+                    f"expected disjoint articles, got one that is both in {other} and in {name}; "
+                    "what is measured there would have been learnt here: take it out of one"
+                )

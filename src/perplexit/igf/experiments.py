@@ -1,0 +1,223 @@
+"""Experiments: methods × seeds on the same test contexts, paired, with their cost.
+
+A folder an experiment:
+
+experiment.json  plan, curves, paired tests, costs: what the figure and a report are drawn from
+runs/            one JSON file a fine-tuning, written when it is finished; a killed experiment
+                 leaves out what is there already
+curves.png, curves.svg
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from perplexit.errors import ResumeError, UsageError
+from perplexit.igf.articles import Articles
+from perplexit.igf.collection import weights_fingerprint
+from perplexit.igf.contexts import Contexts, ContextStream
+from perplexit.igf.finetuning import FinetuneProgress, FinetuneSettings, finetune_model
+from perplexit.igf.learners import Learner
+from perplexit.igf.losses import measured_losses
+from perplexit.igf.models import restore_weights, weights_of
+from perplexit.igf.outcomes import summarise
+from perplexit.igf.selection import METHODS, Selection, selection_named
+from perplexit.igf.stored import write_text
+
+SCHEMA_VERSION = 1
+EXPERIMENT_FILE = "experiment.json"
+CALIBRATION_SEED = 1_000_003  # contexts that quantiles are taken from; no run draws from it
+
+
+@dataclass(frozen=True)
+class ExperimentPlan:
+    """What is compared.
+
+    methods:  names of METHODS; the first is what the others are paired with.
+    seeds:    one fine-tuning a method and seed; a seed draws the same candidates for all methods.
+    share:    how many candidates the quantile, random and loss methods accept.
+    constant: the threshold of igf-constant, and of igf-shifting before it shifts.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    seeds: tuple[int, ...] = tuple(range(12))
+    settings: FinetuneSettings = field(default_factory=FinetuneSettings)
+    share: float = 0.25
+    constant: float = 1.0
+    num_calibration: int = 512
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        unknown = [m for m in self.methods if m not in METHODS]
+        if unknown or len(set(self.methods)) != len(self.methods) or not self.methods:
+            raise UsageError(
+                f"expected different methods out of {', '.join(METHODS)}, got "
+                f"{', '.join(self.methods) or 'none'}"
+            )
+        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
+            raise UsageError(f"expected at least 2 different seeds, got {list(self.seeds)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentProgress:
+    """Which fine-tuning of how many is under way, and how far it is."""
+
+    method: str
+    seed: int
+    num_runs: int
+    total_runs: int
+    finetune: FinetuneProgress | None = None
+
+
+def run_experiment(
+    model: nn.Module,
+    train: Articles,
+    test: Contexts,
+    *,
+    plan: ExperimentPlan,
+    output: str | Path,
+    learner: Learner | None = None,
+    labelling: dict[str, Any] | None = None,
+    model_name: str = "",
+    seconds_limit: float | None = None,
+    progress: Callable[[ExperimentProgress], None] | None = None,
+) -> dict[str, Any]:
+    """Run what is not done yet and return the document that `experiment.json` holds.
+
+    labelling:     what the learner's pairs cost, recorded beside the methods that need them.
+    seconds_limit: stop after the run that passes it; the document then says status "interrupted".
+    The model has its own weights again afterwards. Raises ResumeError where `output` holds another
+    experiment.
+    """
+    folder = Path(output)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    conditions = {
+        "plan": {k: v for k, v in plan.to_json().items() if k not in ("methods", "seeds")},
+        "weights_fingerprint": weights_fingerprint(model),
+        "test_fingerprint": test.fingerprint(),
+        "train_fingerprint": _fingerprint(train),
+        "learner": None if learner is None else _learner_fingerprint(learner),
+    }
+    _check_conditions(folder, conditions)
+    original = weights_of(model)
+    selections = _selections(model, train, plan, learner)
+    began = time.perf_counter()
+    total = len(plan.methods) * len(plan.seeds)
+    records: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in plan.methods}
+    stopped = False
+    for number, (seed, method) in enumerate((s, m) for s in plan.seeds for m in plan.methods):
+        path = folder / "runs" / f"{method}-{seed}.json"
+        if path.exists():
+            records[method][seed] = json.loads(path.read_text(encoding="utf-8"))
+            continue
+        if stopped or (seconds_limit is not None and time.perf_counter() - began > seconds_limit):
+            stopped = True
+            continue
+
+        def report(
+            update: FinetuneProgress, at: tuple[str, int, int] = (method, seed, number)
+        ) -> None:
+            if progress is not None:
+                progress(ExperimentProgress(at[0], at[1], at[2], total, update))
+
+        settings = replace(plan.settings, seed=seed)
+        try:
+            curve = finetune_model(
+                model,
+                train,
+                test,
+                selection=selections(method, seed),
+                settings=settings,
+                progress=report,
+            )
+        finally:
+            restore_weights(model, original)
+        records[method][seed] = {"method": method, "seed": seed, **curve.to_json()}
+        _write_json(path, records[method][seed])
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "igf-experiment",
+        "status": "interrupted" if stopped else "complete",
+        "model": model_name,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "plan": plan.to_json(),
+        "conditions": conditions,
+        "threads": torch.get_num_threads(),
+        "test": {"num_contexts": len(test), "num_articles": len(set(test.article_N.tolist()))},
+        "train": {"num_articles": len(train)},
+        "learner": None if learner is None else {"kind": learner.kind, **learner.record},
+        "labelling": labelling,
+        **summarise(records, confidence=plan.confidence),
+    }
+    _write_json(folder / EXPERIMENT_FILE, document)
+    return document
+
+
+def _selections(
+    model: nn.Module, train: Articles, plan: ExperimentPlan, learner: Learner | None
+) -> Callable[[str, int], Selection]:
+    length = plan.settings.context_length
+    calibration = ContextStream(train, length, CALIBRATION_SEED).take(0, plan.num_calibration)
+    losses = None
+    if {"high-loss", "perplexity-band"} & set(plan.methods):
+        device = next(model.parameters()).device
+        model.eval()
+        losses = measured_losses(model, torch.from_numpy(calibration.ids_NT).long().to(device))
+
+    def named(method: str, seed: int) -> Selection:
+        return selection_named(
+            method,
+            learner=learner,
+            calibration_NT=calibration.ids_NT,
+            calibration_losses=None if losses is None else (lambda: losses),
+            share=plan.share,
+            constant=plan.constant,
+            seed=seed,
+        )
+
+    for method in plan.methods:
+        named(method, 0)  # what a method lacks is said before anything runs
+    return named
+
+
+def _check_conditions(folder: Path, conditions: dict[str, Any]) -> None:
+    path = folder / "conditions.json"
+    if not path.exists():
+        _write_json(path, conditions)
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    differing = [k for k, v in conditions.items() if found.get(k) != v]
+    if differing:
+        raise ResumeError(
+            f"expected {folder} to hold the same experiment, but {', '.join(differing)} differ; "
+            "name another folder"
+        )
+
+
+def _fingerprint(articles: Articles) -> str:
+    content = hashlib.sha256(np.sort(articles.fingerprints()).astype("<i8").tobytes())
+    return content.hexdigest()
+
+
+def _learner_fingerprint(learner: Learner) -> str:
+    content = hashlib.sha256(learner.kind.encode())
+    for name, array in sorted(learner.tensors().items()):
+        content.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    write_text(path, text)

@@ -1,0 +1,311 @@
+"""Fine-tuning with a filter in front: candidates are judged before the model reads them.
+
+Each step takes the next `batch_size` accepted candidates; the step's gradient is that of their
+mean loss, in as many pieces as memory asks for. `seed_compatible` reproduces the original, which
+cleared the gradient at every candidate: its step sees the last accepted context alone.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from perplexit.errors import NonFiniteError, UsageError
+from perplexit.igf.articles import Articles
+from perplexit.igf.checkpointing import Checkpoints
+from perplexit.igf.contexts import Contexts, ContextStream, check_disjoint
+from perplexit.igf.losses import context_losses, measured_losses, perplexity_of
+from perplexit.igf.selection import Everything, Selection
+from perplexit.igf.steps import trainable_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneSettings:
+    """How to fine-tune; the defaults are the paper's.
+
+    steps:           optimizer steps. eval_interval: steps between evaluations (0 too is evaluated).
+    schedule_steps:  the learning rate falls linearly to 0 over so many steps; None: constant.
+    micro_batch:     contexts in one forward pass; changes memory and rounding, not the gradient.
+    dropout:         train in training mode (the original does); a mask follows from seed and step.
+    seed_compatible: the original's gradient: that of the last accepted context alone.
+    max_candidates:  the most candidates that one step may look at before the filter is given up on.
+    """
+
+    steps: int = 60
+    batch_size: int = 16
+    context_length: int = 32
+    learning_rate: float = 5e-5
+    clip_norm: float = 3.0
+    schedule_steps: int | None = None
+    eval_interval: int = 10
+    seed: int = 0
+    micro_batch: int = 16
+    dropout: bool = False
+    seed_compatible: bool = False
+    max_candidates: int = 20000
+
+    def __post_init__(self) -> None:
+        names = (
+            "steps",
+            "batch_size",
+            "eval_interval",
+            "micro_batch",
+            "max_candidates",
+        )
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UsageError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if not (self.learning_rate > 0 and self.clip_norm > 0):
+            raise UsageError("expected a learning rate and a clip norm above 0")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)
+
+
+@dataclass
+class FinetuneCurve:
+    """What came of a fine-tuning: the test loss step by step, and what it cost.
+
+    tokens are ids: `trained` went forward and backward, `scored` forward only, to be selected;
+    `judged` were only looked at by the filter. Evaluation is in none of them, nor in `seconds`.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)  # nats a target
+    num_candidates: list[int] = field(default_factory=list)  # seen until that step
+    train_loss: list[float] = field(default_factory=list)  # a value a step, before the step
+    tokens_trained: int = 0
+    tokens_scored: int = 0
+    tokens_judged: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"select": 0.0, "train": 0.0, "evaluate": 0.0}
+    )
+    num_steps_resumed: int = 0
+
+    def perplexities(self) -> list[float]:
+        """The test perplexity at each of `steps`."""
+        return [perplexity_of(loss) for loss in self.test_loss]
+
+    def to_json(self) -> dict[str, Any]:
+        """The curve as JSON values."""
+        return asdict(self) | {"test_perplexity": self.perplexities()}
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneProgress:
+    """How far a fine-tuning is; `test_perplexity` is the latest evaluation's."""
+
+    step: int
+    total_steps: int
+    train_loss: float
+    test_perplexity: float
+    num_candidates: int
+
+
+def finetune_model(
+    model: nn.Module,
+    train: Articles,
+    test: Contexts,
+    *,
+    selection: Selection | None = None,
+    settings: FinetuneSettings | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[FinetuneProgress], None] | None = None,
+) -> FinetuneCurve:
+    """Fine-tune `model` in place and return its curve on the test contexts.
+
+    checkpoint: a folder; weights, optimizer and curve are kept there at every evaluation, and the
+        same call after a kill goes on from the last one, to the same weights.
+    Raises CorpusError where train and test share an article, NonFiniteError where the loss
+    diverges, UsageError where the filter accepts next to nothing.
+    """
+    settings = settings or FinetuneSettings()
+    check_disjoint(train=train, test=test)
+    tuning = _Tuning(model, train, test, selection or Everything(), settings)
+    kept = Checkpoints(checkpoint, tuning.conditions()) if checkpoint is not None else None
+    if kept is not None:
+        tuning.resume(kept)
+    if not tuning.curve.steps:
+        tuning.evaluate(0)
+    for step in range(tuning.step, settings.steps):
+        train_loss = tuning.take_step(step)
+        if (step + 1) % settings.eval_interval == 0 or step + 1 == settings.steps:
+            tuning.evaluate(step + 1)
+            if kept is not None:
+                tuning.keep(kept)
+        if progress is not None:
+            latest = tuning.curve.perplexities()[-1]
+            progress(
+                FinetuneProgress(step + 1, settings.steps, train_loss, latest, tuning.candidate)
+            )
+    model.eval()
+    return tuning.curve
+
+
+class _Tuning:
+    """The state of one fine-tuning between steps: model, optimizer, next candidate, curve."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Articles,
+        test: Contexts,
+        selection: Selection,
+        settings: FinetuneSettings,
+    ) -> None:
+        self.curve = FinetuneCurve()
+        self.candidate = 0
+        self.step = 0
+        self._model = model
+        self._selection = selection
+        self._settings = settings
+        self._stream = ContextStream(train, settings.context_length, settings.seed)
+        self._train_fingerprint = train.fingerprints()
+        self._device = next(model.parameters()).device
+        self._test = test
+        self._test_NT = self._tensor(test.ids_NT)
+        self._parameters = trainable_parameters(model)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=settings.learning_rate, weight_decay=0.0
+        )
+
+    def conditions(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be continued."""
+        return {
+            "settings": {k: v for k, v in self._settings.to_json().items() if k != "steps"},
+            "selection": self._selection.to_json(),
+            "test": self._test.fingerprint(),
+            "train": int(np.bitwise_xor.reduce(self._train_fingerprint)),
+        }
+
+    def resume(self, kept: Checkpoints) -> None:
+        """Go back to the last checkpoint, where there is one."""
+        found = kept.load(self._model, self._optimizer)
+        if found is None:
+            return
+        self.step, self.candidate = int(found["step"]), int(found["candidate"])
+        self.curve = FinetuneCurve(**found["curve"])
+        self.curve.num_steps_resumed = self.step
+
+    def keep(self, kept: Checkpoints) -> None:
+        """Commit the state as it is."""
+        state = {"step": self.step, "candidate": self.candidate, "curve": asdict(self.curve)}
+        kept.save(self._model, self._optimizer, state)
+
+    def evaluate(self, step: int) -> None:
+        """Add a point to the curve."""
+        began = time.perf_counter()
+        self._model.eval()
+        self.curve.steps.append(step)
+        self.curve.test_loss.append(float(measured_losses(self._model, self._test_NT).mean()))
+        self.curve.num_candidates.append(self.candidate)
+        self.curve.seconds["evaluate"] += time.perf_counter() - began
+
+    def take_step(self, step: int) -> float:
+        """One optimizer step; returns the mean loss of its contexts before it, in nats."""
+        began = time.perf_counter()
+        batch_BT = self._tensor(self._accepted(step))
+        selected = time.perf_counter()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.learning_rate * self._decay(step)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._accumulate(batch_BT, step)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"expected a finite loss, got {loss} at step {step}; lower the learning rate, or "
+                "load the model in float32"
+            )
+        torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step = step + 1
+        self.curve.train_loss.append(loss)
+        self.curve.tokens_trained += int(batch_BT.numel())
+        self.curve.seconds["select"] += selected - began
+        self.curve.seconds["train"] += time.perf_counter() - selected
+        return loss
+
+    def _decay(self, step: int) -> float:
+        total = self._settings.schedule_steps
+        return 1.0 if total is None else max(0.0, 1 - step / total)
+
+    def _accumulate(self, batch_BT: Tensor, step: int) -> float:
+        self._model.train(self._settings.dropout)
+        with torch.random.fork_rng(devices=[], enabled=self._settings.dropout), torch.enable_grad():
+            if self._settings.dropout:
+                torch.manual_seed(_seed_of(self._settings.seed, step))
+            if self._settings.seed_compatible:
+                return last_context_gradient(self._model, batch_BT)
+            return mean_gradient(self._model, batch_BT, self._settings.micro_batch)
+
+    def _accepted(self, step: int) -> NDArray[np.int32]:
+        found: list[NDArray[np.int32]] = []
+        first = self.candidate
+        while len(found) < self._settings.batch_size:
+            if self.candidate - first >= self._settings.max_candidates:
+                raise UsageError(
+                    f"expected the filter {self._selection.name} to accept "
+                    f"{self._settings.batch_size} contexts, got {len(found)} of "
+                    f"{self.candidate - first} at step {step}; lower the threshold, or use a "
+                    "quantile"
+                )
+            self._look_at_more(found, step)
+        return np.stack(found)
+
+    def _look_at_more(self, found: list[NDArray[np.int32]], step: int) -> None:
+        ids_NT = self._stream.take(self.candidate, self._settings.batch_size).ids_NT
+        scores = self._selection.scores(ids_NT, self.candidate, self._losses)
+        accepts = self._selection.accepts(scores, step)
+        used = len(ids_NT)
+        for row in np.flatnonzero(accepts):
+            found.append(ids_NT[row])
+            if len(found) == self._settings.batch_size:
+                used = int(row) + 1  # the rest is looked at by the next step, as it then stands
+                break
+        self.candidate += used
+        self.curve.tokens_judged += used * ids_NT.shape[1]
+        if self._selection.costs_forward_pass:
+            self.curve.tokens_scored += int(ids_NT.size)
+
+    def _losses(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
+        self._model.eval()
+        return measured_losses(self._model, self._tensor(ids_NT))
+
+    def _tensor(self, ids_NT: NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids_NT)).long().to(self._device)
+
+
+def mean_gradient(model: nn.Module, batch_BT: Tensor, micro_batch: int) -> float:
+    """Add the gradient of the batch's mean loss to `.grad`; returns that loss.
+
+    Pieces are weighted by their share of contexts, so any `micro_batch` gives the same gradient.
+    """
+    total = 0.0
+    for piece in torch.split(batch_BT, micro_batch):
+        loss = context_losses(model, piece).sum() / len(batch_BT)
+        torch.autograd.backward(loss)
+        total += float(loss.detach())
+    return total
+
+
+def last_context_gradient(model: nn.Module, batch_BT: Tensor) -> float:
+    """As the original: the gradient is cleared before every context, so the last one's is left."""
+    total = 0.0
+    for context in batch_BT:
+        model.zero_grad(set_to_none=True)
+        loss = context_losses(model, context[None])[0]
+        torch.autograd.backward(loss)
+        total += float(loss.detach())
+    return total / len(batch_BT)
+
+
+def _seed_of(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, 2, step]).generate_state(1)[0])

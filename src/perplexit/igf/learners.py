@@ -1,0 +1,208 @@
+"""Secondary learners: from a context's ids to its normalised information gain.
+
+Two behind one interface. Ridge regression on token counts is the baseline to beat; the convolution
+is the paper's. Both are saved as a safetensors file with a JSON record inside, and a readable copy
+of that record in a `.json` beside it.
+
+Shape suffixes: N = contexts, T = ids of a context, V = vocabulary, D = embedding size.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor, nn
+
+from perplexit.errors import UsageError, VocabularyError
+from perplexit.igf.stored import (
+    StoredFileError,
+    read_stored,
+    tensor_path,
+    write_stored,
+    write_text,
+)
+
+KIND = "a secondary learner"
+_PREDICTION_ROWS = 512
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """Predicts normalised information gain. `record` says how it was trained and how well."""
+
+    kind: str
+    record: dict[str, Any]
+
+    def predict(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
+        """The predicted z-score of each context's gain, float64 [N]."""
+        ...
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """What has to be kept to predict the same again."""
+        ...
+
+
+def token_counts(ids_NT: NDArray[np.int32], vocab_size: int) -> sparse.csr_matrix:
+    """How often each id is in each context, sparse float64 [N, V].
+
+    Raises VocabularyError for ids outside the vocabulary.
+    """
+    check_vocabulary(ids_NT, vocab_size)
+    num_contexts, length = ids_NT.shape
+    rows = np.repeat(np.arange(num_contexts), length)
+    ones = np.ones(ids_NT.size)
+    return sparse.csr_matrix((ones, (rows, ids_NT.ravel())), shape=(num_contexts, vocab_size))
+
+
+def check_vocabulary(ids_NT: NDArray[np.int32], vocab_size: int) -> None:
+    """Raise VocabularyError for ids that a learner of `vocab_size` ids has no row for."""
+    if ids_NT.size and (int(ids_NT.max()) >= vocab_size or int(ids_NT.min()) < 0):
+        raise VocabularyError(
+            f"expected ids below {vocab_size}, the learner's vocabulary, got "
+            f"{int(ids_NT.max())}; use the tokenizer that the pairs were collected with"
+        )
+
+
+class RidgeLearner:
+    """`intercept + Σ weights[id]` over a context's ids: linear in the counts of tokens."""
+
+    kind = "ridge"
+
+    def __init__(
+        self, weights_V: NDArray[np.float32], intercept: float, record: dict[str, Any] | None = None
+    ) -> None:
+        self.weights_V = weights_V
+        self.intercept = intercept
+        self.record = record or {}
+
+    def predict(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
+        """See Learner."""
+        check_vocabulary(ids_NT, len(self.weights_V))
+        sums: NDArray[np.float64] = self.weights_V[ids_NT].sum(axis=1, dtype=np.float64)
+        return self.intercept + sums
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """See Learner."""
+        return {"weights": self.weights_V, "intercept": np.array([self.intercept])}
+
+    @classmethod
+    def fit(
+        cls, ids_NT: NDArray[np.int32], z_N: NDArray[np.float64], vocab_size: int, penalty: float
+    ) -> "RidgeLearner":
+        """The minimum of `Σ (z - prediction)² + penalty · |weights|²`, in its dual form.
+
+        With centred counts `X`: `weights = Xᵀ (X Xᵀ + penalty · I)⁻¹ (z - mean z)`; N × N, so the
+        vocabulary's size does not matter.
+        """
+        counts = token_counts(ids_NT, vocab_size)
+        mean_V = np.asarray(counts.mean(axis=0)).ravel()
+        cross_N = counts @ mean_V
+        gram = (counts @ counts.T).toarray() - cross_N[:, None] - cross_N[None, :]
+        gram += mean_V @ mean_V + penalty * np.eye(len(z_N))
+        dual = np.linalg.solve(gram, z_N - z_N.mean())
+        weights = counts.T @ dual - mean_V * dual.sum()
+        return cls(weights.astype(np.float32), float(z_N.mean() - mean_V @ weights))
+
+
+class ConvolutionLearner(nn.Module):
+    """The paper's network.
+
+        ids [N, T] → embeddings (a trainable copy of the language model's) [N, T, D]
+        → convolution over positions, kernel 3, D → 256 channels, ReLU → maximum over positions
+        → 256 → 32, ReLU → dropout 0.1 → 32 → 32, ReLU → 32 → 1
+
+    The embedding is the input embedding of any causal language model; nothing else of it is used.
+    """
+
+    kind = "cnn"
+
+    def __init__(self, embedding_VD: Tensor, record: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.record = record or {}
+        weights = embedding_VD.detach().clone().float()
+        self.embeddings = nn.Embedding(len(weights), weights.shape[1], _weight=weights)
+        self.convolution = nn.Conv1d(weights.shape[1], 256, kernel_size=3)
+        self.layers = nn.Sequential(
+            nn.Linear(256, 32),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(32, 32),
+            nn.ReLU(),
+            nn.Linear(32, 1),
+        )
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Predicted z-scores, [N, 1], of contexts [N, T] (or [N, 1, T], as the original has it)."""
+        ids_NT = context.squeeze(1) if context.dim() == 3 else context
+        channels = torch.relu(self.convolution(self.embeddings(ids_NT).transpose(1, 2)))
+        found: Tensor = self.layers(channels.amax(dim=2))
+        return found
+
+    def predict(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
+        """See Learner."""
+        check_vocabulary(ids_NT, self.embeddings.num_embeddings)
+        if ids_NT.shape[1] < 3:
+            raise UsageError(
+                f"expected contexts of at least 3 ids for the convolution, got {ids_NT.shape[1]}; "
+                "use the ridge learner for shorter ones"
+            )
+        was_training = self.training
+        self.eval()
+        device = self.embeddings.weight.device
+        ids = torch.from_numpy(np.ascontiguousarray(ids_NT)).long().to(device)
+        with torch.inference_mode():
+            found = [self(rows)[:, 0] for rows in torch.split(ids, _PREDICTION_ROWS)]
+        self.train(was_training)
+        if not found:
+            return np.zeros(0)
+        return np.asarray(torch.cat(found).double().cpu().numpy())
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """See Learner."""
+        return {name: t.detach().cpu().numpy() for name, t in self.state_dict().items()}
+
+
+class SecondaryLearner(ConvolutionLearner):
+    """The convolution learner, made as the original makes it: from the language model itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(input_embedding(model))
+
+
+def input_embedding(model: nn.Module) -> Tensor:
+    """The language model's input embedding, [V, D]."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return weight
+
+
+def save_learner(learner: Learner, path: str | Path) -> Path:
+    """Write a learner: `path` (safetensors) and its record as JSON beside it; returns `path`."""
+    record = {"learner": learner.kind, **learner.record}
+    path = write_stored(_learner_path(path), KIND, learner.tensors(), record)
+    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_text(path.with_suffix(".json"), text)
+    return path
+
+
+def load_learner(path: str | Path) -> Learner:
+    """The learner that `save_learner` wrote; it predicts the same to the last bit."""
+    tensors, record = read_stored(_learner_path(path), KIND)
+    kind = record.pop("learner", None)
+    record = {k: v for k, v in record.items() if k not in ("kind", "version")}
+    if kind == RidgeLearner.kind:
+        return RidgeLearner(tensors["weights"], float(tensors["intercept"][0]), record)
+    if kind == ConvolutionLearner.kind:
+        state = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
+        learner = ConvolutionLearner(state["embeddings.weight"], record)
+        learner.load_state_dict(state)
+        return learner.eval()
+    raise StoredFileError(f"expected a learner of kind ridge or cnn in {path}, got {kind!r}")
+
+
+def _learner_path(path: str | Path) -> Path:
+    path = tensor_path(path)
+    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")

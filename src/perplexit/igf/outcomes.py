@@ -1,0 +1,144 @@
+"""What an experiment showed: median curves with intervals, paired tests, cost. NumPy and SciPy.
+
+Everything is in log-perplexity (nats a target) until the last line: differences of it are ratios
+of perplexities.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Records = Mapping[str, Mapping[int, Mapping[str, Any]]]
+_RESAMPLES = 2000
+
+
+def summarise(records: Records, *, confidence: float = 0.95) -> dict[str, Any]:
+    """`methods` (a summary each), and `comparisons` of every other method with the first.
+
+    records: method → seed → the curve that a fine-tuning gave. Only seeds that a method and the
+    first both have are paired.
+    """
+    methods = {m: _method(runs, confidence) for m, runs in records.items() if runs}
+    reference = next(iter(records), None)
+    if reference not in methods:
+        return {"methods": methods, "comparisons": []}
+    base = records[reference]
+    rows = [
+        _comparison(method, reference, runs, base, confidence)
+        for method, runs in records.items()
+        if method != reference and len(set(runs) & set(base)) >= 2
+    ]
+    for kind in ("p_t", "p_wilcoxon"):
+        for row, adjusted in zip(rows, holm([row[kind] for row in rows]), strict=True):
+            row[f"{kind}_holm"] = adjusted
+    return {"reference": reference, "methods": methods, "comparisons": rows}
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down adjusted p-values: family-wise error is held, whatever their dependence."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    highest = 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, (len(p_values) - rank) * p_values[index])
+        adjusted[index] = min(1.0, highest)
+    return [float(p) for p in adjusted]
+
+
+def median_interval(
+    values_SP: NDArray[np.float64], confidence: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Percentile-bootstrap interval of the median over seeds, at each point: two arrays [P].
+
+    S = seeds, P = points of the curve. The resamples follow from a fixed seed.
+    """
+    random = np.random.default_rng(20210801)
+    rows = random.integers(0, len(values_SP), (_RESAMPLES, len(values_SP)))
+    medians = np.median(values_SP[rows], axis=1)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(medians, [tail, 1 - tail], axis=0)
+    return low, high
+
+
+def _method(runs: Mapping[int, Mapping[str, Any]], confidence: float) -> dict[str, Any]:
+    ordered = [runs[seed] for seed in sorted(runs)]
+    loss_SP = np.array([run["test_loss"] for run in ordered], dtype=np.float64)
+    low, high = median_interval(loss_SP, confidence)
+    tokens = {k: _mean(ordered, k) for k in ("tokens_trained", "tokens_scored", "tokens_judged")}
+    context_tokens = tokens["tokens_trained"] / max(1.0, tokens["tokens_judged"])
+    return {
+        "num_seeds": len(ordered),
+        "steps": list(ordered[0]["steps"]),
+        "median_perplexity": [float(x) for x in np.exp(np.median(loss_SP, axis=0))],
+        "low_perplexity": [float(x) for x in np.exp(low)],
+        "high_perplexity": [float(x) for x in np.exp(high)],
+        "final_perplexities": {str(s): math.exp(runs[s]["test_loss"][-1]) for s in sorted(runs)},
+        "acceptance": context_tokens,
+        **tokens,
+        "seconds": {
+            part: float(np.mean([run["seconds"][part] for run in ordered]))
+            for part in ordered[0]["seconds"]
+        },
+    }
+
+
+def _comparison(
+    method: str,
+    reference: str,
+    runs: Mapping[int, Mapping[str, Any]],
+    base: Mapping[int, Mapping[str, Any]],
+    confidence: float,
+) -> dict[str, Any]:
+    seeds = sorted(set(runs) & set(base))
+    final = np.array([runs[s]["test_loss"][-1] - base[s]["test_loss"][-1] for s in seeds])
+    curve = np.array(
+        [np.mean(runs[s]["test_loss"][1:]) - np.mean(base[s]["test_loss"][1:]) for s in seeds]
+    )
+    mean, low, high = _mean_interval(final, confidence)
+    return {
+        "method": method,
+        "reference": reference,
+        "num_seeds": len(seeds),
+        "ratio": math.exp(mean),
+        "ratio_low": math.exp(low),
+        "ratio_high": math.exp(high),
+        "seeds_better": int((final < 0).sum()),
+        "p_t": _p(stats.ttest_rel, final),
+        "p_wilcoxon": _p(stats.wilcoxon, final),
+        "curve_ratio": math.exp(float(curve.mean())),
+        "curve_seeds_better": int((curve < 0).sum()),
+        "steps_to_reference_end": _steps_to(runs, base, seeds),
+    }
+
+
+def _mean_interval(values: NDArray[np.float64], confidence: float) -> tuple[float, float, float]:
+    mean = float(values.mean())
+    error = float(values.std(ddof=1) / math.sqrt(len(values)))
+    reach = error * float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+    return mean, mean - reach, mean + reach
+
+
+def _p(test: Any, differences: NDArray[np.float64]) -> float:
+    if not np.any(differences):
+        return 1.0  # no difference at all: both tests would divide zero by zero
+    arguments = (differences, np.zeros_like(differences))
+    found = test(*arguments) if test is stats.ttest_rel else test(differences)
+    return float(found.pvalue) if math.isfinite(found.pvalue) else 0.0
+
+
+def _steps_to(
+    runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]], seeds: list[int]
+) -> int | None:
+    """The first evaluated step whose median loss is at most the reference's median at its end."""
+    target = float(np.median([base[s]["test_loss"][-1] for s in seeds]))
+    medians = np.median([runs[s]["test_loss"] for s in seeds], axis=0)
+    reached = np.flatnonzero(medians <= target)
+    return int(runs[seeds[0]]["steps"][reached[0]]) if len(reached) else None
+
+
+def _mean(runs: list[Mapping[str, Any]], key: str) -> float:
+    return float(np.mean([run[key] for run in runs]))

@@ -1,0 +1,150 @@
+"""Pairs: contexts with their information gain, raw, and the statistics that normalise it.
+
+Shape suffixes: N = pairs, T = ids of a context.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import UsageError
+from perplexit.igf.restricted_pickle import read_arrays
+from perplexit.igf.stored import (
+    PICKLE_SUFFIXES,
+    StoredFileError,
+    read_stored,
+    refuse_pickle,
+    tensor_path,
+    write_stored,
+)
+
+KIND = "information gain pairs"
+
+
+@dataclass(frozen=True, slots=True)
+class GainStatistics:
+    """Mean and standard deviation (of the population) of gains: what a z-score needs."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, gains: NDArray[np.float64]) -> "GainStatistics":
+        """The statistics of these gains. Raises UsageError where they do not vary."""
+        std = float(gains.std()) if len(gains) else 0.0
+        if not (std > 0 and np.isfinite(std)):
+            raise UsageError(
+                f"expected at least 2 pairs with different gains, got {len(gains)} with a standard "
+                f"deviation of {std}; collect more pairs"
+            )
+        return cls(float(gains.mean()), std)
+
+    def normalised(self, gains: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`(gain - mean) / std`."""
+        z: NDArray[np.float64] = (gains - self.mean) / self.std
+        return z
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Contexts and what a step on each does to the objective.
+
+    ids_NT:            int32.
+    article_N:         int64, the article's fingerprint.
+    gain_nats_N:       float64, the drop of the objective's mean nll.
+    gain_perplexity_N: float64, the drop of the objective's perplexity.
+    record:            how they were measured.
+    """
+
+    ids_NT: NDArray[np.int32]
+    article_N: NDArray[np.int64]
+    gain_nats_N: NDArray[np.float64]
+    gain_perplexity_N: NDArray[np.float64]
+    record: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+    def __iter__(self) -> Any:
+        """(context [1, T], normalised gain) pairs, as the original's file holds them."""
+        z = GainStatistics.of(self.gain_nats_N).normalised(self.gain_nats_N)
+        return iter([(ids[None], float(gain)) for ids, gain in zip(self.ids_NT, z, strict=True)])
+
+    def take(self, rows: NDArray[Any]) -> "Pairs":
+        """The pairs at these rows (indices or a mask)."""
+        return Pairs(
+            self.ids_NT[rows],
+            self.article_N[rows],
+            self.gain_nats_N[rows],
+            self.gain_perplexity_N[rows],
+            self.record,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the pairs as one safetensors file; returns where. Equal pairs give equal bytes."""
+        statistics = {
+            name: {"mean": float(gains.mean()), "std": float(gains.std())}
+            for name, gains in (
+                ("nats", self.gain_nats_N),
+                ("perplexity", self.gain_perplexity_N),
+            )
+        }
+        tensors: dict[str, NDArray[Any]] = {
+            "context_ids": self.ids_NT,
+            "article": self.article_N,
+            "gain_nats": self.gain_nats_N,
+            "gain_perplexity": self.gain_perplexity_N,
+        }
+        record = {**self.record, "num_pairs": len(self), "statistics": statistics}
+        return write_stored(path, KIND, tensors, record)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Pairs":
+        """The pairs that `save` wrote."""
+        tensors, record = read_stored(path, KIND)
+        return cls(
+            tensors["context_ids"],
+            tensors["article"],
+            tensors["gain_nats"],
+            tensors["gain_perplexity"],
+            record,
+        )
+
+
+def load(path: str | Path, *, allow_pickle: bool = False) -> Pairs:
+    """Pairs from Perplexit's file or, with `allow_pickle`, from the original's `.jbl`.
+
+    The original's labels are already z-scored and it keeps no article, so each context counts as
+    an article of its own there.
+    """
+    stored = tensor_path(path)
+    if Path(path).suffix not in PICKLE_SUFFIXES or stored.exists():
+        return Pairs.open(stored)
+    if not allow_pickle:
+        raise refuse_pickle(Path(path))
+    return pairs_of(read_arrays(path), source=str(Path(path).name))
+
+
+def pairs_of(items: Any, *, source: str = "memory") -> Pairs:
+    """Pairs from any sequence of (context, gain): Pairs themselves, or the original's list."""
+    if isinstance(items, Pairs):
+        return items
+    try:
+        ids = np.stack([np.asarray(context).reshape(-1) for context, _ in items]).astype(np.int32)
+        gains = np.array([float(np.asarray(gain).item()) for _, gain in items], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise StoredFileError(
+            f"expected pairs of a context's ids and a number in {source}, got something else "
+            f"({error}); collect them with `perplexit igf collect`"
+        ) from None
+    article = np.array([_fingerprint(row) for row in ids], dtype=np.int64)
+    record = {"mode": "unknown", "source": source, "unit": "as found"}
+    return Pairs(ids, article, gains, gains.copy(), record)
+
+
+def _fingerprint(ids: NDArray[np.int32]) -> int:
+    return int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:8], "big") >> 1

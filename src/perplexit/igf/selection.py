@@ -1,0 +1,265 @@
+"""Which candidate contexts a fine-tuning step learns from: one class a method, one interface.
+
+A method that needs no forward pass of the language model says so (`costs_forward_pass`); the
+record of a run counts what each method really read.
+
+Shape suffixes: N = candidates, T = ids of a context.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import UsageError
+from perplexit.igf.learners import Learner
+
+Losses = Callable[[NDArray[np.int32]], NDArray[np.float64]]  # the model's loss of each, in nats
+
+METHODS = (
+    "standard",
+    "igf-constant",
+    "igf-shifting",
+    "igf-quantile",
+    "random-skip",
+    "high-loss",
+    "perplexity-band",
+)
+
+
+class Threshold(Protocol):
+    """The least predicted gain (a z-score) that is accepted at a step, counted from 0."""
+
+    def at(self, step: int) -> float:
+        """The threshold at this step."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """The threshold's parameters."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantThreshold:
+    """The same at every step."""
+
+    value: float = 1.0
+
+    def at(self, step: int) -> float:
+        """See Threshold."""
+        return self.value
+
+    def to_json(self) -> dict[str, Any]:
+        """See Threshold."""
+        return {"threshold": "constant", "value": self.value}
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftingThreshold:
+    """`first` for `steps` steps, `then` from there on: the paper's +1, then -1 after 10."""
+
+    first: float = 1.0
+    then: float = -1.0
+    steps: int = 10
+
+    def at(self, step: int) -> float:
+        """See Threshold."""
+        return self.first if step < self.steps else self.then
+
+    def to_json(self) -> dict[str, Any]:
+        """See Threshold."""
+        return {
+            "threshold": "shifting",
+            "first": self.first,
+            "then": self.then,
+            "steps": self.steps,
+        }
+
+
+def quantile_threshold(predicted_N: NDArray[np.float64], share: float) -> ConstantThreshold:
+    """The threshold that accepts the best `share` of contexts like those predicted here.
+
+    Predictions shrink towards the mean, so +1 accepts few and -1 rejects almost none; a quantile
+    of the predictions themselves accepts what it says.
+    """
+    check_share(share)
+    return ConstantThreshold(float(np.quantile(predicted_N, 1 - share)))
+
+
+def check_share(share: float) -> None:
+    """Raise UsageError unless 0 < share <= 1."""
+    if not 0 < share <= 1:
+        raise UsageError(f"expected a share of contexts to accept in (0, 1], got {share}")
+
+
+class Selection(Protocol):
+    """Decides on candidates. `scores` is asked once a candidate, `accepts` at the step of use."""
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        ...
+
+    @property
+    def costs_forward_pass(self) -> bool:
+        """Whether `scores` asks the language model."""
+        ...
+
+    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
+        """A number a candidate; they are candidates `start …` of the stream."""
+        ...
+
+    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
+        """Which of them step `step` takes."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Standard fine-tuning: every candidate is taken."""
+
+    name: str = "standard"
+    costs_forward_pass: bool = False
+
+    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
+        """See Selection."""
+        return np.zeros(len(ids_NT))
+
+    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
+        """See Selection."""
+        return np.ones(len(scores_N), dtype=np.bool_)
+
+    def to_json(self) -> dict[str, Any]:
+        """See Selection."""
+        return {"name": self.name}
+
+
+@dataclass(frozen=True)
+class InformationGain:
+    """Takes what is predicted at or above the threshold, before any forward pass."""
+
+    learner: Learner
+    threshold: Threshold = field(default_factory=ShiftingThreshold)
+    name: str = "igf-shifting"
+    costs_forward_pass: bool = False
+
+    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
+        """See Selection."""
+        return self.learner.predict(ids_NT)
+
+    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
+        """See Selection."""
+        accepted: NDArray[np.bool_] = scores_N >= self.threshold.at(step)
+        return accepted
+
+    def to_json(self) -> dict[str, Any]:
+        """See Selection."""
+        return {"name": self.name, "learner": self.learner.kind, **self.threshold.to_json()}
+
+
+@dataclass(frozen=True)
+class RandomSkip:
+    """Takes a candidate with probability `share`: what skipping alone does."""
+
+    share: float = 0.25
+    seed: int = 0
+    name: str = "random-skip"
+    costs_forward_pass: bool = False
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+
+    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
+        """See Selection."""
+        numbers = range(start, start + len(ids_NT))
+        return np.array([np.random.default_rng([self.seed, 1, i]).random() for i in numbers])
+
+    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
+        """See Selection."""
+        accepted: NDArray[np.bool_] = scores_N < self.share
+        return accepted
+
+    def to_json(self) -> dict[str, Any]:
+        """See Selection."""
+        return {"name": self.name, "share": self.share}
+
+
+@dataclass(frozen=True)
+class LossBand:
+    """Takes candidates whose loss under the model being tuned lies between two bounds, in nats.
+
+    `high-loss` has no upper bound; `perplexity-band` keeps the middle. Costs a forward pass a
+    candidate.
+    """
+
+    low: float
+    high: float = float("inf")
+    name: str = "high-loss"
+    costs_forward_pass: bool = True
+
+    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
+        """See Selection."""
+        return losses(ids_NT)
+
+    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
+        """See Selection."""
+        accepted: NDArray[np.bool_] = (scores_N >= self.low) & (scores_N <= self.high)
+        return accepted
+
+    def to_json(self) -> dict[str, Any]:
+        """See Selection."""
+        return {
+            "name": self.name,
+            "low_nats": self.low,
+            "high_nats": self.high if np.isfinite(self.high) else None,
+        }
+
+
+def selection_named(  # noqa: PLR0911 - one return a method
+    name: str,
+    *,
+    learner: Learner | None = None,
+    calibration_NT: NDArray[np.int32] | None = None,
+    calibration_losses: Callable[[], NDArray[np.float64]] | None = None,
+    share: float = 0.25,
+    constant: float = 1.0,
+    seed: int = 0,
+) -> Selection:
+    """One of METHODS. `share`: how many candidates the quantile, random and loss methods accept.
+
+    calibration_NT: contexts like the candidates, from which quantiles are taken;
+    calibration_losses: gives the untouched model's losses on them (asked for only where needed).
+    Raises UsageError where the method lacks what it needs.
+    """
+    if name == "standard":
+        return Everything()
+    if name == "random-skip":
+        return RandomSkip(share, seed)
+    if name in ("high-loss", "perplexity-band"):
+        if calibration_losses is None:
+            raise UsageError(f"expected losses to calibrate {name} with, got none")
+        found = calibration_losses()
+        check_share(share)
+        if name == "high-loss":
+            return LossBand(float(np.quantile(found, 1 - share)))
+        low, high = np.quantile(found, [0.5 - share / 2, 0.5 + share / 2])
+        return LossBand(float(low), float(high), name)
+    if name not in METHODS:
+        raise UsageError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
+    if learner is None:
+        raise UsageError(f"expected a secondary learner for {name}; train one first")
+    if name == "igf-constant":
+        return InformationGain(learner, ConstantThreshold(constant), name)
+    if name == "igf-shifting":
+        return InformationGain(learner, ShiftingThreshold(first=constant), name)
+    if calibration_NT is None:
+        raise UsageError("expected contexts to calibrate the quantile with, got none")
+    return InformationGain(
+        learner, quantile_threshold(learner.predict(calibration_NT), share), name
+    )

@@ -1,0 +1,88 @@
+"""Tensors and one JSON record in a safetensors file: what IGF keeps, and never a pickle.
+
+The record is one metadata entry in canonical JSON, so equal content gives equal bytes.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from perplexit.errors import PerplexitError, UsageError
+from perplexit.files import write_atomically
+
+PICKLE_SUFFIXES = (".jbl", ".joblib", ".pkl", ".pickle", ".pt", ".bin")
+_RECORD = "perplexit"
+
+
+class StoredFileError(PerplexitError):
+    """A file of IGF's that is missing, damaged, or holds something else."""
+
+
+def tensor_path(path: str | Path) -> Path:
+    """The path, or for a pickle's name (`.jbl`, `.pt`, …) the `.safetensors` in its place."""
+    path = Path(path)
+    return path.with_suffix(".safetensors") if path.suffix in PICKLE_SUFFIXES else path
+
+
+def write_stored(
+    path: str | Path, kind: str, tensors: Mapping[str, NDArray[Any]], record: Mapping[str, Any]
+) -> Path:
+    """Write tensors and record in one step; returns the path written (see `tensor_path`)."""
+    path = tensor_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = json.dumps(
+        {"kind": kind, "version": 1, **record}, sort_keys=True, ensure_ascii=False, allow_nan=False
+    )
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    write_atomically(path, lambda p: save_file(arrays, p, metadata={_RECORD: document}))
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a text file in place in one step."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def read_stored(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """The tensors and the record that `write_stored` wrote.
+
+    Raises StoredFileError where the file is missing, damaged or of another kind.
+    """
+    path = tensor_path(path)
+    if not path.is_file():
+        raise StoredFileError(f"expected {kind} in {path}, but there is no such file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        record = json.loads(metadata[_RECORD])
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise StoredFileError(
+            f"expected {kind} written by Perplexit in {path}, but it cannot be read ({error}); "
+            "make it again"
+        ) from None
+    if record.get("kind") != kind or record.get("version") != 1:
+        raise StoredFileError(
+            f"expected {kind} of version 1 in {path}, got {record.get('kind')!r} of version "
+            f"{record.get('version')!r}; name another file, or make it again"
+        )
+    return tensors, record
+
+
+def refuse_pickle(path: Path) -> UsageError:
+    """The error for a pickle that nobody allowed."""
+    return UsageError(
+        f"expected text or a .safetensors file, got {path}, a pickle, which can run any program "
+        "when it is read; if you trust where it comes from, allow it by name with --allow-pickle "
+        "(allow_pickle=True): then arrays and numbers are read, and nothing else"
+    )
