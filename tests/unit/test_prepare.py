@@ -145,13 +145,20 @@ def test_only_the_answers_tokens_are_scored(tokenizer):
 
 def test_a_token_that_holds_a_byte_of_the_answer_is_scored(tokenizer):
     """Prompt and answer are tokenised jointly, so a token may straddle their border."""
-    row = {"prompt": "The quick br", "text": "own fox"}
-    tokens = prepare([row], tokenizer=tokenizer, prompt_key="prompt")
-    whole = prepare(["The quick brown fox"], tokenizer=tokenizer)
-    assert tokens.token_ids.tolist() == whole.token_ids.tolist()
-    assert b"".join(target_bytes(tokens)).endswith(b"own fox")
-    straddling = [piece for piece in target_bytes(whole) if b"brown"[:3] in piece]
-    assert not straddling or straddling[0] in target_bytes(tokens)
+    whole = prepare([TEXT], tokenizer=tokenizer)
+    starts = whole.byte_starts.tolist()
+    straddled = [t for t in range(2, 40) if starts[t + 1] - starts[t] >= 2]
+    assert len(straddled) > 5
+    for token in straddled:
+        border = starts[token] + 1
+        row = {"prompt": TEXT[:border], "text": TEXT[border:]}
+        tokens = prepare([row], tokenizer=tokenizer, prompt_key="prompt")
+        assert tokens.token_ids.tolist() == whole.token_ids.tolist()
+        assert b"".join(target_bytes(tokens)).decode() == TEXT[starts[token] :]
+        # a border between two tokens leaves the one before it out
+        row = {"prompt": TEXT[: starts[token]], "text": TEXT[starts[token] :]}
+        tokens = prepare([row], tokenizer=tokenizer, prompt_key="prompt")
+        assert b"".join(target_bytes(tokens)).decode() == TEXT[starts[token] :]
 
 
 @pytest.mark.trap(40)
