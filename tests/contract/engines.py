@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from perplexit.sessions.base import InferenceSession
 from perplexit.sessions.pytorch import PytorchInferenceSession
+from tests.contract import without_weights
 
 TINY = ("llama", "gpt2", "gemma2", "cohere", "granite")
 
@@ -25,12 +26,16 @@ class Engine:
 
     tolerance: largest difference in nats a token from the float64 oracle of the same weights.
     batch_tolerance: the same between two batches.
+    oracle: what the oracle asks.
+    knows_weights: whether the session can see the model's size, vocabulary and precision.
     """
 
     open: Callable[[Path], InferenceSession]
     models: tuple[str, ...] = TINY
     tolerance: float = 2e-5
     batch_tolerance: float = 1e-5
+    oracle: Callable[[Path], torch.nn.Module] = AutoModelForCausalLM.from_pretrained
+    knows_weights: bool = True
 
 
 def _whole_forward(folder: Path) -> InferenceSession:
@@ -100,6 +105,14 @@ ENGINES = {
     "llamacpp-gelu-table": Engine(_llamacpp, models=("gpt2",), tolerance=5e-3),
     "onnx": Engine(_onnx()),
     "onnx-logits": Engine(_onnx(perplexity=False)),
-    "onnx-fixed-shapes": Engine(_onnx(batch_size=3, max_length=64), models=("llama", "gpt2")),
+    "onnx-fixed-shapes": Engine(_onnx(batch_size=3, max_length=128), models=("llama", "gpt2")),
+    "completions": Engine(without_weights.completions, models=("llama",), knows_weights=False),
+    "ngram": Engine(
+        without_weights.ngram,
+        models=("llama",),
+        oracle=without_weights.bigram_model,
+        knows_weights=False,
+    ),
+    "recorded": Engine(without_weights.recorded, models=("llama",), knows_weights=False),
     "pytorch-no-mask": Engine(_bare, models=("llama", "gemma2")),
 }
