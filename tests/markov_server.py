@@ -53,11 +53,15 @@ class MarkovServer:
     seen: set[tuple[int, ...]] = field(default_factory=set)
     logprobs: np.ndarray = field(default_factory=chain)
 
+    def row(self, ids: list[int]) -> np.ndarray:
+        """log p(next | ids), float64 [V]."""
+        return self.logprobs[ids[-1]]
+
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         ids = [int(index) for index in body["prompt"]]
         fault = self.fault if len(self.requests) > self.fault_after else None
         choice: dict[str, Any] = {"index": 0, "text": TEXTS[0], "finish_reason": "length"}
-        following = self.logprobs[ids[-1]]
+        following = self.row(ids)
         best = np.argsort(-following)[:5]
         generated = {TEXTS[index]: float(following[index]) for index in best}
         wants_prompt = "prompt_logprobs" in body and "prompt_logprobs" in self.styles

@@ -28,6 +28,7 @@ class Engine:
     batch_tolerance: the same between two batches.
     oracle: what the oracle asks.
     knows_weights: whether the session can see the model's size, vocabulary and precision.
+    sees_far: whether a prediction depends on every id before it.
     """
 
     open: Callable[[Path], InferenceSession]
@@ -36,6 +37,7 @@ class Engine:
     batch_tolerance: float = 1e-5
     oracle: Callable[[Path], torch.nn.Module] = AutoModelForCausalLM.from_pretrained
     knows_weights: bool = True
+    sees_far: bool = True
 
 
 def _whole_forward(folder: Path) -> InferenceSession:
@@ -112,6 +114,7 @@ ENGINES = {
         models=("llama",),
         oracle=without_weights.bigram_model,
         knows_weights=False,
+        sees_far=False,
     ),
     "recorded": Engine(without_weights.recorded, models=("llama",), knows_weights=False),
     "pytorch-no-mask": Engine(_bare, models=("llama", "gemma2")),

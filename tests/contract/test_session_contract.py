@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from perplexit.errors import VocabularyError
 from perplexit.sessions.base import DetailedSession, InferenceSession
@@ -30,7 +29,7 @@ def opened(request: pytest.FixtureRequest) -> Iterator[Opened]:
     folder = request.getfixturevalue(f"tiny_{model_name}_dir")
     engine = ENGINES[engine_name]
     session = engine.open(folder)
-    yield Opened(session, engine, AutoModelForCausalLM.from_pretrained(folder).eval())
+    yield Opened(session, engine, engine.oracle(folder).eval())
     session.close()
 
 
@@ -154,7 +153,8 @@ def test_another_first_id_changes_the_predictions(opened):
     changed_T[0] = (changed_T[0] + 1) % VOCAB_SIZE
     changed = type(window)(window.index, changed_T, window.targets_N)
     before, after = (opened.session.token_nll([w])[0] for w in (window, changed))
-    assert (np.abs(before - after) > 1e-4).sum() > len(before) // 2
+    num_changed = (np.abs(before - after) > 1e-4).sum()
+    assert num_changed > len(before) // 2 if opened.engine.sees_far else num_changed == 1
 
 
 def test_windows_without_targets_give_empty_results_in_their_place(opened):
@@ -177,6 +177,8 @@ def test_details_of_a_window_without_targets_are_empty(opened):
 @pytest.mark.parametrize("bad_id", [VOCAB_SIZE, 2**31 - 1, -1])
 def test_an_id_without_a_row_is_refused_before_anything_runs(opened, bad_id):
     """Trap 18: a tokenizer with more ids than the model has rows."""
+    if not opened.engine.knows_weights:
+        pytest.skip("the session cannot see the vocabulary")
     window = random_window(10, 6, VOCAB_SIZE)
     window.ids_T[3] = bad_id
     with pytest.raises(VocabularyError, match="vocabulary"):
@@ -193,14 +195,16 @@ def test_the_inputs_are_left_as_they_were(opened):
 
 def test_it_says_whose_numbers_these_are_and_under_which_conditions(opened):
     model, description = opened.session.model, opened.session.description
-    assert model.vocab_size == VOCAB_SIZE
-    assert model.num_parameters == sum(p.numel() for p in opened.oracle.parameters())
+    if opened.engine.knows_weights:
+        assert model.vocab_size == VOCAB_SIZE
+        assert model.num_parameters == sum(p.numel() for p in opened.oracle.parameters())
+        assert description.dtype == "float32"
     assert len(model.weights_fingerprint) == 64
     assert model.address
     assert model.architecture
     assert description.engine
     assert description.version
-    assert description.dtype == "float32"
+    assert description.dtype
     assert description.device
     assert description.threads is None or description.threads >= 1
     assert opened.session.max_batch_size(64) >= 1

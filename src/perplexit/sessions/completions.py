@@ -63,8 +63,9 @@ class CompletionsInferenceSession:
             address=f"completions:{self._client.base_url}#{self._client.model}",
             architecture="unknown (served)",
             num_parameters=0,
-            weights_fingerprint="served-"
-            + hashlib.sha256(json.dumps(served, sort_keys=True).encode()).hexdigest(),
+            weights_fingerprint=hashlib.sha256(
+                json.dumps(served, sort_keys=True).encode()
+            ).hexdigest(),
             vocab_size=_ANY_ID,
             max_length=int(max_length) if max_length else None,
         )
@@ -95,8 +96,7 @@ class CompletionsInferenceSession:
 
     def max_batch_size(self, window_length: int) -> int:
         """As many windows as keep the allowed requests under way."""
-        del window_length
-        return 4 * self._concurrency
+        return max(1, min(4 * self._concurrency, (1 << 20) // max(1, window_length)))
 
     def close(self) -> None:
         """Close the connections."""

@@ -5,6 +5,7 @@ A session gets ids, and an n-gram model knows words. The word of an id is line `
 model trained on exported id lines (`perplexit prepare --export-ids`) has.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -50,14 +51,11 @@ class NgramInferenceSession:
         self._words, vocabulary_file = _vocabulary(file)
         self._has_unknown = self._kenlm.score("\x00", bos=False, eos=False) > _NO_UNKNOWN
         self.num_unknown = 0
-        digest = weights_fingerprint(file)
-        if vocabulary_file is not None:
-            digest = f"{digest}+{weights_fingerprint(vocabulary_file)}"
         self.model = ModelDescription(
             address=address or f"ngram:{file}",
             architecture=f"{self._kenlm.order}-gram",
             num_parameters=_num_ngrams(file),
-            weights_fingerprint=digest,
+            weights_fingerprint=_fingerprint(file, vocabulary_file),
             vocab_size=_ANY_ID if self._words is None else len(self._words),
         )
         self.description = SessionDescription(
@@ -161,6 +159,14 @@ def _check_words(words: tuple[str, ...], file: Path) -> None:
                 f"expected one word without blanks on each line of {file}, got {word!r} on line "
                 f"{index + 1}; write blanks inside a token as the model's training text did"
             )
+
+
+def _fingerprint(file: Path, vocabulary_file: Path | None) -> str:
+    """The model file's SHA-256; with a vocabulary, which decides what is looked up, of both."""
+    if vocabulary_file is None:
+        return weights_fingerprint(file)
+    both = weights_fingerprint(file) + weights_fingerprint(vocabulary_file)
+    return hashlib.sha256(both.encode()).hexdigest()
 
 
 def _num_ngrams(file: Path) -> int:

@@ -72,7 +72,7 @@ class RecordedInferenceSession:
             address=address or f"recorded:{self._path}",
             architecture=str(model.get("architecture", "unknown")),
             num_parameters=int(model.get("num_parameters", 0)),
-            weights_fingerprint=str(model.get("weights_fingerprint", f"recording-{digest}")),
+            weights_fingerprint=str(model.get("weights_fingerprint", digest)),
             vocab_size=int(model.get("vocab_size", _ANY_ID)),
             max_length=model.get("max_length"),
         )
