@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 _ASCII_SPACE = np.zeros(256, dtype=np.bool_)
 _ASCII_SPACE[[9, 10, 11, 12, 13, 28, 29, 30, 31, 32]] = True
@@ -48,7 +48,7 @@ class EncodedBatch:
     def of(
         cls,
         ids: NDArray[np.int32],
-        ids_per_document: Sequence[int],
+        ids_per_document: ArrayLike,
         bytes_per_token: NDArray[np.int64],
         texts_utf8: Sequence[bytes],
     ) -> "EncodedBatch":
@@ -61,9 +61,7 @@ class EncodedBatch:
         return cls(ids, document_starts, byte_starts, np.diff(before[byte_starts]), text_bytes)
 
     @classmethod
-    def without_text(
-        cls, ids: NDArray[np.int32], ids_per_document: Sequence[int]
-    ) -> "EncodedBatch":
+    def without_text(cls, ids: NDArray[np.int32], ids_per_document: ArrayLike) -> "EncodedBatch":
         """Documents of which only the ids are known: no bytes, no words."""
         document_starts = _starts(np.asarray(ids_per_document, dtype=np.int64))
         nothing = np.zeros(len(ids) + 1, dtype=np.int64)

@@ -6,7 +6,7 @@ transformers would), and counted.
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from perplexit.inputs.tokenizer_sources import load_tokenizer
 
 _LONG_TEXT = 64  # characters that no honest vocabulary turns into next to nothing
 _NEARLY_ALL = 0.9
+_NUM_PROBES = 8
+_PROBE_CHARACTERS = 500
 
 
 class Tokenizer:
@@ -41,7 +43,7 @@ class Tokenizer:
         self._own_length_V = lengths.copy()
         if loaded.backend.unknown_id is not None:
             self._own_length_V[loaded.backend.unknown_id] = -1  # it spells its name, not the text
-        self._spells_text = True
+        self._spells_text: bool | None = None  # found out on the first texts
 
     def __repr__(self) -> str:
         return (
@@ -59,34 +61,36 @@ class Tokenizer:
         """
         utf8 = [_utf8(text, first_document + index) for index, text in enumerate(texts)]
         spans: list[Spans] | None = None
-        if self._spells_text:
+        if self._spells(texts):
             ids = self._backend.encode_ids(texts)
         else:
             spans = self._backend.encode_spans(texts)
             ids = [entry[0] for entry in spans]
         flat = np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids)))
+        bounds = list(accumulate(map(len, ids), initial=0))
         lengths = self._spelled_length_V[flat]
-        num_misspelled = 0
-        stop = 0
+        misspelled: list[int] = []
         for index, text in enumerate(texts):
-            start, stop = stop, stop + len(ids[index])
             spelled = b"".join(map(self._spelled.__getitem__, ids[index]))
             if spelled == utf8[index]:
                 continue
-            if spelled == b" " + utf8[index] and lengths[start]:
-                lengths[start] -= 1  # the blank that the tokenizer put in front is no text
-                continue
-            num_misspelled += 1
-            self._check_sense(text, ids[index], first_document + index)
-            if start == stop:
-                utf8[index] = b""  # a blank text without tokens: nothing holds its bytes
-                continue
-            span = spans[index] if spans else self._backend.encode_spans([text])[0]
-            own_lengths = self._own_length_V[flat[start:stop]]
-            lengths[start:stop] = bytes_from_spans(text, span[1], span[2], own_lengths)
-        # Offsets cost time; where most documents need them, ask for them at once from here on.
-        self._spells_text = num_misspelled * 2 <= len(texts)
-        return EncodedBatch.of(flat, [len(entry) for entry in ids], lengths, utf8)
+            if spelled == b" " + utf8[index] and lengths[bounds[index]]:
+                lengths[bounds[index]] -= 1  # the tokenizer put a blank in front, which is no text
+            elif ids[index]:
+                self._check_sense(text, ids[index], first_document + index)
+                misspelled.append(index)
+            else:
+                _check_blank(text, first_document + index)
+                utf8[index] = b""  # without tokens nothing holds its bytes
+        if misspelled and spans is None:
+            asked = self._backend.encode_spans([texts[index] for index in misspelled])
+        else:
+            asked = [] if spans is None else [spans[index] for index in misspelled]
+        for index, (_, begins, ends) in zip(misspelled, asked, strict=True):
+            part = slice(bounds[index], bounds[index + 1])
+            own_lengths = self._own_length_V[flat[part]]
+            lengths[part] = bytes_from_spans(texts[index], begins, ends, own_lengths)
+        return EncodedBatch.of(flat, np.diff(bounds), lengths, utf8)
 
     def num_special(self, ids: NDArray[np.int32]) -> int:
         """How many of `ids` are special tokens."""
@@ -103,27 +107,40 @@ class Tokenizer:
             "added_suffix": list(self.added_suffix),
         }
 
+    def _spells(self, texts: Sequence[str]) -> bool:
+        """Whether this vocabulary mostly spells text as it is, so that offsets can be spared.
+
+        It decides the time that a batch takes, never its result.
+        """
+        if self._spells_text is None and texts:
+            probes = [text[:_PROBE_CHARACTERS] for text in texts[:_NUM_PROBES]]
+            hits = 0
+            for text, ids in zip(probes, self._backend.encode_ids(probes), strict=True):
+                spelled = b"".join(map(self._spelled.__getitem__, ids))
+                hits += spelled.removeprefix(b" ") == text.encode().removeprefix(b" ")
+            self._spells_text = hits * 2 >= len(probes)
+        return bool(self._spells_text)
+
     def _check_sense(self, text: str, ids: list[int], document: int) -> None:
-        """Raise TokenizerError where the ids cannot stand for the text."""
-        if not ids:
-            if text.strip():
-                raise TokenizerError(
-                    f"The tokenizer returned no tokens for document {document}, which has "
-                    f"{len(text)} characters. {_REMEDY}"
-                )
-            return
+        """Raise TokenizerError where a long text became next to nothing."""
         if len(text) <= _LONG_TEXT:
             return
-        unknown = ids.count(-1 if self._unknown_id is None else self._unknown_id)
+        unknown_id = self._backend.unknown_id
+        unknown = 0 if unknown_id is None else ids.count(unknown_id)
         if len(ids) == 1 or unknown > _NEARLY_ALL * len(ids):
             raise TokenizerError(
                 f"The tokenizer turned the {len(text)} characters of document {document} into "
                 f"{len(ids)} tokens, {unknown} of them unknown. {_REMEDY}"
             )
 
-    @property
-    def _unknown_id(self) -> int | None:
-        return self._backend.unknown_id
+
+def _check_blank(text: str, document: int) -> None:
+    """Raise TokenizerError for a text without tokens that is more than blanks."""
+    if text.strip():
+        raise TokenizerError(
+            f"The tokenizer returned no tokens for document {document}, which has {len(text)} "
+            f"characters. {_REMEDY}"
+        )
 
 
 _REMEDY = (

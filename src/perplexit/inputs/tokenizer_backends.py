@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -200,11 +201,10 @@ class SentencePieceBackend:
 
     def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
         """The ids of each text, and the characters that each token covers."""
-        return [self._spans(text) for text in texts]
+        return [self._spans(ids, offsets) for ids, offsets in self._offsets(list(texts))]
 
-    def _spans(self, text: str) -> Spans:
-        ids, offsets = self._offsets(text)
-        span = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    def _spans(self, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Spans:
+        span = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
         begin, end = span[:, 0].copy(), span[:, 1].copy()
         # a run of byte pieces has its characters on the last piece alone: give all the whole run
         is_byte = self._is_byte[np.array(ids, dtype=np.int64)]
@@ -213,18 +213,15 @@ class SentencePieceBackend:
             begin[start:stop], end[start:stop] = begin[start], end[stop - 1]
         return ids, begin, end
 
-    def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        plain = {"add_bos": False, "add_eos": False}
         try:
-            mapping = self._processor.encode(
-                text, return_type="offset_mapping", add_bos=False, add_eos=False
-            )
+            mappings = self._processor.encode(texts, return_type="offset_mapping", **plain)
         except TypeError:  # sentencepiece before 0.2.2 has another name for it
-            proto = self._processor.encode(
-                text, out_type="immutable_proto", add_bos=False, add_eos=False
-            )
-            pieces = list(proto.pieces)
-            return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
-        return mapping["ids"], mapping["offsets"]
+            protos = self._processor.encode(texts, out_type="immutable_proto", **plain)
+            pieces = [list(proto.pieces) for proto in protos]
+            return [([p.id for p in row], [(p.begin, p.end) for p in row]) for row in pieces]
+        return [(mapping["ids"], mapping["offsets"]) for mapping in mappings]
 
 
 def _set_values(value: Any) -> Any:
@@ -236,5 +233,6 @@ def _set_values(value: Any) -> Any:
 
 
 def _spans_of(encoding: tokenizers.Encoding) -> Spans:
-    span = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    return encoding.ids, span[:, 0], span[:, 1]
+    ids = encoding.ids
+    span = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+    return ids, span[:, 0], span[:, 1]
