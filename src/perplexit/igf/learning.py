@@ -266,7 +266,7 @@ class NetworkFit:
             loss = nn.functional.mse_loss(self._network(ids_NT[rows])[:, 0], z_N[rows])
             torch.autograd.backward(loss)
             self._optimizer.step()
-            total += float(loss) * len(rows)
+            total += float(loss.detach()) * len(rows)
         return total / max(1, len(order))
 
     def _mse(self, ids_NT: Tensor, z_N: Tensor) -> float:
