@@ -329,8 +329,8 @@ def test_batches_shrink_with_the_window_and_never_below_one(tiny_llama_dir):
 
 
 _PEAK_SCRIPT = """
-import resource, sys
-import numpy as np, torch
+import re
+import numpy as np, psutil
 from transformers import LlamaConfig, LlamaForCausalLM
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch import PytorchInferenceSession
@@ -340,17 +340,18 @@ config = LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=64, num_hid
                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
 session = PytorchInferenceSession(LlamaForCausalLM(config), threads=1)
 ids = np.random.default_rng(0).integers(0, V, T).astype(np.int32)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew at what is held now
+before = psutil.Process().memory_info().rss
 window = WindowIds(0, ids, np.arange(1, T))
 details = session.token_details([window], top_k=5)[0]
 assert len(details.nll_N) == T - 1 and np.isfinite(details.nll_N).all()
-print(session.description.settings["head"], peak() - before)
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+print(session.description.settings["head"], peak - before)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_peak_memory_does_not_grow_with_vocabulary_times_window():
     """At 256k vocabulary and a 2048 window: at most a fifth of what float32 logits would take."""
     result = subprocess.run(
@@ -358,7 +359,8 @@ def test_peak_memory_does_not_grow_with_vocabulary_times_window():
     )
     *kind, grown_bytes = result.stdout.split()
     assert " ".join(kind) == "chunked (linear)"
-    assert int(grown_bytes) <= 2048 * 256_000 * 4 / 5
+    # At least the one chunk of logits that is made: a figure below it would be no measurement.
+    assert 2**25 < int(grown_bytes) <= 2048 * 256_000 * 4 / 5
 
 
 @pytest.mark.real_model
