@@ -22,6 +22,7 @@ _HOME_OF = {
     "export_tokens": "perplexit.runs.verification",
     "export_words": "perplexit.runs.words",
     "surprisal_of_words": "perplexit.runs.words",
+    "write_report": "perplexit.report",
     "export_id_lines": "perplexit.inputs.id_lines",
     "import_id_lines": "perplexit.inputs.id_lines",
     "compile": "perplexit.compilation.compile_model",

@@ -8,6 +8,7 @@ from perplexit.inputs.id_lines import export_id_lines as export_id_lines
 from perplexit.inputs.id_lines import import_id_lines as import_id_lines
 from perplexit.inputs.prepare import prepare as prepare
 from perplexit.inputs.token_file import TokenFile as TokenFile
+from perplexit.report import write_report as write_report
 from perplexit.resources.memory import MemoryTracker as MemoryTracker
 from perplexit.resources.timer import Timer as Timer
 from perplexit.runs.run import Run as Run

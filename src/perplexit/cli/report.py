@@ -1,0 +1,70 @@
+"""`perplexit report`: runs over one input → one HTML file that needs nothing else."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perplexit as px
+from perplexit.cli.group import examples
+from perplexit.cli.output import print_json, stdout_kept_clean, tell
+
+EXAMPLES = examples(
+    "perplexit report runs/fp32 runs/bf16 -o report.html",
+    "perplexit report runs/fp32 runs/q4 --label 'full precision' --label '4 bits' -o report.html",
+)
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="Folders of runs over one input; the first is the reference."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The HTML file to write.")
+    ],
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="A run's name in the report; once for each run, in their order."),
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="INPUT",
+            help="The runs' input, where it is not at its place any more.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Spells the alternatives, where the models' folders are not at hand."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Coverage of the intervals, in (0, 1).")] = 0.95,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, help="How many tokens of text the page holds.")
+    ] = 100_000,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Write a report: the verdict, figures with intervals, charts, and the text by surprise.
+
+    One self-contained file without network. Runs over different inputs are refused, with what
+    differs.
+    """
+    with stdout_kept_clean():
+        written = px.write_report(
+            runs,
+            output,
+            labels=label or None,
+            tokens=input_file,
+            tokenizer=tokenizer,
+            confidence=confidence,
+            max_tokens=max_tokens,
+        )
+    tell(written.headline)
+    tell(f"The report is in {output} ({written.num_bytes / 1e6:.1f} MB)")
+    if json:
+        print_json(written.to_json())

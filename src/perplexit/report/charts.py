@@ -1,0 +1,275 @@
+"""Rows → charts as inline SVG, drawn by Vega-Lite when the report is written.
+
+The drawings carry no script and no size of their own, take their colours from the page's style
+sheet (so that they follow light and dark), and have a label for each mark for screen readers.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perplexit.report.distributions import Row
+from perplexit.report.extra import loaded
+
+VEGA_LITE = "5.21"
+WIDTH = 400
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+DASHES = [[1, 0], [5, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 2, 1, 2], [1, 3], [12, 3]]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "stroke", "wedge"]
+
+Spec = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A drawing with what it shows (`title`), how to read it (`caption`), and its figures."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def drawn(spec: Spec) -> str:
+    """A Vega-Lite chart as an SVG element that scales with the page.
+
+    Raises MissingPackageError without the extra `report`.
+    """
+    svg: str = loaded("vl_convert").vegalite_to_svg(
+        {"background": "transparent", "config": _config(), **spec},
+        vl_version=VEGA_LITE,
+        allowed_base_urls=[],  # a drawing fetches nothing
+    )
+    root = re.match(r"<svg[^>]*>", svg)
+    width, height = re.findall(r' (?:width|height)="([\d.]+)"', root[0])[:2] if root else ("", "")
+    opening = f'<svg class="chart" viewBox="0 0 {width} {height}" role="group">'
+    return opening + svg[root.end() :] if root else svg
+
+
+def _config() -> Spec:
+    return {
+        "font": FONT,
+        "view": {"stroke": None},
+        "axis": {
+            "labelColor": "var(--muted)",
+            "titleColor": "var(--muted)",
+            "titleFontWeight": "normal",
+            "titleFontSize": 12,
+            "labelFontSize": 12,
+            "gridColor": "var(--rule)",
+            "domainColor": "var(--line)",
+            "tickColor": "var(--line)",
+            "labelLimit": 150,
+        },
+        "legend": {
+            "labelColor": "var(--ink)",
+            "titleColor": "var(--muted)",
+            "labelFontSize": 12,
+            "symbolStrokeWidth": 2,
+            "orient": "top",
+            "title": None,
+            "labelLimit": 180,
+            "columns": 3,
+        },
+        "text": {"color": "var(--ink)", "fontSize": 12},
+        "rule": {"color": "var(--line)"},
+    }
+
+
+def run_colours(labels: Sequence[str], first: int = 0) -> Spec:
+    """The colour of each run, the same in every chart and in the text."""
+    colours = [f"var(--run{first + index})" for index in range(len(labels))]
+    return {"domain": list(labels), "range": colours}
+
+
+def intervals_chart(
+    rows: Sequence[Row], labels: Sequence[str], *, title: str, mark_at: float | None = None
+) -> str:
+    """A point with its interval for each run, one below the other; `mark_at` draws a line."""
+    first = len(labels) - len({row["run"] for row in rows})
+    shown = list(labels)[first:]
+    x: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}, "title": title}
+    y: Spec = {"field": "run", "type": "nominal", "sort": shown, "title": None}
+    y["axis"] = {"ticks": False, "domain": False, "labelColor": "var(--ink)", "labelPadding": 8}
+    colour = {
+        "field": "run",
+        "type": "nominal",
+        "scale": run_colours(shown, first),
+        "legend": None,
+    }
+    said = {"field": "said", "type": "nominal"}
+    layers: list[Spec] = []
+    if mark_at is not None:
+        line = {"type": "rule", "strokeDash": [4, 3], "color": "var(--muted)", "aria": False}
+        layers.append({"data": {"values": [{"at": mark_at}]}, "mark": line})
+        layers[0]["encoding"] = {"x": {"field": "at", **x}}
+    layers += [
+        {
+            "mark": {"type": "rule", "strokeWidth": 3, "strokeCap": "round", "opacity": 0.55},
+            "transform": [{"filter": "datum.low != null"}],
+            "encoding": {
+                "x": {"field": "low", **x},
+                "x2": {"field": "high"},
+                "y": y,
+                "color": colour,
+                "description": said,
+            },
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
+            "encoding": {"x": {"field": "value", **x}, "y": y, "color": colour}
+            | {"description": said},
+        },
+    ]
+    height = {"step": 34}
+    return drawn({"width": WIDTH, "height": height, "data": {"values": rows}, "layer": layers})
+
+
+def curves_chart(
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    *,
+    x: tuple[str, str],
+    directions: bool = False,
+) -> str:
+    """Share of tokens above x, both axes logarithmic: a line a run, dashed for improvements."""
+    first = len(labels) - len({row["run"] for row in rows} & set(labels))
+    encoding: Spec = {
+        "x": {
+            "field": x[0],
+            "type": "quantitative",
+            "scale": {"type": "log"},
+            "title": x[1],
+            "axis": {"format": "~g", "tickCount": 5},
+        },
+        "y": {
+            "field": "share",
+            "type": "quantitative",
+            "scale": {"type": "log", "domainMax": 1},
+            "title": "share of tokens above",
+            "axis": {"format": "~%", "tickCount": 4},
+        },
+    }
+    encoding |= _by_run(list(labels)[first:], first, dashes=not directions)
+    if directions:
+        encoding["strokeDash"] = {
+            "field": "direction",
+            "type": "nominal",
+            "scale": {"domain": ["worse", "better"], "range": [[1, 0], [4, 3]]},
+        }
+    mark = {"type": "line", "strokeWidth": 2, "interpolate": "monotone"}
+    return drawn(_plot(rows, mark, encoding))
+
+
+def _by_run(labels: Sequence[str], first: int, *, dashes: bool) -> Spec:
+    """Colour (and, where it is free, dash) by run, with a legend where there are several."""
+    legend: Spec | None = {} if len(labels) > 1 else None
+    encoding: Spec = {
+        "color": {
+            "field": "run",
+            "type": "nominal",
+            "scale": run_colours(labels, first),
+            "legend": legend,
+        }
+    }
+    if dashes:
+        encoding["strokeDash"] = {
+            "field": "run",
+            "type": "nominal",
+            "scale": {"domain": list(labels), "range": DASHES[: len(labels)]},
+            "legend": legend,
+        }
+    return encoding
+
+
+def _plot(rows: Sequence[Row], mark: Spec, encoding: Spec) -> Spec:
+    return {
+        "width": WIDTH,
+        "height": 220,
+        "data": {"values": list(rows)},
+        "mark": mark,
+        "encoding": encoding,
+    }
+
+
+def position_chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
+    """Mean loss against the position in the window, a line a run."""
+    encoding: Spec = {
+        "x": {"field": "middle", "type": "quantitative", "title": "position in the window"},
+        "y": {
+            "field": "loss",
+            "type": "quantitative",
+            "title": "mean loss, nats a token",
+            "scale": {"zero": False},
+        },
+    }
+    encoding |= _by_run(labels, 0, dashes=True)
+    mark = {"type": "line", "strokeWidth": 2, "point": {"size": 22, "opacity": 1}}
+    return drawn(_plot(rows, mark, encoding))
+
+
+def agreement_chart(rows: Sequence[Row], labels: Sequence[str], order: Sequence[str]) -> str:
+    """Share with the same first choice against the reference's confidence, with intervals."""
+    shown = list(labels)[1:]
+    x = {
+        "field": "confidence",
+        "type": "ordinal",
+        "sort": list(order),
+        "title": "the reference's probability of its own first choice",
+        "axis": {"labelAngle": 0, "labelOverlap": False, "labelFontSize": 11},
+    }
+    scale = {"zero": False, "domainMax": 1}
+    y = {"type": "quantitative", "scale": scale, "axis": {"format": "~%"}}
+    y["title"] = "same first choice"
+    by_run = _by_run(shown, 1, dashes=False)
+    offset = {"xOffset": {"field": "run", "sort": shown}} if len(shown) > 1 else {}
+    said = {"description": {"field": "said", "type": "nominal"}}
+    common: Spec = {"x": x, **by_run, **offset, **said}
+    layers = [
+        {
+            "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.5, "strokeCap": "round"},
+            "transform": [{"filter": "datum.low != null"}],
+            "encoding": {**common, "y": {"field": "low", **y}, "y2": {"field": "high"}},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
+            "encoding": {**common, "y": {"field": "share", **y}},
+        },
+    ]
+    return drawn({"width": WIDTH, "height": 220, "data": {"values": list(rows)}, "layer": layers})
+
+
+def trade_off_chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
+    """Quality against memory; the size of a point is its speed."""
+    x = {"field": "mebibytes", "type": "quantitative", "title": "peak memory, MiB"}
+    y = {"field": "value", "type": "quantitative", "title": "perplexity"}
+    size = {"field": "speed", "type": "quantitative", "legend": None}
+    encoding: Spec = {
+        "x": {**x, "scale": {"zero": False, "padding": 40}},
+        "y": {**y, "scale": {"zero": False, "padding": 24}},
+    }
+    colour = {
+        "field": "run",
+        "type": "nominal",
+        "scale": run_colours(labels),
+        "legend": None,
+    }
+    layers = [
+        {
+            "mark": {"type": "point", "filled": True, "opacity": 0.85},
+            "encoding": {
+                "size": {**size, "scale": {"range": [60, 500], "zero": True}},
+                "color": colour,
+                "description": {"field": "said", "type": "nominal"},
+            },
+        },
+        {
+            "mark": {"type": "text", "dy": -20, "aria": False},
+            "encoding": {"text": {"field": "short", "type": "nominal"}},
+        },
+    ]
+    plot = {"width": WIDTH, "height": 220, "data": {"values": list(rows)}}
+    return drawn({**plot, "encoding": encoding, "layer": layers})

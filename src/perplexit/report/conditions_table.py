@@ -1,0 +1,96 @@
+"""The conditions of each run as a table, and what a reader must be told about them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from perplexit.report.subject import Subject
+from perplexit.report.wording import DASH, mebibytes
+from perplexit.runs.run import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One condition with its value in each run; `differs` where they are not all alike."""
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def differs(self) -> bool:
+        """Whether the runs were made under different values of it."""
+        return len(set(self.values)) > 1
+
+
+def conditions_of(subject: Subject) -> list[Condition]:
+    """Every condition that a figure depends on."""
+    per_run = [_of(run, subject.confidence) for run in subject.runs]
+    return [Condition(name, tuple(values[name] for values in per_run)) for name in per_run[0]]
+
+
+def notes_of(subject: Subject) -> list[str]:
+    """Warnings of the runs and the comparisons, and why a figure is missing; each once."""
+    notes = []
+    for label, run in zip(subject.labels, subject.runs, strict=True):
+        notes += [f"{label}: {text}" for text in run.warnings]
+        notes += [f"{label}: {name} is missing: {why}" for name, why in run.reasons.items()]
+        if run.num_non_finite:
+            notes.append(
+                f"{label}: {run.num_non_finite} tokens had no finite loss and are left out"
+            )
+    for label, _, comparison in subject.candidates:
+        notes += [f"{label}: {text}" for text in comparison.warnings]
+    return list(dict.fromkeys(notes))
+
+
+def _of(run: Run, confidence: float) -> dict[str, str]:
+    model, session = run.model, run.session
+    seconds = run.seconds
+    protocol = run.input_spec.get("protocol", {})
+    return {
+        "model": str(model.get("address", DASH)),
+        "architecture": str(model.get("architecture", DASH)),
+        "parameters": _count(model.get("num_parameters")),
+        "weights": str(model.get("weights_fingerprint", DASH))[:16],
+        "engine": f"{session.get('engine', DASH)} {session.get('version', '')}".strip(),
+        "dtype": str(session.get("dtype", DASH)),
+        "quantization": _quantization(session.get("quantization")),
+        "device": str(session.get("device", DASH)),
+        "engine settings": _settings(session.get("settings")),
+        "threads": DASH if run.threads is None else str(run.threads),
+        "windows a batch": str(run.batch_plan.get("batch_size", DASH)),
+        "load / score / total": " / ".join(
+            _seconds(seconds.get(name)) for name in ("load", "prefill", "total")
+        ),
+        "peak process memory": mebibytes(run.peak_memory_bytes.get("host_rss")),
+        "peak device memory": mebibytes(run.peak_memory_bytes.get("torch_device")),
+        "protocol": run.protocol,
+        "windows": ", ".join(f"{k} {v}" for k, v in protocol.items() if k != "name"),
+        "interval": f"{100 * confidence:g} %, {run.num_clusters} clusters ({run.interval_method})",
+        "tokens scored": f"{run.num_tokens or 0:,} in {run.num_windows:,} windows",
+        "text": run.text_fingerprint[:16] or DASH,
+        "tokenizer": run.tokenizer_fingerprint[:16],
+        "input": run.input_fingerprint[:16],
+        "made": run.created,
+        "Perplexit": run.perplexit_version,
+    }
+
+
+def _count(number: Any) -> str:
+    return f"{number:,}" if isinstance(number, int) else DASH
+
+
+def _seconds(value: float | None) -> str:
+    return DASH if value is None else f"{value:.1f} s"
+
+
+def _quantization(entry: Any) -> str:
+    if not entry:
+        return "none"
+    return (
+        f"{entry.get('name')} by {entry.get('library')}: {entry.get('num_modules')} modules, "
+        f"{float(entry.get('effective_bits', 0)):.2f} bits a parameter"
+    )
+
+
+def _settings(settings: Any) -> str:
+    return ", ".join(f"{k}={v}" for k, v in (settings or {}).items()) or DASH

@@ -1,0 +1,169 @@
+"""The page: figures, charts and token data in the template, with everything escaped.
+
+Tokens are data. They reach the page as text that Jinja escapes, or inside a JSON block in which no
+character can end a script element; a content security policy lets only the page's own script and
+style run, by their hashes, and lets nothing be fetched.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from perplexit import __version__
+from perplexit.comparison import ChangedToken
+from perplexit.report.charts import Chart
+from perplexit.report.conditions_table import conditions_of, notes_of
+from perplexit.report.extra import loaded
+from perplexit.report.subject import Subject, peak_bytes_of, precision_of
+from perplexit.report.wording import DASH, Finding, figure, headline, interval, mebibytes, ratio_of
+
+SCRIPTS = ("columns.js", "tokens.js", "details.js", "list.js", "page.js")
+_ESCAPES = {
+    "<": "\\u003c",
+    ">": "\\u003e",
+    "&": "\\u0026",
+    "\u2028": "\\u2028",
+    "\u2029": "\\u2029",
+}
+_SIGNS = {"worse": "▲", "better": "▼", "not distinguishable": "="}  # not by colour alone
+
+
+def page_of(
+    subject: Subject, charts: Sequence[Chart], data: dict[str, Any], findings: Sequence[Finding]
+) -> str:
+    """The whole HTML document."""
+    jinja = loaded("jinja2")
+    markup = loaded("markupsafe").Markup
+    style = asset("report.css")
+    script = "\n".join(asset(name) for name in SCRIPTS)
+    environment = jinja.Environment(
+        autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    rendered: str = environment.from_string(asset("report.html.j2")).render(
+        policy=policy_of(script, style),
+        style=markup(style),
+        script=markup(script),
+        data=markup(json_block(data)),
+        headline=headline(subject),
+        findings=findings,
+        signs=_SIGNS,
+        facts=_facts(subject),
+        confidence=f"{100 * subject.confidence:g} %",
+        runs=_run_rows(subject),
+        is_comparison=bool(subject.comparisons),
+        reference_label=subject.labels[0],
+        charts=[{"chart": chart, "svg": markup(chart.svg)} for chart in charts],
+        domains=_domain_table(subject),
+        changed=_changed(subject),
+        shown=data["numShown"],
+        total=data["numTokens"],
+        conditions=conditions_of(subject),
+        notes=notes_of(subject),
+        version=__version__,
+    )
+    return rendered
+
+
+def asset(name: str) -> str:
+    """A file of the page, as text."""
+    folder = resources.files("perplexit.report") / "assets"
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def policy_of(script: str, style: str) -> str:
+    """The content security policy: this script, this style, and nothing from anywhere."""
+    return (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return "sha256-" + base64.b64encode(digest).decode("ascii")
+
+
+def json_block(data: Any) -> str:
+    """JSON in which no character can end the script element that it stands in."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character, escape in _ESCAPES.items():
+        text = text.replace(character, escape)
+    return text
+
+
+def _facts(subject: Subject) -> list[str]:
+    """The conditions that a reader needs beside the first sentence."""
+    run = subject.reference
+    protocol = run.input_spec.get("protocol", {})
+    windows = f"protocol {run.protocol}"
+    if protocol.get("max_length"):
+        windows += f", windows of {protocol['max_length']:,}"
+    counted = f"{run.num_tokens or 0:,} scored tokens"
+    if run.num_bytes:
+        counted += f" ({run.num_bytes:,} bytes)"
+    documents = f"{run.num_documents:,} document{'' if run.num_documents == 1 else 's'}"
+    return [f"{counted} in {documents}", windows, f"input {run.input_fingerprint[:12]}"]
+
+
+def _run_rows(subject: Subject) -> list[dict[str, Any]]:
+    """A row a run of the table under the verdict."""
+    comparisons = (None, *subject.comparisons)
+    rows = []
+    for index, (label, run) in enumerate(zip(subject.labels, subject.runs, strict=True)):
+        comparison = comparisons[index]
+        memory, where = peak_bytes_of(run)
+        speed, load = run.tokens_per_second, run.seconds.get("load")
+        low, high = run.bits_per_byte_low, run.bits_per_byte_high
+        rows.append(
+            {
+                "index": index,
+                "label": label,
+                "precision": precision_of(run),
+                "address": str(run.model.get("address", "")),
+                "perplexity": figure(run.perplexity, run.perplexity_low, run.perplexity_high),
+                "perplexity_interval": interval(run.perplexity_low, run.perplexity_high),
+                "bits": figure(run.bits_per_byte, low, high),
+                "bits_interval": interval(low, high),
+                "ratio": "reference" if comparison is None else ratio_of(comparison),
+                "verdict": None if comparison is None else comparison.verdict,
+                "memory": mebibytes(memory),
+                "memory_where": where if memory is not None else "",
+                "speed": DASH if speed is None else f"{speed:,.0f}",
+                "load": DASH if load is None else f"{load:.1f}",
+            }
+        )
+    return rows
+
+
+def _domain_table(subject: Subject) -> list[dict[str, Any]]:
+    """Perplexity by domain, a column a run, with paired ratios; empty without domains."""
+    runs = subject.runs
+    rows = []
+    for entry in runs[0].domains:
+        cells = []
+        for index, run in enumerate(runs):
+            own = next((d for d in run.domains if d["domain"] == entry["domain"]), None)
+            shown = figure(own["perplexity"]) if own else DASH
+            cells.append({"perplexity": shown, "ratio": _domain_ratio(subject, index, entry)})
+        rows.append(
+            {"domain": entry["domain"], "tokens": f"{entry['num_tokens']:,}", "cells": cells}
+        )
+    return rows
+
+
+def _domain_ratio(subject: Subject, index: int, entry: dict[str, Any]) -> str:
+    if index == 0:
+        return ""
+    for domain in subject.comparisons[index - 1].domains:
+        if domain.domain == entry["domain"]:
+            low, high = domain.ppl_ratio_low, domain.ppl_ratio_high
+            return f"× {figure(domain.ppl_ratio, low, high)} {interval(low, high)}".strip()
+    return ""
+
+
+def _changed(subject: Subject) -> list[ChangedToken]:
+    """The first candidate's most changed tokens, for readers without the script."""
+    return list(subject.comparisons[0].most_changed) if subject.comparisons else []

@@ -1,0 +1,113 @@
+"""What a report is about: runs over one input, the first of them the reference, and their names."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.comparison import Comparison, compare
+from perplexit.errors import UsageError
+from perplexit.runs.run import Run
+
+LARGEST_NUMBER_OF_RUNS = 8  # as many as there are colours that can be told apart
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Runs with their labels, and a comparison with the reference for each but the first."""
+
+    runs: tuple[Run, ...]
+    labels: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]  # of runs[1:]
+    confidence: float
+
+    @classmethod
+    def of(
+        cls,
+        runs: Sequence[Run],
+        *,
+        labels: Sequence[str] | None = None,
+        confidence: float = 0.95,
+        num_most_changed: int = 20,
+    ) -> "Subject":
+        """The runs compared with the first of them.
+
+        Raises UsageError for no run, too many, or another number of labels; RunError for a run
+        that is not complete; FingerprintMismatchError, which says what differs, for runs over
+        different inputs.
+        """
+        if not 1 <= len(runs) <= LARGEST_NUMBER_OF_RUNS:
+            raise UsageError(
+                f"expected 1 to {LARGEST_NUMBER_OF_RUNS} runs in a report, got {len(runs)}; "
+                "write several reports"
+            )
+        if labels is not None and len(labels) != len(runs):
+            raise UsageError(
+                f"expected a label for each of {len(runs)} runs, got {len(labels)}; "
+                "give one for each, in their order"
+            )
+        for run in runs:
+            _ = run.tokens  # not complete: said before anything is computed
+        comparisons = tuple(
+            compare(runs[0], run, confidence=confidence, num_most_changed=num_most_changed)
+            for run in runs[1:]
+        )
+        names = tuple(labels) if labels is not None else labels_of(runs)
+        return cls(tuple(runs), names, comparisons, confidence)
+
+    @property
+    def reference(self) -> Run:
+        """The run that the others are compared with."""
+        return self.runs[0]
+
+    @property
+    def candidates(self) -> list[tuple[str, Run, Comparison]]:
+        """(label, run, comparison with the reference) of every other run."""
+        return list(zip(self.labels[1:], self.runs[1:], self.comparisons, strict=True))
+
+    @cached_property
+    def deltas(self) -> tuple[NDArray[np.float64], ...]:
+        """Candidate - reference nll of each row, in nats, for each candidate; NaN possible."""
+        base = self.reference.tokens.nll.astype(np.float64)
+        return tuple(run.tokens.nll - base for run in self.runs[1:])
+
+
+def labels_of(runs: Sequence[Run]) -> tuple[str, ...]:
+    """A short name for each run, no two alike: its folder's, else its engine and precision."""
+    names = [_name_of(run) for run in runs]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    if repeated:
+        names = [
+            f"{name} ({precision_of(run)})" if name in repeated else name
+            for name, run in zip(names, runs, strict=True)
+        ]
+    seen: Counter[str] = Counter()
+    labels = []
+    for name in names:
+        seen[name] += 1
+        labels.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
+    return tuple(labels)
+
+
+def precision_of(run: Run) -> str:
+    """`pytorch float32`, `onnxruntime float32 int4`: engine, dtype and quantization."""
+    quantization = run.session.get("quantization") or {}
+    parts = (run.session.get("engine"), run.session.get("dtype"), quantization.get("name"))
+    return " ".join(str(part) for part in parts if part)
+
+
+def _name_of(run: Run) -> str:
+    if run.folder is not None:
+        return run.folder.resolve().name
+    return precision_of(run) or str(run.model.get("address", "run"))
+
+
+def peak_bytes_of(run: Run) -> tuple[int | None, str]:
+    """(peak memory in bytes, where): the accelerator's where one was used, else the process's."""
+    device = run.peak_memory_bytes.get("torch_device")
+    if device:
+        return device, "device"
+    return run.peak_memory_bytes.get("host_rss"), "process"

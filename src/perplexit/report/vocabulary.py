@@ -1,0 +1,96 @@
+"""Token ids as text to show: what the runs spelled, and the tokenizer where it is at hand."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import FingerprintMismatchError, PerplexitError
+from perplexit.inputs.token_file import TokenFile
+from perplexit.inputs.tokenizer_sources import load_tokenizer
+from perplexit.report.subject import Subject
+
+
+def vocabulary_of(
+    subject: Subject,
+    ids: NDArray[np.integer],
+    *,
+    tokenizer: str | Path | None = None,
+    tokens: TokenFile | None = None,
+) -> dict[int, str]:
+    """What each of `ids` stands for; ids that nothing at hand spells are left out.
+
+    tokenizer: where to look; None tries the models' own folders. A tokenizer that was named is
+        refused with FingerprintMismatchError where it is not the one of the runs; one that was
+        found and is not, or cannot be read, is passed over.
+    tokens: the runs' input, whose tokens spell themselves.
+    """
+    wanted = np.unique(ids)
+    spelled = _spelled_by(subject, tokenizer)
+    if spelled is not None:
+        known = wanted[(wanted >= 0) & (wanted < len(spelled))]
+        return {int(i): shown(spelled[i]) for i in known.tolist() if spelled[i]}
+    return _seen_in_text(subject, wanted, tokens)
+
+
+def shown(data: bytes) -> str:
+    """Bytes as text; bytes that are no whole characters as `⟨E2 82⟩`."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return f"⟨{data.hex(' ').upper()}⟩"
+
+
+def _spelled_by(subject: Subject, tokenizer: str | Path | None) -> list[bytes] | None:
+    fingerprint = subject.reference.tokenizer_fingerprint
+    if tokenizer is not None:
+        backend = load_tokenizer(tokenizer).backend
+        if backend.fingerprint != fingerprint:
+            raise FingerprintMismatchError(
+                f"expected the tokenizer of the runs ({fingerprint[:12]}…), got {tokenizer} "
+                f"({backend.fingerprint[:12]}…); name the one that the input was prepared with"
+            )
+        return list(backend.spelled)
+    for place in _local_places(run.model for run in subject.runs):
+        try:
+            backend = load_tokenizer(place).backend
+        except (PerplexitError, OSError, ValueError, KeyError):
+            continue
+        if backend.fingerprint == fingerprint:
+            return list(backend.spelled)
+    return None
+
+
+def _local_places(models: Iterable[Mapping[str, Any]]) -> list[Path]:
+    """Where the models lie on this machine; a report asks no network."""
+    places = []
+    for model in models:
+        address = str(model.get("address", ""))
+        for prefix in ("hf:", "gguf:", "onnx:", "openvino:", "tvm:"):
+            address = address.removeprefix(prefix)
+        if address and Path(address).exists():
+            places.append(Path(address))
+    return list(dict.fromkeys(places))
+
+
+def _seen_in_text(
+    subject: Subject, wanted: NDArray[np.integer], tokens: TokenFile | None
+) -> dict[int, str]:
+    """The ids that occur in the text, as they are spelled there."""
+    if tokens is not None and tokens.has_text:
+        ids, first = np.unique(tokens.token_ids, return_index=True)
+        starts, data = tokens.byte_starts, tokens.text_bytes
+        spell = {
+            int(i): data[starts[at] : starts[at + 1]].tobytes()
+            for i, at in zip(ids.tolist(), first.tolist(), strict=True)
+        }
+    else:
+        rows = subject.reference.tokens
+        if rows.token_bytes is None:
+            return {}
+        ids, first = np.unique(rows.token_id, return_index=True)
+        spelled = rows.token_bytes.take(first).to_pylist()
+        spell = dict(zip(ids.tolist(), spelled, strict=True))
+    return {i: shown(spell[i]) for i in wanted.tolist() if spell.get(i)}

@@ -1,0 +1,119 @@
+"""write_report: runs → one HTML file that needs nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perplexit.errors import UsageError
+from perplexit.files import write_atomically
+from perplexit.inputs.token_file import TokenFile
+from perplexit.report.chapter import charts_of
+from perplexit.report.page import page_of
+from perplexit.report.subject import Subject
+from perplexit.report.token_data import token_data
+from perplexit.report.wording import findings_of, headline
+from perplexit.runs.run import Run
+from perplexit.runs.words import input_of
+
+MAX_TOKENS = 100_000
+MAX_ALTERNATIVES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A written report: where it is, and what it says first."""
+
+    path: Path
+    num_bytes: int
+    headline: str
+    subject: Subject
+    num_tokens: int  # with their text, scored or not
+    num_tokens_shown: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as plain JSON values."""
+        subject = self.subject
+        return {
+            "output": str(self.path),
+            "num_bytes": self.num_bytes,
+            "headline": self.headline,
+            "num_tokens": self.num_tokens,
+            "num_tokens_shown": self.num_tokens_shown,
+            "input_fingerprint": subject.reference.input_fingerprint,
+            "runs": [
+                {
+                    "label": label,
+                    "folder": None if run.folder is None else str(run.folder),
+                    "perplexity": run.perplexity,
+                    "perplexity_low": run.perplexity_low,
+                    "perplexity_high": run.perplexity_high,
+                    "bits_per_byte": run.bits_per_byte,
+                }
+                for label, run in zip(subject.labels, subject.runs, strict=True)
+            ],
+            "comparisons": [
+                {"label": label, **comparison.to_json()}
+                for label, _, comparison in subject.candidates
+            ],
+        }
+
+
+def write_report(
+    runs: Sequence[Run | str | Path],
+    output: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    tokens: TokenFile | str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    confidence: float = 0.95,
+    max_tokens: int = MAX_TOKENS,
+    max_alternatives: int = MAX_ALTERNATIVES,
+) -> Report:
+    """The report of runs over one input, written as one HTML file; the first is the reference.
+
+    runs:      runs, or their folders; every other one is compared with the first.
+    labels:    a name for each run; None takes the folders' names.
+    tokens:    the runs' input, for the text that was not scored; None looks where it was.
+    tokenizer: where alternatives are spelled; None looks in the models' own folders.
+    max_tokens: how many tokens of text the page holds, in reading order; all count in the figures.
+    max_alternatives: how many recorded alternatives a token keeps in the page.
+
+    Raises FingerprintMismatchError for runs over different inputs, or another input or tokenizer
+    than theirs; RunError for a run that is not complete; MissingPackageError without the extra
+    `report`; UsageError.
+    """
+    if max_tokens < 0 or max_alternatives < 0:
+        raise UsageError(
+            f"max_tokens and max_alternatives must be 0 or more, got {max_tokens} and "
+            f"{max_alternatives}; 0 leaves the text or the alternatives out"
+        )
+    opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
+    subject = Subject.of(opened, labels=labels, confidence=confidence)
+    if tokens is None:
+        tokens = input_of(subject.reference)
+    elif not isinstance(tokens, TokenFile):
+        tokens = TokenFile.open(tokens)
+    data = token_data(
+        subject,
+        tokens=tokens,
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+        max_alternatives=max_alternatives,
+    )
+    page = page_of(subject, charts_of(subject), data, findings_of(subject)).encode("utf-8")
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: _write(temporary, page))
+    return Report(
+        path=path,
+        num_bytes=len(page),
+        headline=headline(subject),
+        subject=subject,
+        num_tokens=data["numTokens"],
+        num_tokens_shown=data["numShown"],
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
