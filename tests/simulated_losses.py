@@ -1,6 +1,6 @@
 """Simulated losses of a known mean: skewed, correlated, drifting, in documents of unequal length.
 
-    python -m tests.simulated_losses      prints the coverage that docs/decisions/0005 reports
+    python tests/simulated_losses.py      prints the coverage that docs/decisions/0005 reports
 
 Shape suffixes: R = repetitions, M = tokens.
 """
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import signal
+from scipy import signal, special
 
-from perplexit.metrics.intervals import clusters_for, mean_interval
+from perplexit.metrics.intervals import Clusters, clusters_for, mean_interval
 
 _SPREAD, _SHIFT = 0.8, 0.3
 MEAN = float(np.exp(_SPREAD**2 / 2 + _SHIFT))
@@ -84,6 +84,36 @@ def many_documents(
         yield nll + effect * random.standard_normal(num_documents)[document], document, document
 
 
+def with_fewer_corrections(
+    samples: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> tuple[float, float]:
+    """Coverage without the leverage correction, and with it but C - 1 degrees of freedom."""
+    linear, leverage = [], []
+    for nll, document, _ in samples:
+        counts, sums = np.bincount(document), np.bincount(document, weights=nll)
+        shares, clusters = counts / counts.sum(), len(counts)
+        mean = sums.sum() / counts.sum()
+        residuals = (sums - mean * counts) / counts.sum()
+        quantile = special.stdtrit(clusters - 1, 0.975)
+        plain = clusters / (clusters - 1) * (residuals**2).sum()
+        corrected = (clusters - 1) / clusters * ((residuals / (1 - shares)) ** 2).sum()
+        linear.append(abs(mean - MEAN) <= quantile * np.sqrt(plain))
+        leverage.append(abs(mean - MEAN) <= quantile * np.sqrt(corrected))
+    return float(np.mean(linear)), float(np.mean(leverage))
+
+
+def with_blocks(
+    samples: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], num_blocks: int
+) -> float:
+    """Coverage with so many equal blocks."""
+    hits = []
+    for nll, _, _ in samples:
+        labels = np.arange(len(nll)) * num_blocks // len(nll)
+        interval = mean_interval(nll, Clusters(labels, "window-block", num_blocks))
+        hits.append(interval.low <= MEAN <= interval.high)  # type: ignore[operator]
+    return float(np.mean(hits))
+
+
 def main() -> None:
     print("one text: tokens, window, rho, share of drift, its length: 95 % covers (independent)")
     for num_tokens, window in ((4096, 256), (4096, 512), (12_000, 512), (48_000, 1024)):
@@ -103,6 +133,15 @@ def main() -> None:
                     f"  {num_documents:4} {spread:4} {effect:4}: {found.clustered:.1%} "
                     f"({found.independent:.1%})"
                 )
+    print("the same without leverage correction, and with C - 1 degrees of freedom")
+    for spread in (0.5, 1.0, 1.5):
+        linear, leverage = with_fewer_corrections(many_documents(1000, 20, spread, 0.4, 2))
+        print(f"    20 {spread:4}  0.4: {linear:.1%}, {leverage:.1%}")
+    print("blocks of one text of 4096 tokens with the drift above")
+    for num_blocks in (4, 6, 8, 16, 32):
+        drift = {"rho": 0.3, "drift_share": 0.003, "drift_length": 400}
+        found = with_blocks(one_text(1000, 4096, 128, 1, **drift), num_blocks)
+        print(f"  {num_blocks:3}: {found:.1%}")
 
 
 if __name__ == "__main__":

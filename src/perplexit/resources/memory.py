@@ -32,10 +32,11 @@ class MemoryTracker:
     host_rss_total_peak_bytes: the whole resident set's peak, what was held at entry included.
     duration_seconds:        wall time on a monotonic clock, devices synchronised.
 
-    A figure that was not measured is None: `python` and `torch_cpu` switch theirs off (tracing
-    slows Python-heavy code two- to fourfold, and every torch operation by some 20 µs), the torch
-    figures need torch to be loaded at entry (CPU) or CUDA to be in use at exit. Trackers nest and
-    overlap: an inner one does not disturb the outer one's peak.
+    A figure that was not measured is None: the torch figures need torch to be loaded at entry (CPU)
+    or CUDA to be in use at exit, and `python` and `torch_cpu` switch theirs off. They cost time:
+    code that makes many small objects runs some ten times slower while it is traced, and every
+    torch operation takes tens of microseconds more. Trackers nest and overlap: an inner one does
+    not disturb the outer one's peak.
 
     bound_bytes: exit raises MemoryBoundError where `peak_bytes` exceeded it, unless the block
         itself raised.
