@@ -1,0 +1,1 @@
+"""One file an engine; the only place, with compilation and quantization, that imports one."""

@@ -6,7 +6,7 @@ session that lacks one fails an `isinstance` check before anything runs.
 Shape suffixes: N = scored tokens of one window, K = alternatives a token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ from perplexit.inputs.windows import WindowIds
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """Whose numbers these are. `weights_fingerprint` is the SHA-256 of weights and configuration."""
+    """Whose numbers these are; `weights_fingerprint` is of weights and configuration."""
 
     address: str
     architecture: str
@@ -62,6 +62,7 @@ class TokenDetails:
     rank_N:         int32, 1 = the target was the most likely token (ties count in its favour).
     top_ids_NK:     int32, the K most likely tokens, most likely first; None unless asked for.
     top_logprobs_NK: float32, their log-probabilities (negative, nats).
+    divergences:    columns by name, where a reference was scored along (see `reference`).
     """
 
     nll_N: NDArray[np.float32]
@@ -69,6 +70,20 @@ class TokenDetails:
     rank_N: NDArray[np.int32] | None = None
     top_ids_NK: NDArray[np.int32] | None = None
     top_logprobs_NK: NDArray[np.float32] | None = None
+    divergences: Mapping[str, NDArray[Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsChunk:
+    """Logits of some consecutive targets of one window.
+
+    place: index of the window in the batch; start: the first of the targets in its `targets_N`.
+    logits_NV: float32; they may be overwritten, and the next chunk may reuse their memory.
+    """
+
+    place: int
+    start: int
+    logits_NV: NDArray[np.float32]
 
 
 @runtime_checkable
@@ -108,6 +123,33 @@ class DetailedSession(InferenceSession, Protocol):
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """As `token_nll` (the same nll to the last bit), with entropy, rank and alternatives."""
+        ...
+
+
+@runtime_checkable
+class LogitsSession(InferenceSession, Protocol):
+    """A session that gives whole distributions, which a KL divergence needs."""
+
+    def target_logits(
+        self, windows: Sequence[WindowIds], *, chunk_rows: int
+    ) -> Iterator[LogitsChunk]:
+        """The logits of every target, window after window, about `chunk_rows` at a time."""
+        ...
+
+
+@runtime_checkable
+class HiddenStateSession(LogitsSession, Protocol):
+    """A session whose final hidden states can be kept and turned into logits later."""
+
+    def target_hidden_states(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
+        """One array a window, (targets, hidden size): what the head makes each target's logits of.
+
+        Raises CapabilityError where the model's head cannot be told from its layers.
+        """
+        ...
+
+    def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits that the model's own head makes of hidden states, (N, V), float32."""
         ...
 
 
