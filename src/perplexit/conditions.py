@@ -64,14 +64,24 @@ def check_same_conditions(recorded: Run, wanted: Run, batch_size: int | str) -> 
 
 def _compared(recorded: Run, wanted: Run) -> dict[str, tuple[Any, Any]]:
     names = ["input_fingerprint", "threads", "top_k", "on_non_finite", "confidence"]
-    names.append("perplexit_version")
-    pairs = {name: (getattr(recorded, name), getattr(wanted, name)) for name in names}
+    names += ["perplexit_version", "reference", "saved_reference"]
+    pairs = {
+        name: (_identity(getattr(recorded, name)), _identity(getattr(wanted, name)))
+        for name in names
+    }
     key = "weights_fingerprint"
     pairs["model weights"] = (recorded.model.get(key), wanted.model.get(key))
     before, after = _plain(recorded.session), _plain(wanted.session)
     for name in sorted(set(before) | set(after)):
         pairs[name] = (before.get(name), after.get(name))
     return pairs
+
+
+def _identity(value: Any) -> Any:
+    """The value without what is measured while a run goes on."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if not k.startswith("self_kl")}
+    return value
 
 
 def _plain(value: Any) -> Any:

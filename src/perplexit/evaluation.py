@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,9 @@ def evaluate(
     top_k: int = 0,
     confidence: float = 0.95,
     on_non_finite: Literal["error", "count"] = "error",
+    save_reference: bool = False,
+    reference_dtype: Literal["float32", "float16"] = "float32",
+    reference: Run | InferenceSession | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """The run of a model over a prepared input: perplexity with its interval and its conditions.
@@ -55,6 +59,10 @@ def evaluate(
     top_k:    record the K most likely alternatives of every target.
     on_non_finite: "error" stops at the first NaN or infinite loss and names it; "count" leaves
         such tokens out of every sum and reports how many there were.
+    save_reference: keep the final hidden states, in `reference_dtype`, so that candidates can be
+        held against this run.
+    reference: a run that was made so, its folder, or a model (session or address) that is scored
+        in step. Every token then has its KL divergence and what goes with it (needs PyTorch).
     progress: called after every batch.
 
     Raises ResumeError where the folder's run was made under other conditions, NonFiniteError,
@@ -79,6 +87,18 @@ def evaluate(
             )
         load_seconds = time.perf_counter() - began
         evaluation = _Evaluation(session, token_file, store, memory, progress)
+        if save_reference or reference is not None:
+            # The one lazy door to what needs PyTorch here.
+            references = import_module("perplexit.reference.opening")
+            evaluation.with_reference = stack.enter_context(
+                references.reference_scoring(
+                    session,
+                    token_file,
+                    reference=reference,
+                    save_in=None if not save_reference else (store.folder if store else "memory"),
+                    dtype=reference_dtype,
+                )
+            )
         wanted = evaluation.new_run(
             top_k=top_k, confidence=confidence, on_non_finite=on_non_finite, batch_size=batch_size
         )
@@ -120,6 +140,7 @@ class _Evaluation:
     store: RunStore | None
     memory: HostMemory
     progress: Progress | None
+    with_reference: Any = None  # a reference.opening.Opened, where divergences are asked for
 
     def new_run(
         self, *, top_k: int, confidence: float, on_non_finite: str, batch_size: int | str
@@ -152,6 +173,8 @@ class _Evaluation:
             on_non_finite=on_non_finite,
             batch_plan={"batch_size": batch_size, **plan.to_json()},
             warnings=warnings,
+            reference=self.with_reference and self.with_reference.reference,
+            saved_reference=self.with_reference and self.with_reference.saved,
         )
 
     def complete(self, run: Run, *, began: float, load_seconds: float) -> Run:
@@ -200,11 +223,23 @@ class _Evaluation:
             },
             tokens_per_second=results.num_tokens_done / max(results.seconds, 1e-9),
         )
+        if run.saved_reference is not None:
+            run = replace(
+                run,
+                saved_reference=self.with_reference.finish(),
+                states_folder=self.with_reference.scratch,
+            )
         return run if self.store is None else _stored(self.store, run)
 
     def _score_all(self, run: Run, results: WindowResults, resumed: "_Resumed") -> Run:
         """Score what is not done, committing as it goes; the run with the plan as it ended up."""
-        scorer = Scorer(self.session, self.tokens, BatchPlan.from_json(run.batch_plan), run.top_k)
+        scorer = Scorer(
+            self.session,
+            self.tokens,
+            BatchPlan.from_json(run.batch_plan),
+            run.top_k,
+            self.with_reference and self.with_reference.details,
+        )
         pending = _PendingPart(self.store)
         plan = scorer.plan
         try:

@@ -28,10 +28,15 @@ _COLUMN_OF_DETAIL = {
 def columns_of(details: Sequence[TokenDetails]) -> dict[str, NDArray[Any]]:
     """The results of several windows as columns, window after window."""
     columns = {}
+    details = [d for d in details if len(d.nll_N)] or details[:1]
     for name, attribute in _COLUMN_OF_DETAIL.items():
         arrays = [getattr(d, attribute) for d in details]
         if arrays and all(array is not None for array in arrays):
             columns[name] = np.concatenate(arrays)
+    divergences = [d.divergences for d in details if d.divergences is not None]
+    for name in divergences[0] if divergences else ():
+        joined = np.concatenate([d[name] for d in divergences])
+        columns[name] = joined if joined.dtype == np.bool_ else joined.astype(np.float32)
     return columns
 
 

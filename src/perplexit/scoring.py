@@ -6,13 +6,14 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError
 from perplexit.inputs.token_file import TokenFile
+from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import DetailedSession, InferenceSession, TokenDetails
 
 
@@ -95,6 +96,14 @@ class ScoredBatch:
     seconds: float
 
 
+class ScoreWindows(Protocol):
+    """How the windows of a batch are scored."""
+
+    def __call__(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
+        """One record a window."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ProgressUpdate:
     """How far an evaluation is.
@@ -126,11 +135,13 @@ class Scorer:
     tokens: TokenFile
     plan: BatchPlan
     top_k: int = 0
+    details: ScoreWindows | None = None  # None: the session's own
     lengths: NDArray[np.int64] = field(init=False)
     order: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.top_k and not isinstance(self.session, DetailedSession):
+        told = self.details is not None or isinstance(self.session, DetailedSession)
+        if self.top_k and not told:
             raise CapabilityError(
                 f"--top-k {self.top_k} needs whole distributions, but "
                 f"{self.session.model.address} gives the loss of each target alone; "
@@ -163,7 +174,10 @@ class Scorer:
         rows = self.order[start:stop]
         windows = [self.tokens.window_ids(int(row)) for row in rows]
         began = time.perf_counter()
-        details = details_of(self.session, windows, top_k=self.top_k)
+        if self.details is not None:
+            details = self.details(windows, top_k=self.top_k)
+        else:
+            details = details_of(self.session, windows, top_k=self.top_k)
         seconds = time.perf_counter() - began
         return ScoredBatch(start, stop, rows, details, seconds)
 
@@ -179,7 +193,7 @@ class Scorer:
 
 
 def details_of(
-    session: InferenceSession, windows: Sequence[Any], *, top_k: int = 0
+    session: InferenceSession, windows: Sequence[WindowIds], *, top_k: int = 0
 ) -> list[TokenDetails]:
     """Everything the session can tell of each target: details where it can, else nll alone."""
     if isinstance(session, DetailedSession):

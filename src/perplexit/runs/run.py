@@ -73,11 +73,17 @@ class Run:
     tokens_per_second: float | None = None
     peak_memory_bytes: dict[str, int | None] = field(default_factory=dict)
 
+    reference: dict[str, Any] | None = None  # what the divergence columns were measured from
+    saved_reference: dict[str, Any] | None = None  # of a run whose hidden states are kept
+
     tokens_sha256: str | None = None  # of tokens.parquet
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     folder: Path | None = field(default=None, compare=False, metadata={"json": False})
+    states_folder: Any = field(
+        default=None, compare=False, repr=False, metadata={"json": False}
+    )  # of a run in memory: a TemporaryDirectory with its hidden states
     loaded_tokens: RunTokens | None = field(
         default=None, compare=False, repr=False, metadata={"json": False}
     )

@@ -15,6 +15,15 @@ from numpy.typing import NDArray
 from perplexit.errors import RunError
 
 ROWS_PER_GROUP = 1 << 18
+DIVERGENCES = (
+    "kl",
+    "reverse_kl",
+    "js",
+    "same_top1",
+    "top_k_agreement",
+    "delta_p",
+    "reference_top_p",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,10 @@ class RunTokens:
     nll:         float32, nats. entropy: float32, nats. rank: int32, 1 = most likely.
     top_ids / top_logprobs: (R, K), most likely first.
     token_bytes: the UTF-8 bytes each token stands for.
+    kl … reference_top_p: divergences from a reference, where the run had one: KL(reference ‖
+                 candidate), KL(candidate ‖ reference), Jensen-Shannon (nats), whether both find
+                 the same token most likely, the share of the top 10 in common, the change of the
+                 target's probability, the reference's probability of its most likely token.
     """
 
     document: NDArray[np.int32]
@@ -47,6 +60,13 @@ class RunTokens:
     top_ids: NDArray[np.int32] | None = None
     top_logprobs: NDArray[np.float32] | None = None
     token_bytes: Any = None  # pyarrow LargeBinaryArray
+    kl: NDArray[np.float32] | None = None
+    reverse_kl: NDArray[np.float32] | None = None
+    js: NDArray[np.float32] | None = None
+    same_top1: NDArray[np.bool_] | None = None
+    top_k_agreement: NDArray[np.float32] | None = None
+    delta_p: NDArray[np.float32] | None = None
+    reference_top_p: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.nll)
@@ -84,6 +104,9 @@ class RunTokens:
         if self.top_ids is not None:
             columns.append(("top_ids", pa.list_(pa.int32(), self.top_ids.shape[1])))
             columns.append(("top_logprobs", pa.list_(pa.float32(), self.top_ids.shape[1])))
+        for name in DIVERGENCES:
+            if getattr(self, name) is not None:
+                columns.append((name, pa.bool_() if name == "same_top1" else pa.float32()))
         return pa.schema(columns)
 
     def _batch(self, schema: pa.Schema, start: int, stop: int) -> pa.RecordBatch:
@@ -155,5 +178,6 @@ class RunTokens:
             rank=numbers_or_none("rank"),
             top_ids=numbers_or_none("top_ids"),
             top_logprobs=numbers_or_none("top_logprobs"),
+            **{name: numbers_or_none(name) for name in DIVERGENCES},
             token_bytes=None if token_bytes.null_count else token_bytes.combine_chunks(),
         )

@@ -9,7 +9,7 @@ Shape suffixes: T = ids of a window, R = rows of logits in one chunk, V = vocabu
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from perplexit.quantization.gguf_types import requantized_gguf
 from perplexit.quantization.llamacpp_library import last_words, library_log
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.sessions.base import (
+    LogitsChunk,
     ModelDescription,
     QuantizationDescription,
     SessionDescription,
@@ -94,6 +95,18 @@ class LlamaCppInferenceSession:
         """The nll with entropy, rank and alternatives; see DetailedSession."""
         return self._details(windows, with_details=True, top_k=top_k)
 
+    def target_logits(
+        self, windows: Sequence[WindowIds], *, chunk_rows: int
+    ) -> Iterator[LogitsChunk]:
+        """The logits of every target, a decoded chunk at a time; see LogitsSession."""
+        self._prepare(windows)
+        for place, window in enumerate(windows):
+            first = 0
+            for logits_RV, _ in self._window_logits(window):
+                for start in range(0, len(logits_RV), chunk_rows):
+                    yield LogitsChunk(place, first + start, logits_RV[start : start + chunk_rows])
+                first += len(logits_RV)
+
     def max_batch_size(self, window_length: int) -> int:
         """1: windows are computed one after another, so a larger batch gains nothing."""
         del window_length
@@ -111,28 +124,37 @@ class LlamaCppInferenceSession:
     def _details(
         self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int
     ) -> list[TokenDetails]:
+        self._prepare(windows)
+        return [self._window_details(window, with_details, top_k) for window in windows]
+
+    def _prepare(self, windows: Sequence[WindowIds]) -> None:
         longest = max((len(window.ids_T) for window in windows), default=0)
         self._check_ids(windows)
         if longest > self._context_length:
             self._make_context(longest)
-        return [self._window_details(window, with_details, top_k) for window in windows]
 
     def _window_details(self, window: WindowIds, with_details: bool, top_k: int) -> TokenDetails:
+        parts = [self._no_details(with_details, top_k)]
+        for logits_RV, targets_R in self._window_logits(window):
+            part = details_of_rows(logits_RV, targets_R, with_details=with_details, top_k=top_k)
+            parts.append(part)
+        return joined_details(parts)
+
+    def _window_logits(
+        self, window: WindowIds
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
+        """(logits, ids) of consecutive targets; each view is valid until the next is asked for."""
         # From an empty cache: reusing the overlap of sliding windows would be another protocol.
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         ids_T, rows_N = window.ids_T, window.targets_N - 1
         wanted_T = np.zeros(len(ids_T), dtype=np.int8)
         wanted_T[rows_N] = 1
-        parts = [self._no_details(with_details, top_k)]
         stop = int(rows_N[-1]) + 1 if len(rows_N) else 0  # what follows the last row is not needed
         for start in range(0, stop, self._chunk):
             end = min(start + self._chunk, stop)
             logits_RV = self._decode(ids_T, start, end, wanted_T)
             if len(logits_RV):
-                targets_R = ids_T[np.flatnonzero(wanted_T[start:end]) + start + 1]
-                part = details_of_rows(logits_RV, targets_R, with_details=with_details, top_k=top_k)
-                parts.append(part)
-        return joined_details(parts)
+                yield logits_RV, ids_T[np.flatnonzero(wanted_T[start:end]) + start + 1]
 
     def _no_details(self, with_details: bool, top_k: int) -> TokenDetails:
         return details_of_rows(

@@ -5,7 +5,7 @@ vocabulary.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from perplexit.inputs.windows import WindowIds
 from perplexit.programs import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.sessions.base import (
+    LogitsChunk,
     ModelDescription,
     QuantizationDescription,
     SessionDescription,
@@ -181,6 +182,15 @@ class OnnxLogitsSession(OnnxInferenceSession):
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """The nll with entropy, rank and alternatives; see DetailedSession."""
         return self._details(windows, with_details=True, top_k=top_k)
+
+    def target_logits(
+        self, windows: Sequence[WindowIds], *, chunk_rows: int
+    ) -> Iterator[LogitsChunk]:
+        """The logits of every target, chunk by chunk; see LogitsSession."""
+        for place, window in enumerate(windows):
+            rows_NV = _rows_before(self._run(self._feed([window]))[0], window.targets_N)
+            for start in range(0, len(rows_NV), chunk_rows):
+                yield LogitsChunk(place, start, rows_NV[start : start + chunk_rows])
 
     def _window_bytes(self, length: int) -> int:
         # The logits of every position, and once more while they are handed over.

@@ -3,7 +3,8 @@
 Shape suffixes: N = targets, T = ids of a window, V = vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 from perplexit.checkpoints.loading import load_checkpoint
 from perplexit.checkpoints.sources import CheckpointSource
 from perplexit.errors import (
+    CapabilityError,
     EngineOutOfMemoryError,
     ModelError,
     QuantizationError,
@@ -28,7 +30,7 @@ from perplexit.functional.linear_nll import (
 )
 from perplexit.inputs.windows import WindowIds
 from perplexit.quantization.precisions import canonical_dtype
-from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
+from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
 from perplexit.sessions.pytorch_batch import (
     PaddedBatch,
     details_by_window,
@@ -141,6 +143,52 @@ class PytorchInferenceSession:
         """The nll with entropy, rank and alternatives; see DetailedSession."""
         return self._scored_or_out_of_memory(windows, True, top_k)
 
+    def target_logits(
+        self, windows: Sequence[WindowIds], *, chunk_rows: int
+    ) -> Iterator[LogitsChunk]:
+        """The logits of every target, chunk by chunk; see LogitsSession."""
+        rows = self._target_rows(windows)
+        for place, rows_NX in enumerate(rows):
+            for start in range(0, len(rows_NX), chunk_rows):
+                chunk = rows_NX[start : start + chunk_rows]
+                yield LogitsChunk(place, start, self._head_logits(chunk))
+
+    def target_hidden_states(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
+        """What the head makes each target's logits of, window by window; see HiddenStateSession."""
+        if self._forward.keeps_logits:
+            raise CapabilityError(
+                f"expected a model whose head can be told from its layers, but "
+                f"{self.model.address} is scored by its whole forward pass; compare with two "
+                "models in one process instead: eval CANDIDATE --reference MODEL"
+            )
+        return [rows.float().cpu().numpy() for rows in self._target_rows(windows)]
+
+    def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits that the model's own head makes of hidden states; see HiddenStateSession."""
+        dtype = next(self._module.parameters()).dtype
+        return self._head_logits(torch.from_numpy(hidden_ND).to(self._device, dtype))
+
+    def _head_logits(self, rows_NX: torch.Tensor) -> NDArray[np.float32]:
+        with scoring_settings(self._module, self._threads, owned=self._owned):
+            logits: NDArray[np.float32] = self._forward.head(rows_NX).float().cpu().numpy()
+        return logits
+
+    def _target_rows(self, windows: Sequence[WindowIds]) -> list[torch.Tensor]:
+        """What the head is given for each target, window by window."""
+        self._check(windows)
+        results = [torch.empty(0, 0)] * len(windows)
+        with (
+            self._memory_errors(windows),
+            scoring_settings(self._module, self._threads, owned=self._owned),
+        ):
+            for places in self._groups(windows):
+                batch = PaddedBatch.of([windows[place] for place in places], self._device)
+                rows_BTX = self._forward.rows(batch.ids_BT, batch.mask_BT)
+                rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
+                for place, rows in zip(places, rows_NX.split(batch.counts), strict=True):
+                    results[place] = rows
+        return results
+
     def max_batch_size(self, window_length: int) -> int:
         """How many windows half of the free memory holds; at least 1."""
         return batch_size_for(
@@ -163,9 +211,18 @@ class PytorchInferenceSession:
         self, windows: Sequence[WindowIds], with_details: bool, top_k: int
     ) -> list[TokenDetails]:
         self._check(windows)
+        with (
+            self._memory_errors(windows),
+            scoring_settings(self._module, self._threads, owned=self._owned),
+        ):
+            return self._scored(windows, with_details, top_k)
+
+    @contextmanager
+    def _memory_errors(self, windows: Sequence[WindowIds]) -> Iterator[None]:
+        """Turns an engine's "out of memory" into EngineOutOfMemoryError."""
         try:
-            with scoring_settings(self._module, self._threads, owned=self._owned):
-                return self._scored(windows, with_details, top_k)
+            yield
+            return
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

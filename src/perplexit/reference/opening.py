@@ -1,0 +1,176 @@
+"""What `evaluate` is asked for with `save_reference` and `reference`, opened and checked."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from perplexit.errors import CapabilityError, FingerprintMismatchError, UsageError
+from perplexit.inputs.token_file import TokenFile
+from perplexit.reference.scoring import LiveLogits, ReferenceScoring, SavingScoring, StoredLogits
+from perplexit.reference.states import FOLDER, ReferenceStates, StatesDtype, StatesWriter
+from perplexit.runs.run import RUN_FILE, Run
+from perplexit.sessions.base import (
+    HiddenStateSession,
+    InferenceSession,
+    LogitsSession,
+    TokenDetails,
+)
+from perplexit.sessions.registry import load_session
+
+
+@dataclass(frozen=True)
+class Opened:
+    """How to score with a reference, and what the run records of it."""
+
+    details: Callable[..., list[TokenDetails]]
+    reference: dict[str, Any] | None = None
+    saved: dict[str, Any] | None = None
+    scratch: Any = None  # the TemporaryDirectory of a run in memory
+    saving: tuple[SavingScoring, StatesWriter] | None = None
+
+    def finish(self) -> dict[str, Any]:
+        """Make the saved states a reference; what `run.json` says of them."""
+        scoring, writer = self.saving or (None, None)
+        if scoring is None or writer is None or self.saved is None:
+            raise UsageError("expected a run that saves its reference; nothing was saved")
+        floor = scoring.self_kl
+        record = dict(self.saved)
+        if floor is None:  # a resumed run that had nothing left to score: measured before
+            floor = writer.floor()
+        record |= {"self_kl_mean": floor[0], "self_kl_max": floor[1]}
+        writer.finish(record)
+        return record
+
+
+@contextmanager
+def reference_scoring(
+    session: InferenceSession,
+    tokens: TokenFile,
+    *,
+    reference: Run | InferenceSession | str | Path | None,
+    save_in: Path | Literal["memory"] | None,
+    dtype: StatesDtype,
+) -> Iterator[Opened]:
+    """Scoring that saves hidden states, or holds a candidate against a reference.
+
+    Raises UsageError where both are asked for, FingerprintMismatchError where the reference scored
+    another input or its checkpoint is no longer the one it was, CapabilityError where a session
+    cannot give what is needed.
+    """
+    if save_in is not None and reference is not None:
+        raise UsageError(
+            "a run either saves a reference or is held against one, but both were asked for; "
+            "evaluate twice"
+        )
+    if save_in is not None:
+        yield _saving(session, save_in, dtype)
+        return
+    if isinstance(reference, str | Path):
+        reference = _run_or_address(reference)
+    if isinstance(reference, Run):
+        with _loaded(_head_address(reference), **_head_settings(reference)) as head:
+            yield _stored(session, tokens, reference, head)
+    elif isinstance(reference, str):
+        with _loaded(reference) as live:
+            yield _live(session, live)
+    elif reference is not None:
+        yield _live(session, reference)
+
+
+def _saving(session: InferenceSession, save_in: Path | str, dtype: StatesDtype) -> Opened:
+    if dtype not in ("float32", "float16"):
+        raise UsageError(f"reference_dtype must be float32 or float16, got {dtype!r}")
+    scratch = None
+    if save_in == "memory":
+        scratch = tempfile.TemporaryDirectory(prefix="perplexit-reference-")
+        save_in = scratch.name
+    writer = StatesWriter(Path(save_in) / FOLDER, dtype)
+    scoring = SavingScoring(session, writer)
+    saved = {
+        "dtype": dtype,
+        "weights_fingerprint": session.model.weights_fingerprint,
+        "head": "the checkpoint's own, loaded from it by its fingerprint",
+    }
+    return Opened(scoring.details, saved=saved, scratch=scratch, saving=(scoring, writer))
+
+
+def _run_or_address(reference: str | Path) -> Run | str:
+    path = Path(reference)
+    if (path / RUN_FILE).is_file() or path.name == RUN_FILE:
+        return Run.open(path)
+    return str(reference)
+
+
+def _head_address(run: Run) -> str:
+    return str(run.model["address"])
+
+
+def _head_settings(run: Run) -> dict[str, Any]:
+    return {"dtype": run.session.get("dtype"), "device": run.session.get("device")}
+
+
+@contextmanager
+def _loaded(address: str, **settings: Any) -> Iterator[InferenceSession]:
+    session = load_session(address, **settings)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def _stored(
+    session: InferenceSession, tokens: TokenFile, run: Run, head: InferenceSession
+) -> Opened:
+    if run.status != "complete":
+        raise UsageError(f"expected a complete reference run, got one that is {run.status}")
+    if run.input_fingerprint != tokens.input_fingerprint:
+        raise FingerprintMismatchError(
+            f"expected a reference over this very input, got one over another "
+            f"({run.input_fingerprint[:12]}… and {tokens.input_fingerprint[:12]}…); evaluate the "
+            "reference on the same token file"
+        )
+    recorded = run.model["weights_fingerprint"]
+    if head.model.weights_fingerprint != recorded:
+        raise FingerprintMismatchError(
+            f"the checkpoint {run.model['address']} is no longer the one that the reference was "
+            f"made with ({recorded[:12]}… then, {head.model.weights_fingerprint[:12]}… now); "
+            "evaluate the reference again"
+        )
+    if not isinstance(head, HiddenStateSession):
+        raise CapabilityError(f"{run.model['address']} has no head to make logits with")
+    scratch = run.states_folder
+    folder = Path(scratch.name) if scratch is not None else run.folder
+    if folder is None:
+        raise UsageError("the reference run keeps no hidden states; use save_reference=True")
+    states = ReferenceStates(folder)
+    scoring = ReferenceScoring(session, StoredLogits(states, head))
+    return Opened(scoring.details, reference=_identity("stored states", run.model, run.session))
+
+
+def _live(session: InferenceSession, reference: InferenceSession) -> Opened:
+    if not isinstance(reference, LogitsSession):
+        raise CapabilityError(
+            f"expected a reference that gives whole distributions, but {reference.model.address} "
+            "gives the loss of each target alone; use the checkpoint itself (hf:)"
+        )
+    scoring = ReferenceScoring(session, LiveLogits(reference))
+    model = {
+        "address": reference.model.address,
+        "weights_fingerprint": reference.model.weights_fingerprint,
+    }
+    description = reference.description
+    conditions = {"engine": description.engine, "dtype": description.dtype}
+    return Opened(scoring.details, reference=_identity("in step", model, conditions))
+
+
+def _identity(kind: str, model: Any, session: Any) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "address": model["address"],
+        "weights_fingerprint": model["weights_fingerprint"],
+        "engine": session["engine"],
+        "dtype": session["dtype"],
+    }

@@ -1,0 +1,227 @@
+"""Scoring with a reference: its states saved as it is scored, or a candidate held against it.
+
+Shape suffixes: N = targets of one window, D = hidden size, V = vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from perplexit.errors import CapabilityError, VocabularyError
+from perplexit.functional.divergence import TokenDivergences, token_divergences
+from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
+from perplexit.functional.nll import TokenStatistics, token_statistics
+from perplexit.inputs.windows import WindowIds
+from perplexit.reference.states import ReferenceStates, StatesWriter
+from perplexit.sessions.base import (
+    HiddenStateSession,
+    InferenceSession,
+    LogitsSession,
+    TokenDetails,
+)
+
+DIVERGENCE_COLUMNS = {
+    "kl": "kl_N",
+    "reverse_kl": "reverse_kl_N",
+    "js": "js_N",
+    "same_top1": "same_top1_N",
+    "top_k_agreement": "top_k_agreement_N",
+    "delta_p": "delta_p_N",
+    "reference_top_p": "reference_top_p_N",
+}
+
+
+class ReferenceLogits(Protocol):
+    """Gives the reference's logits for targets that a candidate is being scored on."""
+
+    def begin(self, windows: Sequence[WindowIds]) -> None:
+        """A batch of windows is about to be asked for, in order."""
+        ...
+
+    def rows(self, place: int, start: int, stop: int) -> NDArray[np.float32]:
+        """The logits of targets `start … stop - 1` of window `place` of the batch, (N, V)."""
+        ...
+
+
+class StoredLogits:
+    """Logits made again of stored hidden states, by the head of the reference's own checkpoint."""
+
+    def __init__(self, states: ReferenceStates, head: HiddenStateSession) -> None:
+        self._states, self._head = states, head
+        self._windows: Sequence[WindowIds] = ()
+        self._place: int | None = None
+        self._states_ND: NDArray[np.float32] = np.empty((0, 0), np.float32)
+
+    def begin(self, windows: Sequence[WindowIds]) -> None:
+        """Remember which windows are asked for."""
+        self._windows, self._place = windows, None
+
+    def rows(self, place: int, start: int, stop: int) -> NDArray[np.float32]:
+        """The logits of some targets; a window's states are read once."""
+        if place != self._place:
+            self._states_ND = self._states.of_window(self._windows[place].index)
+            self._place = place
+        return self._head.logits_of(self._states_ND[start:stop])
+
+
+class LiveLogits:
+    """Logits of a second session that scores the same windows in step."""
+
+    def __init__(self, session: LogitsSession) -> None:
+        self._session = session
+        self._chunks: Iterator[Any] = iter(())
+        self._place, self._start = 0, 0
+        self._held_NV: NDArray[np.float32] = np.empty((0, 0), np.float32)
+
+    def begin(self, windows: Sequence[WindowIds]) -> None:
+        """Start the second session on the same batch."""
+        rows = rows_within(DEFAULT_LOGITS_BYTES, self._session.model.vocab_size)
+        self._chunks = self._session.target_logits(windows, chunk_rows=rows)
+        self._place, self._start = -1, 0
+        self._held_NV = np.empty((0, self._session.model.vocab_size), np.float32)
+
+    def rows(self, place: int, start: int, stop: int) -> NDArray[np.float32]:
+        """The logits of some targets, which must be asked for in order."""
+        while self._place < place or self._start + len(self._held_NV) < stop:
+            chunk = next(self._chunks)
+            if chunk.place != self._place:
+                self._place, self._start = chunk.place, chunk.start
+                self._held_NV = chunk.logits_NV.copy()
+            else:
+                self._held_NV = np.concatenate([self._held_NV, chunk.logits_NV])
+        rows_NV = self._held_NV[start - self._start : stop - self._start]
+        self._held_NV, self._start = self._held_NV[stop - self._start :], stop
+        return rows_NV
+
+
+class ReferenceScoring:
+    """Scores a candidate, with each token's divergence from the reference beside it."""
+
+    def __init__(self, session: InferenceSession, reference: ReferenceLogits) -> None:
+        if not isinstance(session, LogitsSession):
+            raise CapabilityError(
+                f"a KL divergence needs whole distributions, but {session.model.address} gives "
+                "the loss of each target alone; compile it with --no-perplexity, or leave "
+                "--reference out (perplexities are compared without it)"
+            )
+        self._session, self._reference = session, reference
+        self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, session.model.vocab_size)
+
+    def details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
+        """As `token_details`, with the divergences."""
+        self._reference.begin(windows)
+        parts: list[list[tuple[TokenStatistics, TokenDivergences]]] = [[] for _ in windows]
+        for chunk in self._session.target_logits(windows, chunk_rows=self._chunk_rows):
+            window = windows[chunk.place]
+            stop = chunk.start + len(chunk.logits_NV)
+            targets_N = torch.from_numpy(
+                window.ids_T[window.targets_N[chunk.start : stop]].astype(np.int64)
+            )
+            candidate_NV = torch.from_numpy(chunk.logits_NV.copy())  # engines reuse their buffers
+            reference_NV = torch.from_numpy(
+                np.ascontiguousarray(self._reference.rows(chunk.place, chunk.start, stop))
+            )
+            if reference_NV.shape != candidate_NV.shape:
+                raise VocabularyError(
+                    f"expected two distributions over one vocabulary, got {reference_NV.shape[1]} "
+                    f"entries in the reference and {candidate_NV.shape[1]} in the candidate; "
+                    "a KL divergence between them does not exist"
+                )
+            divergences = token_divergences(reference_NV, candidate_NV, targets_N)
+            parts[chunk.place].append(
+                (token_statistics(candidate_NV, targets_N, top_k=top_k), divergences)
+            )
+        return [_details(window_parts) for window_parts in parts]
+
+
+class SavingScoring:
+    """Scores the reference itself, and keeps its final hidden states.
+
+    `self_kl` (mean and largest, nats) is measured on the first batch: a fresh forward pass against
+    the logits made of the stored states. It is the floor below which a KL says nothing.
+    """
+
+    def __init__(self, session: InferenceSession, writer: StatesWriter) -> None:
+        if not isinstance(session, HiddenStateSession):
+            raise CapabilityError(
+                f"--save-reference keeps final hidden states, which {session.model.address} does "
+                "not give; use the PyTorch session (hf:), or compare two models in one process: "
+                "eval CANDIDATE --reference MODEL"
+            )
+        self._session, self._writer = session, writer
+        self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, session.model.vocab_size)
+        self.self_kl: tuple[float, float] | None = None
+
+    def details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
+        """As `token_details`; the states are on disk when this returns."""
+        states = self._session.target_hidden_states(windows)
+        results = [
+            self._window_details(window, states_ND, top_k)
+            for window, states_ND in zip(windows, states, strict=True)
+        ]
+        self._writer.add([window.index for window in windows], states)
+        if self.self_kl is None:
+            self.self_kl = self._measured_floor(windows, states)
+            self._writer.keep_floor(*self.self_kl)
+        return results
+
+    def _window_details(
+        self, window: WindowIds, states_ND: NDArray[np.float32], top_k: int
+    ) -> TokenDetails:
+        targets_N = torch.from_numpy(window.ids_T[window.targets_N].astype(np.int64))
+        parts = []
+        for start in range(0, len(states_ND), self._chunk_rows):
+            stop = start + self._chunk_rows
+            logits_NV = torch.from_numpy(self._session.logits_of(states_ND[start:stop]))
+            parts.append((token_statistics(logits_NV, targets_N[start:stop], top_k=top_k), None))
+        return _details(parts)
+
+    def _measured_floor(
+        self, windows: Sequence[WindowIds], states: Sequence[NDArray[np.float32]]
+    ) -> tuple[float, float]:
+        found = []
+        for chunk in self._session.target_logits(windows, chunk_rows=self._chunk_rows):
+            rows = slice(chunk.start, chunk.start + len(chunk.logits_NV))
+            stored_ND = states[chunk.place][rows].astype(self._writer.dtype).astype(np.float32)
+            fresh_NV = torch.from_numpy(chunk.logits_NV.copy())  # the head reuses its buffer
+            made_NV = torch.from_numpy(self._session.logits_of(stored_ND))
+            zeros = torch.zeros(len(made_NV), dtype=torch.long)
+            found.append(token_divergences(fresh_NV, made_NV, zeros).kl_N)
+        kl = torch.cat(found) if found else torch.zeros(1)
+        return float(kl.mean()), float(kl.max())
+
+
+def _details(
+    parts: Sequence[tuple[TokenStatistics, TokenDivergences | None]],
+) -> TokenDetails:
+    """One window's parts as one record."""
+    if not parts:
+        return TokenDetails(np.empty(0, np.float32))
+    statistics = TokenStatistics.joined([part for part, _ in parts])
+    divergences = [d for _, d in parts if d is not None]
+    details = TokenDetails(
+        nll_N=_numpy(statistics.nll_N, np.float32),
+        entropy_N=_numpy_or_none(statistics.entropy_N, np.float32),
+        rank_N=_numpy_or_none(statistics.rank_N, np.int32),
+        top_ids_NK=_numpy_or_none(statistics.top_ids_NK, np.int32),
+        top_logprobs_NK=_numpy_or_none(statistics.top_logprobs_NK, np.float32),
+    )
+    if not divergences:
+        return details
+    joined = TokenDivergences.joined(divergences)
+    columns = {
+        name: getattr(joined, attribute).numpy() for name, attribute in DIVERGENCE_COLUMNS.items()
+    }
+    return replace(details, divergences=columns)
+
+
+def _numpy(tensor: torch.Tensor, dtype: type) -> NDArray[Any]:
+    return tensor.cpu().numpy().astype(dtype, copy=False)
+
+
+def _numpy_or_none(tensor: torch.Tensor | None, dtype: type) -> NDArray[Any] | None:
+    return None if tensor is None else _numpy(tensor, dtype)
