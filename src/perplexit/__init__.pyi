@@ -20,8 +20,14 @@ from perplexit.runs.words import surprisal_of_words as surprisal_of_words
 from perplexit.seed_api import calculate_perplexity as calculate_perplexity
 from perplexit.seed_api import compute_perplexity as compute_perplexity
 from perplexit.seed_api import torch_perplexity as torch_perplexity
+from perplexit.sessions.completions import (
+    CompletionsInferenceSession as CompletionsInferenceSession,
+)
+from perplexit.sessions.llamacpp import LlamaCppInferenceSession as LlamaCppInferenceSession
+from perplexit.sessions.ngram import NgramInferenceSession as NgramInferenceSession
 from perplexit.sessions.onnx import OnnxInferenceSession as OnnxInferenceSession
 from perplexit.sessions.pytorch import PytorchInferenceSession as PytorchInferenceSession
+from perplexit.sessions.recorded import RecordedInferenceSession as RecordedInferenceSession
 from perplexit.sessions.registry import load_session as load_session
 
 __version__: str
