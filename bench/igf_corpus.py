@@ -48,7 +48,7 @@ def packaged_model() -> Path:
 def small_gpt2(
     folder: Path, *, last_year: int = 1899, steps: int = 1000, num_tokens: int = 1024
 ) -> Path:
-    """A GPT-2 of 1.3 million parameters trained on the addresses up to `last_year`; kept in `folder`.
+    """A GPT-2 of 1.1 million parameters tuned on the addresses up to `last_year`; kept in `folder`.
 
     A byte-level BPE of 2,048 ids from the same addresses, four layers of width 128, no dropout,
     windows of 64 ids, AdamW with a falling rate.

@@ -22,6 +22,7 @@ from perplexit.igf.contexts import ContextStream, objective_contexts
 from perplexit.igf.experiments import ExperimentPlan, run_experiment
 from perplexit.igf.figure import draw_experiment
 from perplexit.igf.finetuning import FinetuneSettings
+from perplexit.igf.gains import Mode
 from perplexit.igf.learners import save_learner
 from perplexit.igf.learning import train_learner
 from perplexit.igf.models import load_model
@@ -37,7 +38,6 @@ class Setting:
     title: str
     model_years: int | None  # the small GPT-2 is trained up to this year; None: SmolLM2
     num_pairs: int
-    mode: str
     learning_rate: float
     methods: tuple[str, ...]
     num_seeds: int
@@ -45,49 +45,47 @@ class Setting:
     batch_size: int
     eval_interval: int
     num_test: int
+    mode: Mode = "first-order"
     learner: str = "ridge"
     pool: tuple[int, int] = (1790, 1999)
 
 
 SETTINGS = {
     "shift": Setting(
-        "small GPT-2 tuned on 1790-1899; candidates 1790-1999",
-        1899,
-        1500,
-        "exact",
-        5e-4,
-        (*SIX, "perplexity-band"),
-        12,
-        60,
-        16,
-        10,
-        400,
+        title="small GPT-2 tuned on 1790-1899; candidates 1790-1999",
+        model_years=1899,
+        num_pairs=3000,
+        learning_rate=5e-4,
+        methods=(*SIX, "perplexity-band"),
+        num_seeds=12,
+        steps=60,
+        batch_size=16,
+        eval_interval=10,
+        num_test=200,
     ),
     "same-domain": Setting(
-        "small GPT-2 tuned on 1790-1999; candidates 1790-1999",
-        1999,
-        1500,
-        "exact",
-        5e-4,
-        SIX,
-        12,
-        60,
-        16,
-        10,
-        400,
+        title="small GPT-2 tuned on 1790-1999; candidates 1790-1999",
+        model_years=1999,
+        num_pairs=3000,
+        learning_rate=5e-4,
+        methods=SIX,
+        num_seeds=12,
+        steps=60,
+        batch_size=16,
+        eval_interval=10,
+        num_test=200,
     ),
     "demo": Setting(
-        "SmolLM2-135M-Instruct; candidates 1790-1999",
-        None,
-        400,
-        "first-order",
-        5e-5,
-        ("standard", "igf-shifting", "igf-quantile"),
-        5,
-        30,
-        8,
-        10,
-        64,
+        title="SmolLM2-135M-Instruct; candidates 1790-1999",
+        model_years=None,
+        num_pairs=300,
+        learning_rate=5e-5,
+        methods=("standard", "igf-shifting", "igf-quantile"),
+        num_seeds=5,
+        steps=30,
+        batch_size=8,
+        eval_interval=10,
+        num_test=64,
     ),
 }
 
@@ -112,7 +110,7 @@ def run(name: str, folder: Path, seconds_limit: float | None) -> None:
         ContextStream(train, 32, seed=1_000_000).take(0, setting.num_pairs),
         objective,
         output=out / "pairs.safetensors",
-        mode=setting.mode,  # type: ignore[arg-type]
+        mode=setting.mode,
         rule=StepRule(learning_rate=setting.learning_rate),
         model_name=setting.title,
         progress=lambda p: print(
@@ -164,7 +162,7 @@ def report(document: dict) -> None:  # type: ignore[type-arg]
     for method, found in document["methods"].items():
         seconds = found["seconds"]
         print(
-            f"{method:16} n={found['num_seeds']:2} final median {found['median_perplexity'][-1]:.3f} "
+            f"{method:16} n={found['num_seeds']:2} median {found['median_perplexity'][-1]:.3f} "
             f"[{found['low_perplexity'][-1]:.3f}, {found['high_perplexity'][-1]:.3f}] accepted "
             f"{found['acceptance']:.2f}  select {seconds['select']:.1f} s train "
             f"{seconds['train']:.1f} s evaluate {seconds['evaluate']:.1f} s"

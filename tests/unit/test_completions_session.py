@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import perplexit as px
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.completions import CompletionsInferenceSession
@@ -182,3 +183,29 @@ def test_an_unknown_model_names_those_there_are():
 def test_settings_that_the_server_decides_are_refused():
     with pytest.raises(CapabilityError, match="--dtype"):
         CompletionsInferenceSession("completions:http://127.0.0.1:1/v1#m", dtype="float16")
+
+
+@pytest.mark.trap(26)
+def test_a_run_of_a_served_model_never_holds_the_key(monkeypatch, tmp_path, byte_tokenizer_json):
+    """Every file of the run, its parts included, is searched for the key."""
+    text = tmp_path / "text.txt"
+    text.write_text("Whoever measures twice and gets the same number. " * 20, encoding="utf-8")
+    tokens = px.prepare(
+        text, tokenizer=str(byte_tokenizer_json), max_length=64, output=tmp_path / "t.safetensors"
+    )
+    key = "secret-key-4711"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    table = np.random.default_rng(3).standard_normal((320, 320)) * 3
+    logprobs = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    texts = [f"t{index}" for index in range(320)]
+    monkeypatch.setattr("tests.markov_server.TEXTS", texts)
+    with serving(MarkovServer(api_key=key, logprobs=logprobs)) as server:
+        run = px.evaluate(f"completions:{server.url}#chain", tokens, run=tmp_path / "run")
+    ids = np.asarray(tokens.token_ids)
+    expected = -logprobs[ids[:-1], ids[1:]]
+    assert run.perplexity == pytest.approx(float(np.exp(expected.mean())), rel=1e-6)
+    assert run.session["engine"] == "completions (test)"
+    assert len(server.requests) > tokens.num_windows
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) >= 2
+    assert not [path for path in files if key.encode() in path.read_bytes()]

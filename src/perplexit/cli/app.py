@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import perplexit as px
-from perplexit.cli import compare, compile_model, demo, evaluate, prepare, report, runs
+from perplexit.cli import compare, compile_model, demo, evaluate, igf, prepare, report, runs
 from perplexit.cli.group import StatedErrors, examples
 
 app = typer.Typer(
@@ -57,6 +57,7 @@ app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("compile", epilog=compile_model.EXAMPLES)(compile_model.compile_model)
 app.add_typer(runs.app, name="runs")
+app.add_typer(igf.app, name="igf")
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ Shape suffixes: N = contexts, T = ids of a context.
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, UsageError
-from perplexit.igf.articles import Articles
+from perplexit.igf.articles import Articles, read_articles
 
 _BLOCK = 256  # candidates drawn from one seed
 
@@ -88,6 +89,31 @@ def objective_contexts(
         begin = int(random.integers(0, len(chosen.ids[article]) - length + 1))
         ids[row] = chosen.ids[article][begin : begin + length]
     return Contexts(ids, chosen.fingerprints()[rounds])
+
+
+def train_and_test(
+    corpus: Any,
+    test: Any = None,
+    *,
+    tokenizer: Any = None,
+    number: int = 100,
+    length: int = 32,
+    min_len: int = 1026,
+    seed: int = 0,
+    allow_pickle: bool = False,
+) -> tuple[Articles, Contexts]:
+    """Articles to train on and contexts to test on, disjoint by article.
+
+    test: its own corpus; None: the hash split of `corpus`, whose objective part nobody gets.
+    """
+    articles = read_articles(corpus, tokenizer, allow_pickle=allow_pickle)
+    if test is None:
+        train, held = articles.split("train"), articles.split("test")
+    else:
+        train, held = articles, read_articles(test, tokenizer, allow_pickle=allow_pickle)
+    contexts = objective_contexts(held, number=number, length=length, min_len=min_len, seed=seed)
+    check_disjoint(train=train, test=contexts)
+    return train, contexts
 
 
 def check_disjoint(**contexts_or_articles: Contexts | Articles) -> None:

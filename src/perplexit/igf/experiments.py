@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from perplexit.errors import ResumeError, UsageError
@@ -165,6 +166,40 @@ def run_experiment(
     return document
 
 
+def calibrated_selection(
+    name: str,
+    model: nn.Module,
+    train: Articles,
+    context_length: int,
+    *,
+    learner: Learner | None = None,
+    share: float = 0.25,
+    constant: float = 1.0,
+    seed: int = 0,
+    num_calibration: int = 512,
+) -> Selection:
+    """One of METHODS for one fine-tuning, its quantiles taken from contexts that it does not see.
+
+    The loss methods ask the model as it is for its losses on those; see `selection_named`.
+    """
+    calibration = ContextStream(train, context_length, CALIBRATION_SEED).take(0, num_calibration)
+    return selection_named(
+        name,
+        learner=learner,
+        calibration_NT=calibration.ids_NT,
+        calibration_losses=lambda: _losses_on(model, calibration),
+        share=share,
+        constant=constant,
+        seed=seed,
+    )
+
+
+def _losses_on(model: nn.Module, contexts: Contexts) -> NDArray[np.float64]:
+    device = next(model.parameters()).device
+    model.eval()
+    return measured_losses(model, torch.from_numpy(contexts.ids_NT).long().to(device))
+
+
 def _selections(
     model: nn.Module, train: Articles, plan: ExperimentPlan, learner: Learner | None
 ) -> Callable[[str, int], Selection]:
@@ -172,9 +207,7 @@ def _selections(
     calibration = ContextStream(train, length, CALIBRATION_SEED).take(0, plan.num_calibration)
     losses = None
     if {"high-loss", "perplexity-band"} & set(plan.methods):
-        device = next(model.parameters()).device
-        model.eval()
-        losses = measured_losses(model, torch.from_numpy(calibration.ids_NT).long().to(device))
+        losses = _losses_on(model, calibration)
 
     def named(method: str, seed: int) -> Selection:
         return selection_named(

@@ -67,6 +67,11 @@ def with_lora(
     return adapted
 
 
+def set_threads(threads: int) -> None:
+    """Compute with this many CPU threads from now on."""
+    torch.set_num_threads(threads)
+
+
 def weights_of(model: nn.Module) -> list[torch.Tensor]:
     """A copy of the trainable weights, to go back to with `restore_weights`."""
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]

@@ -129,6 +129,9 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Pairs:
     return pairs_of(read_arrays(path), source=str(Path(path).name))
 
 
+load_pairs = load
+
+
 def pairs_of(items: Any, *, source: str = "memory") -> Pairs:
     """Pairs from any sequence of (context, gain): Pairs themselves, or the original's list."""
     if isinstance(items, Pairs):

@@ -1,0 +1,95 @@
+"""Options that several `perplexit igf` commands share, and their progress bar."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from perplexit.cli.output import people
+from perplexit.errors import UsageError
+
+Corpus = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="CORPUS...",
+        help="Text (a file an article), JSON Lines, Parquet, folders, or tokenised articles.",
+    ),
+]
+Model = Annotated[
+    str, typer.Option(metavar="MODEL", help="hf:FOLDER, hf:FILE.gguf, hf:ID@REVISION, or a path.")
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option(help="A tokenizer. \\[default: the model's own]")
+]
+TestCorpus = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--test",
+        metavar="CORPUS",
+        help="Articles to test on; repeat for several. \\[default: the hash split of CORPUS]",
+    ),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Read the original's .jbl: arrays and numbers, nothing else."
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="What is drawn at random follows from it.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. \\[default: the engine's own]")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def clip_norm(text: str) -> float | None:
+    """A limit on the gradient's norm, or None for `none`."""
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number or `none`, got {text!r}") from None
+
+
+def names(text: str) -> list[str]:
+    """A list divided by commas, blanks dropped."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def use_threads(threads: int | None) -> None:
+    """Set the number of threads that PyTorch computes with, where one was asked for."""
+    if threads is not None:
+        from perplexit.igf.models import set_threads  # noqa: PLC0415 - keeps --help quick
+
+        set_threads(threads)
+
+
+def one_or_many(paths: list[Path]) -> Any:
+    """A single path as itself, so that a file of tokenised articles or pairs is known as one."""
+    if not paths:
+        raise UsageError("expected at least one path of a corpus, got none")
+    return paths[0] if len(paths) == 1 else paths
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A callable (done, total, figures) that draws a bar, or None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  {task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=people(), transient=True) as drawn:
+        task = drawn.add_task(label, total=None, figures="")
+        yield lambda done, total, figures: drawn.update(
+            task, completed=done, total=total, figures=figures
+        )

@@ -1,0 +1,88 @@
+"""`perplexit igf train`: pairs → a secondary learner."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from perplexit import igf
+from perplexit.cli import igf_options as options
+from perplexit.cli.group import examples
+from perplexit.cli.output import people, print_json, stdout_kept_clean
+
+EXAMPLES = examples(
+    "perplexit igf train pairs.safetensors -o learner",
+    "perplexit igf train pairs.safetensors --kind cnn --model gpt2/ -o learner-cnn",
+)
+
+
+class Kind(StrEnum):
+    """The learners there are."""
+
+    RIDGE = "ridge"
+    CNN = "cnn"
+
+
+def train(
+    pairs: Annotated[
+        Path, typer.Argument(metavar="PAIRS", help="A file made by `perplexit igf collect`.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="The learner (.safetensors, .json)."),
+    ],
+    kind: Annotated[
+        Kind, typer.Option(help="ridge: linear in token counts; cnn: the paper's network.")
+    ] = Kind.RIDGE,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Whose embeddings the cnn starts from, a vocabulary."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="The z-score at which precision is reported.")
+    ] = 1.0,
+    max_epochs: Annotated[int, typer.Option(min=1, help="Of the cnn.")] = 15,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the cnn.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Of the cnn.")] = 1e-5,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Epochs without a better one before the cnn stops.")
+    ] = 5,
+    seed: options.Seed = 0,
+    allow_pickle: options.AllowPickle = False,
+    threads: options.Threads = None,
+    json: options.AsJson = False,
+) -> None:
+    """Train a secondary learner, held out by article; the best by held-out error is kept."""
+    with stdout_kept_clean(), options.bar("Training") as draw:
+        options.use_threads(threads)
+        learner = igf.train_learner(
+            igf.load_pairs(pairs, allow_pickle=allow_pickle),
+            kind=kind.value,
+            model=None if model is None else igf.load_model(model),
+            threshold=threshold,
+            seed=seed,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            patience=patience,
+            progress=None
+            if draw is None
+            else lambda p: draw(p.number, p.total, f"held-out error {p.choose_mse:.4f}"),
+        )
+        path = igf.save_learner(learner, output)
+    people().print(f"{kind.value} learner in {path}: {_sentence(learner.record['scores'])}")
+    if json:
+        print_json({"learner": kind.value, "output": str(path), **learner.record})
+
+
+def _sentence(scores: dict[str, Any]) -> str:
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    return (
+        f"on {scores['num_pairs']} pairs of {scores['num_articles']} held-out articles R² "
+        f"{scores['r2']:.3f}, Spearman {shown(scores['spearman'])}, precision at "
+        f"{scores['threshold']:+g}: {shown(scores['precision'])} of {scores['accepted']:.1%} "
+        f"accepted (base rate {scores['base_rate']:.3f})"
+    )
