@@ -3,25 +3,21 @@
 Shape suffixes: N = targets, T = ids of a window, V = vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from perplexit.checkpoints.loading import load_checkpoint
-from perplexit.checkpoints.sources import CheckpointSource
 from perplexit.errors import (
     CapabilityError,
     EngineOutOfMemoryError,
-    ModelError,
     QuantizationError,
     UsageError,
-    VocabularyError,
 )
 from perplexit.functional.linear_nll import (
     DEFAULT_LOGITS_BYTES,
@@ -29,29 +25,25 @@ from perplexit.functional.linear_nll import (
     statistics_of_hidden_states,
 )
 from perplexit.inputs.windows import WindowIds
-from perplexit.quantization.precisions import canonical_dtype
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
 from perplexit.sessions.pytorch_batch import (
     PaddedBatch,
+    check_windows,
     details_by_window,
     fed_length,
     no_details,
 )
-from perplexit.sessions.pytorch_device import (
-    batch_size_for,
-    chosen_device,
-    chosen_threads,
-    is_out_of_memory,
-    scoring_settings,
-)
+from perplexit.sessions.pytorch_device import batch_size_for, is_out_of_memory
 from perplexit.sessions.pytorch_forward import ForwardPass, WholeForward, find_forward
+from perplexit.sessions.pytorch_loading import open_module
 from perplexit.sessions.pytorch_module import (
-    config_integer,
+    activation_bytes_per_id,
     dtype_name,
-    module_fingerprint,
     num_embeddings,
     position_limit,
 )
+
+_T = TypeVar("_T")
 
 
 class PytorchInferenceSession:
@@ -82,24 +74,13 @@ class PytorchInferenceSession:
                 f"expected no quantization for PyTorch in this version, got {quantization!r}; "
                 "quantize in ONNX Runtime: perplexit compile MODEL --to onnx --quantization Q"
             )
-        self._source: CheckpointSource | None = None
-        self._owned = not isinstance(model, nn.Module)
-        if isinstance(model, nn.Module):
-            self._threads = torch.get_num_threads() if threads is None else chosen_threads(threads)
-            self._module: nn.Module = model
-            self._device = _checked_placement(model, dtype, device)
-        else:
-            self._threads = chosen_threads(threads)
-            self._device = chosen_device(device)
-            checkpoint = load_checkpoint(
-                model, dtype=canonical_dtype(dtype or "float32"), device=str(self._device)
-            )
-            self._module, self._source = checkpoint.model, checkpoint.source
-        self._num_embeddings = num_embeddings(self._module)
-        with scoring_settings(self._module, self._threads, owned=self._owned):
-            forward, self._num_logits = find_forward(self._module, self._num_embeddings or 2)
+        opened = open_module(model, dtype=dtype, device=device, threads=threads)
+        self._opened, self._module, self._device = opened, opened.module, opened.device
+        num_rows = num_embeddings(self._module)
+        with opened.scoring():
+            forward, self._num_logits = find_forward(self._module, num_rows or 2)
         self._forward: ForwardPass = forward
-        self._id_limit = min(self._num_embeddings or self._num_logits, self._num_logits)
+        self._id_limit = min(num_rows or self._num_logits, self._num_logits)
         self._chunk_rows = rows_within(max_logits_bytes, self._num_logits)
         self._position_limit = position_limit(self._module)
         self._description = self._describe()
@@ -117,17 +98,7 @@ class PytorchInferenceSession:
         """Whose numbers these are; the fingerprint is computed when first asked for."""
         if self._model_description is None:
             self._check_open()
-            name = f"module:{type(self._module).__qualname__}"
-            self._model_description = ModelDescription(
-                address=self._source.address if self._source else name,
-                architecture=type(self._module).__name__,
-                num_parameters=sum(p.numel() for p in self._module.parameters()),
-                weights_fingerprint=(
-                    self._source.fingerprint if self._source else module_fingerprint(self._module)
-                ),
-                vocab_size=self._id_limit,
-                max_length=config_integer(self._module, "max_position_embeddings", "n_positions"),
-            )
+            self._model_description = self._opened.describe(self._id_limit)
         return self._model_description
 
     @property
@@ -137,11 +108,11 @@ class PytorchInferenceSession:
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """The nll of each target, window by window; see InferenceSession."""
-        return [d.nll_N for d in self._scored_or_out_of_memory(windows, False, 0)]
+        return [d.nll_N for d in self._checked_and_scored(windows, False, 0)]
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """The nll with entropy, rank and alternatives; see DetailedSession."""
-        return self._scored_or_out_of_memory(windows, True, top_k)
+        return self._checked_and_scored(windows, True, top_k)
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
@@ -168,32 +139,33 @@ class PytorchInferenceSession:
         dtype = next(self._module.parameters()).dtype
         return self._head_logits(torch.from_numpy(hidden_ND).to(self._device, dtype))
 
-    def _head_logits(self, rows_NX: torch.Tensor) -> NDArray[np.float32]:
-        with scoring_settings(self._module, self._threads, owned=self._owned):
+    def _head_logits(self, rows_NX: Tensor) -> NDArray[np.float32]:
+        with self._opened.scoring():
             logits: NDArray[np.float32] = self._forward.head(rows_NX).float().cpu().numpy()
         return logits
 
-    def _target_rows(self, windows: Sequence[WindowIds]) -> list[torch.Tensor]:
+    def _target_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
         """What the head is given for each target, window by window."""
         self._check(windows)
+        return self._within_memory(windows, lambda: self._gathered_rows(windows))
+
+    def _gathered_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
         results = [torch.empty(0, 0)] * len(windows)
-        with (
-            self._memory_errors(windows),
-            scoring_settings(self._module, self._threads, owned=self._owned),
-        ):
-            for places in self._groups(windows):
-                batch = PaddedBatch.of([windows[place] for place in places], self._device)
-                rows_BTX = self._forward.rows(batch.ids_BT, batch.mask_BT)
-                rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
-                for place, rows in zip(places, rows_NX.split(batch.counts), strict=True):
-                    results[place] = rows
+        for places in self._groups(windows):
+            batch = PaddedBatch.of([windows[place] for place in places], self._device)
+            rows_BTX = self._forward.rows(batch.ids_BT, batch.mask_BT)
+            rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
+            start = 0
+            for place, count in zip(places, batch.counts, strict=True):
+                results[place] = rows_NX[start : start + count]
+                start += count
         return results
 
     def max_batch_size(self, window_length: int) -> int:
         """How many windows half of the free memory holds; at least 1."""
-        return batch_size_for(
-            self._device, max(1, window_length), self._bytes_per_id(window_length)
-        )
+        num_logits = self._num_logits if self._forward.keeps_logits else 0
+        num_bytes = activation_bytes_per_id(self._module, window_length, num_logits)
+        return batch_size_for(self._device, max(1, window_length), num_bytes)
 
     def peak_device_bytes(self) -> int | None:
         """The most that torch's CUDA allocator has held by the end of a call; None elsewhere."""
@@ -207,27 +179,23 @@ class PytorchInferenceSession:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _scored_or_out_of_memory(
+    def _checked_and_scored(
         self, windows: Sequence[WindowIds], with_details: bool, top_k: int
     ) -> list[TokenDetails]:
         self._check(windows)
-        with (
-            self._memory_errors(windows),
-            scoring_settings(self._module, self._threads, owned=self._owned),
-        ):
-            return self._scored(windows, with_details, top_k)
+        return self._within_memory(windows, lambda: self._scored(windows, with_details, top_k))
 
-    @contextmanager
-    def _memory_errors(self, windows: Sequence[WindowIds]) -> Iterator[None]:
-        """Turns an engine's "out of memory" into EngineOutOfMemoryError."""
+    def _within_memory(self, windows: Sequence[WindowIds], work: Callable[[], _T]) -> _T:
+        """What `work` gives; EngineOutOfMemoryError where memory runs out meanwhile."""
         try:
-            yield
-            return
+            with self._opened.scoring():
+                return work()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # Raised out here, so that the failed batch's tensors are not kept by a traceback.
+        # Raised out here (and not in a context manager, which would chain them): the engine's own
+        # exception holds a traceback, which holds the failed batch's tensors.
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         raise EngineOutOfMemoryError(
@@ -278,21 +246,7 @@ class PytorchInferenceSession:
 
     def _check(self, windows: Sequence[WindowIds]) -> None:
         self._check_open()
-        for window in windows:
-            ids_T = window.ids_T
-            if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < self._id_limit:
-                raise VocabularyError(
-                    f"expected ids from 0 to {self._id_limit - 1}, the model's vocabulary, got "
-                    f"{int(ids_T.min())} to {int(ids_T.max())} in window {window.index}; prepare "
-                    "the input with this model's own tokenizer"
-                )
-            limit = self._position_limit
-            if limit is not None and len(window.targets_N) and fed_length(window) > limit:
-                raise ModelError(
-                    f"expected windows of at most {limit} ids, for which the model has position "
-                    f"embeddings, got {len(ids_T)} in window {window.index}; prepare the input "
-                    f"with --max-length {limit}"
-                )
+        check_windows(windows, id_limit=self._id_limit, position_limit=self._position_limit)
 
     def _describe(self) -> SessionDescription:
         config = getattr(self._module, "config", None)
@@ -309,34 +263,6 @@ class PytorchInferenceSession:
             version=torch.__version__,
             dtype=dtype_name(self._module),
             device=str(self._device),
-            threads=self._threads,
+            threads=self._opened.threads,
             settings=settings,
         )
-
-    def _bytes_per_id(self, window_length: int) -> int:
-        """A generous estimate of what one id of a batch takes in activations."""
-        hidden = config_integer(self._module, "hidden_size", "n_embd") or 1024
-        inner = config_integer(self._module, "intermediate_size", "n_inner") or 4 * hidden
-        elements = 10 * hidden + 3 * inner
-        if getattr(getattr(self._module, "config", None), "_attn_implementation", "") == "eager":
-            heads = config_integer(self._module, "num_attention_heads", "n_head") or 1
-            elements += 3 * heads * window_length
-        if self._forward.keeps_logits:
-            elements += 3 * self._num_logits
-        return 4 * elements
-
-
-def _checked_placement(module: nn.Module, dtype: str | None, device: str | None) -> torch.device:
-    """The device that a loaded module is on, if that is what was asked for."""
-    actual = next((p.device for p in module.parameters()), torch.device("cpu"))
-    if device is not None and torch.device(device).type != actual.type:
-        raise UsageError(
-            f"expected the loaded model on {device}, but it is on {actual}; move it first: "
-            f"model.to({device!r})"
-        )
-    if dtype is not None and canonical_dtype(dtype) != dtype_name(module):
-        raise UsageError(
-            f"expected the loaded model in {canonical_dtype(dtype)}, but it is in "
-            f"{dtype_name(module)}; convert it first: model.to(torch.{canonical_dtype(dtype)})"
-        )
-    return actual

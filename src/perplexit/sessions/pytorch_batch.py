@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from perplexit.errors import ModelError, VocabularyError
 from perplexit.functional.nll import TokenStatistics
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import TokenDetails
@@ -56,6 +57,30 @@ class PaddedBatch:
             targets_N=torch.from_numpy(targets_N.astype(np.int64)).to(device),
             counts=counts,
         )
+
+
+def check_windows(
+    windows: Sequence[WindowIds], *, id_limit: int, position_limit: int | None
+) -> None:
+    """Raise VocabularyError for an id without a row, ModelError for a window beyond the positions.
+
+    position_limit: how many ids can be fed; None where the model has no table of positions.
+    """
+    for window in windows:
+        ids_T = window.ids_T
+        if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < id_limit:
+            raise VocabularyError(
+                f"expected ids from 0 to {id_limit - 1}, the model's vocabulary, got "
+                f"{int(ids_T.min())} to {int(ids_T.max())} in window {window.index}; prepare "
+                "the input with this model's own tokenizer"
+            )
+        needed = fed_length(window) if len(window.targets_N) else 0
+        if position_limit is not None and needed > position_limit:
+            raise ModelError(
+                f"expected windows of at most {position_limit} ids, for which the model has "
+                f"position embeddings, got {len(ids_T)} in window {window.index}; prepare the "
+                f"input with --max-length {position_limit}"
+            )
 
 
 def fed_length(window: WindowIds) -> int:

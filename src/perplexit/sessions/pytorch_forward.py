@@ -91,7 +91,8 @@ class LinearHead:
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """The logits, valid until the next call."""
-        weight, bias = self._linear.weight, self._linear.bias
+        weight: Tensor = self._linear.weight
+        bias: Tensor | None = self._linear.bias
         buffer = self._buffer_NV
         if buffer is None or len(buffer) < len(hidden_ND) or buffer.dtype != hidden_ND.dtype:
             buffer = hidden_ND.new_empty(len(hidden_ND), len(weight))
@@ -161,7 +162,7 @@ class _Probe:
     def agrees(self, candidate: ForwardPass) -> bool:
         """Whether a candidate gives the same logits; one that cannot run on this model does not."""
         try:
-            pairs = [(self.plain_BTV, None)]
+            pairs: list[tuple[Tensor, Tensor | None]] = [(self.plain_BTV, None)]
             if self.mask_BT is not None:
                 pairs.append((self.padded_BTV, self.mask_BT))
             for whole_BTV, mask_BT in pairs:

@@ -25,7 +25,7 @@ def module_fingerprint(module: nn.Module) -> str:
 
 def _content(tensor: Tensor) -> memoryview:
     plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(plain.view(torch.uint8).numpy())  # NumPy has no bfloat16, but its bytes
+    return plain.view(torch.uint8).numpy().data  # NumPy has no bfloat16, but it has bytes
 
 
 def dtype_name(module: nn.Module) -> str:
@@ -59,6 +59,20 @@ def position_limit(module: nn.Module) -> int | None:
         if limit <= embedding.num_embeddings <= limit + 2:  # OPT counts its positions from 2
             return limit
     return None
+
+
+def activation_bytes_per_id(module: nn.Module, window_length: int, num_logits: int) -> int:
+    """A generous estimate of what one id of a batch takes beside the weights.
+
+    num_logits: logits kept for every position; 0 where they are made in chunks.
+    """
+    hidden = config_integer(module, "hidden_size", "n_embd") or 1024
+    inner = config_integer(module, "intermediate_size", "n_inner") or 4 * hidden
+    elements = 10 * hidden + 3 * inner + 3 * num_logits
+    if getattr(getattr(module, "config", None), "_attn_implementation", "") == "eager":
+        heads = config_integer(module, "num_attention_heads", "n_head") or 1
+        elements += 3 * heads * window_length
+    return 4 * elements
 
 
 def config_integer(module: nn.Module, *names: str) -> int | None:
