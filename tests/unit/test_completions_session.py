@@ -185,7 +185,6 @@ def test_settings_that_the_server_decides_are_refused():
         CompletionsInferenceSession("completions:http://127.0.0.1:1/v1#m", dtype="float16")
 
 
-@pytest.mark.trap(26)
 def test_a_run_of_a_served_model_never_holds_the_key(monkeypatch, tmp_path, byte_tokenizer_json):
     """Every file of the run, its parts included, is searched for the key."""
     text = tmp_path / "text.txt"
