@@ -4,6 +4,7 @@ The drawings carry no script and no size of their own, take their colours from t
 sheet (so that they follow light and dark), and have a label for each mark for screen readers.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from perplexit.report.extra import loaded
 
 VEGA_LITE = "5.21"
 WIDTH = 400
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+# Fonts of equal widths on every system: labels are laid out here and drawn by the reader's browser
+FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 DASHES = [[1, 0], [5, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 2, 1, 2], [1, 3], [12, 3]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "stroke", "wedge"]
 
@@ -58,6 +60,10 @@ def _config() -> Spec:
             "titleColor": "var(--muted)",
             "titleFontWeight": "normal",
             "titleFontSize": 12,
+            "titlePadding": 10,
+            "labelFlush": False,
+            "labelOverlap": "greedy",
+            "tickCount": 5,
             "labelFontSize": 12,
             "gridColor": "var(--rule)",
             "domainColor": "var(--line)",
@@ -66,9 +72,11 @@ def _config() -> Spec:
         },
         "legend": {
             "labelColor": "var(--ink)",
-            "titleColor": "var(--muted)",
             "labelFontSize": 12,
             "symbolStrokeWidth": 2,
+            "symbolType": "stroke",
+            "symbolBaseStrokeColor": "var(--muted)",
+            "symbolSize": 260,
             "orient": "top",
             "title": None,
             "labelLimit": 180,
@@ -143,14 +151,14 @@ def curves_chart(
             "type": "quantitative",
             "scale": {"type": "log"},
             "title": x[1],
-            "axis": {"format": "~g", "tickCount": 5},
+            "axis": {"format": "~g", "values": _decades([row[x[0]] for row in rows])},
         },
         "y": {
             "field": "share",
             "type": "quantitative",
             "scale": {"type": "log", "domainMax": 1},
             "title": "share of tokens above",
-            "axis": {"format": "~%", "tickCount": 4},
+            "axis": {"format": "~%", "values": _decades([row["share"] for row in rows])},
         },
     }
     encoding |= _by_run(list(labels)[first:], first, dashes=not directions)
@@ -162,6 +170,15 @@ def curves_chart(
         }
     mark = {"type": "line", "strokeWidth": 2, "interpolate": "monotone"}
     return drawn(_plot(rows, mark, encoding))
+
+
+def _decades(values: Sequence[str | float | int | None]) -> list[float]:
+    """The powers of ten around some positive numbers."""
+    numbers = [float(value) for value in values if value]
+    if not numbers:
+        return [1.0]
+    first, last = math.floor(math.log10(min(numbers))), math.ceil(math.log10(max(numbers)))
+    return [10.0**power for power in range(first, last + 1)]
 
 
 def _by_run(labels: Sequence[str], first: int, *, dashes: bool) -> Spec:

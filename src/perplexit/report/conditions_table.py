@@ -29,17 +29,18 @@ def conditions_of(subject: Subject) -> list[Condition]:
 
 def notes_of(subject: Subject) -> list[str]:
     """Warnings of the runs and the comparisons, and why a figure is missing; each once."""
-    notes = []
+    said: dict[str, list[str]] = {}
     for label, run in zip(subject.labels, subject.runs, strict=True):
-        notes += [f"{label}: {text}" for text in run.warnings]
-        notes += [f"{label}: {name} is missing: {why}" for name, why in run.reasons.items()]
+        notes = [*run.warnings]
+        notes += [f"{name} is missing: {why}" for name, why in run.reasons.items()]
         if run.num_non_finite:
-            notes.append(
-                f"{label}: {run.num_non_finite} tokens had no finite loss and are left out"
-            )
+            notes.append(f"{run.num_non_finite} tokens had no finite loss and are left out")
+        for note in notes:
+            said.setdefault(note, []).append(label)
     for label, _, comparison in subject.candidates:
-        notes += [f"{label}: {text}" for text in comparison.warnings]
-    return list(dict.fromkeys(notes))
+        for note in comparison.warnings:
+            said.setdefault(note, []).append(label)
+    return [f"{', '.join(dict.fromkeys(labels))}: {note}" for note, labels in said.items()]
 
 
 def _of(run: Run, confidence: float) -> dict[str, str]:
@@ -64,7 +65,11 @@ def _of(run: Run, confidence: float) -> dict[str, str]:
         "peak process memory": mebibytes(run.peak_memory_bytes.get("host_rss")),
         "peak device memory": mebibytes(run.peak_memory_bytes.get("torch_device")),
         "protocol": run.protocol,
-        "windows": ", ".join(f"{k} {v}" for k, v in protocol.items() if k != "name"),
+        "windows": ", ".join(
+            f"{key} {value}"
+            for key, value in protocol.items()
+            if key != "name" and value not in (None, "", -1)
+        ),
         "interval": f"{100 * confidence:g} %, {run.num_clusters} clusters ({run.interval_method})",
         "tokens scored": f"{run.num_tokens or 0:,} in {run.num_windows:,} windows",
         "text": run.text_fingerprint[:16] or DASH,

@@ -73,6 +73,12 @@ def headline(subject: Subject) -> str:
     for comparison in subject.comparisons:
         counts[comparison.verdict] += 1
     number = len(subject.comparisons)
+    if counts["not distinguishable"] == number:
+        return f"None of {number} candidates can be told apart from {subject.labels[0]}."
+    for kind in ("worse", "better"):
+        if counts[kind] == number:
+            every = "Both" if number == 2 else f"All {number}"
+            return f"{every} candidates are {kind} than {subject.labels[0]}."
     return f"Of {number} candidates against {subject.labels[0]}, {_listed(counts)}."
 
 

@@ -15,6 +15,7 @@ function rowOf(label, r, i) {
     rank && rank[i] ? rank[i].toLocaleString("en") : "–", entropy ? plain(entropy[i], 2) : "–"];
   const head = element("th", { scope: "row" },
     element("span", { class: `swatch run${r}`, "aria-hidden": "true" }), label);
+  head.title = label;
   return element("tr", {}, head, ...cells.map((cell) => element("td", { class: "n" }, cell)));
 }
 
@@ -27,7 +28,8 @@ function alternativesOf(r, i) {
     if (!Number.isFinite(losses[at])) continue;
     const p = Math.exp(-losses[at]);
     const came = ids[at] === columns.id[i];
-    const bar = element("meter", { min: 0, max: 1, value: p.toFixed(4), "aria-hidden": "true", tabindex: -1 });
+    const bar = element("span", { class: "bar", "aria-hidden": "true" }, element("span"));
+    bar.firstChild.style.width = `${100 * p}%`;
     list.append(element("li", came ? { class: "came" } : {},
       element("span", { class: "alternative" }, spelled(ids[at]), ...(came ? [element("span", { class: "sr" }, " (came)")] : [])),
       bar, element("span", { class: "n" }, p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "<0.1 %")));
@@ -82,6 +84,14 @@ function showDetails(i) {
   details.replaceChildren(...children);
   details.classList.toggle("pinned", view.pinned);
   details.dataset.token = i;
+}
+
+// One sentence for screen readers, when a token is reached with the keyboard.
+function spoken(i) {
+  const losses = runs.map((run) => `${run.label} ${plain(run.nll[i], 2)}`).join(", ");
+  const changes = runs.slice(1).map((run, n) => `, change ${signed(changeOf(n + 1)[i], 2)}`).join("");
+  return Number.isFinite(runs[0].nll[i])
+    ? `${visibleToken(i)}: loss in nats: ${losses}${changes}` : `${visibleToken(i)}: not scored`;
 }
 
 function hintDetails() {

@@ -1,6 +1,6 @@
 // The list of the tokens that changed most (with one run: that cost most), filtered and clickable.
 
-const LIST_STEP = 25, LIST_LONGEST = 1000, CONTEXT_BEFORE = 14, CONTEXT_AFTER = 6;
+const LIST_STEP = 25, LIST_LONGEST = 1000, CONTEXT_BEFORE = 72, CONTEXT_AFTER = 40;
 const list = { run: Math.min(1, runs.length - 1), direction: "both", search: "", length: LIST_STEP };
 
 function listOrder() {
@@ -27,8 +27,9 @@ function listed() {
 function contextOf(i) {
   const same = (j) => j >= 0 && j < columns.count && columns.document[j] === columns.document[i];
   let first = i, last = i;
-  while (i - first < CONTEXT_BEFORE && same(first - 1)) first--;
-  while (last - i < CONTEXT_AFTER && same(last + 1)) last++;
+  const start = columns.start;
+  while (start[i] - start[first] < CONTEXT_BEFORE && same(first - 1)) first--;
+  while (start[last + 1] - start[i + 1] < CONTEXT_AFTER && same(last + 1)) last++;
   const join = (a, b) => { let text = ""; for (let j = a; j < b; j++) text += textOf(j); return text.replace(/\s+/g, " "); };
   const text = (value) => value.replace(INVISIBLE, "");
   const link = element("a", { href: `#token-${i}`, "data-token": i, title: "Show it in the text" },
@@ -43,7 +44,9 @@ function listRow(i) {
   if (runs.length > 1) {
     const change = changeOf(list.run)[i];
     cells.push(element("td", { class: `n ${change > 0 ? "worse" : "better"}` }, `${change > 0 ? "▲" : "▼"} ${signed(change)}`));
-    cells.push(element("td", { class: "n" }, plain(runs[0].nll[i])), element("td", { class: "n" }, plain(runs[list.run].nll[i])));
+    for (const run of [runs[0], runs[list.run]]) {
+      cells.push(element("td", { class: "n", "data-label": run.label }, plain(run.nll[i])));
+    }
   } else {
     cells.push(element("td", { class: "n" }, plain(runs[0].nll[i])));
   }

@@ -101,6 +101,7 @@ function startText() {
     if (i < 0) return;
     setCurrent(i);
     if (!view.pinned) showDetails(i);
+    document.getElementById("spoken").textContent = spoken(i);
   });
   paper.addEventListener("click", (event) => {
     const i = indexOf(event);
