@@ -9,10 +9,12 @@ import perplexit as px
 from perplexit.cli.figures import program_table
 from perplexit.cli.group import examples
 from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
+from perplexit.quantization.precisions import known_precisions
 
 EXAMPLES = examples(
     "perplexit compile smollm2/ --to onnx -o program/",
     "perplexit compile model.gguf --to onnx --quantization int4 -o program-int4/",
+    "perplexit compile smollm2/ --to gguf --quantization q4_k_m -o smollm2-q4_k_m/",
 )
 
 
@@ -21,12 +23,16 @@ def compile_model(
         str,
         typer.Argument(metavar="MODEL", help="hf:FOLDER, hf:FILE.gguf, hf:ID@REVISION, a path."),
     ],
-    to: Annotated[str, typer.Option(help="What to compile to: onnx.")],
+    to: Annotated[str, typer.Option(help="What to compile to: onnx or gguf.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The program's folder.")
     ],
     quantization: Annotated[
-        str | None, typer.Option(help="Weights in blocks of integers: int8 or int4.")
+        str | None,
+        typer.Option(
+            help=f"Weights in blocks of integers. For onnx: {', '.join(known_precisions('onnx'))}. "
+            f"For gguf: {', '.join(known_precisions('gguf'))}."
+        ),
     ] = None,
     perplexity: Annotated[
         bool,
