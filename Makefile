@@ -11,6 +11,9 @@ WORKERS ?= 2
 # One thread a worker: two workers with two threads each would fight over two cores.
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := src tests bench docs
+# Every extra of pyproject.toml; those of the second line come without a wheel.
+EXTRAS  := pytorch,onnx,sentencepiece,datasets,completions,report,igf
+COMPILED_EXTRAS := llamacpp ngram
 
 .PHONY: setup demo test test-vllm check bench docs clean
 .DEFAULT_GOAL := setup
@@ -60,8 +63,13 @@ $(VENV)/.demo-done: $(VENV)/.torch-done pyproject.toml requirements-demo.txt
 	touch $@
 
 $(VENV)/.setup-done: $(VENV)/.torch-done pyproject.toml requirements-demo.txt requirements-test.txt
-	$(PIP) --prefer-binary -c constraints-dev.txt -e '.[all]' --group dev
+	$(PIP) --prefer-binary -c constraints-dev.txt -e '.[$(EXTRAS)]' --group dev
 	$(PIP) --prefer-binary --no-deps -r requirements-test.txt
+	@for extra in $(COMPILED_EXTRAS); do \
+		echo "Installing the extra $$extra (it compiles: some minutes, and a C++ compiler)"; \
+		$(PIP) -c constraints-dev.txt -e ".[$$extra]" \
+			|| echo "$$extra is left out, and so are its tests: it could not be compiled here"; \
+	done
 	touch $@ $(VENV)/.demo-done
 
 # Its torchvision, torchaudio and torchcodec are built for another torch: importing vLLM would fail.

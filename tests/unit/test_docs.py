@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,21 @@ def test_every_trap_of_what_exists_has_a_test(number: int) -> None:
 def test_the_trap_page_lists_the_tests() -> None:
     page = (ROOT / "docs" / "traps.md").read_text(encoding="utf-8")
     assert page == generate.trap_page(page), "run `make docs`"
+
+
+def test_make_setup_installs_every_extra() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = re.findall(r"^(?:COMPILED_)?EXTRAS +:= (.*)$", makefile, re.MULTILINE)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = extras["project"]["optional-dependencies"].keys() - {"all"}
+    assert {name for line in listed for name in re.split(r"[, ]", line)} == declared
+
+
+def test_all_is_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    (everything,) = extras.pop("all")
+    assert everything == f"perplexit[{','.join(extras)}]"
 
 
 def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
