@@ -144,12 +144,15 @@ def test_random_skipping_is_the_same_however_it_is_asked() -> None:
     assert np.array_equal(whole, parts)
 
 
-def test_the_filter_comes_before_the_models_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_filter_comes_before_the_models_forward_pass() -> None:
     model = TINY_MODELS["gpt2"]().eval()
-    fed: list[int] = []
-    model.register_forward_pre_hook(
-        lambda m, a, k: fed.append(k["input_ids"].shape[0]), with_kwargs=True
-    )
+    fed: list[int] = []  # contexts that went through the layers, the head's probe left out
+
+    def count(module: torch.nn.Module, arguments: tuple, named: dict) -> None:
+        rows, length = named["input_ids"].shape
+        fed.append(rows if length == LENGTH - 1 else 0)
+
+    model.transformer.register_forward_pre_hook(count, with_kwargs=True)
     selection = InformationGain(ridge(), ConstantThreshold(0.5))
     curve = finetune_model(model, TRAIN, TEST, selection=selection, settings=SETTINGS)
     evaluated = 3 * len(TEST)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perplexit.errors import UsageError
 from perplexit.igf.gradients import objective_gradient
-from perplexit.igf.losses import context_losses, mean_loss, measured_losses
+from perplexit.igf.losses import ContextScorer, context_losses
 from perplexit.igf.steps import StepRule, replaced_weights, trainable_parameters
 
 Derivative = Literal["central", "forward-mode"]
@@ -51,10 +51,10 @@ class DirectionalGain:
             )
         self._model = model.eval()
         self._rule = rule
-        self._batch_ids = batch_ids
+        self._scorer = ContextScorer(model, batch_ids=batch_ids)
         self.batch_size = max(1, batch_ids // objective_NT.shape[1])
         self._parameters = trainable_parameters(model)
-        self.objective_loss = mean_loss(model, objective_NT, batch_ids=batch_ids)
+        self.objective_loss = self._scorer.mean_loss(objective_NT)
         gradient = objective_gradient(model, objective_NT)
         self._derivative = derivative
         if derivative == "central":
@@ -79,7 +79,7 @@ class DirectionalGain:
 
     def _losses(self, weights: list[Tensor], contexts_BT: Tensor) -> NDArray[np.float64]:
         with replaced_weights(self._parameters, weights):
-            return measured_losses(self._model, contexts_BT, batch_ids=self._batch_ids)
+            return self._scorer.losses(contexts_BT)
 
     def _forward_mode(self, contexts_BT: Tensor) -> NDArray[np.float64]:
         weights = {n: p.detach() for n, p in _named(self._model) if n in self._tangents}

@@ -21,7 +21,7 @@ from perplexit.errors import NonFiniteError, UsageError
 from perplexit.igf.articles import Articles
 from perplexit.igf.checkpointing import Checkpoints
 from perplexit.igf.contexts import Contexts, ContextStream, check_disjoint
-from perplexit.igf.losses import context_losses, measured_losses, perplexity_of
+from perplexit.igf.losses import ContextScorer, context_losses, perplexity_of
 from perplexit.igf.selection import Everything, Selection
 from perplexit.igf.steps import trainable_parameters
 
@@ -173,6 +173,7 @@ class _Tuning:
         self._test = test
         self._test_NT = self._tensor(test.ids_NT)
         self._parameters = trainable_parameters(model)
+        self._scorer = ContextScorer(model)
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=settings.learning_rate, weight_decay=0.0
         )
@@ -205,7 +206,7 @@ class _Tuning:
         began = time.perf_counter()
         self._model.eval()
         self.curve.steps.append(step)
-        self.curve.test_loss.append(float(measured_losses(self._model, self._test_NT).mean()))
+        self.curve.test_loss.append(self._scorer.mean_loss(self._test_NT))
         self.curve.num_candidates.append(self.candidate)
         self.curve.seconds["evaluate"] += time.perf_counter() - began
 
@@ -276,8 +277,7 @@ class _Tuning:
             self.curve.tokens_scored += int(ids_NT.size)
 
     def _losses(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
-        self._model.eval()
-        return measured_losses(self._model, self._tensor(ids_NT))
+        return self._scorer.losses(self._tensor(ids_NT))
 
     def _tensor(self, ids_NT: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(ids_NT)).long().to(self._device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from perplexit.errors import UsageError
 from perplexit.igf.directional_gain import DirectionalGain
 from perplexit.igf.first_order_gain import FirstOrderGain
-from perplexit.igf.losses import context_losses, mean_loss
+from perplexit.igf.losses import ContextScorer, context_losses
 from perplexit.igf.steps import StepRule, stepped
 
 Mode = Literal["exact", "first-order", "directional"]
@@ -87,8 +87,8 @@ class ExactGain:
         self._objective_NT = objective_NT
         self._rule = rule
         self._dropout = dropout
-        self._batch_ids = batch_ids
-        self.objective_loss = mean_loss(model, objective_NT, batch_ids=batch_ids)
+        self._scorer = ContextScorer(model, batch_ids=batch_ids)
+        self.objective_loss = self._scorer.mean_loss(objective_NT)
 
     def gains(self, contexts_BT: Tensor) -> NDArray[np.float64]:
         """See GainMeasure."""
@@ -99,5 +99,5 @@ class ExactGain:
             return context_losses(self._model, context_1T)[0]
 
         with stepped(self._model, loss, self._rule, dropout=self._dropout):
-            after = mean_loss(self._model, self._objective_NT, batch_ids=self._batch_ids)
+            after = self._scorer.mean_loss(self._objective_NT)
         return self.objective_loss - after

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perplexit.errors import NonFiniteError, UsageError
-from perplexit.functional.nll import token_statistics
+from perplexit.functional.linear_nll import (
+    DEFAULT_LOGITS_BYTES,
+    rows_within,
+    statistics_of_hidden_states,
+)
+from perplexit.sessions.pytorch_forward import find_forward
 
 DEFAULT_BATCH_IDS = 1024
 
@@ -28,45 +33,73 @@ def context_losses(model: nn.Module, contexts_BT: Tensor) -> Tensor:
     return losses.view(contexts_BT.shape[0], -1).mean(1)
 
 
+class ContextScorer:
+    """Losses of contexts without a gradient, through the scoring core of Perplexit's sessions.
+
+    Made once a model: it finds the model's own head, so that logits exist a chunk at a time only.
+    It reads the weights as they are at each call, also while others stand in their place.
+    """
+
+    def __init__(self, model: nn.Module, *, batch_ids: int = DEFAULT_BATCH_IDS) -> None:
+        model.eval()
+        self._model = model
+        self._batch_ids = batch_ids
+        with torch.inference_mode():
+            self._forward, vocab_size = find_forward(model, _id_limit(model))
+        self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, vocab_size)
+
+    def losses(self, contexts_NT: Tensor) -> NDArray[np.float64]:
+        """The mean nll of each context in nats, float64 [N].
+
+        Raises NonFiniteError where one is not finite, UsageError for contexts without a target.
+        """
+        length = contexts_NT.shape[1]
+        if length < 2:
+            raise UsageError(f"expected contexts of at least 2 ids, got {length}; no targets")
+        self._model.eval()
+        with torch.inference_mode():
+            batches = torch.split(contexts_NT, max(1, self._batch_ids // length))
+            found = [self._batch(batch) for batch in batches]
+        losses = np.concatenate(found) if found else np.zeros(0)
+        if not np.isfinite(losses).all():
+            first = int(np.flatnonzero(~np.isfinite(losses))[0])
+            raise NonFiniteError(
+                f"expected finite losses, got {losses[first]} on context {first}; "
+                "load the model in float32, or lower the learning rate"
+            )
+        return losses
+
+    def mean_loss(self, contexts_NT: Tensor) -> float:
+        """The mean nll a target over all contexts (they are equally long), in nats."""
+        return float(self.losses(contexts_NT).mean())
+
+    def _batch(self, contexts_BT: Tensor) -> NDArray[np.float64]:
+        rows_NX = self._forward.rows(contexts_BT[:, :-1], None).flatten(0, 1)
+        statistics = statistics_of_hidden_states(
+            rows_NX,
+            contexts_BT[:, 1:].flatten(),
+            self._forward.head,
+            chunk_rows=self._chunk_rows,
+        )
+        nll_BT = statistics.nll_N.view(len(contexts_BT), -1).to(torch.float64)
+        return np.asarray(nll_BT.mean(1).cpu().numpy(), dtype=np.float64)
+
+
+def _id_limit(model: nn.Module) -> int:
+    return len(model.get_input_embeddings().weight)  # type: ignore[operator]
+
+
 def measured_losses(
     model: nn.Module, contexts_NT: Tensor, *, batch_ids: int = DEFAULT_BATCH_IDS
 ) -> NDArray[np.float64]:
-    """The mean nll of each context in nats, float64 [N]: batched, without a gradient.
-
-    Goes through the same log-softmax as every run of Perplexit. The model should be in evaluation
-    mode. Raises NonFiniteError where a target's loss is not finite.
-    """
-    num_contexts, length = contexts_NT.shape
-    if length < 2:
-        raise UsageError(f"expected contexts of at least 2 ids, got {length}; nothing is predicted")
-    batch_size = max(1, batch_ids // length)
-    losses = np.empty(num_contexts, dtype=np.float64)
-    with torch.inference_mode():
-        for start in range(0, num_contexts, batch_size):
-            batch = contexts_NT[start : start + batch_size]
-            losses[start : start + len(batch)] = _batch_losses(model, batch)
-    if not np.isfinite(losses).all():
-        first = int(np.flatnonzero(~np.isfinite(losses))[0])
-        raise NonFiniteError(
-            f"expected finite losses, got {losses[first]} on context {first}; "
-            "load the model in float32, or lower the learning rate"
-        )
-    return losses
-
-
-def _batch_losses(model: nn.Module, contexts_BT: Tensor) -> NDArray[np.float64]:
-    logits = model(input_ids=contexts_BT[:, :-1], use_cache=False).logits
-    nll = token_statistics(
-        logits.flatten(0, 1), contexts_BT[:, 1:].flatten(), with_details=False
-    ).nll_N
-    sums = nll.view(len(contexts_BT), -1).to(torch.float64).mean(1)
-    return np.asarray(sums.cpu().numpy(), dtype=np.float64)
+    """As `ContextScorer(model).losses(contexts_NT)`, for once; leaves the model in evaluation."""
+    return ContextScorer(model, batch_ids=batch_ids).losses(contexts_NT)
 
 
 def mean_loss(
     model: nn.Module, contexts_NT: Tensor, *, batch_ids: int = DEFAULT_BATCH_IDS
 ) -> float:
-    """The mean nll a target over all contexts (they are equally long), in nats."""
+    """The mean of `measured_losses`."""
     return float(measured_losses(model, contexts_NT, batch_ids=batch_ids).mean())
 
 
