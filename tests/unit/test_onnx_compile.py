@@ -58,10 +58,13 @@ def test_a_perplexity_program_takes_ids_and_targets_and_gives_no_logits(llama_pr
 
 
 def test_the_head_works_on_a_chunk_of_rows_at_a_time(llama_program):
-    scan = next(node for node in graph_of(llama_program).node if node.op_type == "Scan")
+    nodes = graph_of(llama_program).node
+    scan = next(node for node in nodes if node.op_type == "Scan")
     body = next(attribute.g for attribute in scan.attribute if attribute.name == "body")
-    assert "lm_head.weight" in {name for node in body.node for name in node.input}
-    assert "lm_head.weight" not in {n for node in graph_of(llama_program).node for n in node.input}
+    # transposed once, outside; multiplied by inside, and only there
+    (head,) = (node.output[0] for node in nodes if "lm_head.weight" in node.input)
+    assert [node.op_type for node in body.node if head in node.input] == ["MatMul"]
+    assert not any(head in node.input for node in nodes)
 
 
 def test_more_targets_than_one_chunk_agree_with_one_at_a_time(llama_program):

@@ -8,7 +8,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from perplexit.errors import CompilationError
 from perplexit.programs import ProgramShapes
 
 _HEAD_LOGITS_BYTES = 16 * 2**20
+_OPSET = 23  # the first with an Attention operator, which holds the scores once, not three times
 _FEWEST_ROWS, _MOST_ROWS = 32, 256  # below, the head's weights are read too often; above, no gain
 
 
@@ -50,25 +51,26 @@ def rows_at_a_time(vocab_size: int) -> int:
 def export_graph(
     model: Any, *, perplexity: bool, shapes: ProgramShapes, weights_fingerprint: str
 ) -> ExportedGraph:
-    """The graph of a transformers causal language model (put into eager attention and eval mode).
+    """The graph of a transformers causal language model (left in eager attention and eval mode).
 
     `weights_fingerprint` finds the graph again when the same checkpoint is compiled once more.
     With `perplexity`: input_ids_BT, attention_mask_BT, target_rows_N (the row of the flattened
     B·T hidden states that predicts the target) and target_ids_N → nll_N.
     Without: input_ids_BT, attention_mask_BT → logits_BTV.
     """
-    # Eager: its graph is the shortest, and the only one that keeps Gemma-2's attention soft-cap.
-    model.set_attn_implementation("eager")
     model.eval().requires_grad_(False)
     head_rows = rows_at_a_time(model.config.get_text_config().vocab_size) if perplexity else None
     module = _LossProgram(model, head_rows) if head_rows else _LogitsProgram(model)
 
     def export() -> ir.Model:
-        graph = _exported(module, shapes, head_rows)
+        with _exportable_attention(model):
+            graph = _exported(module, shapes, head_rows)
+        _hoist_transposes(graph)
         _simplify(graph)
         _restore_names(graph, model.base_model_prefix)
         return graph
 
+    model.set_attn_implementation("eager")  # the plainest: what the program is checked against
     graph = cached_graph(
         export,
         dict(model.named_parameters(remove_duplicate=False)),
@@ -90,6 +92,18 @@ class _BodyOutput(ModelOutput):
     cross_attentions: Any = None
     router_logits: Any = None
     image_hidden_states: Any = None
+
+
+@contextmanager
+def _exportable_attention(model: Any) -> Iterator[None]:
+    """SDPA, which becomes one operator; eager where SDPA would leave out a soft-cap or sinks."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None:
+        with suppress(ValueError):  # transformers: this model has no SDPA
+            model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("eager")
 
 
 class _GivenStates(nn.Module):
@@ -180,6 +194,7 @@ def _exported(module: nn.Module, shapes: ProgramShapes, head_rows: int | None) -
                 input_names=names,
                 output_names=["nll" if head_rows else "logits"],
                 dynamo=True,
+                opset_version=_OPSET,
                 optimize=False,  # its pattern search takes a minute; `_simplify` takes a second
                 verbose=False,
             )
@@ -219,6 +234,21 @@ def _simplify(model: ir.Model) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         each(model)
+
+
+def _hoist_transposes(model: ir.Model) -> None:
+    """Move transposes of weights out of subgraphs: there, the engine keeps both layouts."""
+    for node in list(model.graph):
+        for subgraph in (value for a in node.attributes.values() if (value := _graph_of(a))):
+            for inner in list(subgraph):
+                weight = inner.inputs[0] if inner.op_type == "Transpose" else None
+                if weight is not None and weight.name in model.graph.initializers:
+                    subgraph.remove(inner)
+                    model.graph.insert_before(node, inner)
+
+
+def _graph_of(attribute: Any) -> ir.Graph | None:
+    return attribute.as_graph() if attribute.type == ir.AttributeType.GRAPH else None
 
 
 def _restore_names(model: ir.Model, body_prefix: str) -> None:
