@@ -99,15 +99,15 @@ def table(scored: list[Scored]) -> Table:
     """One line a run; perplexity and ratio with their 95 % intervals."""
     reference = scored[0].run
     title = f"{reference.num_tokens:,} scored tokens of the State of the Union address of 2026"
-    result = Table(title=title)
-    result.add_column("run", overflow="fold")
+    result = Table(title=title, show_lines=True)
+    result.add_column("run")
     for name in ("perplexity", "ratio to reference", "verdict", "bits/byte", "memory", "tokens/s"):
         result.add_column(name, justify="left" if name == "verdict" else "right")
     for way in scored:
         run, comparison = way.run, way.comparison
         result.add_row(
             way.name,
-            with_interval(run.perplexity, run.perplexity_low, run.perplexity_high),
+            _on_two_lines(with_interval(run.perplexity, run.perplexity_low, run.perplexity_high)),
             "1" if comparison is None else _ratio(comparison),
             "-" if comparison is None else comparison.verdict,
             with_interval(run.bits_per_byte, None, None),
@@ -121,7 +121,12 @@ def _ratio(comparison: "px.Comparison") -> str:
     low, high = comparison.ppl_ratio_low, comparison.ppl_ratio_high
     if low is None or high is None:
         return f"{comparison.ppl_ratio:.5f}"
-    return f"{comparison.ppl_ratio:.5f} [{low:.5f}, {high:.5f}]"
+    return _on_two_lines(f"{comparison.ppl_ratio:.5f} [{low:.5f}, {high:.5f}]")
+
+
+def _on_two_lines(figure: str) -> str:
+    """The figure above its interval, so that the table is not wider than most terminals."""
+    return figure.replace(" [", "\n[")
 
 
 def explanation(scored: list[Scored], out: Path) -> str:
