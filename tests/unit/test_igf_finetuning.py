@@ -149,7 +149,7 @@ def test_the_filter_comes_before_the_models_forward_pass() -> None:
     fed: list[int] = []  # contexts that went through the layers, the head's probe left out
 
     def count(module: torch.nn.Module, arguments: tuple, named: dict) -> None:
-        rows, length = named["input_ids"].shape
+        rows, length = (named.get("input_ids") if not arguments else arguments[0]).shape
         fed.append(rows if length == LENGTH - 1 else 0)
 
     model.transformer.register_forward_pre_hook(count, with_kwargs=True)
