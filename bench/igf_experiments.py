@@ -21,7 +21,7 @@ from perplexit.igf.collection import collect_pairs
 from perplexit.igf.contexts import ContextStream, objective_contexts
 from perplexit.igf.experiments import ExperimentPlan, run_experiment
 from perplexit.igf.figure import draw_experiment
-from perplexit.igf.finetuning import FinetuneSettings
+from perplexit.igf.finetune_record import FinetuneSettings
 from perplexit.igf.gains import Mode
 from perplexit.igf.learners import save_learner
 from perplexit.igf.learning import train_learner

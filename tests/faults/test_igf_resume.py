@@ -15,7 +15,8 @@ from perplexit.errors import CorpusError, ResumeError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs, weights_fingerprint
 from perplexit.igf.contexts import ContextStream, objective_contexts
-from perplexit.igf.finetuning import FinetuneSettings, finetune_model
+from perplexit.igf.finetune_record import FinetuneSettings
+from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.pairs import Pairs
 from perplexit.igf.selection import RandomSkip
 from perplexit.igf.steps import StepRule

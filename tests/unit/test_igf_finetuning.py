@@ -14,8 +14,8 @@ from perplexit.igf.collection import weights_fingerprint
 from perplexit.igf.contexts import objective_contexts
 from perplexit.igf.experiments import ExperimentPlan, run_experiment
 from perplexit.igf.figure import draw_experiment
+from perplexit.igf.finetune_record import FinetuneSettings
 from perplexit.igf.finetuning import (
-    FinetuneSettings,
     finetune_model,
     last_context_gradient,
     mean_gradient,

@@ -10,9 +10,7 @@ from typing import Any
 
 _SEED_NAMES = (
     "collect_objective_set",
-    "compute_perplexity",
     "finetune",
-    "generate_datasets",
     "generate_n_pairs",
     "save_model",
     "train_secondary_learner",
@@ -20,6 +18,8 @@ _SEED_NAMES = (
 )
 _HOME_OF = {
     **dict.fromkeys(_SEED_NAMES, "perplexit.igf.seed_functions"),
+    "compute_perplexity": "perplexit.igf.seed_data",
+    "generate_datasets": "perplexit.igf.seed_data",
     "SecondaryLearner": "perplexit.igf.learners",
     "load_gpt2": "perplexit.igf.models",
     "recopy_gpt2": "perplexit.igf.models",
@@ -41,7 +41,7 @@ _HOME_OF = {
     "save_learner": "perplexit.igf.learners",
     "METHODS": "perplexit.igf.selection",
     "selection_named": "perplexit.igf.selection",
-    "FinetuneSettings": "perplexit.igf.finetuning",
+    "FinetuneSettings": "perplexit.igf.finetune_record",
     "finetune_model": "perplexit.igf.finetuning",
     "ExperimentPlan": "perplexit.igf.experiments",
     "run_experiment": "perplexit.igf.experiments",

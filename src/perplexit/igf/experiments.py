@@ -25,7 +25,8 @@ from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import weights_fingerprint
 from perplexit.igf.contexts import Contexts, ContextStream
-from perplexit.igf.finetuning import FinetuneProgress, FinetuneSettings, finetune_model
+from perplexit.igf.finetune_record import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.learners import Learner
 from perplexit.igf.losses import measured_losses
 from perplexit.igf.models import restore_weights, weights_of

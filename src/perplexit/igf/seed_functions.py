@@ -11,15 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from perplexit.errors import UsageError
-from perplexit.igf.articles import Articles, read_articles
+from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.contexts import Contexts, ContextStream, objective_contexts
-from perplexit.igf.finetuning import FinetuneProgress, FinetuneSettings, finetune_model
+from perplexit.igf.contexts import ContextStream
+from perplexit.igf.finetune_record import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.gains import Mode
 from perplexit.igf.learners import (
     ConvolutionLearner,
@@ -28,62 +28,18 @@ from perplexit.igf.learners import (
     save_learner,
 )
 from perplexit.igf.learning import NetworkFit, divide_by_article
-from perplexit.igf.losses import mean_loss, perplexity_of
 from perplexit.igf.models import load_gpt2, recopy_gpt2
 from perplexit.igf.pairs import GainStatistics, Pairs, pairs_of
+from perplexit.igf.seed_data import (
+    DATA_FILE,
+    compute_perplexity,
+    contexts_of,
+    generate_datasets,
+)
 from perplexit.igf.selection import Everything, InformationGain, Selection, ShiftingThreshold
 from perplexit.igf.stored import PICKLE_SUFFIXES
 
-DATA_FILE = "data/tokenized_stories_train_wikitext103.jbl"
 LAST_STEP = 60  # the original leaves its loop after 60 batches, whatever max_steps says
-
-
-def compute_perplexity(model: nn.Module, test_data: Any, context_len: int) -> Tensor:
-    """The perplexity of `model` on contexts of `context_len` ids, as a tensor of one number.
-
-    test_data: Contexts, or rows of at least `context_len` ids, which are cut there. Batched, in
-    evaluation mode, without a gradient; the model's mode is put back.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        loss = mean_loss(model, _rows(test_data, context_len).to(next(model.parameters()).device))
-    finally:
-        model.train(was_training)
-    return torch.tensor(perplexity_of(loss), dtype=torch.float64)
-
-
-def generate_datasets(
-    context_len: int,
-    file: Any = DATA_FILE,
-    number: int = 100,
-    min_len: int = 1026,
-    trim: bool = True,
-    *,
-    model: Any = None,
-    held_out: str = "test",
-    seed: int = 42,
-    allow_pickle: bool = False,
-) -> tuple[Articles, Any]:
-    """Training articles, and `number` contexts of held-out articles: two disjoint splits of `file`.
-
-    file:     text, JSON Lines, Parquet, a folder, tokenised articles (`Articles.save`), or with
-        `allow_pickle` the original's `.jbl`. model: whose tokenizer reads text.
-    trim:     only articles longer than `min_len`, one random context each (further ones in turn
-        where there are fewer articles than `number`); False: whole held-out articles, untrimmed.
-    held_out: "test", or "objective" for the split that information gain is measured on. The
-        three are disjoint by article, so that nothing is both measured on and tested on.
-    """
-    if held_out not in ("test", "objective"):
-        raise UsageError(f"expected held_out to be 'test' or 'objective', got {held_out!r}")
-    articles = read_articles(file, model, allow_pickle=allow_pickle)
-    train, held = articles.split("train"), articles.split(held_out)  # type: ignore[arg-type]
-    if not trim:
-        return train, held.take(range(min(number, len(held))))
-    contexts = objective_contexts(
-        held, number=number, length=context_len, min_len=min_len, seed=seed
-    )
-    return train.longer_than(max(min_len, context_len - 1)), contexts
 
 
 def collect_objective_set(  # noqa: PLR0917 - the original's
@@ -108,7 +64,7 @@ def collect_objective_set(  # noqa: PLR0917 - the original's
     """
     model = model.to(device)
     train = train_data if isinstance(train_data, Articles) else Articles.of(train_data)
-    objective = _contexts(objective_set, context_len)
+    objective = contexts_of(objective_set, context_len)
     measured = float(compute_perplexity(model, objective, context_len))
     if not math.isclose(measured, float(orig_perp), rel_tol=1e-2):
         raise UsageError(
@@ -277,7 +233,7 @@ def finetune(  # noqa: PLR0917 - the original's
     curve = finetune_model(
         model,
         train,
-        _contexts(test_dataset, context_len),
+        contexts_of(test_dataset, context_len),
         selection=selection,
         settings=settings,
         progress=progress,
@@ -293,20 +249,3 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     folder = folder.with_suffix("") if folder.suffix in PICKLE_SUFFIXES else folder
     model.save_pretrained(folder)  # type: ignore[operator]
     return folder
-
-
-def _rows(data: Any, context_len: int) -> Tensor:
-    return torch.from_numpy(_contexts(data, context_len).ids_NT.astype(np.int64))
-
-
-def _contexts(data: Any, context_len: int) -> Contexts:
-    if isinstance(data, Contexts):
-        return data
-    rows = [np.asarray(row).reshape(-1)[:context_len] for row in data]
-    if not rows or min(map(len, rows)) < context_len:
-        raise UsageError(
-            f"expected contexts of {context_len} ids, got "
-            f"{min(map(len, rows)) if rows else 'none'}; take them from generate_datasets"
-        )
-    articles = Articles.of(data)
-    return Contexts(np.stack(rows).astype(np.int32), articles.fingerprints())
