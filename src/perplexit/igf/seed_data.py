@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from perplexit.errors import UsageError
 from perplexit.igf.articles import Articles, read_articles
-from perplexit.igf.contexts import Contexts
+from perplexit.igf.contexts import Contexts, objective_contexts
 from perplexit.igf.losses import mean_loss, perplexity_of
 
 DATA_FILE = "data/tokenized_stories_train_wikitext103.jbl"
