@@ -13,12 +13,12 @@ from importlib import resources
 from typing import Any
 
 from perplexit import __version__
-from perplexit.comparison import ChangedToken
+from perplexit.comparison import ChangedToken, Comparison
 from perplexit.report.charts import Chart
 from perplexit.report.conditions_table import conditions_of, notes_of
 from perplexit.report.extra import loaded
 from perplexit.report.subject import Subject, peak_bytes_of, precision_of
-from perplexit.report.wording import DASH, Finding, figure, headline, interval, mebibytes, ratio_of
+from perplexit.report.wording import DASH, Finding, figure, headline, interval, mebibytes
 
 SCRIPTS = ("columns.js", "tokens.js", "details.js", "list.js", "page.js")
 _ESCAPES = {
@@ -127,7 +127,7 @@ def _run_rows(subject: Subject) -> list[dict[str, Any]]:
                 "perplexity_interval": interval(run.perplexity_low, run.perplexity_high),
                 "bits": figure(run.bits_per_byte, low, high),
                 "bits_interval": interval(low, high),
-                "ratio": "reference" if comparison is None else ratio_of(comparison),
+                **_ratio_cells(comparison),
                 "verdict": None if comparison is None else comparison.verdict,
                 "memory": mebibytes(memory),
                 "memory_where": where if memory is not None else "",
@@ -136,6 +136,14 @@ def _run_rows(subject: Subject) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _ratio_cells(comparison: Comparison | None) -> dict[str, str]:
+    if comparison is None:
+        return {"ratio": "1", "ratio_interval": ""}
+    low, high = comparison.ppl_ratio_low, comparison.ppl_ratio_high
+    ratio = figure(comparison.ppl_ratio, low, high)
+    return {"ratio": ratio, "ratio_interval": interval(low, high)}
 
 
 def _domain_table(subject: Subject) -> list[dict[str, Any]]:

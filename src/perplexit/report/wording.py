@@ -21,7 +21,7 @@ class Finding:
 
 
 def figure(value: float | None, low: float | None = None, high: float | None = None) -> str:
-    """A figure with two digits of its uncertainty at most: `18.30`; a dash where there is none."""
+    """A figure to the digits that it carries: `18.30`; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return DASH
     return f"{value:,.{decimals(value, low, high)}f}"
@@ -31,17 +31,18 @@ def interval(low: float | None, high: float | None) -> str:
     """`[17.12, 19.57]`, or nothing where there is none."""
     if low is None or high is None:
         return ""
-    places = decimals(low, low, high)
+    places = decimals(max(abs(low), abs(high)), low, high)
     return f"[{low:,.{places}f}, {high:,.{places}f}]"
 
 
 def decimals(value: float, low: float | None, high: float | None) -> int:
-    """How many places a figure is given to: two digits of its interval's width, 1 to 6."""
+    """How many places a figure is given to: two digits of its interval's width, or four in all."""
+    size = math.floor(math.log10(abs(value))) if value else 0
+    places = 3 - size
     width = abs(high - low) if low is not None and high is not None else 0.0
     if width > 0:
-        return min(max(1 - math.floor(math.log10(width)), 1), 6)
-    size = math.floor(math.log10(abs(value))) if value else 0
-    return min(max(3 - size, 1), 6)
+        places = max(places, 1 - math.floor(math.log10(width)))
+    return min(max(places, 1), 6)
 
 
 def ratio_of(comparison: Comparison) -> str:
@@ -97,9 +98,10 @@ def _detail(comparison: Comparison) -> str:
         return f"Nothing is claimed: {reason}."
     if comparison.verdict == "not distinguishable":
         largest = max(abs(low), abs(high))
-        return (
-            f"If there is a difference, it is below {quantity(largest)} nats a token: the interval "
-            + ("includes none." if low <= 0 <= high else "lies inside the noise.")
+        return f"If there is a difference, it is below {quantity(largest)} nats a token: " + (
+            "the interval reaches to both sides of no difference."
+            if low <= 0 <= high
+            else "the whole interval lies inside the noise of the arithmetic."
         )
     side = "more" if difference > 0 else "fewer"
     percent = abs(math.expm1(difference)) * 100
