@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import perplexit as px
 from perplexit.errors import FingerprintMismatchError, MissingPackageError, RunError, UsageError
 from perplexit.report import extra
+from perplexit.report import token_data as token_data_module
 from perplexit.report.chapter import charts_of
 from perplexit.report.conditions_table import conditions_of, notes_of
 from perplexit.report.distributions import agreement_rows, exceedance
@@ -111,6 +112,15 @@ def test_the_page_is_cut_at_max_tokens_and_says_so(runs: list[Run], tmp_path: Pa
     assert (report.num_tokens_shown, report.num_tokens > 500) == (50, True)
     page = report.path.read_text(encoding="utf-8")
     assert f"first 50 of {report.num_tokens:,} tokens" in page
+
+
+def test_many_runs_over_much_text_keep_fewer_alternatives(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = len(subject.reference.tokens) + len(TEXTS)
+    monkeypatch.setattr(token_data_module, "ALTERNATIVES_BYTES", tokens * 3 * 4 * 4 / 3 * 2.5)
+    data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=5)
+    assert [run["top"]["count"] for run in data["runs"]] == [2, 2, 2]
 
 
 def test_the_first_sentence_says_the_comparison(subject: Subject, runs: list[Run]) -> None:

@@ -18,6 +18,7 @@ from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
 
 Packed = dict[str, Any]
+ALTERNATIVES_BYTES = 8_000_000  # of a page that is to stay under 15 MB
 THOUSANDTHS = 1000.0  # entropy and log-probabilities are kept to 0.001 nats
 
 
@@ -37,6 +38,7 @@ def token_data(
     text = RunText.of(subject.reference, tokens)
     num_shown = min(len(text), max_tokens)
     rows_M = text.row[:num_shown]
+    max_alternatives = min(max_alternatives, _affordable(subject, num_shown))
     scored = rows_M >= 0
     position_M = np.where(scored, subject.reference.tokens.position[rows_M], -1)
     runs = [
@@ -62,6 +64,14 @@ def token_data(
         "runs": runs,
         "vocabulary": {str(key): value for key, value in sorted(vocabulary.items())},
     }
+
+
+def _affordable(subject: Subject, num_shown: int) -> int:
+    """How many alternatives a token fit into their share of the page: at least one."""
+    largest_id = max(int(run.model.get("vocab_size") or 0) for run in subject.runs)
+    id_bytes = 2 if largest_id <= np.iinfo(np.uint16).max else 4
+    bytes_each = (id_bytes + 2) * 4 / 3  # in base64
+    return max(1, int(ALTERNATIVES_BYTES / (bytes_each * max(num_shown, 1) * len(subject.runs))))
 
 
 def packed(values: NDArray[Any], scale: float | None = None) -> Packed:

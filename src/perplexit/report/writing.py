@@ -77,7 +77,8 @@ def write_report(
     tokens:    the runs' input, for the text that was not scored; None looks where it was.
     tokenizer: where alternatives are spelled; None looks in the models' own folders.
     max_tokens: how many tokens of text the page holds, in reading order; all count in the figures.
-    max_alternatives: how many recorded alternatives a token keeps in the page.
+    max_alternatives: how many recorded alternatives a token keeps in the page; fewer where many
+        runs over much text would make the file too large to open with pleasure.
 
     Raises FingerprintMismatchError for runs over different inputs, or another input or tokenizer
     than theirs; RunError for a run that is not complete; MissingPackageError without the extra
