@@ -83,7 +83,7 @@ SETTINGS = {
         methods=("standard", "igf-shifting", "igf-quantile"),
         num_seeds=5,
         steps=30,
-        batch_size=8,
+        batch_size=4,
         eval_interval=10,
         num_test=64,
     ),
