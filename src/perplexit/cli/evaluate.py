@@ -19,6 +19,8 @@ EXAMPLES = examples(
     "perplexit eval smollm2/ speech.safetensors --run runs/fp32",
     "perplexit eval hf:model.gguf speech.safetensors --dtype bf16 --run runs/bf16",
     "perplexit eval onnx:program/ speech.safetensors --batch-size 4 --json",
+    "perplexit eval smollm2/ speech.safetensors --save-reference --run runs/reference",
+    "perplexit eval gguf:q4.gguf speech.safetensors --reference runs/reference --run runs/q4",
 )
 
 
@@ -27,6 +29,13 @@ class OnNonFinite(StrEnum):
 
     ERROR = "error"
     COUNT = "count"
+
+
+class ReferenceDtype(StrEnum):
+    """How hidden states are stored."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
 
 
 def evaluate(
@@ -71,6 +80,24 @@ def evaluate(
         OnNonFinite,
         typer.Option(help="A NaN or infinite loss stops the run, or is counted and left out."),
     ] = OnNonFinite.ERROR,
+    save_reference: Annotated[
+        bool,
+        typer.Option(
+            "--save-reference",
+            help="Keep the final hidden states, so that candidates can be held against this run.",
+        ),
+    ] = False,
+    reference_dtype: Annotated[
+        ReferenceDtype, typer.Option(help="How the hidden states are stored.")
+    ] = ReferenceDtype.FLOAT32,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|MODEL",
+            help="A run made with --save-reference, or a model to score in step: every token gets "
+            "its KL divergence from it.",
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the run's record as JSON on stdout.")
     ] = False,
@@ -98,6 +125,9 @@ def evaluate(
             top_k=top_k,
             confidence=confidence,
             on_non_finite=on_non_finite.value,
+            save_reference=save_reference,
+            reference_dtype=reference_dtype.value,
+            reference=reference,
             progress=progress,
         )
     people().print(run_table(result.to_json()))

@@ -1,6 +1,23 @@
-"""Two runs over the same tokens: paired ratio, interval, verdict, most changed tokens."""
+"""Two runs over the same tokens: paired ratio, interval, verdict, divergences, gates, ranking."""
 
 from perplexit.comparison.comparing import compare
-from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Verdict
+from perplexit.comparison.gates import Gate, GateResult, judge, junit_xml, markdown, parse_gate
+from perplexit.comparison.ranking import RankedRun, ranked
+from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Figure, Verdict
 
-__all__ = ["ChangedToken", "Comparison", "DomainRatio", "Verdict", "compare"]
+__all__ = [
+    "ChangedToken",
+    "Comparison",
+    "DomainRatio",
+    "Figure",
+    "Gate",
+    "GateResult",
+    "RankedRun",
+    "Verdict",
+    "compare",
+    "judge",
+    "junit_xml",
+    "markdown",
+    "parse_gate",
+    "ranked",
+]

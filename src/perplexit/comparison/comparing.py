@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perplexit.comparison.divergences import buckets_of, divergences_of
 from perplexit.comparison.pairing import Pairs, paired, require_same_input
 from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Verdict
 from perplexit.errors import UsageError
@@ -47,6 +48,7 @@ def compare(
     interval = paired_interval(pairs.reference, pairs.candidate, pairs.clusters, confidence)
     margin = max(SMALLEST_DIFFERENCE, noise_floor)
     delta_M = pairs.delta
+    divergences, why_not = divergences_of(reference_run, candidate_run, pairs, confidence)
     reasons = {} if interval.reason is None else {"ppl_ratio_low": interval.reason}
     return Comparison(
         verdict=verdict_of(interval, margin),
@@ -71,8 +73,10 @@ def compare(
         candidate=_conditions(candidate_run),
         domains=_domain_ratios(pairs, confidence),
         most_changed=_most_changed(pairs, delta_M, num_most_changed),
+        divergences=divergences,
+        buckets=buckets_of(candidate_run, pairs, with_kl=divergences is not None),
         reasons=reasons,
-        warnings=_warnings(pairs),
+        warnings=(*_warnings(pairs), *([] if why_not is None else [why_not])),
     )
 
 

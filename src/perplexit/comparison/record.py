@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from perplexit.comparison.divergences import Divergences
+from perplexit.metrics.divergence import Distribution
+
 Verdict = Literal["better", "worse", "not distinguishable"]
 
 
@@ -48,6 +51,8 @@ class Comparison:
     ppl_ratio:   exp of it, the candidate's perplexity over the reference's.
     verdict:     'not distinguishable' where the interval includes 0 or lies inside ± `margin`, or
                  where there is no interval (`reasons` says why); else 'better' or 'worse'.
+    divergences: KL and what goes with it, where the candidate was scored with this reference.
+    buckets:     the change of the loss by position, token frequency and confidence.
     margin:      max(1e-5, noise_floor), nats a token.
     num_unpaired: tokens left out because a loss was not finite; `warnings` says so.
     """
@@ -74,12 +79,14 @@ class Comparison:
     candidate: dict[str, Any]
     domains: tuple[DomainRatio, ...] = ()
     most_changed: tuple[ChangedToken, ...] = ()
+    divergences: Divergences | None = None
+    buckets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def figures(self) -> dict[str, Figure]:
         """The figures by the names that gates use."""
-        return {
+        figures = {
             "ppl_ratio": Figure(self.ppl_ratio, self.ppl_ratio_low, self.ppl_ratio_high),
             "log_perplexity_difference": Figure(
                 self.log_perplexity_difference,
@@ -89,6 +96,10 @@ class Comparison:
             "mean_abs_nll_difference": Figure(self.mean_abs_nll_difference),
             "max_abs_nll_difference": Figure(self.max_abs_nll_difference),
         }
+        if self.divergences is not None:
+            for name, found in self.divergences.columns.items():
+                figures |= _divergence_figures(name, found)
+        return figures
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values, every number finite or null."""
@@ -110,6 +121,8 @@ class Comparison:
             f"per token:  {self.mean_abs_nll_difference:.2e} on average, "
             f"{self.max_abs_nll_difference:.2e} at most, over {self.num_tokens:,} tokens",
         ]
+        if self.divergences is not None:
+            lines += _divergence_lines(self.figures(), self.divergences.floor)
         lines += [f"note:       {text}" for text in (*self.reasons.values(), *self.warnings)]
         for row in self.domains:
             interval = _range(row.ppl_ratio_low, row.ppl_ratio_high, ".5f")
@@ -121,6 +134,47 @@ class Comparison:
             for t in self.most_changed
         ]
         return "\n".join(lines)
+
+
+_FIGURE_NAMES = {"same_top1": "top1_agreement", "top_k_agreement": "top10_agreement"}
+
+
+def _divergence_figures(name: str, found: Distribution) -> dict[str, Figure]:
+    """A column's figures: `mean_kl`, `median_kl`, `p99.9_kl`, `max_kl`, or a share."""
+    mean = Figure(found.mean.value, found.mean.low, found.mean.high)
+    if name in _FIGURE_NAMES:
+        return {_FIGURE_NAMES[name]: mean}
+    figures = {f"mean_{name}": mean, f"median_{name}": Figure(found.median)}
+    figures |= {f"p{percent:g}_{name}": Figure(value) for percent, value in found.percentiles}
+    figures[f"rms_{name}"] = Figure(found.root_mean_square)
+    figures[f"max_{name}"] = Figure(found.maximum)
+    return figures
+
+
+def _divergence_lines(
+    figures: Mapping[str, Figure], floor: tuple[float, float] | None
+) -> list[str]:
+    lines = []
+    for label, name in (
+        ("KL:", "mean_kl"),
+        ("reverse KL:", "mean_reverse_kl"),
+        ("JS:", "mean_js"),
+        ("same top 1:", "top1_agreement"),
+        ("top 10:", "top10_agreement"),
+        ("delta p:", "mean_delta_p"),
+    ):
+        if name in figures:
+            figure = figures[name]
+            interval = _range(figure.low, figure.high, ".4g")
+            lines.append(f"{label:<12}{figure.value:.4g} {interval}".rstrip())
+    if "median_kl" in figures:
+        lines[0] += (
+            f" nats a token; median {figures['median_kl'].value:.3g}, "
+            f"99.9 % {figures['p99.9_kl'].value:.3g}, largest {figures['max_kl'].value:.3g}"
+        )
+    if floor is not None:
+        lines[0] += f"; the reference with itself: {floor[0]:.1e}"
+    return lines
 
 
 def _name(conditions: Mapping[str, Any]) -> str:

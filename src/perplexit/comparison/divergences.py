@@ -1,0 +1,112 @@
+"""How far a candidate's distributions are from the reference's, summed up; and where.
+
+Shape suffix: M = tokens that both runs scored with a finite loss, in window order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.comparison.pairing import Pairs
+from perplexit.metrics.divergence import CONFIDENCE_EDGES, Distribution, distribution, mean_by
+from perplexit.runs.run import Run
+from perplexit.runs.run_tokens import DIVERGENCES, RunTokens
+
+FREQUENCY_EDGES = (1.0, 2.0, 5.0, 10.0, 50.0, 100.0, 1000.0, float(2**53))
+NUM_POSITION_BUCKETS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Divergences:
+    """The distributions of the divergence columns over the common tokens, each with its interval.
+
+    columns:  kl (reference ‖ candidate), reverse_kl, js in nats; same_top1 and top_k_agreement as
+              shares; delta_p as a change of the target's probability.
+    floor:    (mean, largest) KL of the reference with itself, as it was stored; None in step.
+    """
+
+    columns: Mapping[str, Distribution]
+    floor: tuple[float, float] | None
+
+
+def divergences_of(
+    reference: Run, candidate: Run, pairs: Pairs, confidence: float
+) -> tuple[Divergences | None, str | None]:
+    """The divergences of a candidate that was scored against this very reference, or why not."""
+    if candidate.reference is None:
+        return None, None
+    recorded = candidate.reference["weights_fingerprint"]
+    if recorded != reference.model.get("weights_fingerprint"):
+        return None, (
+            f"the candidate's KL columns were measured against another model "
+            f"({candidate.reference['address']}) and are left out"
+        )
+    columns = {
+        name: distribution(column.astype(np.float64), pairs.clusters, confidence)
+        for name in DIVERGENCES
+        if name != "reference_top_p"
+        and (column := _column(candidate.tokens, name, pairs)) is not None
+    }
+    saved = reference.saved_reference or {}
+    floor = (saved["self_kl_mean"], saved["self_kl_max"]) if "self_kl_max" in saved else None
+    return Divergences(columns, floor), None
+
+
+def buckets_of(candidate: Run, pairs: Pairs, *, with_kl: bool) -> dict[str, list[dict[str, Any]]]:
+    """Mean change of the loss (and mean KL, agreement) by position, frequency and confidence.
+
+    frequency: how often the token's id is scored in this input; confidence: the reference's
+    probability of its most likely token (with KL alone).
+    """
+    tokens = pairs.tokens
+    position_M = tokens.position[pairs.rows].astype(np.float64)
+    _, inverse_M, counts = np.unique(
+        tokens.token_id[pairs.rows], return_inverse=True, return_counts=True
+    )
+    keys: dict[str, tuple[NDArray[np.float64], tuple[float, ...]]] = {
+        "position": (position_M, _position_edges(position_M)),
+        "frequency": (counts[inverse_M].astype(np.float64), FREQUENCY_EDGES),
+    }
+    values = {"mean_nll_difference": pairs.delta}
+    if with_kl:
+        top_p = _column(candidate.tokens, "reference_top_p", pairs)
+        if top_p is not None:
+            keys["confidence"] = (top_p.astype(np.float64), CONFIDENCE_EDGES)
+        for label, name in (("mean_kl", "kl"), ("top1_agreement", "same_top1")):
+            column = _column(candidate.tokens, name, pairs)
+            if column is not None:
+                values[label] = column.astype(np.float64)
+    return {name: _rows(values, key_M, edges) for name, (key_M, edges) in keys.items()}
+
+
+def _rows(
+    values: Mapping[str, NDArray[np.float64]],
+    key_M: NDArray[np.float64],
+    edges: tuple[float, ...],
+) -> list[dict[str, Any]]:
+    tables = {label: mean_by(column, key_M, edges) for label, column in values.items()}
+    first = next(iter(tables.values()))
+    return [
+        {
+            "low": bucket.low,
+            "high": bucket.high,
+            "num_tokens": bucket.num_tokens,
+            **{label: table[index].mean for label, table in tables.items()},
+        }
+        for index, bucket in enumerate(first)
+        if bucket.num_tokens
+    ]
+
+
+def _position_edges(position_M: NDArray[np.float64]) -> tuple[float, ...]:
+    stop = float(position_M.max()) + 1
+    edges = np.unique(np.floor(np.linspace(0, stop, NUM_POSITION_BUCKETS + 1)))
+    return tuple(edges.tolist())
+
+
+def _column(tokens: RunTokens, name: str, pairs: Pairs) -> NDArray[Any] | None:
+    column = getattr(tokens, name)
+    return None if column is None else np.asarray(column[pairs.rows])
