@@ -99,7 +99,7 @@ def mean_interval(
     counts_C = np.bincount(labels, minlength=num_clusters)
     sums_C = np.zeros(num_clusters)
     np.add.at(sums_C, labels, nll_M.astype(np.float64))
-    return _ratio_interval(sums_C, counts_C, clusters.method, confidence)
+    return ratio_interval(sums_C, counts_C, clusters.method, confidence)
 
 
 def paired_interval(
@@ -122,9 +122,13 @@ def paired_interval(
     return mean_interval(difference_M, clusters, confidence)
 
 
-def _ratio_interval(
+def ratio_interval(
     sums_C: NDArray[np.float64], counts_C: NDArray[np.int64], method: str, confidence: float
 ) -> Interval:
+    """`Σ sums / Σ counts` over clusters with its interval; `mean_interval` gives the formulas.
+
+    The counts may be of tokens, or of bytes where a sum stands for several of them.
+    """
     num_clusters, num_tokens = len(counts_C), int(counts_C.sum())
     mean = float(sums_C.sum() / num_tokens)
     if num_clusters < 2:

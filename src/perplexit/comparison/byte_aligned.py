@@ -1,0 +1,276 @@
+"""compare_bytes: two runs with different tokenizers over the same text, paired by bytes.
+
+The text is cut where both tokenizations have a token boundary; between two cuts each run has a sum
+of losses over the same bytes. Token perplexities of two tokenizers are never set side by side.
+
+Shape suffixes: S = segments that both runs scored whole, C = clusters.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.comparison.byte_segments import Segments, common_segments, scored_bytes
+from perplexit.comparison.comparing import SMALLEST_DIFFERENCE, verdict_of
+from perplexit.comparison.record import Verdict
+from perplexit.errors import FingerprintMismatchError, UsageError
+from perplexit.metrics.intervals import clusters_for, ratio_interval
+from perplexit.metrics.likelihood import exp_or_inf
+from perplexit.runs.run import Run
+from perplexit.runs.run_text import RunText
+
+CONTEXT_BYTES = 60
+_BITS = 1 / math.log(2)  # bits a nat
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedSegment:
+    """Bytes on which the two models differ; `delta` = candidate - reference, nats."""
+
+    document: int
+    byte_start: int  # in the document's UTF-8
+    text: str
+    context: str  # the text right before
+    nll_reference: float
+    nll_candidate: float
+    delta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteComparison:
+    """A candidate against a reference over the bytes that both scored, whatever their tokenizers.
+
+    bits_per_byte_*: of each run over the `num_bytes` common bytes (not its own figure, which
+        counts the bytes that it scored alone too).
+    log_difference:  mean of candidate - reference, nats a byte; above 0 is worse.
+    byte_ratio:      exp of it: the candidate's byte perplexity over the reference's.
+    verdict:         as in Comparison; `margin` in nats a byte.
+    num_segments:    stretches between common token boundaries that both runs scored whole.
+    num_unaligned_bytes_*: bytes that the run scored but that are not in a common segment.
+    """
+
+    verdict: Verdict
+    bits_per_byte_reference: float
+    bits_per_byte_candidate: float
+    bits_per_byte_difference: float
+    bits_per_byte_difference_low: float | None
+    bits_per_byte_difference_high: float | None
+    log_difference: float
+    log_difference_low: float | None
+    log_difference_high: float | None
+    byte_ratio: float
+    byte_ratio_low: float | None
+    byte_ratio_high: float | None
+    num_bytes: int
+    num_segments: int
+    num_tokens_reference: int
+    num_tokens_candidate: int
+    num_unaligned_bytes_reference: int
+    num_unaligned_bytes_candidate: int
+    confidence: float
+    interval_method: str
+    num_clusters: int
+    margin: float
+    text_fingerprint: str
+    same_tokenizer: bool
+    reference: dict[str, Any]
+    candidate: dict[str, Any]
+    most_changed: tuple[ChangedSegment, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain JSON values, every number finite or null."""
+        record = asdict(self) | {"unit": "byte"}
+        return {key: _finite(value) for key, value in record.items()}
+
+    def __str__(self) -> str:
+        lines = [
+            f"verdict:    {self.verdict} (byte by byte: the tokens differ)",
+            f"reference:  {self.bits_per_byte_reference:.6g} bits a byte  {_name(self.reference)}",
+            f"candidate:  {self.bits_per_byte_candidate:.6g} bits a byte  {_name(self.candidate)}",
+            f"ratio:      {self.byte_ratio:.6f} "
+            + _range(self.byte_ratio_low, self.byte_ratio_high, ".6f")
+            + f" a byte  ({100 * self.confidence:g} %, {self.num_clusters} clusters: "
+            f"{self.interval_method})",
+            f"change:     {self.bits_per_byte_difference:+.2e} "
+            + _range(self.bits_per_byte_difference_low, self.bits_per_byte_difference_high, ".2e")
+            + " bits a byte",
+            f"aligned:    {self.num_bytes:,} bytes in {self.num_segments:,} common segments "
+            f"({self.num_tokens_reference:,} and {self.num_tokens_candidate:,} tokens)",
+        ]
+        lines += [f"note:       {text}" for text in (*self.reasons.values(), *self.warnings)]
+        if self.most_changed:
+            lines.append("most changed segments (reference -> candidate, nats):")
+        lines += [
+            f"  {s.nll_reference:8.4f} -> {s.nll_candidate:8.4f}  {s.context!r} {s.text!r}"
+            for s in self.most_changed
+        ]
+        return "\n".join(lines)
+
+
+def compare_bytes(
+    reference: Run | str | Path,
+    candidate: Run | str | Path,
+    *,
+    confidence: float = 0.95,
+    noise_floor: float = 0.0,
+    num_most_changed: int = 10,
+) -> ByteComparison:
+    """The candidate against the reference over the bytes that both scored, paired by segment.
+
+    Tokenizers, windows and engines may differ; the text must be the same. A token that several
+    windows scored counts once, with the most context. noise_floor: nats a byte.
+    Raises FingerprintMismatchError for different texts or inputs without text, EmptyScoreError
+    where no segment is common, RunError where a run is incomplete.
+    """
+    if not (math.isfinite(noise_floor) and noise_floor >= 0):
+        raise UsageError(f"noise_floor must be 0 or above, got {noise_floor}: give nats a byte")
+    runs = [run if isinstance(run, Run) else Run.open(run) for run in (reference, candidate)]
+    _require_same_text(*runs)
+    texts = [scored_bytes(run) for run in runs]
+    segments = common_segments(*texts)
+    clusters = clusters_for(segments.document_S, segments.window_S)
+    delta_S = segments.candidate_S - segments.reference_S
+    sums_C = np.bincount(clusters.labels, weights=delta_S, minlength=clusters.num_clusters).astype(
+        np.float64
+    )
+    counts_C = np.bincount(
+        clusters.labels, weights=segments.num_bytes_S, minlength=clusters.num_clusters
+    ).astype(np.int64)
+    interval = ratio_interval(sums_C, counts_C, clusters.method, confidence)
+    margin = max(SMALLEST_DIFFERENCE, noise_floor)
+    num_bytes = int(segments.num_bytes_S.sum())
+    return ByteComparison(
+        verdict=verdict_of(interval, margin),
+        bits_per_byte_reference=float(segments.reference_S.sum()) / num_bytes * _BITS,
+        bits_per_byte_candidate=float(segments.candidate_S.sum()) / num_bytes * _BITS,
+        bits_per_byte_difference=interval.value * _BITS,
+        bits_per_byte_difference_low=_scaled(interval.low),
+        bits_per_byte_difference_high=_scaled(interval.high),
+        log_difference=interval.value,
+        log_difference_low=interval.low,
+        log_difference_high=interval.high,
+        byte_ratio=exp_or_inf(interval.value),
+        byte_ratio_low=None if interval.low is None else exp_or_inf(interval.low),
+        byte_ratio_high=None if interval.high is None else exp_or_inf(interval.high),
+        num_bytes=num_bytes,
+        num_segments=len(delta_S),
+        num_tokens_reference=len(texts[0].nll_R),
+        num_tokens_candidate=len(texts[1].nll_R),
+        num_unaligned_bytes_reference=texts[0].num_bytes - num_bytes,
+        num_unaligned_bytes_candidate=texts[1].num_bytes - num_bytes,
+        confidence=confidence,
+        interval_method=interval.method,
+        num_clusters=interval.num_clusters,
+        margin=margin,
+        text_fingerprint=runs[0].text_fingerprint,
+        same_tokenizer=runs[0].tokenizer_fingerprint == runs[1].tokenizer_fingerprint,
+        reference=_conditions(runs[0]),
+        candidate=_conditions(runs[1]),
+        most_changed=_most_changed(runs[0], segments, delta_S, num_most_changed),
+        reasons={} if interval.reason is None else {"byte_ratio_low": interval.reason},
+        warnings=_warnings(runs, segments),
+    )
+
+
+def _require_same_text(reference: Run, candidate: Run) -> None:
+    ours, theirs = reference.text_fingerprint, candidate.text_fingerprint
+    if ours != theirs:
+        raise FingerprintMismatchError(
+            f"expected two runs over the same text, got the texts {ours[:12]}… and {theirs[:12]}…; "
+            "`perplexit explain` shows where they differ. Prepare one corpus for both tokenizers, "
+            "both with a protocol that joins documents or both with one that does not"
+        )
+    for run in (reference, candidate):
+        if run.tokens.token_bytes is None:
+            raise FingerprintMismatchError(
+                f"expected runs whose tokens stand for bytes, but the input of {run.folder or run} "
+                "holds ids without text; prepare the text itself"
+            )
+
+
+def _most_changed(
+    run: Run, segments: Segments, delta_S: NDArray[np.float64], limit: int
+) -> tuple[ChangedSegment, ...]:
+    order = np.argsort(-np.abs(delta_S), kind="stable")[:limit]
+    text = RunText.of(run)
+    base_D = text.document_byte_starts
+    changed = []
+    for index in order.tolist():
+        document, start = int(segments.document_S[index]), int(segments.start_S[index])
+        at = int(base_D[document]) + start
+        before = max(int(base_D[document]), at - CONTEXT_BYTES)
+        changed.append(
+            ChangedSegment(
+                document=document,
+                byte_start=start,
+                text=_shown(text.text_bytes[at : at + int(segments.num_bytes_S[index])]),
+                context=_shown(text.text_bytes[before:at]),
+                nll_reference=float(segments.reference_S[index]),
+                nll_candidate=float(segments.candidate_S[index]),
+                delta=float(delta_S[index]),
+            )
+        )
+    return tuple(changed)
+
+
+def _warnings(runs: list[Run], segments: Segments) -> tuple[str, ...]:
+    reference, candidate = runs
+    warnings = []
+    if reference.tokenizer_fingerprint != candidate.tokenizer_fingerprint:
+        warnings.append(
+            "the runs' perplexities a token count different tokens and cannot be compared; bits "
+            "per byte and this ratio can"
+        )
+    else:
+        warnings.append(
+            "the tokenizers are the same but the inputs differ (windows, BOS or scored tokens): "
+            "the difference is not the models' alone; `perplexit explain` names it"
+        )
+    if segments.num_non_finite:
+        warnings.append(
+            f"{segments.num_non_finite} segments with a loss that is not finite are left out"
+        )
+    return tuple(warnings)
+
+
+def _conditions(run: Run) -> dict[str, Any]:
+    return {
+        "folder": None if run.folder is None else str(run.folder),
+        "tokenizer_fingerprint": run.tokenizer_fingerprint,
+        "bits_per_byte": run.bits_per_byte,
+        "model": dict(run.model),
+        "session": dict(run.session),
+    }
+
+
+def _name(conditions: dict[str, Any]) -> str:
+    session, model = conditions["session"], conditions["model"]
+    return f"{session.get('engine')} {session.get('dtype')} {model.get('address')}"
+
+
+def _shown(data: bytes) -> str:
+    return data.replace(b"\0", b"").decode("utf-8", errors="replace")
+
+
+def _scaled(nats: float | None) -> float | None:
+    return None if nats is None else nats * _BITS
+
+
+def _range(low: float | None, high: float | None, form: str) -> str:
+    return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
