@@ -154,4 +154,5 @@ def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.
     """`concatenate([arange(s, s + c) for s, c in zip(starts, counts)])`, without the loop."""
     total = int(counts.sum())
     before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(total)
+    ranges: NDArray[np.int64] = np.repeat(starts - before, counts) + np.arange(total)
+    return ranges
