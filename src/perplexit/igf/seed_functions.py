@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.errors import UsageError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
@@ -247,5 +248,6 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     """Write the model as a Hugging Face folder (safetensors); a pickle's suffix is dropped."""
     folder = Path(path)
     folder = folder.with_suffix("") if folder.suffix in PICKLE_SUFFIXES else folder
-    model.save_pretrained(folder)  # type: ignore[operator]
+    with quiet_transformers():
+        model.save_pretrained(folder)  # type: ignore[operator]
     return folder
