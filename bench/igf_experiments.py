@@ -97,9 +97,7 @@ def run(name: str, folder: Path, seconds_limit: float | None) -> None:
     out = folder / name
     out.mkdir(parents=True, exist_ok=True)
     model_dir = (
-        packaged_model()
-        if setting.model_years is None
-        else small_gpt2(folder / f"gpt2-{setting.model_years}", last_year=setting.model_years)
+        packaged_model() if setting.model_years is None else small_gpt2(folder, setting.model_years)
     )
     model = load_model(model_dir)
     train = articles_of(*setting.pool, model_dir)
