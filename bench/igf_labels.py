@@ -85,14 +85,18 @@ def tensors(size: int, count: int) -> tuple[nn.Module, Tensor, Tensor]:
     return (load_model(folder), *as_tensor)
 
 
-def speed(rounds: int) -> dict[str, Any]:
-    """Seconds a label of every way, interleaved so that all meet the same machine."""
+def speed(rounds: int, folder: Path) -> dict[str, Any]:
+    """Seconds a label of every way, taken in turns so that all meet the same machine."""
     model, objective, candidates = tensors(100, 64)
-    seconds: dict[str, list[float]] = {"original": [], **{mode: [] for mode in MODES}}
     numbers = {"exact": 1, "first-order": 8, "directional": 64}
-    setup: dict[str, float] = {}
-    with torch.no_grad():
-        before = float(original_perplexity(model, objective))
+    setup, measures = {}, {}
+    for name, (mode, rule) in MODES.items():
+        began = time.perf_counter()
+        measures[name] = gain_measure(model, objective, mode=mode, rule=rule)  # type: ignore[arg-type]
+        setup[name] = time.perf_counter() - began
+    before = float(torch.exp(torch.tensor(measures["exact"].objective_loss)))
+    seconds: dict[str, list[float]] = {name: [] for name in ("original", *MODES, *FLOORS)}
+    found: dict[str, Any] = {}
     for turn in range(rounds):
         copied, optimizer = original_copy(model)
         began = time.perf_counter()
@@ -101,42 +105,47 @@ def speed(rounds: int) -> dict[str, Any]:
         )
         seconds["original"].append(time.perf_counter() - began)
         del copied, optimizer
-        for name, (mode, rule) in MODES.items():
-            began = time.perf_counter()
-            measure = gain_measure(model, objective, mode=mode, rule=rule)  # type: ignore[arg-type]
-            setup[name] = time.perf_counter() - began
+        for name, measure in measures.items():
             measure.gains(candidates[-1:])
             began = time.perf_counter()
             measure.gains(candidates[: numbers[name]])
             seconds[name].append((time.perf_counter() - began) / numbers[name])
-            del measure
-        print(json.dumps({k: round(v[-1], 3) for k, v in seconds.items()}), flush=True)
-    floors = floor_seconds(model, candidates)
-    ratios = {name: sum(seconds["original"]) / sum(seconds[name]) for name in MODES}
-    best = {name: min(each) for name, each in seconds.items()}
-    return {"seconds": seconds, "best": best, "times_faster": ratios, "setup": setup, **floors}
-
-
-def floor_seconds(model: nn.Module, candidates: Tensor) -> dict[str, float]:
-    """A forward and a backward pass of 32 ids; and a forward pass of one of a full batch's."""
-
-    def timed(call: Callable[[], Any]) -> float:
-        best = float("inf")
-        for _ in range(3):
+        for name, (call, count) in FLOORS.items():
             began = time.perf_counter()
-            call()
-            best = min(best, time.perf_counter() - began)
-        return best
+            call(model, candidates)
+            seconds[name].append((time.perf_counter() - began) / count)
+        print(json.dumps({k: round(v[-1], 3) for k, v in seconds.items()}), flush=True)
+        found = {
+            "seconds": seconds,
+            "setup_seconds": setup,
+            "times_faster": {m: sum(seconds["original"]) / sum(seconds[m]) for m in MODES},
+        }
+        save(folder, "speed", found)
+    return found
 
-    def both() -> None:
-        model(candidates[:1], labels=candidates[:1]).loss.backward()
+
+def forward_and_backward(model: nn.Module, candidates: Tensor) -> None:
+    """The floor of first-order: one context forward and backward, four times."""
+    for context in candidates[:4]:
+        model(context[None], labels=context[None]).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    def forward() -> None:
-        with torch.inference_mode():
-            model(candidates[:32])
 
-    return {"floor_forward_backward": timed(both), "floor_forward": timed(forward) / 32}
+def forward_alone(model: nn.Module, candidates: Tensor) -> None:
+    """Half of the floor of directional: 32 contexts forward."""
+    with torch.inference_mode():
+        model(candidates[:32])
+
+
+FLOORS: dict[str, tuple[Callable[[nn.Module, Tensor], None], int]] = {
+    "forward and backward": (forward_and_backward, 4),
+    "forward": (forward_alone, 32),
+}
+
+
+def save(folder: Path, part: str, found: dict[str, Any]) -> None:
+    """Write a part's figures."""
+    (folder / f"labels-{part}.json").write_text(json.dumps(found, indent=1))
 
 
 def fidelity(count: int, size: int, folder: Path) -> dict[str, Any]:
@@ -206,17 +215,17 @@ if __name__ == "__main__":
     )
     parser.add_argument("part", choices=("speed", "fidelity", "memory"))
     parser.add_argument("--folder", type=Path, default=Path("build/igf"))
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contexts", type=int, default=104)
     parser.add_argument("--objective", type=int, default=16)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.part == "speed":
-        result = speed(arguments.rounds)
+        result = speed(arguments.rounds, arguments.folder)
     elif arguments.part == "fidelity":
         result = fidelity(arguments.contexts, arguments.objective, arguments.folder)
     else:
         result = memory()
     print("\n" + json.dumps(result, indent=1))
-    (arguments.folder / f"labels-{arguments.part}.json").write_text(json.dumps(result, indent=1))
+    save(arguments.folder, arguments.part, result)
