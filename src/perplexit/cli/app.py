@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 import perplexit as px
-from perplexit.cli import compare, compile_model, demo, evaluate, igf, prepare, report, runs
+from perplexit.cli import (
+    compare,
+    compile_model,
+    demo,
+    evaluate,
+    explain,
+    igf,
+    prepare,
+    report,
+    runs,
+)
 from perplexit.cli.group import StatedErrors, examples
 
 app = typer.Typer(
@@ -54,6 +64,7 @@ app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.command("prepare", epilog=prepare.EXAMPLES)(prepare.prepare)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("compile", epilog=compile_model.EXAMPLES)(compile_model.compile_model)
 app.add_typer(runs.app, name="runs")

@@ -1,0 +1,56 @@
+"""`perplexit explain`: two runs → what differs, and how much each difference contributes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perplexit as px
+from perplexit.cli.group import examples
+from perplexit.cli.output import print_json, stdout_kept_clean, tell
+
+EXAMPLES = examples(
+    "perplexit explain runs/mine runs/theirs",
+    "perplexit explain runs/fp32 runs/int8 --no-measure --json",
+    "perplexit explain runs/old runs/new --model smollm2/ --input old.safetensors",
+)
+
+
+def explain(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder to begin with.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder to arrive at.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="A run's token file, where it is no longer where the run found it.",
+        ),
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A run's model, where it is no longer where the run found it.",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            help="Evaluate again between the two, one setting turned at a time, to tell how many "
+            "nats each difference contributes."
+        ),
+    ] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Name every difference between two runs, and how many nats each contributes.
+
+    Text, tokenizer, windows, BOS, scored tokens, precision, engine, weights. The contributions add
+    up to the whole difference; they need the runs' inputs and models to be at hand.
+    """
+    with stdout_kept_clean():
+        explanation = px.explain(first, second, inputs=inputs or (), model=models, measure=measure)
+    tell(str(explanation))
+    if json:
+        print_json(explanation.to_json())
