@@ -15,6 +15,7 @@ _HOME_OF = {
     "load_session": "perplexit.sessions.registry",
     "evaluate": "perplexit.evaluation",
     "compare": "perplexit.comparison",
+    "compare_runs": "perplexit.comparison",
     "Comparison": "perplexit.comparison",
     "compare_bytes": "perplexit.comparison.byte_aligned",
     "ByteComparison": "perplexit.comparison.byte_aligned",

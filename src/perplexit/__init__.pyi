@@ -2,6 +2,7 @@
 
 from perplexit.comparison import Comparison as Comparison
 from perplexit.comparison import compare as compare
+from perplexit.comparison import compare_runs as compare_runs
 from perplexit.comparison.byte_aligned import ByteComparison as ByteComparison
 from perplexit.comparison.byte_aligned import compare_bytes as compare_bytes
 from perplexit.compilation.compile_model import compile as compile

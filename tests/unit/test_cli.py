@@ -61,8 +61,14 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (EVAL, ["--top-k", "5"], "evaluate", "top_k", 5),
     (EVAL, ["--confidence", "0.9"], "evaluate", "confidence", 0.9),
     (EVAL, ["--on-non-finite", "count"], "evaluate", "on_non_finite", "count"),
-    (COMPARE, ["--confidence", "0.9"], "compare", "confidence", 0.9),
-    (COMPARE, ["--most-changed", "3"], "compare", "num_most_changed", 3),
+    (EVAL, ["--save-reference"], "evaluate", "save_reference", True),
+    (EVAL, ["--reference-dtype", "float16"], "evaluate", "reference_dtype", "float16"),
+    (EVAL, ["--reference", "runs/r"], "evaluate", "reference", "runs/r"),
+    (COMPARE, ["--confidence", "0.9"], "compare_runs", "confidence", 0.9),
+    (COMPARE, ["--most-changed", "3"], "compare_runs", "num_most_changed", 3),
+    (COMPARE, ["--noise-floor", "0.01"], "compare_runs", "noise_floor", 0.01),
+    (COMPARE, ["--gate", "fp16"], "compare_runs", "gates", ["fp16"]),
+    (COMPARE, ["--gate-on", "value"], "compare_runs", "gates_on", "value"),
     (COMPILE, ["--to", "tvm"], "compile", "to", "tvm"),
     (COMPILE, ["-o", "there"], "compile", "output", Path("there")),
     (COMPILE, ["--quantization", "int4"], "compile", "quantization", "int4"),
@@ -123,9 +129,15 @@ def _program() -> ProgramMetadata:
     )
 
 
-class _Comparison(SimpleNamespace):
+class _Compared(SimpleNamespace):
     def to_json(self) -> dict[str, Any]:
         return {"verdict": "worse"}
+
+    def gates_as_junit_xml(self) -> str:
+        return "<testsuites/>"
+
+    def gates_as_markdown(self) -> str:
+        return "| gate |"
 
     def __str__(self) -> str:
         return "verdict: worse [really]"
@@ -150,7 +162,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         "import_id_lines": _token_file(),
         "export_id_lines": 1,
         "evaluate": record,
-        "compare": _Comparison(),
+        "compare_runs": _Compared(failed=[]),
         "compile": program,
         "list_runs": [record],
         "verify_run": [],
@@ -201,6 +213,7 @@ def test_trap_33_an_option_reaches_the_library(
 @pytest.mark.trap(33)
 def test_trap_33_no_option_is_without_a_test() -> None:
     tested = {(command[0], option[0]) for command, option, *_ in TRANSLATIONS}
+    tested |= {("compare", "--junit"), ("compare", "--markdown")}  # test_gate_reports_are_written
     missing = set()
     for path, command in _commands():
         for param in command.params if path[0] not in WITH_THEIR_PART else ():
@@ -240,9 +253,17 @@ def test_json_is_one_document_on_stdout_and_people_read_stderr(
     assert with_json.stderr == without.stderr or command[0] == "eval"  # which names a new folder
 
 
-def test_several_candidates_are_a_json_list(calls: dict[str, dict[str, Any]]) -> None:
-    result = _perplexit(*COMPARE, "another", "--json")
-    assert json.loads(result.stdout) == [{"verdict": "worse"}, {"verdict": "worse"}]
+def test_several_candidates_reach_the_library(calls: dict[str, dict[str, Any]]) -> None:
+    _perplexit(*COMPARE, "another", "--json")
+    assert calls["compare_runs"]["1"] == [Path("candidate"), Path("another")]
+
+
+def test_gate_reports_are_written(calls: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    files = {"--junit": tmp_path / "ci" / "gates.xml", "--markdown": tmp_path / "gates.md"}
+    options = [str(part) for pair in files.items() for part in pair]
+    assert _perplexit(*COMPARE, *options).exit_code == 0
+    assert files["--junit"].read_text() == "<testsuites/>"
+    assert files["--markdown"].read_text() == "| gate |"
 
 
 def test_brackets_in_names_are_not_taken_for_markup(calls: dict[str, dict[str, Any]]) -> None:

@@ -1,27 +1,16 @@
 """`perplexit compare`: runs over the same input → paired ratios, verdicts, gates."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import perplexit as px
 from perplexit.cli.group import examples
 from perplexit.cli.output import print_json, stdout_kept_clean, tell
-from perplexit.comparison import (
-    Comparison,
-    Gate,
-    GateResult,
-    RankedRun,
-    judge,
-    junit_xml,
-    markdown,
-    parse_gate,
-    ranked,
-)
 from perplexit.errors import GateError
-from perplexit.runs.run import Run
 
 EXAMPLES = examples(
     "perplexit compare runs/fp32 runs/bf16",
@@ -83,77 +72,30 @@ def compare(
 ) -> None:
     """Compare runs token by token: better, worse, or not distinguishable, with an interval.
 
-    Several candidates are ranked, ties shown as ties. Runs over different inputs are refused, with
-    what differs.
+    Several candidates are ranked, ties shown as ties. Runs of different tokenizers over the same
+    text are compared byte by byte; runs over different texts are refused, with what differs.
     """
-    gates = [parse_gate(text) for text in gate or []]
     with stdout_kept_clean():
-        base = px.Run.open(reference)
-        runs = [px.Run.open(candidate) for candidate in candidates]
-        comparisons = [
-            px.compare(
-                base,
-                run,
-                confidence=confidence,
-                noise_floor=noise_floor,
-                num_most_changed=most_changed,
-            )
-            for run in runs
-        ]
-        names = [str(candidate) for candidate in candidates]
-        results = {
-            name: judge(comparison, gates, judged_on=gate_on.value)
-            for name, comparison in zip(names, comparisons, strict=True)
-        }
-    for name, comparison in zip(names, comparisons, strict=True):
-        tell(f"{name} against {reference}")
-        tell(str(comparison))
-    places = _ranking(names, runs, comparisons)
-    _tell_gates(results)
-    _write(junit, junit_xml(results))
-    _write(markdown_file, markdown(results))
+        compared = px.compare_runs(
+            reference,
+            candidates,
+            confidence=confidence,
+            noise_floor=noise_floor,
+            num_most_changed=most_changed,
+            gates=gate or [],
+            gates_on=gate_on.value,
+        )
+    tell(f"reference: {reference}")
+    tell(str(compared))
+    _write(junit, compared.gates_as_junit_xml)
+    _write(markdown_file, compared.gates_as_markdown)
     if json:
-        documents = [
-            _document(comparison, results[name], gates, places.get(name))
-            for name, comparison in zip(names, comparisons, strict=True)
-        ]
-        print_json(documents[0] if len(documents) == 1 else documents)
-    failed = [str(result) for found in results.values() for result in found if not result.passed]
-    if failed:
-        raise GateError("expected every gate to hold, but " + "; ".join(failed))
+        print_json(compared.to_json())
+    if compared.failed:
+        raise GateError("expected every gate to hold, but " + "; ".join(map(str, compared.failed)))
 
 
-def _ranking(
-    names: list[str], runs: list[Run], comparisons: list[Comparison]
-) -> dict[str, RankedRun]:
-    """Each candidate's place, shown where there are several."""
-    if len(names) < 2:
-        return {}
-    places = ranked(list(zip(names, runs, strict=True)), comparisons)
-    tell("ranking (a shared place is a tie):")
-    for place in places:
-        tell(f"  {place.rank}. {place.name}  ratio {place.comparison.ppl_ratio:.6f}")
-    return {place.name: place for place in places}
-
-
-def _tell_gates(results: dict[str, list[GateResult]]) -> None:
-    for name, found in results.items():
-        for result in found:
-            tell(f"{result}  ({name}, judged on the {result.judged_on})")
-
-
-def _document(
-    comparison: Comparison, results: list[GateResult], gates: list[Gate], place: RankedRun | None
-) -> dict[str, Any]:
-    document = comparison.to_json()
-    if gates:
-        document["gates"] = [result.to_json() for result in results]
-    if place is not None:
-        document["rank"] = place.rank
-    return document
-
-
-def _write(path: Path | None, text: str) -> None:
+def _write(path: Path | None, text: Callable[[], str]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text(), encoding="utf-8")

@@ -2,11 +2,13 @@
 
 from perplexit.comparison.comparing import compare
 from perplexit.comparison.gates import Gate, GateResult, judge, junit_xml, markdown, parse_gate
+from perplexit.comparison.many import ComparedRuns, compare_runs
 from perplexit.comparison.ranking import RankedRun, ranked
 from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Figure, Verdict
 
 __all__ = [
     "ChangedToken",
+    "ComparedRuns",
     "Comparison",
     "DomainRatio",
     "Figure",
@@ -15,6 +17,7 @@ __all__ = [
     "RankedRun",
     "Verdict",
     "compare",
+    "compare_runs",
     "judge",
     "junit_xml",
     "markdown",

@@ -1,0 +1,137 @@
+"""compare_runs: one reference, any number of candidates: verdicts, gates, and one order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perplexit.comparison.byte_aligned import ByteComparison, compare_bytes
+from perplexit.comparison.comparing import compare
+from perplexit.comparison.gates import (
+    GateResult,
+    JudgedOn,
+    judge,
+    junit_xml,
+    markdown,
+    parse_gate,
+)
+from perplexit.comparison.ranking import ranked
+from perplexit.comparison.record import Comparison
+from perplexit.errors import UsageError
+from perplexit.runs.run import Run
+
+
+@dataclass(frozen=True)
+class ComparedRuns:
+    """Candidates against one reference, in the order given.
+
+    ranks: each candidate's place, 1 for the lowest perplexity, ties sharing one; empty for a
+        single candidate, and where a candidate could only be compared byte by byte.
+    """
+
+    names: list[str]
+    comparisons: list[Comparison | ByteComparison]
+    gates: list[list[GateResult]]
+    ranks: list[int]
+
+    @property
+    def failed(self) -> list[GateResult]:
+        """The gates that do not hold."""
+        return [result for results in self.gates for result in results if not result.passed]
+
+    def to_json(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """A candidate's document, or a list of them where there are several."""
+        documents = []
+        for index, comparison in enumerate(self.comparisons):
+            document = comparison.to_json()
+            if self.gates[index]:
+                document["gates"] = [result.to_json() for result in self.gates[index]]
+            if self.ranks:
+                document["rank"] = self.ranks[index]
+            documents.append(document)
+        return documents[0] if len(documents) == 1 else documents
+
+    def gates_as_junit_xml(self) -> str:
+        """The gates as a JUnit test report."""
+        return junit_xml(dict(zip(self.names, self.gates, strict=True)))
+
+    def gates_as_markdown(self) -> str:
+        """The gates as a Markdown table."""
+        return markdown(dict(zip(self.names, self.gates, strict=True)))
+
+    def __str__(self) -> str:
+        lines = []
+        for name, comparison, results in zip(self.names, self.comparisons, self.gates, strict=True):
+            lines += [name, str(comparison), *map(str, results), ""]
+        if self.ranks:
+            lines.append("ranking, best first (a shared place is a tie):")
+            places = sorted(zip(self.ranks, self.names, strict=True))
+            lines += [f"  {rank}. {name}" for rank, name in places]
+        return "\n".join(lines).rstrip()
+
+
+def compare_runs(
+    reference: Run | str | Path,
+    candidates: Sequence[Run | str | Path],
+    *,
+    confidence: float = 0.95,
+    noise_floor: float = 0.0,
+    num_most_changed: int = 10,
+    gates: Sequence[str] = (),
+    gates_on: JudgedOn = "interval",
+) -> ComparedRuns:
+    """Each candidate against the reference, held to gates, and ranked where there are several.
+
+    Runs of different tokenizers or windows over the same text are compared byte by byte, where
+    token perplexities would say nothing. gates: `METRIC<=NUMBER` and so on, or a preset's name.
+    Raises FingerprintMismatchError for different texts, UsageError for what is no gate.
+    """
+    parsed = [parse_gate(gate) for gate in gates]
+    base = _opened(reference)
+    runs = [_opened(candidate) for candidate in candidates]
+    names = [
+        str(c.folder or c.model["address"]) if isinstance(c, Run) else str(c) for c in candidates
+    ]
+    comparisons: list[Comparison | ByteComparison] = []
+    for run in runs:
+        by_bytes = (
+            run.input_fingerprint != base.input_fingerprint
+            and run.text_fingerprint == base.text_fingerprint != ""
+        )
+        comparisons.append(
+            (compare_bytes if by_bytes else compare)(
+                base,
+                run,
+                confidence=confidence,
+                noise_floor=noise_floor,
+                num_most_changed=num_most_changed,
+            )
+        )
+    results = [_judged(comparison, parsed, gates_on) for comparison in comparisons]
+    return ComparedRuns(names, comparisons, results, _ranks(runs, comparisons))
+
+
+def _judged(
+    comparison: Comparison | ByteComparison, gates: list[Any], gates_on: JudgedOn
+) -> list[GateResult]:
+    if not gates:
+        return []
+    if isinstance(comparison, ByteComparison):
+        raise UsageError(
+            "gates are held against runs over one prepared input, but these two were tokenised or "
+            "cut differently and can only be compared byte by byte; evaluate both on one input"
+        )
+    return judge(comparison, gates, judged_on=gates_on)
+
+
+def _ranks(runs: list[Run], comparisons: list[Comparison | ByteComparison]) -> list[int]:
+    by_token = [c for c in comparisons if isinstance(c, Comparison)]
+    if len(runs) < 2 or len(by_token) < len(runs):
+        return []
+    places = ranked([(str(index), run) for index, run in enumerate(runs)], by_token)
+    rank_of = {place.name: place.rank for place in places}
+    return [rank_of[str(index)] for index in range(len(runs))]
+
+
+def _opened(run: Run | str | Path) -> Run:
+    return run if isinstance(run, Run) else Run.open(run)
