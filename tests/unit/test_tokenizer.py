@@ -61,8 +61,10 @@ def test_trap_14_bytes_per_token_sum_to_the_text(any_tokenizer, text):
     try:
         batch = any_tokenizer.encode_batch([text])
     except TokenizerError:
-        # only for text that this vocabulary has no token for at all
-        assert any_tokenizer._backend.encode_ids([text])[0] == []
+        # only for text that this vocabulary has no token for, or next to none but "unknown" (trap 34)
+        backend = any_tokenizer._backend
+        ids = list(backend.encode_ids([text])[0])
+        assert len(ids) <= 1 or ids.count(backend.unknown_id) > 0.9 * len(ids)
         return
     assert batch.byte_starts[0] == 0
     assert (np.diff(batch.byte_starts) >= 0).all()
