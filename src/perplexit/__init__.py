@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "prepare": "perplexit.inputs.prepare",
+    "ngram_overlap": "perplexit.inputs.overlap",
     "TokenFile": "perplexit.inputs.token_file",
     "load_session": "perplexit.sessions.registry",
     "evaluate": "perplexit.evaluation",

@@ -11,6 +11,7 @@ from perplexit.diagnosis import explain as explain
 from perplexit.evaluation import evaluate as evaluate
 from perplexit.inputs.id_lines import export_id_lines as export_id_lines
 from perplexit.inputs.id_lines import import_id_lines as import_id_lines
+from perplexit.inputs.overlap import ngram_overlap as ngram_overlap
 from perplexit.inputs.prepare import prepare as prepare
 from perplexit.inputs.token_file import TokenFile as TokenFile
 from perplexit.report import write_report as write_report

@@ -8,7 +8,7 @@ import typer
 import perplexit as px
 from perplexit.cli.figures import input_record, input_table
 from perplexit.cli.group import examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
 from perplexit.cli.progress import preparing_progress
 from perplexit.errors import UsageError
 
@@ -89,6 +89,14 @@ def prepare(
         Path | None,
         typer.Option(metavar="FILE", help="Also write the windows as lines of ids to this file."),
     ] = None,
+    check_overlap: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Calibration or training data (text, JSONL, Parquet or a token file): say how "
+            "much of the corpus stands in it too.",
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the token file's record as JSON on stdout.")
     ] = False,
@@ -122,9 +130,16 @@ def prepare(
                 )
         if export_ids is not None:
             px.export_id_lines(token_file, export_ids)
+        overlaps = {
+            str(file): px.ngram_overlap(token_file, file, text_key=text_key)
+            for file in check_overlap or ()
+        }
     people().print(input_table(token_file))
+    for file, overlap in overlaps.items():
+        tell(f"overlap with {file}: {overlap}")
     if json:
-        print_json(input_record(token_file))
+        record = {file: overlap.to_json() for file, overlap in overlaps.items()}
+        print_json(input_record(token_file) | ({"overlap": record} if overlaps else {}))
 
 
 def _refuse_text_options(context: typer.Context) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.diagnosis.text_differences import (
-    documents_of,
     documents_of_run,
     first_difference,
     text_aspects,
 )
+from perplexit.inputs.document_bytes import documents_of
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run_text import RunText
 
 CONTEXT_CHARACTERS = 30
@@ -47,13 +46,6 @@ class FirstDifference(NamedTuple):
             f"they part at byte {self.byte:,} (character {self.character:,}) of document "
             f"{self.document:,}: {self.first!r} and {self.second!r}"
         )
-
-
-def documents_of(tokens: TokenFile) -> list[bytes]:
-    """The UTF-8 of every document of a token file."""
-    data = np.asarray(tokens.text_bytes).tobytes()
-    edges = np.asarray(tokens.byte_starts)[tokens.document_starts].tolist()
-    return [data[begin:end] for begin, end in pairwise(edges)]
 
 
 def documents_of_run(text: RunText) -> list[bytes]:
