@@ -61,7 +61,7 @@ def test_trap_14_bytes_per_token_sum_to_the_text(any_tokenizer, text):
     try:
         batch = any_tokenizer.encode_batch([text])
     except TokenizerError:
-        # only for text that this vocabulary has no token for, or next to none but "unknown" (trap 34)
+        # only for text with no token in this vocabulary, or next to none but "unknown" (trap 34)
         backend = any_tokenizer._backend
         ids = list(backend.encode_ids([text])[0])
         assert len(ids) <= 1 or ids.count(backend.unknown_id) > 0.9 * len(ids)
