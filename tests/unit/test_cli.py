@@ -34,6 +34,7 @@ PREPARE = ["prepare", "text.txt", "--tokenizer", "T", "-o", "out.safetensors"]
 EVAL = ["eval", "M", "in.safetensors"]
 COMPARE = ["compare", "reference", "candidate"]
 COMPILE = ["compile", "M", "--to", "onnx", "-o", "out"]
+EXPLAIN = ["explain", "a", "b"]
 REPORT = ["report", "a", "b", "-o", "report.html"]
 
 # command, the option as given, the verb it reaches, the keyword and the value that arrive there
@@ -51,6 +52,7 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (PREPARE, ["--from-ids"], "import_id_lines", "tokenizer", "T"),
     (PREPARE, ["--from-ids"], "import_id_lines", "output", Path("out.safetensors")),
     (PREPARE, ["--export-ids", "ids.txt"], "export_id_lines", "1", Path("ids.txt")),
+    (PREPARE, ["--check-overlap", "data.txt"], "ngram_overlap", "1", Path("data.txt")),
     (EVAL, ["--run", "somewhere"], "evaluate", "run", Path("somewhere")),
     (EVAL, ["--dtype", "bf16"], "evaluate", "dtype", "bf16"),
     (EVAL, ["--quantization", "int4"], "evaluate", "quantization", "int4"),
@@ -76,6 +78,9 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (COMPILE, ["--max-length", "64"], "compile", "max_length", 64),
     (COMPILE, ["--batch-size", "2"], "compile", "batch_size", 2),
     (COMPILE, ["--device", "cuda"], "compile", "device", "cuda"),
+    (EXPLAIN, ["--input", "moved"], "explain", "inputs", [Path("moved")]),
+    (EXPLAIN, ["--model", "hf:there"], "explain", "model", ["hf:there"]),
+    (EXPLAIN, ["--no-measure"], "explain", "measure", False),
     (REPORT, ["-o", "other.html"], "write_report", "1", Path("other.html")),
     (REPORT, ["--label", "a", "--label", "b"], "write_report", "labels", ["a", "b"]),
     (REPORT, ["--input", "moved"], "write_report", "tokens", Path("moved")),
@@ -164,6 +169,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         "evaluate": record,
         "compare_runs": _Compared(failed=[]),
         "compile": program,
+        "explain": SimpleNamespace(to_json=dict),
+        "ngram_overlap": SimpleNamespace(to_json=dict),
         "list_runs": [record],
         "verify_run": [],
         "export_tokens": None,
@@ -232,6 +239,7 @@ def test_trap_33_no_option_is_without_a_test() -> None:
         EVAL,
         COMPARE,
         COMPILE,
+        EXPLAIN,
         REPORT,
         ["demo"],
         ["runs", "list"],
