@@ -54,7 +54,8 @@ def prepare(
     protocol: Annotated[
         str,
         typer.Option(
-            help="How windows are chosen: sliding, disjoint, document, qefficient or mlc."
+            help="How windows are chosen: sliding, disjoint, document, or as another tool does: "
+            "lm-eval, hf-guide, hf-evaluate, llama-cpp, vllm, gptq-2048, qefficient, mlc."
         ),
     ] = "sliding",
     max_length: Annotated[
