@@ -254,6 +254,20 @@ def test_what_is_no_longer_there_is_not_guessed_at(measure: Measure, tmp_path: P
     assert px.explain(first, gone, measure=False).steps == ()
 
 
+def test_plain_id_lines_are_one_step_that_cannot_be_taken_apart(
+    measure: Measure, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    first = measure()
+    px.export_id_lines(TokenFile.open(first.input_path), tmp_path / "ids.txt")
+    tokens = px.import_id_lines(tmp_path / "ids.txt", output=tmp_path / "ids.safetensors")
+    second = px.evaluate(tiny_llama_dir, tokens, run=tmp_path / "run")
+    found = px.explain(first, second)
+    assert "an input holds ids alone" in found.differences[0].sentence
+    assert len(found.steps) == 1
+    assert "cannot be turned alone" in found.notes[0]
+    adds_up(found, first, second)
+
+
 def test_sessions_differ_by_name(measure: Measure) -> None:
     """Weights, version, settings and quantization of stored runs, without any model."""
     record = measure(model=BigramSession()).to_json()

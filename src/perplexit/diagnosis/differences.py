@@ -240,7 +240,7 @@ def _of_settings(first: Run, second: Run) -> Iterator[Difference]:
     }
     for aspect, (one, other) in pairs.items():
         if one != other:
-            yield plain(f"the {aspect}s differ", aspect, one, other)
+            yield plain(f"{aspect}, as recorded", aspect, one, other)
 
 
 def _batch_size(run: Run) -> Any:

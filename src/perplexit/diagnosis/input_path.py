@@ -50,7 +50,9 @@ def _steps(first: TokenFile, second: TokenFile) -> Iterator[InputStep]:
         ):
             own = second.spec["tokenizer"].get("bos_id")
             protocol["prefix_id"] = theirs["prefix_id"] if theirs["prefix_id"] >= 0 else own
-        yield InputStep(TEXT_ASPECTS, rewindowed(second, protocol))
+        # Plain id lines are windows already: no protocol but their own applies to them.
+        with_text = first.has_text and second.has_text
+        yield InputStep(TEXT_ASPECTS, rewindowed(second, protocol) if with_text else None)
     elif not _same_mask(first, second):
         yield InputStep(("denominator",), rewindowed(second, protocol))
     for aspect, names in (*_WINDOW_SETTINGS, _STRIDE):

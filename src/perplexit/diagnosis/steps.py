@@ -91,7 +91,9 @@ def steps_between(
                         session = None
                         session = stack.enter_context(opened(place.setting, models))
                         setting = place.setting
-                    if place.tokens is not None:
+                    if place.tokens is None:
+                        reasons.append(f"{' and '.join(turned)} cannot be turned alone")
+                    else:
                         after = measured(evaluate(session, place.tokens, on_non_finite="count"))
                 except PerplexitError as error:
                     reasons.append(f"{' and '.join(turned)} not measured alone: {error}")
