@@ -28,6 +28,6 @@ def demo(
     with continued_by(f"perplexit demo --out {out}"), stdout_kept_clean():
         scored = demo_story.score_four_ways(out)
     people().print(demo_story.table(scored))
-    tell(demo_story.explanation(scored, out))
+    tell("\n" + demo_story.explanation(scored, out))
     if json:
         print_json(demo_story.document(scored))
