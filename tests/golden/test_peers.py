@@ -220,6 +220,29 @@ def test_llama_cpp(rig: Rig, add_bos: bool) -> None:
     assert run.protocol_perplexity is None
 
 
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_llama_cpp_in_llama_cpp_itself(real_model_dir: Path, tmp_path: Path) -> None:
+    """The same chunks through llama.cpp's own engine, against the arithmetic in PyTorch.
+
+    Across two engines: within 5e-3. The weights are those of PyTorch (llama.cpp's kernels for the
+    packaged 4-bit file quantize activations too, which moves this text by 1.2 %).
+    """
+    pytest.importorskip("llama_cpp")
+    texts = DOCUMENTS[:4]
+    program = px.compile(real_model_dir, to="gguf", output=tmp_path / "gguf", perplexity=False)
+    tokens = px.prepare(list(texts), tokenizer=real_model_dir, protocol="llama-cpp", max_length=128)
+    run = px.evaluate(program.folder, tokens, threads=1)
+    model = AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32).eval()
+    rig = Rig(real_model_dir, model, AutoTokenizer.from_pretrained(real_model_dir))
+    ids = rig.ids(BLANK_LINE.join(texts))
+    losses = []
+    for begin in range(0, len(ids) // 128 * 128, 128):
+        losses += rig.losses_of(ids[begin : begin + 128])[64:]
+    assert run.perplexity == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=5e-3)
+    assert run.num_tokens == len(losses)
+
+
 def test_vllm(rig: Rig) -> None:
     """vLLM's ppl test: chunks of max_model_len - 1 = 1023, the tail kept, first tokens unscored."""
     ids = rig.ids(BLANK_LINE.join(DOCUMENTS))
