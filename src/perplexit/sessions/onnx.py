@@ -4,7 +4,6 @@ Shape suffixes: B = windows, T = ids a window (padded), N = targets over all win
 vocabulary.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 
 from perplexit.errors import (
     CapabilityError,
-    EngineOutOfMemoryError,
     ModelError,
     UsageError,
     VocabularyError,
@@ -25,6 +23,7 @@ from perplexit.errors import (
 from perplexit.inputs.windows import WindowIds
 from perplexit.programs import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
+from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import (
     LogitsChunk,
     ModelDescription,
@@ -33,11 +32,16 @@ from perplexit.sessions.base import (
     TokenDetails,
 )
 from perplexit.sessions.logit_rows import details_of_rows
+from perplexit.sessions.onnx_engine import (
+    has_shared_arena,
+    num_cores,
+    open_session,
+    provider_of,
+    translated,
+)
 
 _MODEL_FILE = "model.onnx"
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _MOST_IDS = 4096  # ids a batch: beyond, a CPU gains no speed and only pays memory
-_OUT_OF_MEMORY = ("bad_alloc", "failed to allocate memory", "out of memory", "bad allocation")
 
 
 class OnnxInferenceSession:
@@ -70,9 +74,9 @@ class OnnxInferenceSession:
         self._metadata = ProgramMetadata.read(path)
         _check_asked(self._metadata, dtype, quantization)
         self._metadata.check_files(path)
-        self._provider = _provider(device or "cpu")
-        self._threads = threads or _num_cores()
-        self._session: Any = _load(path / _MODEL_FILE, self._provider, self._threads)
+        provider = provider_of(device or "cpu")
+        self._threads = threads or num_cores()
+        self._session: Any = open_session(path / _MODEL_FILE, provider, self._threads)
         made_from = asdict(self._metadata.model)
         self._model = ModelDescription(**{**made_from, "address": address or f"onnx:{folder}"})
         self._description = _describe(
@@ -109,6 +113,7 @@ class OnnxInferenceSession:
     def close(self) -> None:
         """Release the program."""
         self._session = None
+        return_freed_memory()
 
     def _window_bytes(self, length: int) -> int:
         memory = self._metadata.memory
@@ -169,7 +174,7 @@ class OnnxInferenceSession:
         try:
             return self._session.run(None, feed)[0]
         except Exception as error:  # ONNX Runtime's errors have no common root
-            raise _translated(error, f"running {self._model.address}") from error
+            raise translated(error, f"running {self._model.address}") from error
 
 
 class OnnxLogitsSession(OnnxInferenceSession):
@@ -252,46 +257,6 @@ def _check_asked(metadata: ProgramMetadata, dtype: str | None, quantization: str
         )
 
 
-def _num_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _provider(device: str) -> str:
-    if device not in _PROVIDERS:
-        raise UsageError(f"expected a device for ONNX Runtime, cpu or cuda, got {device!r}")
-    provider = _PROVIDERS[device]
-    if provider not in onnxruntime.get_available_providers():
-        raise CapabilityError(
-            f"this build of ONNX Runtime has no {provider}; for device {device!r}: "
-            "pip install onnxruntime-gpu"
-        )
-    return provider
-
-
-def _load(path: Path, provider: str, threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Windows of many lengths would otherwise each leave their largest buffers in the arena.
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:  # ONNX Runtime's errors have no common root
-        raise _translated(error, f"loading {path}") from error
-
-
-def _translated(error: Exception, doing: str) -> Exception:
-    first_line = str(error).strip().partition("\n")[0]
-    if isinstance(error, MemoryError) or any(x in str(error).lower() for x in _OUT_OF_MEMORY):
-        return EngineOutOfMemoryError(f"ONNX Runtime ran out of memory {doing}: {first_line}")
-    return ModelError(f"ONNX Runtime failed {doing}: {first_line}")
-
-
 def _describe(
     metadata: ProgramMetadata, device: str, threads: int, providers: Sequence[str]
 ) -> SessionDescription:
@@ -299,7 +264,7 @@ def _describe(
     settings = {
         "providers": list(providers),
         "graph_optimization": "all",
-        "cpu_memory_arena": False,
+        "cpu_memory_arena": "shared, grows by need" if has_shared_arena() else "off",
         "perplexity_head": metadata.perplexity,
         "head_rows": metadata.head_rows,
         "opset": metadata.opset,
