@@ -4,7 +4,7 @@
     python bench/igf_labels.py fidelity    rank agreement of fast and exact on 104 real contexts
     python bench/igf_labels.py memory      peak bytes of tensors beyond the model, a label a mode
 
-SmolLM2-135M on two threads; objective 2000-2012, contexts up to 1999. Figures go to
+SmolLM2-135M; objective 2000-2012, contexts up to 1999. Figures go to
 `build/igf/labels-*.json`. The original's way is written out in `original_gain`: a deep copy of the
 model and a new optimizer a pair, the objective row by row, no `no_grad`.
 """
@@ -117,6 +117,7 @@ def speed(rounds: int, folder: Path) -> dict[str, Any]:
         print(json.dumps({k: round(v[-1], 3) for k, v in seconds.items()}), flush=True)
         found = {
             "seconds": seconds,
+            "threads": torch.get_num_threads(),
             "setup_seconds": setup,
             "times_faster": {m: sum(seconds["original"]) / sum(seconds[m]) for m in MODES},
         }
@@ -215,11 +216,12 @@ if __name__ == "__main__":
     )
     parser.add_argument("part", choices=("speed", "fidelity", "memory"))
     parser.add_argument("--folder", type=Path, default=Path("build/igf"))
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contexts", type=int, default=104)
     parser.add_argument("--objective", type=int, default=16)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.part == "speed":
         result = speed(arguments.rounds, arguments.folder)
