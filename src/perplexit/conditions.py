@@ -8,6 +8,8 @@ from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run import Run
 from perplexit.sessions.base import InferenceSession
 
+UNKNOWN_VOCABULARY = 2**31 - 1  # what a session says that takes any id
+
 
 def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
     """Warnings about an input that the model can take but was not made for.
@@ -31,7 +33,8 @@ def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
             f"windows of up to {longest} ids, but the model was made for {limit}: losses beyond "
             f"that position tell about extrapolation; prepare with --max-length {limit}"
         )
-    if tokens.vocab_size and tokens.vocab_size < vocab_size:
+    known = vocab_size < UNKNOWN_VOCABULARY
+    if known and tokens.vocab_size and tokens.vocab_size < vocab_size:
         warnings.append(
             f"the model has {vocab_size} vocabulary rows and the tokenizer {tokens.vocab_size}: "
             "the rows without a token keep their share of the probability"
