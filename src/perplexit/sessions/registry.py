@@ -143,14 +143,18 @@ def _prefix_of_file(path: Path) -> str:
 
 
 def _known() -> str:
-    return ". Addresses: " + "; ".join(engine.opens for engine in _ENGINES.values())
+    return ". Addresses: " + "; ".join(e.opens for e in _ENGINES.values() if _is_here(e))
+
+
+def _is_here(engine: _Engine) -> bool:
+    return find_spec(engine.home.partition(":")[0]) is not None
 
 
 def _session_class(prefix: str) -> Any:
     engine = _ENGINES[prefix]
     module, _, name = engine.home.partition(":")
-    if find_spec(module) is None:
-        here = [p for p, e in _ENGINES.items() if find_spec(e.home.partition(":")[0])]
+    if not _is_here(engine):
+        here = [prefix for prefix, known in _ENGINES.items() if _is_here(known)]
         raise CapabilityError(
             f"the engine {prefix!r} is not in this version of Perplexit; it has {', '.join(here)}"
         )
