@@ -74,10 +74,21 @@ def _compared(recorded: Run, wanted: Run) -> dict[str, tuple[Any, Any]]:
     }
     key = "weights_fingerprint"
     pairs["model weights"] = (recorded.model.get(key), wanted.model.get(key))
-    before, after = _plain(recorded.session), _plain(wanted.session)
+    before, after = _flat(_plain(recorded.session)), _flat(_plain(wanted.session))
     for name in sorted(set(before) | set(after)):
         pairs[name] = (before.get(name), after.get(name))
     return pairs
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The record's innermost values by dotted names, so that a message names what differs alone."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _identity(value: Any) -> Any:

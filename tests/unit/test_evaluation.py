@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +218,22 @@ def test_progress_reaches_the_total(tokens: TokenFile) -> None:
     last = updates[-1]
     assert (last.num_tokens, last.num_windows) == (last.total_tokens, last.total_windows)
     assert last.nll_sum == pytest.approx(run.nll_sum)
+
+
+@pytest.mark.trap(26)
+def test_trap_26_a_refusal_names_the_setting_that_differs_and_no_other(
+    tokens: TokenFile, tmp_path: Path
+) -> None:
+    def session(arena: bool) -> BigramSession:
+        made = BigramSession()
+        settings = {"providers": ["CPU"], "memory": {"arena": arena, "pattern": False}}
+        made.description = replace(made.description, settings=settings)
+        return made
+
+    px.evaluate(session(True), tokens, run=tmp_path / "run")
+    with pytest.raises(
+        ResumeError, match=r"settings\.memory\.arena: recorded True, now False"
+    ) as e:
+        px.evaluate(session(False), tokens, run=tmp_path / "run")
+    assert "providers" not in str(e.value)
+    assert "pattern" not in str(e.value)
