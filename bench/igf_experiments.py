@@ -23,7 +23,7 @@ from perplexit.igf.experiments import ExperimentPlan, run_experiment
 from perplexit.igf.figure import draw_experiment
 from perplexit.igf.finetune_record import FinetuneSettings
 from perplexit.igf.gains import Mode
-from perplexit.igf.learners import save_learner
+from perplexit.igf.learners import load_learner, save_learner
 from perplexit.igf.learning import train_learner
 from perplexit.igf.models import load_model
 from perplexit.igf.steps import StepRule
@@ -81,17 +81,19 @@ SETTINGS = {
         model_years=None,
         num_pairs=300,
         learning_rate=5e-5,
-        methods=("standard", "igf-shifting", "igf-quantile"),
+        methods=("standard", "igf-quantile", "random-skip"),
         num_seeds=5,
         steps=30,
         batch_size=4,
-        eval_interval=10,
-        num_test=64,
+        eval_interval=15,
+        num_test=40,
     ),
 }
 
 
-def run(name: str, folder: Path, seconds_limit: float | None) -> None:
+def run(
+    name: str, folder: Path, seconds_limit: float | None, seeds: tuple[int, ...] | None = None
+) -> None:
     """Labels, both learners, the experiment and its figure, below `folder / name`."""
     setting = SETTINGS[name]
     out = folder / name
@@ -119,19 +121,21 @@ def run(name: str, folder: Path, seconds_limit: float | None) -> None:
     print(f"\npairs: {time.perf_counter() - began:.0f} s")
     learners = {}
     for kind in ("ridge", "cnn"):
-        learners[kind] = train_learner(
-            pairs,
-            kind=kind,
-            model=model,
-            learning_rate=1e-3 if setting.model_years else 1e-4,
-            max_epochs=40,
-            batch_size=32,
-        )
-        save_learner(learners[kind], out / kind)
+        if not (out / f"{kind}.json").exists():
+            trained = train_learner(
+                pairs,
+                kind=kind,  # type: ignore[arg-type]
+                model=model,
+                learning_rate=1e-3 if setting.model_years else 1e-4,
+                max_epochs=40,
+                batch_size=32,
+            )
+            save_learner(trained, out / kind)
+        learners[kind] = load_learner(out / kind)
         print(kind, json.dumps(learners[kind].record["scores"]))
     plan = ExperimentPlan(
         methods=setting.methods,
-        seeds=tuple(range(setting.num_seeds)),
+        seeds=seeds or tuple(range(setting.num_seeds)),
         settings=FinetuneSettings(
             steps=setting.steps,
             batch_size=setting.batch_size,
@@ -182,6 +186,10 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("build/igf"))
     parser.add_argument("--seconds-limit", type=float)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="only these, for two processes at once"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    run(arguments.setting, arguments.folder, arguments.seconds_limit)
+    seeds = None if arguments.seeds is None else tuple(arguments.seeds)
+    run(arguments.setting, arguments.folder, arguments.seconds_limit, seeds)
