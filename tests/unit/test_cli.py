@@ -75,6 +75,7 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (COMPILE, ["-o", "there"], "compile", "output", Path("there")),
     (COMPILE, ["--quantization", "int4"], "compile", "quantization", "int4"),
     (COMPILE, ["--no-perplexity"], "compile", "perplexity", False),
+    (COMPILE, ["--dtype", "fp16"], "compile", "dtype", "fp16"),
     (COMPILE, ["--max-length", "64"], "compile", "max_length", 64),
     (COMPILE, ["--batch-size", "2"], "compile", "batch_size", 2),
     (COMPILE, ["--device", "cuda"], "compile", "device", "cuda"),

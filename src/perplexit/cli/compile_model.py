@@ -9,6 +9,7 @@ import perplexit as px
 from perplexit.cli.figures import program_table
 from perplexit.cli.group import examples
 from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
+from perplexit.compilation.targets import TARGETS
 from perplexit.quantization.precisions import known_precisions
 
 EXAMPLES = examples(
@@ -23,15 +24,15 @@ def compile_model(
         str,
         typer.Argument(metavar="MODEL", help="hf:FOLDER, hf:FILE.gguf, hf:ID@REVISION, a path."),
     ],
-    to: Annotated[str, typer.Option(help="What to compile to: onnx or gguf.")],
+    to: Annotated[str, typer.Option(help=f"What to compile to: {', '.join(TARGETS)}.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The program's folder.")
     ],
     quantization: Annotated[
         str | None,
         typer.Option(
-            help=f"Weights in blocks of integers. For onnx: {', '.join(known_precisions('onnx'))}. "
-            f"For gguf: {', '.join(known_precisions('gguf'))}."
+            help="Weights in blocks of integers. "
+            + " ".join(f"For {to}: {', '.join(known_precisions(to))}." for to in TARGETS)
         ),
     ] = None,
     perplexity: Annotated[
@@ -42,13 +43,19 @@ def compile_model(
             "program give logits.",
         ),
     ] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="The program's numbers. \\[default: float32]")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Fix the window's length. \\[default: any]")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Fix the batch's size. \\[default: any]")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the program is to run.")] = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where the program is to run. \\[default: the target's first]"),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the program's record as JSON on stdout.")
     ] = False,
@@ -61,6 +68,7 @@ def compile_model(
             output=output,
             quantization=quantization,
             perplexity=perplexity,
+            dtype=dtype,
             max_length=max_length,
             batch_size=batch_size,
             device=device,

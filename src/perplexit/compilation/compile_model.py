@@ -3,18 +3,15 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perplexit.compilation.gguf_request import gguf_precision
-from perplexit.errors import CapabilityError, MissingPackageError, UsageError
-from perplexit.programs import PROGRAM_FILE, ProgramMetadata, ProgramShapes
-from perplexit.quantization.precisions import canonical_dtype, recipe_for
-
-_TARGETS = ("onnx", "gguf")
+from perplexit.compilation.targets import load_builder, request_for
+from perplexit.errors import UsageError
+from perplexit.programs import PROGRAM_FILE, ProgramMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,101 +36,35 @@ def compile(
     dtype: str | None = None,
     max_length: int | None = None,
     batch_size: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> CompiledProgram:
     """The program that `model` (a checkpoint's address) becomes for the engine `to`.
 
-    quantization: weights in blocks of integers, `int8` or `int4` for ONNX, `q4_k_m` and its like
-        for GGUF; None: as the checkpoint has them.
+    quantization: a precision that the engine has (`int8`, `int4`, `q4_k_m` …); None: the
+        checkpoint's own numbers, in `dtype`.
     perplexity:   True: the program takes ids and targets and gives losses; False: it gives logits.
     max_length, batch_size: sizes to fix in the program; None: any.
+    device:       that the program is to run on, as the engine names it; None: its first.
     The program is checked against the checkpoint before it is put in place; `output` is either
     whole or as it was. Raises CompilationError, QuantizationError, ModelError, UsageError, and
     CapabilityError for what no engine of this version can do.
     """
-    if to == "gguf":
-        precision = gguf_precision(
-            quantization=quantization,
-            dtype=dtype,
-            max_length=max_length,
-            batch_size=batch_size,
-            device=device,
-        )
-        return _compiled_to_gguf(model, Path(output), precision)
-    _check_supported(to, dtype, device)
-    shapes = _shapes(batch_size, max_length)
-    recipe = recipe_for(quantization, engine=to) if quantization is not None else None
+    request = request_for(
+        to,
+        quantization=quantization,
+        perplexity=perplexity,
+        dtype=dtype,
+        max_length=max_length,
+        batch_size=batch_size,
+        device=device,
+    )
     folder = Path(output)
     _check_replaceable(folder)
-    load_checkpoint, build_program = _onnx_compiler()
+    load_checkpoint, build_program = load_builder(to)
     with _in_place_at_once(folder) as temporary:
-        checkpoint = load_checkpoint(model)
-        metadata = build_program(
-            checkpoint, temporary, recipe=recipe, perplexity=perplexity, shapes=shapes
-        )
-    return CompiledProgram(folder, metadata)
-
-
-def _compiled_to_gguf(model: str | Path, folder: Path, precision: str) -> CompiledProgram:
-    """A GGUF file with its record; it holds weights, so the session computes the losses."""
-    _check_replaceable(folder)
-    load_checkpoint, build_program = _gguf_compiler()
-    with _in_place_at_once(folder) as temporary:
-        metadata = build_program(load_checkpoint(model), temporary, precision=precision)
+        metadata = build_program(load_checkpoint(model), temporary, request)
         metadata.write(temporary)
     return CompiledProgram(folder, metadata)
-
-
-def _check_supported(to: str, dtype: str | None, device: str) -> None:
-    if to not in _TARGETS:
-        raise CapabilityError(
-            f"expected an engine that this version compiles to ({', '.join(_TARGETS)}), got {to!r}"
-        )
-    if canonical_dtype(dtype or "float32") != "float32":
-        raise CapabilityError(
-            f"expected dtype float32 for an ONNX program, got {dtype}; leave it out, or ask for "
-            "smaller weights with a quantization (int8, int4)"
-        )
-    if device != "cpu":
-        raise CapabilityError(
-            f"an ONNX program is compiled and checked on the cpu, got device {device!r}; leave it "
-            "out here, and name the device when the program is evaluated"
-        )
-
-
-def _shapes(batch_size: int | None, length: int | None) -> ProgramShapes:
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"expected a batch size of at least 1, got {batch_size}")
-    if length is not None and length < 2:
-        raise UsageError(
-            f"expected a max_length of at least 2 (a target needs a token before it), got {length}"
-        )
-    num_targets = batch_size * (length - 1) if batch_size and length else None
-    return ProgramShapes(batch_size, length, num_targets)
-
-
-def _onnx_compiler() -> tuple[Callable[..., Any], Callable[..., ProgramMetadata]]:
-    """The one lazy door to torch, transformers and the ONNX packages."""
-    try:
-        from perplexit.checkpoints.loading import load_checkpoint  # noqa: PLC0415
-        from perplexit.compilation.onnx_build import build_onnx_program  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"compiling to ONNX needs {error.name}: pip install 'perplexit[onnx]'"
-        ) from error
-    return load_checkpoint, build_onnx_program
-
-
-def _gguf_compiler() -> tuple[Callable[..., Any], Callable[..., ProgramMetadata]]:
-    """The lazy door to torch, transformers, gguf and llama.cpp."""
-    try:
-        from perplexit.checkpoints.loading import load_checkpoint  # noqa: PLC0415
-        from perplexit.compilation.gguf_build import build_gguf_program  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"compiling to GGUF needs {error.name}: pip install 'perplexit[llamacpp]'"
-        ) from error
-    return load_checkpoint, build_gguf_program
 
 
 def _check_replaceable(folder: Path) -> None:

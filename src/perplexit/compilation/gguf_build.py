@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from perplexit.checkpoints.loading import Checkpoint
 from perplexit.compilation.gguf_file import WRITTEN_TYPES, llamacpp_nll, write_gguf
+from perplexit.compilation.targets import CompileRequest
 from perplexit.errors import CompilationError, QuantizationError
 from perplexit.programs import (
     ProgramMemory,
@@ -34,15 +35,18 @@ _MEAN_TOLERANCE = 4.0
 
 
 def build_gguf_program(
-    checkpoint: Checkpoint, folder: Path, *, precision: str = "float32"
+    checkpoint: Checkpoint, folder: Path, request: CompileRequest
 ) -> ProgramMetadata:
-    """The record of the program written into `folder`: the matrices in `precision`.
+    """The record of the program written into `folder`: matrices in the recipe's type, or `dtype`.
+
+    A GGUF file holds weights, so the losses are the session's whatever `perplexity` says.
 
     A float32 file comes first and is held to the checkpoint's losses; then the quantized one
     is written by the gguf package, or (K-quants) made by llama.cpp's quantizer. A checkpoint that
     is a GGUF file is requantized by llama.cpp from that file.
     Raises CompilationError where llama.cpp's losses are not the checkpoint's, QuantizationError.
     """
+    precision = request.recipe.precision if request.recipe else request.dtype
     path = folder / GGUF_FILE
     model: Any = checkpoint.model
     ids = _probe_ids(int(model.config.vocab_size))

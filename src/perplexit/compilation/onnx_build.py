@@ -17,12 +17,12 @@ from perplexit.compilation.onnx_verification import (
     program_difference,
     verification_windows,
 )
+from perplexit.compilation.targets import CompileRequest
 from perplexit.programs import (
     ProgramMemory,
     ProgramMetadata,
     ProgramModel,
     ProgramQuantization,
-    ProgramShapes,
     ProgramVerification,
     files_of,
 )
@@ -40,19 +40,15 @@ _LARGE_SHARE = 0.01  # a tensor with at least 1 % of the parameters is large
 
 
 def build_onnx_program(
-    checkpoint: Checkpoint,
-    folder: Path,
-    *,
-    recipe: Recipe | None,
-    perplexity: bool,
-    shapes: ProgramShapes,
+    checkpoint: Checkpoint, folder: Path, request: CompileRequest
 ) -> ProgramMetadata:
-    """Fill `folder` with the program and its record; the record.
+    """Fill `folder` with the program; its record.
 
     The checkpoint's module is used up: it ends with the weights that the program holds.
     Raises CompilationError where the program's losses are not the checkpoint's, and
     QuantizationError where the recipe changed nothing.
     """
+    recipe, perplexity, shapes = request.recipe, request.perplexity, request.shapes
     model: Any = checkpoint.model
     described = _describe_model(checkpoint)
     windows = verification_windows(described, shapes)
@@ -74,7 +70,7 @@ def build_onnx_program(
         against += f" with the weights that the {recipe.precision} blocks stand for"
     difference = program_difference(path, windows, reference, shapes, against=against)
     num_tokens = sum(len(nll) for nll in reference)
-    result = ProgramMetadata(
+    return ProgramMetadata(
         engine="onnx",
         perplexity=perplexity,
         dtype="float32",
@@ -88,8 +84,6 @@ def build_onnx_program(
         head_rows=graph.head_rows,
         made_by=_versions(),
     )
-    result.write(folder)
-    return result
 
 
 def _describe_model(checkpoint: Checkpoint) -> ProgramModel:

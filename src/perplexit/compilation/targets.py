@@ -1,0 +1,159 @@
+"""The engines that `compile` makes programs for: one entry each, and the one lazy door to them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from perplexit.errors import CapabilityError, MissingPackageError, UsageError
+from perplexit.programs import ProgramMetadata, ProgramShapes
+from perplexit.quantization.precisions import Recipe, canonical_dtype, recipe_for
+
+
+@dataclass(frozen=True, slots=True)
+class CompileRequest:
+    """What a program is to be; every target's builder gets one, already checked against its entry.
+
+    perplexity: whether the head is inside. dtype: canonical. recipe: None where the weights stay
+    as they are. shapes: None where any size is asked for. device: as the target names it.
+    """
+
+    perplexity: bool = True
+    dtype: str = "float32"
+    recipe: Recipe | None = None
+    shapes: ProgramShapes = field(default_factory=ProgramShapes)
+    device: str = "cpu"
+
+
+Builder = Callable[[Any, Path, CompileRequest], ProgramMetadata]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One engine that programs are made for, told without importing anything of it.
+
+    home:    `module:function` of its Builder: (checkpoint, folder, request) → the record.
+    extra:   installs what that module imports. noun: what it makes, with its article.
+    dtypes:  that a program can be made in; the first is the default. devices: likewise.
+    fixed_shapes: whether sizes can be fixed in the program.
+    dtype_or_quantization: whether the two are names for the same thing (a file's number type).
+    """
+
+    home: str
+    extra: str
+    noun: str
+    dtypes: tuple[str, ...] = ("float32",)
+    devices: tuple[str, ...] = ("cpu",)
+    fixed_shapes: bool = True
+    dtype_or_quantization: bool = False
+
+
+TARGETS = {
+    "onnx": Target(
+        "perplexit.compilation.onnx_build:build_onnx_program", "onnx", "an ONNX program"
+    ),
+    "gguf": Target(
+        "perplexit.compilation.gguf_build:build_gguf_program",
+        "llamacpp",
+        "a GGUF file",
+        dtypes=("float32", "float16", "bfloat16"),
+        fixed_shapes=False,
+        dtype_or_quantization=True,
+    ),
+}
+
+
+def request_for(
+    to: str,
+    *,
+    quantization: str | None = None,
+    perplexity: bool = True,
+    dtype: str | None = None,
+    max_length: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+) -> CompileRequest:
+    """What is asked of the target `to`, before anything heavy is imported.
+
+    Raises CapabilityError for what the target cannot do, QuantizationError for a precision that
+    it does not have, UsageError for sizes that are none.
+    """
+    target = target_of(to)
+    if quantization is not None and dtype is not None and target.dtype_or_quantization:
+        raise CapabilityError(
+            f"expected a quantization or a dtype for the matrices of {target.noun}, got both "
+            f"({quantization} and {dtype}); leave one out"
+        )
+    return CompileRequest(
+        perplexity=perplexity,
+        dtype=_dtype(target, dtype),
+        recipe=recipe_for(quantization, engine=to) if quantization is not None else None,
+        shapes=_shapes(target, batch_size, max_length),
+        device=_device(target, device),
+    )
+
+
+def target_of(to: str) -> Target:
+    """The entry of an engine. Raises CapabilityError for one that is not compiled to."""
+    if to not in TARGETS:
+        raise CapabilityError(
+            f"expected an engine that this version compiles to ({', '.join(TARGETS)}), got {to!r}"
+        )
+    return TARGETS[to]
+
+
+def load_builder(to: str) -> tuple[Callable[..., Any], Builder]:
+    """(`load_checkpoint`, the target's builder), with torch, transformers and the engine imported.
+
+    Raises MissingPackageError with the command that installs what is missing.
+    """
+    target = target_of(to)
+    module, _, name = target.home.partition(":")
+    try:
+        builder: Builder = getattr(import_module(module), name)
+        loading = import_module("perplexit.checkpoints.loading")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("perplexit"):
+            raise
+        raise MissingPackageError(
+            f"compiling to {to} needs {error.name}: pip install 'perplexit[{target.extra}]'"
+        ) from error
+    return loading.load_checkpoint, builder
+
+
+def _dtype(target: Target, asked: str | None) -> str:
+    dtype = canonical_dtype(asked or target.dtypes[0])
+    if dtype not in target.dtypes:
+        raise CapabilityError(
+            f"expected dtype {' or '.join(target.dtypes)} for {target.noun}, got {asked}; leave it "
+            "out, or ask for smaller weights with a quantization"
+        )
+    return dtype
+
+
+def _device(target: Target, asked: str | None) -> str:
+    device = asked or target.devices[0]
+    if device not in target.devices:
+        raise CapabilityError(
+            f"{target.noun} is compiled and checked on the {' or '.join(target.devices)}, got "
+            f"device {device!r}; leave it out here, and name the device when the program is "
+            "evaluated"
+        )
+    return device
+
+
+def _shapes(target: Target, batch_size: int | None, length: int | None) -> ProgramShapes:
+    if not target.fixed_shapes and (batch_size is not None or length is not None):
+        raise CapabilityError(
+            f"expected neither --max-length nor --batch-size for {target.noun}: it takes windows "
+            "of any length; leave them out"
+        )
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"expected a batch size of at least 1, got {batch_size}")
+    if length is not None and length < 2:
+        raise UsageError(
+            f"expected a max_length of at least 2 (a target needs a token before it), got {length}"
+        )
+    num_targets = batch_size * (length - 1) if batch_size and length else None
+    return ProgramShapes(batch_size, length, num_targets)
