@@ -22,6 +22,8 @@ _HOME_OF = {
     "ByteComparison": "perplexit.comparison.byte_aligned",
     "explain": "perplexit.diagnosis",
     "Explanation": "perplexit.diagnosis",
+    "doctor": "perplexit.diagnosis",
+    "Diagnosis": "perplexit.diagnosis",
     "Run": "perplexit.runs.run",
     "list_runs": "perplexit.runs.store",
     "verify_run": "perplexit.runs.verification",

@@ -6,7 +6,9 @@ from perplexit.comparison import compare_runs as compare_runs
 from perplexit.comparison.byte_aligned import ByteComparison as ByteComparison
 from perplexit.comparison.byte_aligned import compare_bytes as compare_bytes
 from perplexit.compilation.compile_model import compile as compile
+from perplexit.diagnosis import Diagnosis as Diagnosis
 from perplexit.diagnosis import Explanation as Explanation
+from perplexit.diagnosis import doctor as doctor
 from perplexit.diagnosis import explain as explain
 from perplexit.evaluation import evaluate as evaluate
 from perplexit.inputs.id_lines import export_id_lines as export_id_lines

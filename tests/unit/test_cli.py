@@ -35,6 +35,7 @@ EVAL = ["eval", "M", "in.safetensors"]
 COMPARE = ["compare", "reference", "candidate"]
 COMPILE = ["compile", "M", "--to", "onnx", "-o", "out"]
 EXPLAIN = ["explain", "a", "b"]
+DOCTOR = ["doctor", "M", "in.safetensors"]
 REPORT = ["report", "a", "b", "-o", "report.html"]
 
 # command, the option as given, the verb it reaches, the keyword and the value that arrive there
@@ -82,6 +83,12 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (EXPLAIN, ["--input", "moved"], "explain", "inputs", [Path("moved")]),
     (EXPLAIN, ["--model", "hf:there"], "explain", "model", ["hf:there"]),
     (EXPLAIN, ["--no-measure"], "explain", "measure", False),
+    (DOCTOR, ["--tokenizer", "T"], "doctor", "tokenizer", "T"),
+    (DOCTOR, ["--max-length", "99"], "doctor", "max_length", 99),
+    (DOCTOR, ["--dtype", "bf16"], "doctor", "dtype", "bf16"),
+    (DOCTOR, ["--quantization", "int4"], "doctor", "quantization", "int4"),
+    (DOCTOR, ["--device", "cuda:1"], "doctor", "device", "cuda:1"),
+    (DOCTOR, ["--threads", "2"], "doctor", "threads", 2),
     (REPORT, ["-o", "other.html"], "write_report", "1", Path("other.html")),
     (REPORT, ["--label", "a", "--label", "b"], "write_report", "labels", ["a", "b"]),
     (REPORT, ["--input", "moved"], "write_report", "tokens", Path("moved")),
@@ -171,6 +178,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         "compare_runs": _Compared(failed=[]),
         "compile": program,
         "explain": SimpleNamespace(to_json=dict),
+        "doctor": SimpleNamespace(to_json=dict, status="pass"),
         "ngram_overlap": SimpleNamespace(to_json=dict),
         "list_runs": [record],
         "verify_run": [],

@@ -13,6 +13,7 @@ from perplexit.cli import (
     compare,
     compile_model,
     demo,
+    doctor,
     evaluate,
     explain,
     igf,
@@ -65,6 +66,7 @@ app.command("prepare", epilog=prepare.EXAMPLES)(prepare.prepare)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("compile", epilog=compile_model.EXAMPLES)(compile_model.compile_model)
 app.add_typer(runs.app, name="runs")

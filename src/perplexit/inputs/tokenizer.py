@@ -96,6 +96,10 @@ class Tokenizer:
         """How many of `ids` are special tokens."""
         return int(np.count_nonzero(self.is_special[ids]))
 
+    def spelling_of(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes that each id spells, if the text is left as it is."""
+        return [self._spelled[index] for index in ids]
+
     def to_json(self) -> dict[str, Any]:
         """What the token file's spec records of the tokenizer."""
         return {

@@ -51,6 +51,9 @@ class SessionDescription:
     quantization: QuantizationDescription | None = None
     threads: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # engine's own effective settings
+    mode: str = "full"  # windows whole; "cached": prefill, then decode
+    prompt_len: int | None = None  # ids of the prefill
+    decode_chunk: int | None = None  # ids a call of the decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,4 +162,107 @@ class MeasuresDeviceMemory(Protocol):
 
     def peak_device_bytes(self) -> int | None:
         """The peak since the session was made, in bytes; None where it runs on the host."""
+        ...
+
+
+@runtime_checkable
+class TokenizesText(Protocol):
+    """A session whose engine has a tokenizer of its own. Scores never use it; `doctor` does."""
+
+    def own_token_ids(self, text: str, *, special: bool) -> list[int]:
+        """The ids of `text` by the engine's own tokenizer; with `special`, with what it adds."""
+        ...
+
+
+@runtime_checkable
+class SpellsTokens(Protocol):
+    """A session whose engine tells the text that it takes each id for."""
+
+    def own_token_texts(self, ids: Sequence[int]) -> list[str | None]:
+        """The engine's text of each id, None where it tells none."""
+        ...
+
+
+class FedRows(Protocol):
+    """What a model made of some of the positions that were fed to it, before its head."""
+
+    def details(self, ids_N: NDArray[np.int64], *, with_details: bool, top_k: int) -> TokenDetails:
+        """The details of the token `ids_N[n]` as the one after position n."""
+        ...
+
+    def array(self) -> NDArray[np.float32]:
+        """One row a position, of which `CachingSession.logits_of` makes logits."""
+        ...
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of the ids that were fed so far, a row a window."""
+
+    def feed(
+        self,
+        ids_BT: NDArray[np.int64],
+        *,
+        first_row: int,
+        start: int,
+        picked: tuple[NDArray[np.int64], NDArray[np.int64]],
+    ) -> FedRows:
+        """Put ids into rows `first_row…` at positions `start…`; what becomes of the picked places.
+
+        Every one of these rows has been fed exactly `start` ids. picked: (rows, columns) of the
+        block. Raises EngineOutOfMemoryError.
+        """
+        ...
+
+
+@runtime_checkable
+class CachingSession(InferenceSession, Protocol):
+    """A session that can be fed a window in blocks, each seeing those before it in a cache."""
+
+    @property
+    def cache_rows(self) -> int | None:
+        """How many windows one cache holds at most; None: any number."""
+        ...
+
+    @property
+    def rows_are_logits(self) -> bool:
+        """Whether `FedRows.array` is logits already, so that keeping many of them costs memory."""
+        ...
+
+    def caching(self) -> Mapping[str, Any]:
+        """How the cache is kept, for the record.
+
+        Raises CapabilityError where this model cannot be scored so.
+        """
+        ...
+
+    def open_cache(self, windows: Sequence[WindowIds]) -> KeyValueCache:
+        """An empty cache with a row for each of the windows, which all have targets.
+
+        Raises VocabularyError, ModelError and CapabilityError for windows that do not fit.
+        """
+        ...
+
+    def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits of rows that a cache gave, (N, V), float32."""
+        ...
+
+    def max_cached_windows(self, window_length: int) -> int:
+        """How many windows of that many ids to decode together, judged by free memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSeconds:
+    """Time in a session, queued work of the device included."""
+
+    prefill: float
+    decode: float
+
+
+@runtime_checkable
+class TimesPhases(Protocol):
+    """A session that measures prefill and decode apart."""
+
+    def take_seconds(self) -> PhaseSeconds:
+        """What successful calls took since this was last asked."""
         ...

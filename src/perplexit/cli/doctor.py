@@ -1,0 +1,93 @@
+"""`perplexit doctor`: a model on its engine → what is sound, and what is not."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perplexit as px
+from perplexit.cli.group import examples
+from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
+
+EXAMPLES = examples(
+    "perplexit doctor smollm2/",
+    "perplexit doctor onnx:program/ speech.safetensors",
+    "perplexit doctor gguf:model.gguf --max-length 2048 --json",
+    "perplexit doctor completions:http://127.0.0.1:8000/v1#my-model --tokenizer smollm2/",
+)
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model address, as in eval.")],
+    tokens: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[INPUT]",
+            help="The token file that figures will be taken over; without it, a packaged text in "
+            "the model's own tokenizer.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T", help="The model's own tokenizer, where it does not come with the model."
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, metavar="N", help="Ids of the longest window to try [default: INPUT's, or 1024]."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: fp32].")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="Q", help="A weight quantization of the engine.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, … [default: the engine's].")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads [default: every core].")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Check a model on its engine before anyone trusts a number of it.
+
+    BOS, tokenizer, vocabulary, batches and padding, caches, dropout, long context, and more: each
+    check passes, warns, fails, or is skipped and says why. The table goes to stdout (with --json
+    to stderr); exit code 1 where a check fails.
+    """
+    with stdout_kept_clean(), _progress() as progress:
+        diagnosis = px.doctor(
+            model,
+            tokens,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            dtype=dtype,
+            quantization=quantization,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+    if json:
+        tell(str(diagnosis))
+        print_json(diagnosis.to_json())
+    else:
+        typer.echo(str(diagnosis))
+    if diagnosis.status == "fail":
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callable that names the check under way, or None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with people().status("loading the model") as status:
+        yield lambda name, number, total: status.update(f"{number + 1}/{total} {name}")

@@ -1,0 +1,177 @@
+"""The doctor's checks of sameness: what must not change a loss must not change it.
+
+Shape suffix: N = targets of one window.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from perplexit.diagnosis.doctor_probe import Losses, Subject
+from perplexit.diagnosis.findings import Finding, judged, skipped
+from perplexit.errors import ModelError
+from perplexit.inputs.windows import WindowIds
+
+_RANDOM = 1e-3  # nats; sums in another order differ by less
+_EXACT = 2e-3  # nats a token, in float32: what engines of one model may differ by
+_ROUNDED = 0.5  # nats a token, in fewer bits
+
+
+def tolerance(subject: Subject) -> float:
+    """The largest difference in nats a token that this precision explains."""
+    description = subject.session.description
+    exact = description.dtype in ("float32", "float64") and description.quantization is None
+    return _EXACT if exact else _ROUNDED
+
+
+def prefix_cache(subject: Subject) -> Finding:
+    """Whether a request that was made before gives the same losses, and all of them."""
+    wanted = [len(window.targets_N) for window in subject.probe.short_windows]
+    for count, losses in zip(("first", "second", "third"), subject.repeated, strict=True):
+        got = [len(nll_N) for nll_N in losses]
+        if got != wanted:
+            missing = sum(wanted) - sum(got)
+            return _stale(
+                f"the {count} identical request gives {sum(got)} of {sum(wanted)} losses "
+                f"({missing} are missing): a prefix cache answers for its part alone",
+                missing,
+            )
+    expected, found = len(subject.probe.long_window.targets_N), len(subject.long_losses)
+    if found != expected:
+        return _stale(
+            f"a window that begins like an earlier one gives {found} of {expected} losses: a "
+            "prefix cache answers for its part alone",
+            expected - found,
+        )
+    first, second, third = subject.repeated
+    changed, settled = largest_difference(first, second), largest_difference(second, third)
+    if changed > tolerance(subject) and settled == 0.0:
+        return _stale(
+            f"the second identical request differs from the first by {changed:.3g} nats, and the "
+            "third repeats the second: it is answered from a cache",
+            changed,
+        )
+    sentence = "an identical request gives every loss again"
+    return Finding("prefix cache", "pass", sentence, 0, 0)
+
+
+def dropout(subject: Subject) -> Finding:
+    """Whether passes differ by more than sums in another order do."""
+    figure = _repeat_difference(subject)
+    return judged(
+        "dropout",
+        figure,
+        _RANDOM,
+        sentence=f"passes over the same windows differ by up to {figure:.3g} nats",
+        advice="something random is left on (dropout, sampling): put the model into evaluation "
+        "mode, model.eval()",
+    )
+
+
+def determinism(subject: Subject) -> Finding:
+    """Whether passes are identical to the last bit."""
+    figure = _repeat_difference(subject)
+    return judged(
+        "determinism",
+        figure,
+        0.0,
+        sentence=f"passes over the same windows differ by up to {figure:.3g} nats",
+        advice="differences below this are noise; fix the number of threads, or compare with "
+        "--noise-floor",
+        above="warn",
+    )
+
+
+def batch(subject: Subject) -> Finding:
+    """Whether a window has the same losses alone, in a batch and in a shuffled batch."""
+    windows = subject.probe.equal_windows
+    if subject.session.max_batch_size(len(windows[0].ids_T)) == 1:
+        return skipped("batch", "this engine takes one window at a time")
+    alone = _alone(subject, windows)
+    together = subject.session.token_nll(windows)
+    shuffled = list(reversed(subject.session.token_nll(list(reversed(windows)))))
+    figure = max(largest_difference(alone, together), largest_difference(alone, shuffled))
+    return judged(
+        "batch",
+        figure,
+        tolerance(subject),
+        sentence=f"{len(windows)} windows alone, together and in reverse differ by up to "
+        f"{figure:.3g} nats",
+        advice="evaluate with --batch-size 1, and look for what the windows of a batch share "
+        "(activation scales, a cache)",
+    )
+
+
+def padding(subject: Subject) -> Finding:
+    """Whether a window has the same losses alone and padded to a longer neighbour's length."""
+    windows = subject.probe.short_windows
+    if subject.session.max_batch_size(len(windows[0].ids_T)) == 1:
+        return skipped("padding", "this engine takes one window at a time: nothing is padded")
+    figure = largest_difference(subject.repeated[0], subject.session.token_nll(windows))
+    return judged(
+        "padding",
+        figure,
+        tolerance(subject),
+        sentence=f"windows of {', '.join(str(len(w.ids_T)) for w in windows)} ids alone and "
+        f"padded differ by up to {figure:.3g} nats",
+        advice="padding is attended to, or moves positions: give the model an attention mask, or "
+        "evaluate with --batch-size 1",
+    )
+
+
+def alignment(subject: Subject) -> Finding:
+    """Whether one id changed in the middle changes its own loss, and none before it."""
+    window = subject.probe.equal_windows[0]
+    place = len(window.ids_T) // 2
+    others = subject.probe.ids_S[subject.probe.ids_S != window.ids_T[place]]
+    if not len(others):
+        return skipped("alignment", "the probe is one id repeated")
+    changed_T = window.ids_T.copy()
+    changed_T[place] = others[0]
+    changed = WindowIds(window.index + 5, changed_T, window.targets_N)
+    before, after = _alone(subject, (window, changed))
+    _check_lengths([before], [after])
+    earlier_N = window.targets_N < place
+    figure = float(np.abs(before - after)[earlier_N].max(initial=0.0))
+    own = int(np.flatnonzero(window.targets_N == place)[0])
+    sentence = f"an id changed at position {place} changes earlier losses by up to {figure:.3g}"
+    advice = (
+        "losses are scored against the wrong ids (off by one), or the model sees the future: "
+        "compare with another engine"
+    )
+    finding = judged("alignment", figure, tolerance(subject), sentence=sentence, advice=advice)
+    if finding.status == "pass" and before[own] == after[own] and np.ptp(before) > 0:
+        return Finding(
+            "alignment", "fail", f"an id changed at position {place} does not change its own loss",
+            0.0, None, advice,
+        )  # fmt: skip
+    return finding
+
+
+def largest_difference(first: Losses, second: Losses) -> float:
+    """The largest difference in nats; NaN where both are. Raises ModelError for missing losses."""
+    _check_lengths(first, second)
+    differences = [float(np.abs(a - b).max()) for a, b in zip(first, second, strict=True) if len(a)]
+    return max(differences, default=0.0)
+
+
+def _check_lengths(first: Losses, second: Losses) -> None:
+    counts = [[len(nll_N) for nll_N in losses] for losses in (first, second)]
+    if counts[0] != counts[1]:
+        raise ModelError(f"expected {counts[0]} losses a window as before, got {counts[1]}")
+
+
+def _alone(subject: Subject, windows: Sequence[WindowIds]) -> Losses:
+    return [subject.session.token_nll([window])[0] for window in windows]
+
+
+def _repeat_difference(subject: Subject) -> float:
+    first, second, third = subject.repeated
+    return max(largest_difference(first, second), largest_difference(second, third))
+
+
+def _stale(sentence: str, figure: float) -> Finding:
+    return Finding(
+        "prefix cache", "fail", sentence, figure, 0,
+        "switch the engine's prefix cache off, and evaluate again",
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""doctor: a model on its engine → findings, before anyone trusts a number of it."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from perplexit.diagnosis import doctor_identity, doctor_losses, doctor_repeats
+from perplexit.diagnosis.doctor_probe import Subject, make_probe
+from perplexit.diagnosis.findings import Diagnosis, Finding, skipped
+from perplexit.errors import PerplexitError, UsageError
+from perplexit.inputs.token_file import TokenFile
+from perplexit.inputs.tokenizer import Tokenizer, load
+from perplexit.programs import PROGRAM_FILE, ProgramMetadata
+from perplexit.sessions.base import InferenceSession
+from perplexit.sessions.registry import load_session
+
+Progress = Callable[[str, int, int], None]  # a check's name, its number, how many there are
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: its name, what it does, and the checks without which it tells nothing.
+
+    computes: it asks for windows of its own, which a recording cannot answer.
+    """
+
+    name: str
+    examine: Callable[[Subject], Finding]
+    needs: tuple[str, ...] = ()
+    computes: bool = True
+
+
+CHECKS = (
+    Check("vocabulary", doctor_identity.vocabulary, computes=False),
+    Check("tokenizer", doctor_identity.tokenizer, computes=False),
+    Check("window length", doctor_identity.window_length, computes=False),
+    Check("dtype", doctor_identity.dtype, computes=False),
+    Check("finite", doctor_losses.finite, ("vocabulary",), computes=False),
+    Check("prefix cache", doctor_repeats.prefix_cache, ("finite",)),
+    Check("dropout", doctor_repeats.dropout, ("prefix cache",)),
+    Check("determinism", doctor_repeats.determinism, ("dropout",)),
+    Check("batch", doctor_repeats.batch, ("dropout",)),
+    Check("padding", doctor_repeats.padding, ("batch",)),
+    Check("alignment", doctor_repeats.alignment, ("dropout",)),
+    Check("probabilities", doctor_losses.probabilities, ("dropout", "alignment")),
+    Check("bos", doctor_identity.bos, ("dropout",), computes=False),
+    Check("position", doctor_losses.position, ("dropout", "alignment")),
+    Check("level", doctor_losses.level, ("dropout", "tokenizer", "bos", "alignment")),
+)
+
+
+def doctor(
+    model: InferenceSession | str | Path,
+    tokens: TokenFile | str | Path | None = None,
+    *,
+    tokenizer: str | Path | object | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """What is sound and what is not about a model on its engine, check by check.
+
+    model:  an open session, or an address that is loaded with `dtype`, `quantization`, `device`
+        and `threads`, and closed afterwards.
+    tokens: the input that figures will be taken over; its windows are then what is examined.
+        Without it the doctor makes a probe from a packaged text with the model's own tokenizer.
+    tokenizer: the model's own, where it does not come with the model.
+    max_length: ids of the longest window that is tried; the input's longest, or 1024.
+    progress: called before each check.
+
+    A check that rests on one that failed is skipped, so that one fault is one failure. Raises
+    UsageError where there is nothing to examine with, and what loading raises.
+    """
+    began = time.perf_counter()
+    if max_length is not None and max_length < 2:
+        raise UsageError(f"max_length must be at least 2, got {max_length}")
+    with ExitStack() as stack:
+        if isinstance(model, str | Path):
+            session = load_session(
+                model, dtype=dtype, quantization=quantization, device=device, threads=threads
+            )
+            stack.callback(session.close)
+        elif (dtype, quantization, device, threads) != (None, None, None, None):
+            raise UsageError(
+                "dtype, quantization, device and threads are settings of a session that is being "
+                "loaded, but an open session was given; set them in load_session"
+            )
+        else:
+            session = model
+        token_file = (
+            tokens if isinstance(tokens, TokenFile) or tokens is None else TokenFile.open(tokens)
+        )
+        own = load(tokenizer) if tokenizer is not None else _own_tokenizer(session)
+        probe = make_probe(session, own, token_file, max_length)
+        subject = Subject(session, own, token_file, probe, dtype, quantization)
+        return Diagnosis(
+            model=asdict(session.model),
+            session=asdict(session.description),
+            input_fingerprint=None if token_file is None else token_file.input_fingerprint,
+            max_length=probe.max_length,
+            findings=_examined(subject, progress),
+            seconds=time.perf_counter() - began,
+        )
+
+
+def _examined(subject: Subject, progress: Progress | None) -> tuple[Finding, ...]:
+    findings: list[Finding] = []
+    cause: dict[str, str] = {}  # of each check that cannot be relied on: the failure behind it
+    for number, check in enumerate(CHECKS):
+        if progress is not None:
+            progress(check.name, number, len(CHECKS))
+        behind = next((cause[name] for name in check.needs if name in cause), None)
+        if behind is not None:
+            cause[check.name] = behind
+            findings.append(skipped(check.name, f"tells nothing while {behind!r} fails"))
+            continue
+        if check.computes and not subject.computes:
+            findings.append(skipped(check.name, "a recording computes nothing"))
+            continue
+        finding = _found(check, subject)
+        if finding.status == "fail":
+            cause[check.name] = check.name
+        findings.append(finding)
+    return tuple(findings)
+
+
+def _found(check: Check, subject: Subject) -> Finding:
+    """What the check finds; a stated error of the engine is a failure of the check."""
+    try:
+        return check.examine(subject)
+    except PerplexitError as error:
+        return Finding(check.name, "fail", str(error), advice="see the message")
+
+
+def _own_tokenizer(session: InferenceSession) -> Tokenizer | None:
+    """The tokenizer that comes with a model, or with the checkpoint that a program was made of."""
+    address = session.model.address
+    folder = Path(address.partition(":")[2])
+    if (folder / PROGRAM_FILE).is_file():
+        address = ProgramMetadata.read(folder).model.address
+    if (folder / "model.gguf").is_file():
+        address = f"gguf:{folder / 'model.gguf'}"
+    prefix, _, location = address.partition(":")
+    is_here = Path(location).expanduser().exists() or "@" in location  # of a hub id: its commit
+    if prefix not in ("hf", "gguf") or not is_here:
+        return None
+    try:
+        return load(address)
+    except PerplexitError:
+        return None

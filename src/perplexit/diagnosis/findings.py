@@ -1,0 +1,126 @@
+"""What an examination finds: one Finding a check, and the Diagnosis that holds them all."""
+
+import math
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Status = Literal["pass", "warn", "fail", "skipped"]
+Figure = float | int | str | None
+
+_WIDTHS = (14, 7, 9, 9)  # check, status, figure, limit
+_SENTENCE_WIDTH = 76  # with the others, a line of 120 columns
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found.
+
+    figure, limit: what was measured and what it is held against; None where there is no number.
+    sentence: what was found, in words and units. advice: what to do; empty on a pass.
+    """
+
+    check: str
+    status: Status
+    sentence: str
+    figure: Figure = None
+    limit: Figure = None
+    advice: str = ""
+
+
+def skipped(check: str, why: str) -> Finding:
+    """A check that could not be done, and why."""
+    return Finding(check, "skipped", why)
+
+
+def judged(
+    check: str, figure: float, limit: float, *, sentence: str, advice: str, above: Status = "fail"
+) -> Finding:
+    """A pass where `figure <= limit`, else `above` with the advice; NaN is above every limit."""
+    if figure <= limit:
+        return Finding(check, "pass", sentence, figure, limit)
+    return Finding(check, above, sentence, figure, limit, advice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What `doctor` found about a model on its engine.
+
+    model, session: as in a run's record. input_fingerprint: of the INPUT; None where the doctor
+    made its own probe. max_length: ids of the longest window that was tried.
+    """
+
+    model: Mapping[str, Any]
+    session: Mapping[str, Any]
+    input_fingerprint: str | None
+    max_length: int
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    @property
+    def status(self) -> Status:
+        """`fail` where a check failed, else `warn` where one warned, else `pass`."""
+        found = {finding.status for finding in self.findings}
+        return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
+
+    def named(self, status: str) -> tuple[str, ...]:
+        """The names of the checks that ended in `status`, in order."""
+        return tuple(finding.check for finding in self.findings if finding.status == status)
+
+    def __getitem__(self, check: str) -> Finding:
+        """The finding of one check. Raises KeyError for a name that is none."""
+        for finding in self.findings:
+            if finding.check == check:
+                return finding
+        raise KeyError(check)
+
+    def to_json(self) -> dict[str, Any]:
+        """The diagnosis as plain JSON values, every number finite or null."""
+        record = {"status": self.status, **asdict(self)}
+        record["counts"] = {
+            status: len(self.named(status)) for status in ("pass", "warn", "fail", "skipped")
+        }
+        result: dict[str, Any] = _plain(record)
+        return result
+
+    def __str__(self) -> str:
+        lines = [_row("check", "status", "figure", "limit", "what was found")]
+        for finding in self.findings:
+            figures = (_shown(finding.figure), _shown(finding.limit))
+            first, *more = textwrap.wrap(finding.sentence, _SENTENCE_WIDTH) or [""]
+            if finding.advice:
+                more += textwrap.wrap(f"→ {finding.advice}", _SENTENCE_WIDTH)
+            lines.append(_row(finding.check, finding.status, *figures, first))
+            lines += [_row("", "", "", "", line) for line in more]
+        return "\n".join([*lines, self._summary()])
+
+    def _summary(self) -> str:
+        failed, warned, omitted = (self.named(s) for s in ("fail", "warn", "skipped"))
+        whose = f"{self.model['address']} on {self.session['engine']} ({self.session['dtype']})"
+        verdict = f"failed: {', '.join(failed)}" if failed else "no check failed"
+        more = [f"{len(names)} {word}" for names, word in ((warned, "warned"),) if names]
+        more += [f"{len(omitted)} skipped"] if omitted else []
+        return f"{whose}: {verdict}" + (f"; {', '.join(more)}" if more else "")
+
+
+def _row(*cells: str) -> str:
+    padded = [f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=False)]
+    return " ".join([*padded, cells[-1]]).rstrip()
+
+
+def _shown(figure: Figure) -> str:
+    if figure is None:
+        return ""
+    return f"{figure:.3g}" if isinstance(figure, float) else str(figure)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types; a number that JSON does not know is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
