@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from perplexit.conditions import UNKNOWN_VOCABULARY
 from perplexit.diagnosis.doctor_probe import HARD_TEXT, Subject, packaged_text
 from perplexit.diagnosis.findings import Finding, skipped
+from perplexit.errors import TokenizerError
 from perplexit.inputs.document_bytes import documents_of
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import Tokenizer
@@ -69,11 +70,12 @@ def tokenizer(subject: Subject) -> Finding:
             compared.append("the input's ids are those of the model's own tokenizer")
     if own is not None and isinstance(session, TokenizesText):
         for text in (packaged_text(), HARD_TEXT):
-            ids, theirs = own.encode_batch([text]).ids, session.own_token_ids(text, special=False)
-            found = _first_difference(ids, theirs)
+            theirs = _engine_ids(session, text)
+            found = theirs and _first_difference(own.encode_batch([text]).ids, theirs)
             if found:
                 return _other_ids(f"the engine's own tokenizer gives other ids: {found}")
-        compared.append("the engine's own tokenizer gives the same ids")
+        if theirs is not None:
+            compared.append("the engine's own tokenizer gives the same ids")
     if own is not None and isinstance(session, SpellsTokens):
         found = _spelling_difference(subject, own, session)
         if found:
@@ -219,13 +221,23 @@ def _bos_of(subject: Subject) -> tuple[int | None, tuple[int, ...]]:
         record = subject.tokens.spec["tokenizer"] if subject.tokens is not None else {}
         bos_id, added = record.get("bos_id"), tuple(record.get("added_prefix", ()))
     if isinstance(subject.session, TokenizesText):
-        added = _engine_prefix(subject.session)
+        found = _engine_prefix(subject.session)
+        added = added if found is None else found
     return (added[0] if bos_id is None and added else bos_id), added
 
 
-def _engine_prefix(session: TokenizesText) -> tuple[int, ...]:
-    plain = session.own_token_ids("a", special=False)
-    whole = session.own_token_ids("a", special=True)
+def _engine_ids(session: TokenizesText, text: str, *, special: bool = False) -> list[int] | None:
+    """The ids of `text` by the engine's own tokenizer; None where its model holds none."""
+    try:
+        return session.own_token_ids(text, special=special)
+    except TokenizerError:
+        return None
+
+
+def _engine_prefix(session: TokenizesText) -> tuple[int, ...] | None:
+    plain, whole = (_engine_ids(session, "a", special=special) for special in (False, True))
+    if plain is None or whole is None:
+        return None
     starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return tuple(whole[: next(starts, 0)])
 

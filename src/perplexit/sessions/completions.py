@@ -94,6 +94,17 @@ class CompletionsInferenceSession:
             self._style = working_style(self._client, longest.ids_T.tolist())
         return list(self._pool.map(self._window_nll, windows))
 
+    def own_token_texts(self, ids: Sequence[int]) -> list[str | None]:
+        """The server's text of each id, as it echoes them; see SpellsTokens."""
+        if self._style is None:
+            self._style = working_style(self._client, list(ids))
+        try:
+            return list(self._client.prompt_answer(list(ids), self._style).texts)
+        except PromptAnswerError as problem:
+            raise ModelError(
+                f"expected {self.model.address} to tell the text of {len(ids)} ids, but {problem}"
+            ) from problem
+
     def max_batch_size(self, window_length: int) -> int:
         """As many windows as keep the allowed requests under way."""
         return max(1, min(4 * self._concurrency, (1 << 20) // max(1, window_length)))

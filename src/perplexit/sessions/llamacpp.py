@@ -8,9 +8,7 @@ Shape suffixes: T = ids of a window, R = rows of logits in one chunk, V = vocabu
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,24 @@ from numpy.typing import NDArray
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
-from perplexit.quantization.gguf_header import GgufHeader, GgufQuantization, read_gguf_header
+from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
 from perplexit.quantization.gguf_types import requantized_gguf
 from perplexit.quantization.llamacpp_library import last_words, library_log
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.sessions.base import (
     LogitsChunk,
     ModelDescription,
-    QuantizationDescription,
     SessionDescription,
     TokenDetails,
+)
+from perplexit.sessions.llamacpp_settings import (
+    EffectiveSettings,
+    checked_device,
+    described_quantization,
+    effective_settings,
+    logged_setting,
+    model_file,
+    own_token_ids,
 )
 from perplexit.sessions.logit_rows import details_of_rows, joined_details
 
@@ -59,9 +65,9 @@ class LlamaCppInferenceSession:
         threads: int | None = None,
         address: str | None = None,
     ) -> None:
-        original = _model_file(Path(path))
+        original = model_file(Path(path))
         self._dtype = canonical_dtype(dtype or "float32")
-        self._device = _checked_device(device)
+        self._device = checked_device(device)
         self._threads = threads or os.cpu_count() or 1
         self._path = requantized_gguf(original, quantization, threads=self._threads)
         header = read_gguf_header(self._path)
@@ -73,7 +79,7 @@ class LlamaCppInferenceSession:
         self._context: Any = None
         self._context_length = 0
         try:
-            effective = _effective_settings(self._make_context(1))
+            effective = effective_settings(self._make_context(1))
         except BaseException:
             self.close()
             raise
@@ -111,6 +117,10 @@ class LlamaCppInferenceSession:
         """1: windows are computed one after another, so a larger batch gains nothing."""
         del window_length
         return 1
+
+    def own_token_ids(self, text: str, *, special: bool) -> list[int]:
+        """The ids of `text` by the file's own tokenizer; see TokenizesText."""
+        return own_token_ids(self._model, text, special=special)
 
     def close(self) -> None:
         """Release the context, the batch and the model."""
@@ -205,7 +215,10 @@ class LlamaCppInferenceSession:
             if not model:
                 raise ModelError(f"llama.cpp could not load {self._path}: {last_words(lines)}")
             log = list(lines)
-        if llama_cpp.llama_model_has_encoder(model) or _setting(log, r"causal attn += (\d)") == "0":
+        if (
+            llama_cpp.llama_model_has_encoder(model)
+            or logged_setting(log, r"causal attn += (\d)") == "0"
+        ):
             llama_cpp.llama_model_free(model)
             raise CapabilityError(
                 f"expected a causal language model, but {self._path} has an encoder or attends in "
@@ -236,14 +249,14 @@ class LlamaCppInferenceSession:
         self._context, self._context_length = context, length
         return log
 
-    def _describe(self, header: GgufHeader, effective: "_Effective") -> SessionDescription:
+    def _describe(self, header: GgufHeader, effective: EffectiveSettings) -> SessionDescription:
         narrow = [x for x in (effective.kv_dtype, header.matrix_dtype) if x != "float32"]
         return SessionDescription(
             engine="llama.cpp",
             version=f"llama-cpp-python {llama_cpp.__version__}",
             dtype=narrow[0] if narrow else "float32",
             device=self._device,
-            quantization=_described(header.quantization),
+            quantization=described_quantization(header.quantization),
             threads=self._threads,
             settings={
                 "kv_cache": effective.kv_dtype,
@@ -255,60 +268,5 @@ class LlamaCppInferenceSession:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Effective:
-    """Settings as llama.cpp reports them."""
-
-    kv_dtype: str
-    flash_attention: str
-
-
-def _effective_settings(context_log: list[str]) -> _Effective:
-    """What llama.cpp's log says is in effect."""
-    kv_type = _setting(context_log, r"K \((\w+)\)")
-    return _Effective(
-        kv_dtype=canonical_dtype(kv_type) if kv_type else "none (no KV cache)",
-        flash_attention=_setting(context_log, r"flash_attn += (\w+)") or "unknown",
-    )
-
-
-def _described(quantization: GgufQuantization | None) -> QuantizationDescription | None:
-    if quantization is None:
-        return None
-    return QuantizationDescription(
-        name=quantization.name,
-        library="llama.cpp",
-        num_modules=quantization.num_tensors,
-        num_bytes=quantization.num_bytes,
-        effective_bits=quantization.effective_bits,
-        unquantized=quantization.unquantized,
-    )
-
-
-def _setting(log: list[str], pattern: str) -> str | None:
-    found = re.search(pattern, "".join(log))
-    return found.group(1) if found else None
-
-
 def _array(pointer: Any, shape: int | tuple[int, int]) -> NDArray[Any]:
     return np.ctypeslib.as_array(pointer, shape=(shape,) if isinstance(shape, int) else shape)
-
-
-def _model_file(path: Path) -> Path:
-    file = path / "model.gguf" if path.is_dir() else path
-    if not file.is_file():
-        hint = " (a folder needs a model.gguf; make one with: perplexit compile --to gguf)"
-        raise ModelError(
-            f"expected a GGUF file, found none at {file}{hint if path.is_dir() else ''}"
-        )
-    return file
-
-
-def _checked_device(device: str | None) -> str:
-    name = (device or "cpu").lower()
-    if name != "cpu" and not llama_cpp.llama_supports_gpu_offload():
-        raise CapabilityError(
-            f"expected device cpu: this build of llama.cpp cannot offload to {device!r}; "
-            "reinstall llama-cpp-python with CMAKE_ARGS for that backend"
-        )
-    return name

@@ -1,0 +1,89 @@
+"""What llama.cpp is given and what it says is in effect: file, device, settings, tokenizer."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from perplexit.errors import CapabilityError, ModelError, TokenizerError
+from perplexit.quantization.gguf_header import GgufQuantization
+from perplexit.quantization.precisions import canonical_dtype
+from perplexit.sessions.base import QuantizationDescription
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveSettings:
+    """Settings as llama.cpp reports them."""
+
+    kv_dtype: str
+    flash_attention: str
+
+
+def effective_settings(context_log: list[str]) -> EffectiveSettings:
+    """What llama.cpp's log says is in effect."""
+    kv_type = logged_setting(context_log, r"K \((\w+)\)")
+    return EffectiveSettings(
+        kv_dtype=canonical_dtype(kv_type) if kv_type else "none (no KV cache)",
+        flash_attention=logged_setting(context_log, r"flash_attn += (\w+)") or "unknown",
+    )
+
+
+def described_quantization(quantization: GgufQuantization | None) -> QuantizationDescription | None:
+    """The quantization of a GGUF file as a session describes it."""
+    if quantization is None:
+        return None
+    return QuantizationDescription(
+        name=quantization.name,
+        library="llama.cpp",
+        num_modules=quantization.num_tensors,
+        num_bytes=quantization.num_bytes,
+        effective_bits=quantization.effective_bits,
+        unquantized=quantization.unquantized,
+    )
+
+
+def logged_setting(log: list[str], pattern: str) -> str | None:
+    """The first group of `pattern` in what llama.cpp logged; None where it says nothing."""
+    found = re.search(pattern, "".join(log))
+    return found.group(1) if found else None
+
+
+def model_file(path: Path) -> Path:
+    """The GGUF file at `path`, or in the folder `path`. Raises ModelError where there is none."""
+    file = path / "model.gguf" if path.is_dir() else path
+    if not file.is_file():
+        hint = " (a folder needs a model.gguf; make one with: perplexit compile --to gguf)"
+        raise ModelError(
+            f"expected a GGUF file, found none at {file}{hint if path.is_dir() else ''}"
+        )
+    return file
+
+
+def checked_device(device: str | None) -> str:
+    """The device's name; cpu by default. Raises CapabilityError where this build cannot use it."""
+    name = (device or "cpu").lower()
+    if name != "cpu" and not llama_cpp.llama_supports_gpu_offload():
+        raise CapabilityError(
+            f"expected device cpu: this build of llama.cpp cannot offload to {device!r}; "
+            "reinstall llama-cpp-python with CMAKE_ARGS for that backend"
+        )
+    return name
+
+
+def own_token_ids(model: Any, text: str, *, special: bool) -> list[int]:
+    """The ids of `text` by llama.cpp's tokenizer of a loaded model; see TokenizesText.
+
+    Raises TokenizerError where the file holds no vocabulary to tokenise with.
+    """
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    if llama_cpp.llama_vocab_type(vocabulary) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+        raise TokenizerError("expected a GGUF file with a vocabulary, got one without")
+    data = text.encode("utf-8")
+    size = len(data) + 8  # a token is at least a byte, and a few special ones are added
+    ids = (llama_cpp.llama_token * size)()
+    count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, size, special, True)
+    if count < 0:
+        raise TokenizerError(f"llama.cpp could not tokenise a text of {len(data)} bytes")
+    return list(ids[:count])
