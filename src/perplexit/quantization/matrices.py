@@ -1,0 +1,99 @@
+"""The weight matrices of a loaded PyTorch model: which are quantized, and which are left alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from perplexit.errors import QuantizationError
+
+# A matrix with less of the model's parameters than this is not worth naming when it is left alone.
+_SHARE_WORTH_NAMING = 0.005
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix: the module that owns it, and the module's name in the model."""
+
+    name: str
+    module: Any
+
+    @property
+    def inputs_last(self) -> Tensor:
+        """A view of shape NK: the inputs, which a product sums over, as the last axis."""
+        weight: Tensor = self.module.weight
+        return weight.detach().t() if isinstance(self.module, Conv1D) else weight.detach()
+
+
+def matrices_of(model: nn.Module, *, head: bool, embeddings: bool) -> list[Matrix]:
+    """The model's linear layers (Conv1D among them); with head and embeddings where asked for.
+
+    Raises QuantizationError where there is none: its figures would be full-precision ones.
+    """
+    output = output_head(model)
+    kinds = (nn.Linear, Conv1D, nn.Embedding) if embeddings else (nn.Linear, Conv1D)
+    found = [
+        Matrix(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and (head or module is not output)
+    ]
+    if not found:
+        raise QuantizationError(
+            f"expected linear layers to quantize, found none in {type(model).__name__}: its "
+            "figures would be full-precision ones; leave the quantization out"
+        )
+    return found
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes the logits, where the model says which one that is."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def untie_head(model: nn.Module) -> bool:
+    """Give the head a weight of its own where it shares the embedding's; whether it did share.
+
+    Quantizing the head then leaves the embedding as it is.
+    """
+    any_model: Any = model
+    head: Any = output_head(model)
+    embedding = any_model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    any_model.config.tie_word_embeddings = False
+    return True
+
+
+def as_linear(model: nn.Module, matrix: Matrix) -> Matrix:
+    """The matrix in a plain linear layer: a Conv1D is replaced, since no library knows it."""
+    module = matrix.module
+    if not isinstance(module, Conv1D):
+        return matrix
+    weight_KN = module.weight.detach()
+    num_inputs, num_outputs = weight_KN.shape
+    linear = nn.Linear(num_inputs, num_outputs, bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight_KN.t().contiguous(), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    replace_module(model, matrix.name, linear)
+    return Matrix(matrix.name, linear)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the model has the submodule `name`."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def large_matrices(parameters: dict[str, Tensor], num_parameters: int) -> tuple[str, ...]:
+    """The names of the matrices worth naming, largest first."""
+    large = {
+        name: tensor.numel()
+        for name, tensor in parameters.items()
+        if tensor.ndim >= 2 and tensor.numel() >= _SHARE_WORTH_NAMING * num_parameters
+    }
+    return tuple(sorted(large, key=lambda name: (-large[name], name)))

@@ -1,0 +1,88 @@
+"""torchao's recipes: int8 and int4 weights, 8da4w, and the MX formats it has numbers for.
+
+Shape suffixes: N = outputs, K = inputs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
+from torchao.prototype.mx_formats.mx_tensor import MXTensor
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
+from torchao.quantization.granularity import PerGroup
+
+from perplexit.errors import QuantizationError
+from perplexit.quantization.matrices import Matrix, as_linear
+from perplexit.quantization.mx_formats import BLOCK_SIZE, mx_num_bytes
+from perplexit.quantization.weight_formats import RoundTrip, round_trip_matrices
+
+_GROUP_SIZE = 32
+_INT4: Any = getattr(torch, "int4")  # noqa: B009 - torch defines it where type checkers do not look
+_CONFIGS = {
+    "int8": lambda: Int8WeightOnlyConfig(set_inductor_config=False),
+    "int4": lambda: IntxWeightOnlyConfig(_INT4, PerGroup(_GROUP_SIZE)),
+    "8da4w": lambda: Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=_INT4, weight_granularity=PerGroup(_GROUP_SIZE)
+    ),
+}
+_MX_ELEMENTS = {
+    "mxfp4": (torch.float4_e2m1fn_x2, 4),
+    "mxfp8": (torch.float8_e4m3fn, 8),
+    "mxfp8_e5m2": (torch.float8_e5m2, 8),
+}
+
+
+def quantize_matrices(model: nn.Module, matrices: list[Matrix], precision: str) -> dict[str, int]:
+    """Bytes of each quantized matrix, scales included, by module name; changed in place.
+
+    Matrices whose inputs are no multiple of the groups of 32 are left alone.
+    """
+    if precision in _MX_ELEMENTS:
+        return round_trip_matrices(matrices, _mx_round_trip(*_MX_ELEMENTS[precision]))
+    wanted = {
+        m.name: as_linear(model, m)
+        for m in matrices
+        if precision == "int8" or m.inputs_last.shape[1] % _GROUP_SIZE == 0
+    }
+    quantize_(model, _CONFIGS[precision](), filter_fn=lambda _, name: name in wanted)
+    return {name: _num_bytes(matrix.module, precision) for name, matrix in wanted.items()}
+
+
+def _num_bytes(module: Any, precision: str) -> int:
+    """Codes at their nominal bits (torchao keeps 4-bit codes one a byte), and the scales."""
+    weight = module.weight
+    codes, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
+    if not isinstance(codes, Tensor) or not isinstance(scale, Tensor):
+        raise QuantizationError(
+            f"expected torchao to quantize every layer to {precision}, but one of "
+            f"{tuple(module.weight.shape)} is still {type(weight).__name__}; another version of "
+            "torchao may behave differently: pip install 'perplexit[quantization]'"
+        )
+    bits = 8 if precision == "int8" else 4
+    return codes.numel() * bits // 8 + scale.numel() * scale.element_size()
+
+
+def _mx_round_trip(element: torch.dtype, bits: int) -> RoundTrip:
+    """Blocks of 32 with the scale that the MX specification gives (torchao's FLOOR)."""
+
+    def round_trip(weight_NK: Tensor) -> tuple[Tensor, int]:
+        num_inputs = weight_NK.shape[1]
+        padded = nn.functional.pad(weight_NK, (0, -num_inputs % BLOCK_SIZE))
+        if not bool(torch.isfinite(padded).all()):
+            raise QuantizationError(
+                "expected finite weights to quantize, got NaN or infinity; is the checkpoint "
+                "damaged?"
+            )
+        narrow = MXTensor.to_mx(
+            padded, element, BLOCK_SIZE, scaling_mode=ScaleCalculationMode.FLOOR
+        )
+        values = narrow.dequantize(torch.float32)[:, :num_inputs]
+        return values, mx_num_bytes(weight_NK, bits)
+
+    return round_trip
