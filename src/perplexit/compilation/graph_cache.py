@@ -16,6 +16,7 @@ from perplexit.files import write_atomically
 from perplexit.programs import ProgramShapes
 
 _PLACE = "checkpoint"  # where a cached graph says that a weight is: its name is enough
+_EXPORTER = ("onnx_export.py", "model_parts.py")
 _MADE_BY = ("torch", "transformers", "onnxscript", "onnx-ir")
 
 
@@ -37,7 +38,7 @@ def cached_graph(
         "perplexity": perplexity,
         "shapes": asdict(shapes),
         "made_by": {name: metadata.version(name) for name in _MADE_BY},
-        "exporter": _digest((Path(__file__).parent / "onnx_export.py").read_bytes()),
+        "exporter": [_digest((Path(__file__).parent / name).read_bytes()) for name in _EXPORTER],
     }
     key = _digest(json.dumps(conditions, sort_keys=True).encode())
     path = cache_folder() / "onnx-graphs" / f"{key}.onnx"

@@ -10,6 +10,7 @@ import torch
 
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
+from perplexit.compilation.model_parts import describe_model, memory_of
 from perplexit.compilation.onnx_export import ExportedGraph, export_graph
 from perplexit.compilation.onnx_verification import (
     check_quantization_changed,
@@ -19,9 +20,7 @@ from perplexit.compilation.onnx_verification import (
 )
 from perplexit.compilation.targets import CompileRequest
 from perplexit.programs import (
-    ProgramMemory,
     ProgramMetadata,
-    ProgramModel,
     ProgramQuantization,
     ProgramVerification,
     files_of,
@@ -50,7 +49,9 @@ def build_onnx_program(
     """
     recipe, perplexity, shapes = request.recipe, request.perplexity, request.shapes
     model: Any = checkpoint.model
-    described = _describe_model(checkpoint)
+    described = describe_model(
+        model, address=checkpoint.source.address, fingerprint=checkpoint.source.fingerprint
+    )
     windows = verification_windows(described, shapes)
     graph = export_graph(
         model,
@@ -77,34 +78,13 @@ def build_onnx_program(
         opset=graph.model.graph.opset_imports[""],
         shapes=shapes,
         model=described,
-        memory=_memory_of(model.config.get_text_config()),
+        memory=memory_of(model),
         verification=ProgramVerification(against, num_tokens, difference),
         files=files_of(folder),
         quantization=quantization,
         head_rows=graph.head_rows,
         made_by=_versions(),
     )
-
-
-def _describe_model(checkpoint: Checkpoint) -> ProgramModel:
-    model: Any = checkpoint.model
-    config = model.config.get_text_config()
-    return ProgramModel(
-        address=checkpoint.source.address,
-        architecture=type(model).__name__,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights_fingerprint=checkpoint.source.fingerprint,
-        vocab_size=int(config.vocab_size),
-        max_length=getattr(config, "max_position_embeddings", None),
-    )
-
-
-def _memory_of(config: Any) -> ProgramMemory:
-    hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    # float32: a dozen hidden-sized tensors and three of the feed-forward's are alive at a time,
-    # and three copies of the attention scores.
-    return ProgramMemory(4 * (12 * hidden + 3 * inner), 4 * 3 * int(config.num_attention_heads))
 
 
 def _quantize(

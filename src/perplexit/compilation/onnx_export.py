@@ -4,11 +4,10 @@ Shape suffixes: B = windows, T = ids a window, N = targets over all windows, D =
 V = vocabulary, C = rows of logits alive at a time.
 """
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +17,17 @@ from onnx_ir.passes import common as passes
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
-from transformers.utils.generic import ModelOutput
 
 from perplexit.compilation.graph_cache import cached_graph
+from perplexit.compilation.model_parts import (
+    exportable_attention,
+    head_of,
+    rows_at_a_time,
+)
 from perplexit.errors import CompilationError
 from perplexit.programs import ProgramShapes
 
-_HEAD_LOGITS_BYTES = 16 * 2**20
 _OPSET = 23  # the first with an Attention operator, which holds the scores once, not three times
-_FEWEST_ROWS, _MOST_ROWS = 32, 256  # below, the head's weights are read too often; above, no gain
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,6 @@ class ExportedGraph:
     model: ir.Model
     head_weights: frozenset[str]
     head_rows: int | None
-
-
-def rows_at_a_time(vocab_size: int) -> int:
-    """How many rows of logits the head inside a program makes at a time."""
-    rows = _HEAD_LOGITS_BYTES // (4 * vocab_size)
-    return max(_FEWEST_ROWS, min(_MOST_ROWS, rows // 16 * 16))
 
 
 def export_graph(
@@ -63,7 +58,7 @@ def export_graph(
     module = _LossProgram(model, head_rows) if head_rows else _LogitsProgram(model)
 
     def export() -> ir.Model:
-        with _exportable_attention(model):
+        with exportable_attention(model):
             graph = _exported(module, shapes, head_rows)
         _hoist_transposes(graph)
         _simplify(graph)
@@ -81,50 +76,11 @@ def export_graph(
     return ExportedGraph(graph, _head_weight_names(model), head_rows)
 
 
-@dataclass
-class _BodyOutput(ModelOutput):
-    """All that the heads of transformers read from a body's output."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-    router_logits: Any = None
-    image_hidden_states: Any = None
-
-
-@contextmanager
-def _exportable_attention(model: Any) -> Iterator[None]:
-    """SDPA, which becomes one operator; eager where SDPA would leave out a soft-cap or sinks."""
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None:
-        with suppress(ValueError):  # transformers: this model has no SDPA
-            model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("eager")
-
-
-class _GivenStates(nn.Module):
-    """Stands in for a model's body: returns the hidden states that it is given."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _BodyOutput:
-        return _BodyOutput(last_hidden_state=inputs_embeds)
-
-
-def _head_of(model: Any) -> nn.Module:
-    """The model's own `forward` without its body: soft-cap, scale and bias are its own code."""
-    head = copy.copy(model)
-    head._modules = {**model._modules, model.base_model_prefix: _GivenStates()}
-    return head  # type: ignore[no-any-return]
-
-
 class _LogitsProgram(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.body = model.base_model
-        self.head = _head_of(model)
+        self.head = head_of(model)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         output = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)

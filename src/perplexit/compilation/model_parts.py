@@ -1,0 +1,128 @@
+"""A transformers model as body and head, so that a program can work on the head in chunks.
+
+Shape suffixes: B = windows, T = ids a window, D = hidden size, V = vocabulary, C = rows of logits
+alive at a time.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from perplexit.programs import ProgramMemory, ProgramModel
+
+_HEAD_LOGITS_BYTES = 16 * 2**20
+_FEWEST_ROWS, _MOST_ROWS = 32, 256  # below, the head's weights are read too often; above, no gain
+
+
+def rows_at_a_time(vocab_size: int) -> int:
+    """How many rows of logits the head inside a program makes at a time."""
+    rows = _HEAD_LOGITS_BYTES // (4 * vocab_size)
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, rows // 16 * 16))
+
+
+@dataclass
+class _BodyOutput(ModelOutput):
+    """All that the heads of transformers read from a body's output."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    router_logits: Any = None
+    image_hidden_states: Any = None
+
+
+@contextmanager
+def exportable_attention(model: Any) -> Iterator[None]:
+    """Within: SDPA, one operator; eager where SDPA would leave out a soft-cap or sinks."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None:
+        with suppress(ValueError):  # transformers: this model has no SDPA
+            model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("eager")
+
+
+class _GivenStates(nn.Module):
+    """Stands in for a model's body: returns the hidden states that it is given."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _BodyOutput:
+        return _BodyOutput(last_hidden_state=inputs_embeds)
+
+
+def head_of(model: Any) -> nn.Module:
+    """The model's own `forward` without its body: soft-cap, scale and bias are its own code."""
+    head = copy.copy(model)
+    head._modules = {**model._modules, model.base_model_prefix: _GivenStates()}
+    return head  # type: ignore[no-any-return]
+
+
+class Body(nn.Module):
+    """Ids_BT → the hidden states_BTD that the head reads; right padding needs no mask.
+
+    No id sees one after it, so what is padded on the right changes nothing before it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.body = model.base_model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) → (B, T, D)."""
+        # a mask of ones: without any, transformers looks for windows packed into one row
+        mask_BT = input_ids.new_ones(input_ids.shape)
+        output = self.body(input_ids=input_ids, attention_mask=mask_BT, use_cache=False)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+class LogitsHead(nn.Module):
+    """Hidden states → float32 logits, by the model's own code."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.head = head_of(model)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, V)."""
+        return self.head(inputs_embeds=hidden_BTD, use_cache=False).logits.float()  # type: ignore[no-any-return]
+
+
+class LossHead(LogitsHead):
+    """Some rows of hidden states and their targets → the nll of each target, in nats."""
+
+    def forward(self, hidden_CD: Tensor, target_ids_C: Tensor) -> Tensor:  # type: ignore[override]
+        """(C, D), (C) → (C)."""
+        logits_CV = super().forward(hidden_CD[None])[0]
+        shifted_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
+        own_C = shifted_CV.gather(-1, target_ids_C[:, None])[:, 0]
+        return shifted_CV.exp().sum(-1).log() - own_C
+
+
+def describe_model(model: Any, *, address: str, fingerprint: str) -> ProgramModel:
+    """What a program's record says of the checkpoint that it was made from."""
+    config = model.config.get_text_config()
+    return ProgramModel(
+        address=address,
+        architecture=type(model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weights_fingerprint=fingerprint,
+        vocab_size=int(config.vocab_size),
+        max_length=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def memory_of(model: Any) -> ProgramMemory:
+    """Roughly what a window costs while a float32 program runs."""
+    config = model.config.get_text_config()
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    # a dozen hidden-sized tensors and three of the feed-forward's are alive at a time, and three
+    # copies of the attention scores
+    return ProgramMemory(4 * (12 * hidden + 3 * inner), 4 * 3 * int(config.num_attention_heads))
