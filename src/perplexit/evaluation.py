@@ -15,6 +15,7 @@ from perplexit import __version__
 from perplexit.conditions import check_fits, check_same_conditions
 from perplexit.errors import NonFiniteError, UsageError
 from perplexit.inputs.token_file import TokenFile
+from perplexit.noise_floor import noise_floor_of
 from perplexit.resources.host import HostMemory
 from perplexit.results import WindowResults, columns_of
 from perplexit.runs.figures import figures_of
@@ -22,6 +23,7 @@ from perplexit.runs.run import SCHEMA_VERSION, Run
 from perplexit.runs.store import Part, RunStore
 from perplexit.scoring import BatchPlan, ProgressUpdate, ScoredBatch, Scorer, plan_batches
 from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory
+from perplexit.sessions.cached import cached_session
 from perplexit.sessions.registry import load_session
 
 SECONDS_BETWEEN_PARTS = 1.0
@@ -39,12 +41,16 @@ def evaluate(
     device: str | None = None,
     threads: int | None = None,
     batch_size: int | Literal["auto"] = "auto",
+    mode: Literal["full", "cached"] = "full",
+    prompt_len: int | None = None,
+    decode_chunk: int | None = None,
     top_k: int = 0,
     confidence: float = 0.95,
     on_non_finite: Literal["error", "count"] = "error",
     save_reference: bool = False,
     reference_dtype: Literal["float32", "float16"] = "float32",
     reference: Run | InferenceSession | str | Path | None = None,
+    measure_noise_floor: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """The run of a model over a prepared input: perplexity with its interval and its conditions.
@@ -56,19 +62,26 @@ def evaluate(
         goes on where it was, and a complete run under the same conditions is returned as it is.
         None keeps the run in memory.
     batch_size: windows a batch, or "auto": what memory allows. Halved when memory runs out.
+    mode:     "full": every window in one forward pass. "cached": the first `prompt_len` ids in one
+        pass (1 unless given), the rest `decode_chunk` ids a call (1 unless given) against a
+        key/value cache. The same losses up to rounding; see `sessions.cached`.
     top_k:    record the K most likely alternatives of every target.
     on_non_finite: "error" stops at the first NaN or infinite loss and names it; "count" leaves
         such tokens out of every sum and reports how many there were.
     save_reference: keep the final hidden states, in `reference_dtype`, so that candidates can be
         held against this run.
     reference: a run that was made so, its folder, or a model (session or address) that is scored
-        in step. Every token then has its KL divergence and what goes with it (needs PyTorch).
+        in step, or llama.cpp's base file. Every token then has its KL divergence and what goes
+        with it (needs PyTorch).
+    measure_noise_floor: score up to 32 windows again in batches of another size; how far that
+        moves the mean loss is recorded, and no comparison calls less than that a difference.
     progress: called after every batch.
 
     Raises ResumeError where the folder's run was made under other conditions, NonFiniteError,
     VocabularyError, CapabilityError, EngineOutOfMemoryError, RunError, TokenFileError.
     """
     _check_options(batch_size, top_k, confidence, on_non_finite)
+    _check_mode(mode, prompt_len, decode_chunk)
     began = time.perf_counter()
     with ExitStack() as stack:
         memory = stack.enter_context(HostMemory())
@@ -84,6 +97,10 @@ def evaluate(
             raise UsageError(
                 "dtype, quantization, device and threads are settings of a session that is being "
                 "loaded, but an open session was given; set them in load_session"
+            )
+        if mode == "cached":
+            session = cached_session(
+                session, prompt_len=prompt_len or 1, decode_chunk=decode_chunk or 1
             )
         load_seconds = time.perf_counter() - began
         evaluation = _Evaluation(session, token_file, store, memory, progress)
@@ -106,9 +123,11 @@ def evaluate(
         if recorded is not None:
             check_same_conditions(recorded, wanted, batch_size)
             if recorded.status == "complete":
-                return recorded
+                missing = measure_noise_floor and recorded.noise_floor is None
+                return evaluation.with_noise_floor(recorded) if missing else recorded
             wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)
-        return evaluation.complete(wanted, began=began, load_seconds=load_seconds)
+        run = evaluation.complete(wanted, began=began, load_seconds=load_seconds)
+        return evaluation.with_noise_floor(run) if measure_noise_floor else run
 
 
 def _check_options(batch_size: Any, top_k: int, confidence: float, on_non_finite: str) -> None:
@@ -120,6 +139,19 @@ def _check_options(batch_size: Any, top_k: int, confidence: float, on_non_finite
         raise UsageError(f"confidence must lie between 0 and 1, got {confidence}; 0.95 is usual")
     if on_non_finite not in ("error", "count"):
         raise UsageError(f"on_non_finite must be 'error' or 'count', got {on_non_finite!r}")
+
+
+def _check_mode(mode: str, prompt_len: int | None, decode_chunk: int | None) -> None:
+    if mode not in ("full", "cached"):
+        raise UsageError(f"mode must be 'full' or 'cached', got {mode!r}")
+    for name, value in (("prompt_len", prompt_len), ("decode_chunk", decode_chunk)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+        if value is not None and mode == "full":
+            raise UsageError(
+                f"{name} is a setting of prefill and decode, but the mode is 'full', which has "
+                "neither; ask for mode 'cached', or leave it out"
+            )
 
 
 @contextmanager
@@ -183,7 +215,8 @@ class _Evaluation:
         if self.store is not None:
             for part in self.store.parts():
                 results.fill(part.window, part.num_targets, part.columns)
-                results.seconds += part.seconds["prefill"]
+                results.seconds += sum(part.seconds.values())
+                results.decode_seconds += part.seconds["decode"]
             self.store.write_record(run)
         resumed = _Resumed(results.num_windows_scored, results.num_tokens_done, results.seconds)
         try:
@@ -217,8 +250,8 @@ class _Evaluation:
             },
             seconds={
                 "load": load_seconds,
-                "prefill": results.seconds,
-                "decode": 0.0,
+                "prefill": results.seconds - results.decode_seconds,
+                "decode": results.decode_seconds,
                 "total": time.perf_counter() - began + resumed.seconds,
             },
             tokens_per_second=results.num_tokens_done / max(results.seconds, 1e-9),
@@ -230,6 +263,14 @@ class _Evaluation:
                 states_folder=self.with_reference.scratch,
             )
         return run if self.store is None else _stored(self.store, run)
+
+    def with_noise_floor(self, run: Run) -> Run:
+        """The complete run with its noise floor measured, and stored if it has a folder."""
+        floor = noise_floor_of(self.session, self.tokens, run)
+        run = replace(run, noise_floor=floor.to_json())
+        if self.store is not None:
+            self.store.write_record(run)
+        return run
 
     def _score_all(self, run: Run, results: WindowResults, resumed: "_Resumed") -> Run:
         """Score what is not done, committing as it goes; the run with the plan as it ended up."""
@@ -318,7 +359,10 @@ def _part_of(batches: list[ScoredBatch]) -> Part:
         window=np.concatenate([batch.windows for batch in batches]),
         num_targets=np.array([len(d.nll_N) for d in details], dtype=np.int64),
         columns=columns_of(details),
-        seconds={"prefill": sum(batch.seconds for batch in batches)},
+        seconds={
+            "prefill": sum(batch.seconds - batch.decode_seconds for batch in batches),
+            "decode": sum(batch.decode_seconds for batch in batches),
+        },
     )
 
 

@@ -43,8 +43,9 @@ def columns_of(details: Sequence[TokenDetails]) -> dict[str, NDArray[Any]]:
 class WindowResults:
     """The results of a run's windows, filled in any order and read in window order.
 
-    done:    a flag a window. seconds: time in the session. nll_sum: finite losses so far, in the
-    order they came (for progress; the reported sum is taken in window order).
+    done:    a flag a window. seconds: time in the session, `decode_seconds` of it in decode.
+    nll_sum: finite losses so far, in the order they came (for progress; the reported sum is taken
+    in window order).
     """
 
     def __init__(self, tokens: TokenFile) -> None:
@@ -53,7 +54,7 @@ class WindowResults:
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])
         self._columns: dict[str, NDArray[Any]] = {}
         self.done = self._counts == 0  # a window without targets needs no forward pass
-        self.seconds = 0.0
+        self.seconds = self.decode_seconds = 0.0
         self.nll_sum = 0.0
         self.num_tokens_done = 0
 
@@ -67,6 +68,7 @@ class WindowResults:
         counts = np.array([len(d.nll_N) for d in batch.details], dtype=np.int64)
         self.fill(batch.windows, counts, columns_of(batch.details))
         self.seconds += batch.seconds
+        self.decode_seconds += batch.decode_seconds
 
     def fill(
         self,

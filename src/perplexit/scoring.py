@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import DetailedSession, InferenceSession, TokenDetails
+from perplexit.sessions.base import DetailedSession, InferenceSession, TimesPhases, TokenDetails
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +87,17 @@ def longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """One batch's results: `details[i]` belongs to row `windows[i]` of the window table."""
+    """One batch's results: `details[i]` belongs to row `windows[i]` of the window table.
+
+    seconds: in the session; decode_seconds: of these, what was not prefill.
+    """
 
     start: int
     stop: int
     windows: NDArray[np.int64]
     details: list[TokenDetails]
     seconds: float
+    decode_seconds: float = 0.0
 
 
 class ScoreWindows(Protocol):
@@ -178,8 +182,11 @@ class Scorer:
             details = self.details(windows, top_k=self.top_k)
         else:
             details = details_of(self.session, windows, top_k=self.top_k)
-        seconds = time.perf_counter() - began
-        return ScoredBatch(start, stop, rows, details, seconds)
+        seconds, decode_seconds = time.perf_counter() - began, 0.0
+        if isinstance(self.session, TimesPhases):
+            measured = self.session.take_seconds()
+            seconds, decode_seconds = measured.prefill + measured.decode, measured.decode
+        return ScoredBatch(start, stop, rows, details, seconds, decode_seconds)
 
     def _halve(self, start: int, stop: int, error: EngineOutOfMemoryError) -> None:
         if stop - start == 1:

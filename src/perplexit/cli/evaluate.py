@@ -19,6 +19,7 @@ EXAMPLES = examples(
     "perplexit eval smollm2/ speech.safetensors --run runs/fp32",
     "perplexit eval hf:model.gguf speech.safetensors --dtype bf16 --run runs/bf16",
     "perplexit eval onnx:program/ speech.safetensors --batch-size 4 --json",
+    "perplexit eval smollm2/ speech.safetensors --mode cached --prompt-len 128 --json",
     "perplexit eval smollm2/ speech.safetensors --save-reference --run runs/reference",
     "perplexit eval gguf:q4.gguf speech.safetensors --reference runs/reference --run runs/q4",
 )
@@ -29,6 +30,13 @@ class OnNonFinite(StrEnum):
 
     ERROR = "error"
     COUNT = "count"
+
+
+class Mode(StrEnum):
+    """How windows go through the model."""
+
+    FULL = "full"
+    CACHED = "cached"
 
 
 class ReferenceDtype(StrEnum):
@@ -66,6 +74,18 @@ def evaluate(
         str,
         typer.Option(metavar="auto|N", help="Windows in one forward pass."),
     ] = "auto",
+    mode: Annotated[
+        Mode,
+        typer.Option(help="Whole windows, or prefill and decode against a key/value cache."),
+    ] = Mode.FULL,
+    prompt_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ids of the prefill, with --mode cached. \\[default: 1]"),
+    ] = None,
+    decode_chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ids a decode call, with --mode cached. \\[default: 1]"),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:N or mps. \\[default: cpu]")
     ] = None,
@@ -93,11 +113,19 @@ def evaluate(
     reference: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN|MODEL",
-            help="A run made with --save-reference, or a model to score in step: every token gets "
-            "its KL divergence from it.",
+            metavar="RUN|MODEL|FILE",
+            help="A run made with --save-reference (or --top-k), a model to score in step, or "
+            "llama.cpp's --kl-divergence-base file: every token gets its KL divergence from it.",
         ),
     ] = None,
+    measure_noise_floor: Annotated[
+        bool,
+        typer.Option(
+            "--measure-noise-floor",
+            help="Score some windows again in batches of another size; `compare` calls no smaller "
+            "difference a difference.",
+        ),
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the run's record as JSON on stdout.")
     ] = False,
@@ -122,12 +150,16 @@ def evaluate(
             device=device,
             threads=threads,
             batch_size=_batch_size(batch_size),
+            mode=mode.value,
+            prompt_len=prompt_len,
+            decode_chunk=decode_chunk,
             top_k=top_k,
             confidence=confidence,
             on_non_finite=on_non_finite.value,
             save_reference=save_reference,
             reference_dtype=reference_dtype.value,
             reference=reference,
+            measure_noise_floor=measure_noise_floor,
             progress=progress,
         )
     people().print(run_table(result.to_json()))

@@ -129,7 +129,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         (
             "session",
             f"{session.get('engine')} {session.get('version')}, {session.get('dtype')}, "
-            f"{session.get('device')}",
+            f"{session.get('device')}{_mode(session)}",
         ),
         ("quantization", _quantization(session)),
         ("speed", _speed(record)),
@@ -157,6 +157,12 @@ def _interval(record: Mapping[str, Any]) -> str:
         f"{record['confidence']:.0%}, clustered by {record['interval_method']} "
         f"({record['num_clusters']} clusters)"
     )
+
+
+def _mode(session: Mapping[str, Any]) -> str:
+    if session.get("mode", "full") == "full":
+        return ""
+    return f", prefill of {session['prompt_len']}, decode by {session['decode_chunk']}"
 
 
 def _quantization(session: Mapping[str, Any]) -> str:

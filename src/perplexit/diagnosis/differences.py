@@ -225,9 +225,15 @@ def _of_model(first: Run, second: Run) -> Iterator[Difference]:
     yield from _of_settings(first, second)
 
 
+def _settings(run: Run) -> dict[str, Any]:
+    how = {name: run.session.get(name) for name in ("prompt_len", "decode_chunk")}
+    mode = {"mode": run.session.get("mode", "full")}
+    return {**(run.session.get("settings") or {}), **mode, **how}
+
+
 def _of_settings(first: Run, second: Run) -> Iterator[Difference]:
     if first.session.get("engine") == second.session.get("engine"):
-        ours, theirs = (dict(run.session.get("settings") or {}) for run in (first, second))
+        ours, theirs = _settings(first), _settings(second)
         for name in sorted(ours | theirs):
             if ours.get(name) != theirs.get(name):
                 yield plain(

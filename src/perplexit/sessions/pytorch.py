@@ -3,9 +3,9 @@
 Shape suffixes: N = targets, T = ids of a window, V = vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,10 +28,17 @@ from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
 from perplexit.sessions.pytorch_batch import (
     PaddedBatch,
+    batches_of,
     check_windows,
     details_by_window,
     fed_length,
     no_details,
+)
+from perplexit.sessions.pytorch_cached import (
+    CacheRoom,
+    PytorchCache,
+    cached_windows_for,
+    check_cache,
 )
 from perplexit.sessions.pytorch_device import batch_size_for, is_out_of_memory
 from perplexit.sessions.pytorch_forward import ForwardPass, WholeForward, find_forward
@@ -86,6 +93,7 @@ class PytorchInferenceSession:
         self._description = self._describe()
         self._model_description: ModelDescription | None = None
         self._closed = False
+        self._num_cached_layers: int | None = None
         self._peak_device_bytes: int | None = None
 
     @property
@@ -151,7 +159,7 @@ class PytorchInferenceSession:
 
     def _gathered_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
         results = [torch.empty(0, 0)] * len(windows)
-        for places in self._groups(windows):
+        for places in batches_of(windows, padded=self._forward.takes_mask):
             batch = PaddedBatch.of([windows[place] for place in places], self._device)
             rows_BTX = self._forward.rows(batch.ids_BT, batch.mask_BT)
             rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
@@ -166,6 +174,39 @@ class PytorchInferenceSession:
         num_logits = self._num_logits if self._forward.keeps_logits else 0
         num_bytes = activation_bytes_per_id(self._module, window_length, num_logits)
         return batch_size_for(self._device, max(1, window_length), num_bytes)
+
+    cache_rows: int | None = None  # a cache takes any number of windows; see CachingSession
+
+    @property
+    def rows_are_logits(self) -> bool:
+        """Whether a forward pass keeps logits for every position; see CachingSession."""
+        return self._forward.keeps_logits
+
+    def caching(self) -> Mapping[str, Any]:
+        """How the cache is kept, after a probe that it works; see CachingSession."""
+        self._check_open()
+        self._num_cached_layers = check_cache(
+            self._forward, self._module, self._device, self._id_limit, self._scoring
+        )
+        return {"dtype": dtype_name(self._module), "kind": "allocated once, sliding layers whole"}
+
+    def open_cache(self, windows: Sequence[WindowIds]) -> PytorchCache:
+        """An empty cache for these windows; see CachingSession."""
+        self._check(windows)
+        if self._num_cached_layers is None:
+            self.caching()
+        longest = max(fed_length(window) for window in windows)
+        return PytorchCache(
+            self._forward,
+            CacheRoom(self._num_cached_layers or 0, len(windows), longest),
+            device=self._device,
+            chunk_rows=self._chunk_rows,
+            run=lambda work: self._within_memory(windows, work),
+        )
+
+    def max_cached_windows(self, window_length: int) -> int:
+        """How many windows to decode together; see CachingSession."""
+        return cached_windows_for(self._device, self._module, window_length)
 
     def peak_device_bytes(self) -> int | None:
         """The most that torch's CUDA allocator has held by the end of a call; None elsewhere."""
@@ -185,11 +226,14 @@ class PytorchInferenceSession:
         self._check(windows)
         return self._within_memory(windows, lambda: self._scored(windows, with_details, top_k))
 
+    def _scoring(self, work: Callable[[], _T]) -> _T:
+        with self._opened.scoring():
+            return work()
+
     def _within_memory(self, windows: Sequence[WindowIds], work: Callable[[], _T]) -> _T:
         """What `work` gives; EngineOutOfMemoryError where memory runs out meanwhile."""
         try:
-            with self._opened.scoring():
-                return work()
+            return self._scoring(work)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -208,7 +252,7 @@ class PytorchInferenceSession:
     ) -> list[TokenDetails]:
         empty = no_details(with_details=with_details, num_alternatives=min(top_k, self._num_logits))
         results = [empty] * len(windows)
-        for places in self._groups(windows):
+        for places in batches_of(windows, padded=self._forward.takes_mask):
             batch = PaddedBatch.of([windows[place] for place in places], self._device)
             rows_BTX = self._forward.rows(batch.ids_BT, batch.mask_BT)
             rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
@@ -229,16 +273,6 @@ class PytorchInferenceSession:
             peak = torch.cuda.max_memory_allocated(self._device)
             self._peak_device_bytes = max(self._peak_device_bytes or 0, peak)
         return results
-
-    def _groups(self, windows: Sequence[WindowIds]) -> list[list[int]]:
-        """Places of the windows that have targets, as batches to run one after the other."""
-        places = [place for place, window in enumerate(windows) if len(window.targets_N)]
-        if self._forward.takes_mask:
-            return [places] if places else []
-        by_length: dict[int, list[int]] = {}  # nothing can be padded without a mask
-        for place in places:
-            by_length.setdefault(fed_length(windows[place]), []).append(place)
-        return list(by_length.values())
 
     def _check_open(self) -> None:
         if self._closed:

@@ -59,6 +59,20 @@ class PaddedBatch:
         )
 
 
+def batches_of(windows: Sequence[WindowIds], *, padded: bool) -> list[list[int]]:
+    """Places of the windows that have targets, as batches to run one after the other.
+
+    padded: whether windows of unequal length may share one, which takes a mask.
+    """
+    places = [place for place, window in enumerate(windows) if len(window.targets_N)]
+    if padded:
+        return [places] if places else []
+    by_length: dict[int, list[int]] = {}
+    for place in places:
+        by_length.setdefault(fed_length(windows[place]), []).append(place)
+    return list(by_length.values())
+
+
 def check_windows(
     windows: Sequence[WindowIds], *, id_limit: int, position_limit: int | None
 ) -> None:

@@ -10,7 +10,6 @@ V = vocabulary, X = D or V.
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.errors import ModelError
+from perplexit.sessions.pytorch_call import CachePlace, ModuleCall, field_of
 
 _PROBE_LENGTH = 8
 
@@ -30,8 +30,12 @@ class ForwardPass(Protocol):
     keeps_logits: bool  # the rows are whole logits, so memory grows with batch × window × V
     takes_mask: bool  # an attention mask can be given; without one, rows are never padded
 
-    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Features of shape BTX, one row a position."""
+    takes_cache: bool  # keys and values of earlier ids can be given
+
+    def rows(
+        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
+    ) -> Tensor:
+        """Features of shape BTX, one row a position; with a cache, the ids follow those in it."""
         ...
 
     def head(self, rows_NX: Tensor) -> Tensor:
@@ -46,12 +50,14 @@ class WholeForward:
     keeps_logits = True
 
     def __init__(self, model: nn.Module) -> None:
-        self._call = _Call(model)
-        self.takes_mask = self._call.takes_mask
+        self._call = ModuleCall(model)
+        self.takes_mask, self.takes_cache = self._call.takes_mask, self._call.takes_cache
 
-    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def rows(
+        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
+    ) -> Tensor:
         """The logits of every position."""
-        return _field(self._call(ids_BT, mask_BT), "logits")
+        return field_of(self._call(ids_BT, mask_BT, cache), "logits")
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """The rows themselves."""
@@ -64,14 +70,16 @@ class ChunkedForward:
     keeps_logits = False
 
     def __init__(self, body: nn.Module, head: Callable[[Tensor], Tensor], kind: str) -> None:
-        self._call = _Call(body)
+        self._call = ModuleCall(body)
         self._head = head
         self.kind = kind
-        self.takes_mask = self._call.takes_mask
+        self.takes_mask, self.takes_cache = self._call.takes_mask, self._call.takes_cache
 
-    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def rows(
+        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
+    ) -> Tensor:
         """The final hidden state of every position."""
-        return _field(self._call(ids_BT, mask_BT), "last_hidden_state")
+        return field_of(self._call(ids_BT, mask_BT, cache), "last_hidden_state")
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """The logits that the model's own head makes of hidden states."""
@@ -221,7 +229,7 @@ class _OwnForwardHead:
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         output = self._model(inputs_embeds=hidden_ND[None], use_cache=False)
-        return _field(output, "logits")[0]
+        return field_of(output, "logits")[0]
 
 
 def _with_stub(model: nn.Module, path: str) -> nn.Module:
@@ -245,43 +253,6 @@ class _StubOutput(tuple[Tensor]):
 
     def __getattr__(self, name: str) -> Tensor | None:
         return self[0] if name == "last_hidden_state" else None
-
-
-class _Call:
-    """Calls a module with ids and, where its forward has a place for it, a mask."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        parameters = inspect.signature(module.forward).parameters
-        self._named_ids = "input_ids" in parameters
-        any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self.takes_mask = any_keyword or "attention_mask" in parameters
-        self._options = {"use_cache": False} if any_keyword or "use_cache" in parameters else {}
-
-    def __call__(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Any:
-        options: dict[str, Any] = dict(self._options)
-        if mask_BT is not None:
-            options["attention_mask"] = mask_BT
-        if self._named_ids:
-            return self._module(input_ids=ids_BT, **options)
-        return self._module(ids_BT, **options)
-
-
-def _field(output: Any, name: str) -> Tensor:
-    """`output.name`, `output[name]`, the first of a tuple, or a bare tensor."""
-    if isinstance(output, Tensor):
-        return output
-    value = getattr(output, name, None)
-    if value is None and isinstance(output, dict):
-        value = output.get(name)
-    if value is None and isinstance(output, tuple) and output:
-        value = output[0]
-    if not isinstance(value, Tensor):
-        raise ModelError(
-            f"expected a forward that gives .{name}, a tuple or a tensor, "
-            f"got {type(output).__name__}"
-        )
-    return value
 
 
 def _close(expected: Tensor, got: Tensor, slack: float = 1.0) -> bool:

@@ -1,0 +1,231 @@
+"""A key/value cache in PyTorch that is allocated once: a step writes its place and reads views.
+
+transformers' own dynamic cache is copied whole for every token that is decoded.
+
+Shape suffixes: B = rows fed, T = ids fed, H = key/value heads, S = ids in the cache, D = head
+size, N = picked positions, X = what the forward pass gives a position.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from perplexit.errors import CapabilityError
+from perplexit.functional.linear_nll import statistics_of_hidden_states
+from perplexit.sessions.base import FedRows, TokenDetails
+from perplexit.sessions.pytorch_batch import details_by_window
+from perplexit.sessions.pytorch_call import CachePlace
+from perplexit.sessions.pytorch_device import free_bytes
+from perplexit.sessions.pytorch_forward import ForwardPass
+from perplexit.sessions.pytorch_module import config_integer
+
+# Beyond, a decode step gains little: its matrix products are no longer bound by reading weights.
+_MOST_WINDOWS = {"cpu": 64, "cuda": 256, "mps": 64}
+_SHARE_OF_FREE_MEMORY = 0.4
+_PROBE_IDS = 8
+_PROBE_TOLERANCE = {"float32": 1e-4, "float64": 1e-4}  # of the largest value; else 3e-2
+
+Run = Callable[[Callable[[], Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRoom:
+    """What a cache is made for."""
+
+    num_layers: int
+    num_rows: int
+    num_ids: int
+
+
+class PytorchCache:
+    """Rows of keys and values, and the forward pass that fills them; see KeyValueCache.
+
+    run: calls what it is given under the session's settings, and names a lack of memory.
+    """
+
+    def __init__(
+        self,
+        forward: ForwardPass,
+        room: CacheRoom,
+        *,
+        device: torch.device,
+        chunk_rows: int,
+        run: Run,
+    ) -> None:
+        self._forward, self._device = forward, device
+        self._chunk_rows, self._run = chunk_rows, run
+        self._rows = _Rows(room)
+        self._layers = Cache(layers=[_AllocatedLayer(self._rows) for _ in range(room.num_layers)])
+
+    def feed(
+        self,
+        ids_BT: NDArray[np.int64],
+        *,
+        first_row: int,
+        start: int,
+        picked: tuple[NDArray[np.int64], NDArray[np.int64]],
+    ) -> FedRows:
+        """Feed a block of ids; the hidden states of the picked places. See KeyValueCache."""
+        self._rows.first_row, self._rows.start = first_row, start
+
+        def work() -> Tensor:
+            ids = torch.from_numpy(ids_BT).to(self._device)
+            rows_BTX = self._forward.rows(ids, None, CachePlace(self._layers, start))
+            row_N, column_N = (torch.from_numpy(x).to(self._device) for x in picked)
+            return rows_BTX[row_N, column_N]
+
+        return _PytorchRows(self._run(work), self._forward, self._chunk_rows, self._run)
+
+
+@dataclass(frozen=True, slots=True)
+class _PytorchRows:
+    rows_NX: Tensor
+    forward: ForwardPass
+    chunk_rows: int
+    run: Run
+
+    def details(self, ids_N: NDArray[np.int64], *, with_details: bool, top_k: int) -> TokenDetails:
+        """The details of the ids as the next tokens; see FedRows."""
+
+        def work() -> TokenDetails:
+            statistics = statistics_of_hidden_states(
+                self.rows_NX,
+                torch.from_numpy(ids_N).to(self.rows_NX.device),
+                self.forward.head,
+                chunk_rows=self.chunk_rows,
+                with_details=with_details,
+                top_k=top_k,
+            )
+            return details_by_window(statistics, [len(ids_N)])[0]
+
+        details: TokenDetails = self.run(work)
+        return details
+
+    def array(self) -> NDArray[np.float32]:
+        """The rows as float32; see FedRows."""
+        rows_NX: NDArray[np.float32] = self.rows_NX.float().cpu().numpy()
+        return rows_NX
+
+
+@dataclass
+class _Rows:
+    """Where the next ids go; all layers of a cache read it."""
+
+    room: CacheRoom
+    first_row: int = 0
+    start: int = 0
+
+
+class _AllocatedLayer(DynamicLayer):
+    """One layer's keys and values, whole from the start.
+
+    A sliding layer keeps everything too: its mask hides what is too far back.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, rows: _Rows) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rows = rows
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for all rows and ids."""
+        room = self._rows.room
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (
+            states.new_empty(room.num_rows, states.shape[1], room.num_ids, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys and values of the new ids; views of all so far, shape BHSD."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place = self._rows
+        rows = slice(place.first_row, place.first_row + len(key_states))
+        stop = place.start + key_states.shape[2]
+        self.keys[rows, :, place.start : stop] = key_states
+        self.values[rows, :, place.start : stop] = value_states
+        return self.keys[rows, :, :stop], self.values[rows, :, :stop]
+
+    def get_seq_length(self) -> int:
+        """Ids in the cache before those being fed."""
+        return self._rows.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(ids that the queries may see, offset of the first)."""
+        return self._rows.start + query_length, 0
+
+
+def check_cache(
+    forward: ForwardPass, module: nn.Module, device: torch.device, id_limit: int, run: Run
+) -> int:
+    """The number of cached layers, after a probe: cached in three blocks as in one pass.
+
+    Raises CapabilityError where the forward takes no cache, or gives something else with one.
+    """
+    name = type(module).__name__
+    num_layers = _num_layers(module)
+    if not forward.takes_cache or num_layers is None:
+        raise CapabilityError(
+            f"expected a model of transformers whose forward takes past_key_values, but {name} "
+            "does not; use --mode full"
+        )
+    layers: int = num_layers
+    ids_BT = np.random.default_rng(0).integers(0, id_limit, (2, _PROBE_IDS))
+    whole_BTX = run(lambda: forward.rows(torch.from_numpy(ids_BT).to(device), None))
+    tolerance = _PROBE_TOLERANCE.get(str(whole_BTX.dtype).removeprefix("torch."), 3e-2)
+    try:
+        cache = PytorchCache(
+            forward, CacheRoom(layers, 2, _PROBE_IDS), device=device, chunk_rows=1, run=run
+        )
+        rows = [_all_rows(cache, ids_BT, slice(a, b)) for a, b in ((0, 3), (3, 4), (4, _PROBE_IDS))]
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CapabilityError(
+            f"expected {name} to take a key/value cache, but with one its forward fails "
+            f"({type(error).__name__}: {reason}); use --mode full"
+        ) from error
+    difference = float((torch.cat(rows, 1).float() - whole_BTX.float()).abs().max())
+    if not difference <= tolerance * max(1e-6, float(whole_BTX.float().abs().max())):
+        raise CapabilityError(
+            f"expected {name} to give the same with a key/value cache as without, got hidden "
+            f"states that differ by {difference:.3g}: its cache is of another kind; use --mode full"
+        )
+    return layers
+
+
+def _all_rows(cache: PytorchCache, ids_BT: NDArray[np.int64], columns: slice) -> Tensor:
+    block = np.ascontiguousarray(ids_BT[:, columns])
+    row_N, column_N = (x.ravel() for x in np.indices(block.shape))
+    fed = cache.feed(block, first_row=0, start=columns.start, picked=(row_N, column_N))
+    return torch.from_numpy(fed.array().reshape(*block.shape, -1))
+
+
+def _num_layers(module: nn.Module) -> int | None:
+    config: Any = getattr(module, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
+    found = getattr(text_config, "num_hidden_layers", None)
+    return int(found) if isinstance(found, int) else None
+
+
+def cached_windows_for(device: torch.device, module: nn.Module, window_length: int) -> int:
+    """How many windows' keys and values take two fifths of the free memory; at least 1."""
+    heads = config_integer(module, "num_attention_heads", "n_head") or 1
+    hidden = config_integer(module, "hidden_size", "n_embd") or 1024
+    size = config_integer(module, "head_dim") or hidden // heads
+    kv_heads = config_integer(module, "num_key_value_heads") or heads
+    element = next((p.element_size() for p in module.parameters()), 4)
+    an_id = 2 * (_num_layers(module) or 1) * kv_heads * size * element
+    room = int(_SHARE_OF_FREE_MEMORY * free_bytes(device))
+    return max(1, min(_MOST_WINDOWS[device.type], room // (an_id * max(1, window_length))))
