@@ -152,10 +152,13 @@ def run(
         output=out / "experiment",
         learner=learners[setting.learner],
         labelling={**seconds, "num_pairs": len(pairs), "mode": setting.mode},
-        model_name=setting.title,
+        model_name="SmolLM2-135M-Instruct"
+        if setting.model_years is None
+        else "a GPT-2 of 4 layers",
+        title=setting.title,
         seconds_limit=seconds_limit,
     )
-    draw_experiment(document, out / "experiment", title=setting.title)
+    draw_experiment(document, out / "experiment")
     report(document)
 
 

@@ -12,6 +12,7 @@ import pytest
 import perplexit as px
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
+from tests.report_experiments import GAINS, document_of, experiment_folder
 from tests.report_runs import toy_runs
 
 pytestmark = pytest.mark.browser
@@ -371,3 +372,71 @@ def test_several_candidates_and_one_run_alone(
     assert "Most surprising tokens" in the(page, "#changed-title").text
     assert every(page, "#list tbody tr")
     assert [entry["message"] for entry in page.get_log("browser")] == []
+
+
+@pytest.fixture(scope="module")
+def experiment_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    document = document_of(title="old addresses, new objective")
+    return px.write_report([experiment_folder(folder, document)], folder / "r.html").path
+
+
+def test_an_experiment_alone_is_a_page_of_its_own(chromium: Any, experiment_report: Path) -> None:
+    page = opened(chromium, experiment_report)
+    assert [entry["message"] for entry in page.get_log("browser")] == []
+    assert the(page, "h1").text.startswith("Selecting by igf-quantile ends at 0.7")
+    assert "old addresses, new objective" in the(page, "#igf-1-title").text
+    rows = [row.text for row in every(page, "#igf-1 table.runs tbody tr")]
+    assert [row.split("\n")[0] for row in rows] == list(GAINS)
+    assert ["better" in row for row in rows] == [False, True, False, False]
+    assert len(every(page, "#igf-1 svg.chart")) == 3
+    assert every(page, "#text, #conditions, [src]") == []
+    marks = every(page, "#chart-igf-1-curves [aria-label^='igf-quantile, step 30: ']")
+    assert len(marks) == 1
+    the(page, "nav a").click()
+    assert page.execute_script("return location.hash") == "#igf-1"
+    the(page, "#igf-1 .more-conditions summary").click()
+    assert "learning rate" in the(page, "#igf-1 .more-conditions").text
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+def test_an_experiment_fits_and_follows_the_theme(
+    chromium: Any, experiment_report: Path, width: int
+) -> None:
+    page = opened(chromium, experiment_report)
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    try:
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        line = "getComputedStyle(document.querySelector('#chart-igf-1-curves path[stroke]')).stroke"
+        colours = set()
+        for theme in ("light", "dark"):
+            page.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+            colours.add(page.execute_script(f"return {line}"))
+        assert len(colours) == 2
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_hostile_names_in_an_experiment_do_nothing(
+    chromium: Any, runs: list[Run], tmp_path: Path
+) -> None:
+    names = {"standard": 0.3} | {text: 0.4 + i / 10 for i, text in enumerate(HOSTILE)}
+    document = document_of(names, title=HOSTILE[0], model=HOSTILE[1])
+    document["learner"]["kind"] = HOSTILE[2]
+    document["plan"]["settings"][HOSTILE[1]] = HOSTILE[0]
+    folder = experiment_folder(tmp_path / "experiment", document)
+    for beside in ([], runs[:1]):
+        report = px.write_report([*beside, folder], tmp_path / f"{len(beside)}.html")
+        page = opened(chromium, report.path)
+        assert page.execute_script("return window.hacked") is None
+        assert len(every(page, "script")) == 1 + len(beside)
+        assert every(page, "img, iframe, svg:not(.chart), base, b") == []
+        for link in every(page, "a"):
+            assert link.get_attribute("href").startswith("file:")
+        shown = [row.get_attribute("textContent") for row in every(page, "#igf-1 th[scope=row]")]
+        assert shown[1].strip().startswith(HOSTILE[0])
+        assert HOSTILE[0] in the(page, "#igf-1-title").get_attribute("textContent")
+        assert [entry["message"] for entry in page.get_log("browser")] == []

@@ -223,6 +223,18 @@ def test_charts_take_their_colours_from_the_page_and_escape_names(runs: list[Run
         assert colours <= {"#000"}, chart.name  # a default of symbols that are not drawn in it
 
 
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [("\x1b[1mbold", "⟨U+001B⟩[1mbold"), ("a\u2028b", "a⟨U+2028⟩b"), ("\ud800\x00", "⟨U+D800⟩")],
+)
+def test_characters_that_no_drawing_holds_are_written_out(
+    runs: list[Run], label: str, says: str
+) -> None:
+    """The renderer aborts the process, or cannot parse its script, where they come as they are."""
+    for chart in charts_of(Subject.of(runs[:2], labels=["full", label])):
+        assert says in chart.svg
+
+
 class _Elements(HTMLParser):
     """Element names and attributes in the order of the page."""
 

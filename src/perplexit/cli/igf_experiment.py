@@ -57,7 +57,7 @@ def experiment(
         Path | None,
         typer.Option(help="The learner's pairs: their cost is recorded beside the methods'."),
     ] = None,
-    title: Annotated[str, typer.Option(help="The figure's title.")] = "",
+    title: Annotated[str, typer.Option(help="Of the figure and the report.")] = "",
     seconds_limit: Annotated[
         float | None,
         typer.Option(help="Stop after the fine-tuning that passes it; the next call goes on."),
@@ -105,13 +105,14 @@ def experiment(
             learner=None if learner is None else igf.load_learner(learner),
             labelling=_labelling(pairs),
             model_name=model,
+            title=title,
             seconds_limit=seconds_limit,
             progress=None
             if draw is None
             else lambda p: draw(p.num_runs, p.total_runs, f"{p.method}, seed {p.seed}"),
         )
         if document["methods"]:
-            igf.draw_experiment(document, output, title=title)
+            igf.draw_experiment(document, output)
     people().print(_table(document))
     people().print(f"The experiment is {document['status']}, in {output}")
     if json:

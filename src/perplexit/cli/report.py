@@ -12,6 +12,7 @@ from perplexit.cli.output import print_json, stdout_kept_clean, tell
 EXAMPLES = examples(
     "perplexit report runs/fp32 runs/bf16 -o report.html",
     "perplexit report runs/fp32 runs/q4 --label 'full precision' --label '4 bits' -o report.html",
+    "perplexit report experiment/ -o experiment.html",
 )
 
 
@@ -19,7 +20,9 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN", help="Folders of runs over one input; the first is the reference."
+            metavar="RUN",
+            help="Folders of runs over one input; the first is the reference. Folders of igf "
+            "experiments, beside them or alone, get a section each.",
         ),
     ],
     output: Annotated[

@@ -43,6 +43,7 @@ _HOME_OF = {
     "selection_named": "perplexit.igf.selection",
     "FinetuneSettings": "perplexit.igf.finetune_record",
     "finetune_model": "perplexit.igf.finetuning",
+    "Experiment": "perplexit.igf.experiment_file",
     "ExperimentPlan": "perplexit.igf.experiments",
     "run_experiment": "perplexit.igf.experiments",
     "draw_experiment": "perplexit.igf.figure",

@@ -25,6 +25,7 @@ from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import weights_fingerprint
 from perplexit.igf.contexts import Contexts, ContextStream
+from perplexit.igf.experiment_file import EXPERIMENT_FILE, EXPERIMENT_KIND, SCHEMA_VERSION
 from perplexit.igf.finetune_record import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.learners import Learner
@@ -34,8 +35,6 @@ from perplexit.igf.outcomes import summarise
 from perplexit.igf.selection import METHODS, Selection, selection_named
 from perplexit.igf.stored import write_text
 
-SCHEMA_VERSION = 1
-EXPERIMENT_FILE = "experiment.json"
 CALIBRATION_SEED = 1_000_003  # contexts that quantiles are taken from; no run draws from it
 
 
@@ -93,12 +92,14 @@ def run_experiment(
     learner: Learner | None = None,
     labelling: dict[str, Any] | None = None,
     model_name: str = "",
+    title: str = "",
     seconds_limit: float | None = None,
     progress: Callable[[ExperimentProgress], None] | None = None,
 ) -> dict[str, Any]:
     """Run what is not done yet and return the document that `experiment.json` holds.
 
     labelling:     what the learner's pairs cost, recorded beside the methods that need them.
+    title:         what a figure or a report calls it; none: the model's name.
     seconds_limit: stop after the run that passes it; the document then says status "interrupted".
     The model has its own weights again afterwards. Raises ResumeError where `output` holds another
     experiment.
@@ -150,8 +151,9 @@ def run_experiment(
         _write_json(path, records[method][seed])
     document = {
         "schema_version": SCHEMA_VERSION,
-        "kind": "igf-experiment",
+        "kind": EXPERIMENT_KIND,
         "status": "interrupted" if stopped else "complete",
+        "title": title or model_name,
         "model": model_name,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "plan": plan.to_json(),

@@ -42,7 +42,9 @@ def draw_experiment(
     left.set_xlabel("optimizer steps")
     left.set_ylabel("test perplexity (median over seeds)")
     left.legend(frameon=False, fontsize=9)
-    left.set_title(title or str(document.get("model", "")), fontsize=10, loc="left")
+    left.set_title(
+        title or str(document.get("title") or document.get("model", "")), fontsize=10, loc="left"
+    )
     _draw_ratios(right, document, colours)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

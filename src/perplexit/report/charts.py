@@ -5,22 +5,15 @@ sheet (so that they follow light and dark), and have a label for each mark for s
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from perplexit.report.distributions import Row
-from perplexit.report.extra import loaded
+from perplexit.report.drawing import Spec, drawn
 
-VEGA_LITE = "5.21"
 WIDTH = 400
-# Fonts of equal widths on every system: labels are laid out here and drawn by the reader's browser
-FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 DASHES = [[1, 0], [5, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 2, 1, 2], [1, 3], [12, 3]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "stroke", "wedge"]
-
-Spec = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,58 +28,6 @@ class Chart:
     rows: tuple[tuple[str, ...], ...]
 
 
-def drawn(spec: Spec) -> str:
-    """A Vega-Lite chart as an SVG element that scales with the page.
-
-    Raises MissingPackageError without the extra `report`.
-    """
-    svg: str = loaded("vl_convert").vegalite_to_svg(
-        {"background": "transparent", "config": _config(), **spec},
-        vl_version=VEGA_LITE,
-        allowed_base_urls=[],  # a drawing fetches nothing
-    )
-    root = re.match(r"<svg[^>]*>", svg)
-    width, height = re.findall(r' (?:width|height)="([\d.]+)"', root[0])[:2] if root else ("", "")
-    opening = f'<svg class="chart" viewBox="0 0 {width} {height}" role="group">'
-    return opening + svg[root.end() :] if root else svg
-
-
-def _config() -> Spec:
-    return {
-        "font": FONT,
-        "view": {"stroke": None},
-        "axis": {
-            "labelColor": "var(--muted)",
-            "titleColor": "var(--muted)",
-            "titleFontWeight": "normal",
-            "titleFontSize": 12,
-            "titlePadding": 10,
-            "labelFlush": False,
-            "labelOverlap": "greedy",
-            "tickCount": 5,
-            "labelFontSize": 12,
-            "gridColor": "var(--rule)",
-            "domainColor": "var(--line)",
-            "tickColor": "var(--line)",
-            "labelLimit": 150,
-        },
-        "legend": {
-            "labelColor": "var(--ink)",
-            "labelFontSize": 12,
-            "symbolStrokeWidth": 2,
-            "symbolType": "stroke",
-            "symbolBaseStrokeColor": "var(--muted)",
-            "symbolSize": 260,
-            "orient": "top",
-            "title": None,
-            "labelLimit": 180,
-            "columns": 3,
-        },
-        "text": {"color": "var(--ink)", "fontSize": 12},
-        "rule": {"color": "var(--line)"},
-    }
-
-
 def run_colours(labels: Sequence[str], first: int = 0) -> Spec:
     """The colour of each run, the same in every chart and in the text."""
     colours = [f"var(--run{first + index})" for index in range(len(labels))]
@@ -97,15 +38,16 @@ def intervals_chart(
     rows: Sequence[Row], labels: Sequence[str], *, title: str, mark_at: float | None = None
 ) -> str:
     """A point with its interval for each run, one below the other; `mark_at` draws a line."""
-    first = len(labels) - len({row["run"] for row in rows})
-    shown = list(labels)[first:]
+    present = {row["run"] for row in rows}
+    shown = [label for label in labels if label in present]
+    colours = [f"var(--run{labels.index(label)})" for label in shown]
     x: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}, "title": title}
     y: Spec = {"field": "run", "type": "nominal", "sort": shown, "title": None}
     y["axis"] = {"ticks": False, "domain": False, "labelColor": "var(--ink)", "labelPadding": 8}
     colour = {
         "field": "run",
         "type": "nominal",
-        "scale": run_colours(shown, first),
+        "scale": {"domain": shown, "range": colours},
         "legend": None,
     }
     said = {"field": "said", "type": "nominal"}
@@ -161,7 +103,7 @@ def curves_chart(
             "axis": {"format": "~%", "values": _decades([row["share"] for row in rows])},
         },
     }
-    encoding |= _by_run(list(labels)[first:], first, dashes=not directions)
+    encoding |= by_run(list(labels)[first:], first, dashes=not directions)
     if directions:
         encoding["strokeDash"] = {
             "field": "direction",
@@ -181,7 +123,7 @@ def _decades(values: Sequence[str | float | int | None]) -> list[float]:
     return [10.0**power for power in range(first, last + 1)]
 
 
-def _by_run(labels: Sequence[str], first: int, *, dashes: bool) -> Spec:
+def by_run(labels: Sequence[str], first: int, *, dashes: bool) -> Spec:
     """Colour (and, where it is free, dash) by run, with a legend where there are several."""
     legend: Spec | None = {} if len(labels) > 1 else None
     encoding: Spec = {
@@ -223,7 +165,7 @@ def position_chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
             "scale": {"zero": False},
         },
     }
-    encoding |= _by_run(labels, 0, dashes=True)
+    encoding |= by_run(labels, 0, dashes=True)
     mark = {"type": "line", "strokeWidth": 2, "point": {"size": 22, "opacity": 1}}
     return drawn(_plot(rows, mark, encoding))
 
@@ -241,10 +183,10 @@ def agreement_chart(rows: Sequence[Row], labels: Sequence[str], order: Sequence[
     scale = {"zero": False, "domainMax": 1}
     y = {"type": "quantitative", "scale": scale, "axis": {"format": "~%"}}
     y["title"] = "same first choice"
-    by_run = _by_run(shown, 1, dashes=False)
+    colour = by_run(shown, 1, dashes=False)
     offset = {"xOffset": {"field": "run", "sort": shown}} if len(shown) > 1 else {}
     said = {"description": {"field": "said", "type": "nominal"}}
-    common: Spec = {"x": x, **by_run, **offset, **said}
+    common: Spec = {"x": x, **colour, **offset, **said}
     layers = [
         {
             "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.5, "strokeCap": "round"},

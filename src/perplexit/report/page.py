@@ -16,11 +16,12 @@ from perplexit import __version__
 from perplexit.comparison import ChangedToken, Comparison
 from perplexit.report.charts import Chart
 from perplexit.report.conditions_table import conditions_of, notes_of
+from perplexit.report.experiment_chapter import Chapter
 from perplexit.report.extra import loaded
 from perplexit.report.subject import Subject, peak_bytes_of, precision_of
 from perplexit.report.wording import DASH, Finding, figure, headline, interval, mebibytes
 
-SCRIPTS = ("columns.js", "tokens.js", "details.js", "list.js", "page.js")
+SCRIPTS = ("columns.js", "tokens.js", "details.js", "list.js", "page.js", "start.js")
 _ESCAPES = {
     "<": "\\u003c",
     ">": "\\u003e",
@@ -32,39 +33,57 @@ _SIGNS = {"worse": "▲", "better": "▼", "not distinguishable": "="}  # not by
 
 
 def page_of(
-    subject: Subject, charts: Sequence[Chart], data: dict[str, Any], findings: Sequence[Finding]
+    subject: Subject | None,
+    charts: Sequence[Chart],
+    data: dict[str, Any],
+    findings: Sequence[Finding],
+    chapters: Sequence[Chapter] = (),
 ) -> str:
-    """The whole HTML document."""
+    """The whole HTML document: of runs, of experiments, or of both; `subject` None: no runs."""
     jinja = loaded("jinja2")
     markup = loaded("markupsafe").Markup
     style = asset("report.css")
-    script = "\n".join(asset(name) for name in SCRIPTS)
+    scripts = SCRIPTS if subject is not None else SCRIPTS[-1:]
+    script = "\n".join(asset(name) for name in scripts)
     environment = jinja.Environment(
-        autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja.FunctionLoader(asset),
     )
-    rendered: str = environment.from_string(asset("report.html.j2")).render(
+    rendered: str = environment.get_template("report.html.j2").render(
         policy=policy_of(script, style),
         style=markup(style),
         script=markup(script),
-        data=markup(json_block(data)),
-        headline=headline(subject),
+        drawing=markup,
+        headline=chapters[0].headline if subject is None else headline(subject),
         findings=findings,
         signs=_SIGNS,
-        facts=_facts(subject),
-        confidence=f"{100 * subject.confidence:g} %",
-        runs=_run_rows(subject),
-        is_comparison=bool(subject.comparisons),
-        reference_label=subject.labels[0],
-        charts=[{"chart": chart, "svg": markup(chart.svg)} for chart in charts],
-        domains=_domain_table(subject),
-        changed=_changed(subject),
-        shown=data["numShown"],
-        total=data["numTokens"],
-        conditions=conditions_of(subject),
-        notes=notes_of(subject),
+        chapters=chapters,
         version=__version__,
+        **({"runs": []} if subject is None else _of_runs(subject, charts, data)),
+        data=markup(json_block(data)),
     )
     return rendered
+
+
+def _of_runs(subject: Subject, charts: Sequence[Chart], data: dict[str, Any]) -> dict[str, Any]:
+    """What the template says of the runs."""
+    return {
+        "facts": _facts(subject),
+        "confidence": f"{100 * subject.confidence:g} %",
+        "runs": _run_rows(subject),
+        "is_comparison": bool(subject.comparisons),
+        "reference_label": subject.labels[0],
+        "charts": charts,
+        "domains": _domain_table(subject),
+        "changed": _changed(subject),
+        "shown": data["numShown"],
+        "total": data["numTokens"],
+        "conditions": conditions_of(subject),
+        "notes": notes_of(subject),
+    }
 
 
 def asset(name: str) -> str:

@@ -1,4 +1,4 @@
-"""write_report: runs → one HTML file that needs nothing else."""
+"""write_report: runs and experiments → one HTML file that needs nothing else."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,10 @@ from typing import Any
 
 from perplexit.errors import UsageError
 from perplexit.files import write_atomically
+from perplexit.igf.experiment_file import Experiment, holds_experiment
 from perplexit.inputs.token_file import TokenFile
 from perplexit.report.chapter import charts_of
+from perplexit.report.experiment_chapter import Chapter, chapters_of
 from perplexit.report.page import page_of
 from perplexit.report.subject import Subject
 from perplexit.report.token_data import token_data
@@ -27,40 +29,68 @@ class Report:
     path: Path
     num_bytes: int
     headline: str
-    subject: Subject
+    subject: Subject | None  # None where it is of experiments alone
     num_tokens: int  # with their text, scored or not
     num_tokens_shown: int
+    experiments: tuple[Experiment, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The summary as plain JSON values."""
-        subject = self.subject
         return {
             "output": str(self.path),
             "num_bytes": self.num_bytes,
             "headline": self.headline,
             "num_tokens": self.num_tokens,
             "num_tokens_shown": self.num_tokens_shown,
-            "input_fingerprint": subject.reference.input_fingerprint,
-            "runs": [
-                {
-                    "label": label,
-                    "folder": None if run.folder is None else str(run.folder),
-                    "perplexity": run.perplexity,
-                    "perplexity_low": run.perplexity_low,
-                    "perplexity_high": run.perplexity_high,
-                    "bits_per_byte": run.bits_per_byte,
-                }
-                for label, run in zip(subject.labels, subject.runs, strict=True)
-            ],
-            "comparisons": [
-                {"label": label, **comparison.to_json()}
-                for label, _, comparison in subject.candidates
-            ],
+            **_runs_to_json(self.subject),
+            "experiments": [_experiment_to_json(found) for found in self.experiments],
         }
 
 
+def _runs_to_json(subject: Subject | None) -> dict[str, Any]:
+    if subject is None:
+        return {"input_fingerprint": None, "runs": [], "comparisons": []}
+    return {
+        "input_fingerprint": subject.reference.input_fingerprint,
+        "runs": [
+            {
+                "label": label,
+                "folder": None if run.folder is None else str(run.folder),
+                "perplexity": run.perplexity,
+                "perplexity_low": run.perplexity_low,
+                "perplexity_high": run.perplexity_high,
+                "bits_per_byte": run.bits_per_byte,
+            }
+            for label, run in zip(subject.labels, subject.runs, strict=True)
+        ],
+        "comparisons": [
+            {"label": label, **comparison.to_json()} for label, _, comparison in subject.candidates
+        ],
+    }
+
+
+def _experiment_to_json(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "title": experiment.title,
+        "folder": None if experiment.folder is None else str(experiment.folder),
+        "status": experiment.status,
+        "reference": experiment.reference,
+        "methods": [
+            {
+                "method": method.name,
+                "num_seeds": method.num_seeds,
+                "median_perplexity": method.median[-1],
+                "ratio": None if row is None else row.ratio,
+                "verdict": None if row is None else row.verdict(experiment.confidence),
+            }
+            for method in experiment.methods
+            for row in [experiment.comparison(method.name)]
+        ],
+    }
+
+
 def write_report(
-    runs: Sequence[Run | str | Path],
+    runs: Sequence[Run | Experiment | str | Path],
     output: str | Path,
     *,
     labels: Sequence[str] | None = None,
@@ -72,7 +102,8 @@ def write_report(
 ) -> Report:
     """The report of runs over one input, written as one HTML file; the first is the reference.
 
-    runs:      runs, or their folders; every other one is compared with the first.
+    runs:      runs, or their folders; every other one is compared with the first. An experiment
+        (`perplexit igf experiment`), or its folder, gets a section; a report may be of those alone.
     labels:    a name for each run; None takes the folders' names.
     tokens:    the runs' input, for the text that was not scored; None looks where it was.
     tokenizer: where alternatives are spelled; None looks in the models' own folders.
@@ -89,31 +120,67 @@ def write_report(
             f"max_tokens and max_alternatives must be 0 or more, got {max_tokens} and "
             f"{max_alternatives}; 0 leaves the text or the alternatives out"
         )
-    opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
-    subject = Subject.of(opened, labels=labels, confidence=confidence)
-    if tokens is None:
-        tokens = input_of(subject.reference)
-    elif not isinstance(tokens, TokenFile):
-        tokens = TokenFile.open(tokens)
-    data = token_data(
-        subject,
-        tokens=tokens,
-        tokenizer=tokenizer,
-        max_tokens=max_tokens,
-        max_alternatives=max_alternatives,
-    )
-    page = page_of(subject, charts_of(subject), data, findings_of(subject)).encode("utf-8")
+    measured, experiments = _opened(runs)
+    chapters = chapters_of(experiments)
+    subject = None
+    data: dict[str, Any] = {"numTokens": 0, "numShown": 0}
+    if measured or not experiments:
+        subject = Subject.of(measured, labels=labels, confidence=confidence)
+        if tokens is None:
+            tokens = input_of(subject.reference)
+        elif not isinstance(tokens, TokenFile):
+            tokens = TokenFile.open(tokens)
+        data = token_data(
+            subject,
+            tokens=tokens,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            max_alternatives=max_alternatives,
+        )
+    elif labels or tokens is not None or tokenizer is not None:
+        raise UsageError(
+            "expected runs for the labels, input or tokenizer given, got experiments alone; "
+            "an experiment is called by its --title"
+        )
+    page = _page(subject, data, chapters)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: _write(temporary, page))
     return Report(
         path=path,
         num_bytes=len(page),
-        headline=headline(subject),
+        headline=chapters[0].headline if subject is None else headline(subject),
         subject=subject,
         num_tokens=data["numTokens"],
         num_tokens_shown=data["numShown"],
+        experiments=tuple(experiments),
     )
+
+
+def _opened(
+    paths: Sequence[Run | Experiment | str | Path],
+) -> tuple[list[Run], list[Experiment]]:
+    """The runs and the experiments among them, each in their order."""
+    runs: list[Run] = []
+    experiments: list[Experiment] = []
+    for found in paths:
+        if isinstance(found, Run):
+            runs.append(found)
+        elif isinstance(found, Experiment):
+            experiments.append(found)
+        elif holds_experiment(found):
+            experiments.append(Experiment.open(found))
+        else:
+            runs.append(Run.open(found))
+    return runs, experiments
+
+
+def _page(subject: Subject | None, data: dict[str, Any], chapters: Sequence[Chapter]) -> bytes:
+    if subject is None:
+        page = page_of(None, (), data, (), chapters)
+    else:
+        page = page_of(subject, charts_of(subject), data, findings_of(subject), chapters)
+    return page.encode("utf-8", "replace")  # a name may hold half a surrogate pair
 
 
 def _write(path: Path, content: bytes) -> None:

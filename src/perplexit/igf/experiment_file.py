@@ -1,0 +1,205 @@
+"""An experiment's document, as `experiment.json` holds it: opened, checked, typed.
+
+Nothing here needs an engine, so that a figure or a report can be made without one.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perplexit.errors import RunError
+
+SCHEMA_VERSION = 1
+EXPERIMENT_KIND = "igf-experiment"
+EXPERIMENT_FILE = "experiment.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MethodOutcome:
+    """What one way to select contexts came to, over its seeds.
+
+    median, low, high: test perplexity at each of `steps`, with the median's interval over seeds.
+    acceptance: ids learnt from over ids that the filter looked at.
+    tokens:     ids `trained`, `scored` (a forward pass to be selected) and `judged`, a run.
+    seconds:    `select`, `train` and `evaluate`, a run.
+    """
+
+    name: str
+    num_seeds: int
+    steps: tuple[int, ...]
+    median: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    acceptance: float
+    tokens: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it filters by predicted gain, so that its labels have to be paid for."""
+        return self.name.startswith("igf-")
+
+
+@dataclass(frozen=True, slots=True)
+class PairedOutcome:
+    """A method's final test perplexity over the reference method's, paired by seed.
+
+    p_t, p_wilcoxon: after Holm's correction for the experiment's comparisons.
+    curve_ratio: of the whole curves' mean log-perplexities.
+    steps_to_reference_end: when its median reached what the reference's was at its end, or None.
+    """
+
+    method: str
+    num_seeds: int
+    ratio: float
+    low: float
+    high: float
+    seeds_better: int
+    p_t: float
+    p_wilcoxon: float
+    curve_ratio: float
+    steps_to_reference_end: int | None
+
+    def verdict(self, confidence: float) -> str:
+        """`better`, `worse` or `not distinguishable`, by the corrected paired t-test."""
+        if not self.p_t < 1 - confidence:
+            return "not distinguishable"
+        return "better" if self.ratio < 1 else "worse"
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """An experiment as it was written; `document` is all of it."""
+
+    title: str
+    folder: Path | None
+    status: str
+    reference: str
+    confidence: float
+    num_runs: int
+    total_runs: int
+    methods: tuple[MethodOutcome, ...]
+    comparisons: tuple[PairedOutcome, ...]
+    document: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Experiment":
+        """The experiment in a folder, or in its file.
+
+        Raises RunError where there is none, it cannot be read, or nothing of it is finished.
+        """
+        path = Path(path)
+        path = path / EXPERIMENT_FILE if path.is_dir() else path
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(
+                f"expected an experiment's {EXPERIMENT_FILE} at {path}, but there is none; "
+                "`perplexit igf experiment` makes one"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise RunError(f"{path} cannot be read as JSON ({error}); experiment again") from None
+        return cls.of(document, folder=path.parent)
+
+    @classmethod
+    def of(cls, document: Any, *, folder: Path | None = None) -> "Experiment":
+        """The experiment that a document describes; raises RunError as `open` does."""
+        kind, version = (
+            (document.get("kind"), document.get("schema_version"))
+            if isinstance(document, Mapping)
+            else (None, None)
+        )
+        where = f" in {folder}" if folder else ""
+        if kind != EXPERIMENT_KIND or version != SCHEMA_VERSION:
+            raise RunError(
+                f"expected an {EXPERIMENT_KIND} of version {SCHEMA_VERSION}{where}, got {kind!r} "
+                f"of version {version!r}; use the Perplexit that wrote it, or experiment again"
+            )
+        try:
+            found = _typed(document, folder)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(
+                f"expected a whole experiment{where}, got one that cannot be understood "
+                f"({type(error).__name__}: {error}); experiment again"
+            ) from None
+        if not found.methods:
+            raise RunError(
+                f"expected at least one finished fine-tuning{where}, got none; give the same "
+                "`perplexit igf experiment` again, which goes on where it stopped"
+            )
+        return found
+
+    def comparison(self, method: str) -> PairedOutcome | None:
+        """How a method compares with the reference; None for that itself, or before 2 seeds."""
+        return next((row for row in self.comparisons if row.method == method), None)
+
+
+def holds_experiment(path: str | Path) -> bool:
+    """Whether this is an experiment's folder, or its file."""
+    path = Path(path)
+    return path.name == EXPERIMENT_FILE or (path / EXPERIMENT_FILE).is_file()
+
+
+def _typed(document: Mapping[str, Any], folder: Path | None) -> Experiment:
+    plan = document["plan"]
+    methods = tuple(_method(str(name), row) for name, row in document["methods"].items())
+    return Experiment(
+        title=str(document.get("title") or document.get("model") or ""),
+        folder=folder,
+        status=str(document["status"]),
+        reference=str(document.get("reference", "")),
+        confidence=float(plan["confidence"]),
+        num_runs=sum(method.num_seeds for method in methods),
+        total_runs=len(plan["methods"]) * len(plan["seeds"]),
+        methods=methods,
+        comparisons=tuple(_paired(row) for row in document["comparisons"]),
+        document=document,
+    )
+
+
+def _method(name: str, row: Mapping[str, Any]) -> MethodOutcome:
+    steps = tuple(int(step) for step in row["steps"])
+
+    def curve(kind: str) -> tuple[float, ...]:
+        found = tuple(_number(x) for x in row[f"{kind}_perplexity"])
+        if len(found) != len(steps) or not steps:
+            raise ValueError(f"the {kind} curve of {name} does not have a figure a step")
+        return found
+
+    return MethodOutcome(
+        name=name,
+        num_seeds=int(row["num_seeds"]),
+        steps=steps,
+        median=curve("median"),
+        low=curve("low"),
+        high=curve("high"),
+        acceptance=_number(row["acceptance"]),
+        tokens={k: _number(row[f"tokens_{k}"]) for k in ("trained", "scored", "judged")},
+        seconds={k: _number(row["seconds"][k]) for k in ("select", "train", "evaluate")},
+    )
+
+
+def _paired(row: Mapping[str, Any]) -> PairedOutcome:
+    reached = row["steps_to_reference_end"]
+    return PairedOutcome(
+        method=str(row["method"]),
+        num_seeds=int(row["num_seeds"]),
+        ratio=_number(row["ratio"]),
+        low=_number(row["ratio_low"]),
+        high=_number(row["ratio_high"]),
+        seeds_better=int(row["seeds_better"]),
+        p_t=_number(row["p_t_holm"]),
+        p_wilcoxon=_number(row["p_wilcoxon_holm"]),
+        curve_ratio=_number(row["curve_ratio"]),
+        steps_to_reference_end=None if reached is None else int(reached),
+    )
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not finite")
+    return number

@@ -1,0 +1,188 @@
+"""An experiment's charts: median curves, paired ratios, and what each method cost."""
+
+from collections.abc import Iterator, Sequence
+
+from perplexit.igf.experiment_file import Experiment, MethodOutcome
+from perplexit.report import charts
+from perplexit.report.charts import Chart
+from perplexit.report.distributions import Row
+from perplexit.report.drawing import Spec, drawn
+from perplexit.report.wording import DASH, figure, interval
+
+LARGEST_NUMBER_OF_METHODS = 8  # as many as there are colours that can be told apart
+_SECONDS = ("labels", "select", "train")
+
+
+def experiment_charts(experiment: Experiment, name: str) -> list[Chart]:
+    """Every chart that the experiment has figures for; `name` is the first part of their names."""
+    makers = (_curves, _ratios, _costs)
+    return [chart for make in makers for chart in make(experiment, name)]
+
+
+def labelling_seconds(experiment: Experiment) -> float | None:
+    """What the learner's labels took, once for all runs; None where it was not recorded."""
+    recorded = experiment.document.get("labelling") or {}
+    seconds = recorded.get("seconds") if isinstance(recorded, dict) else None
+    return float(seconds) if isinstance(seconds, int | float) else None
+
+
+def _names(experiment: Experiment) -> list[str]:
+    return [method.name for method in experiment.methods]
+
+
+def _curves(experiment: Experiment, name: str) -> Iterator[Chart]:
+    rows: list[Row] = []
+    for method in experiment.methods:
+        points = zip(method.steps, method.median, method.low, method.high, strict=True)
+        rows += [
+            {
+                "run": method.name,
+                "step": step,
+                "value": median,
+                "low": low,
+                "high": high,
+                "said": f"{method.name}, step {step}: {_with_interval(median, low, high)}",
+            }
+            for step, median, low, high in points
+        ]
+    yield Chart(
+        f"{name}-curves",
+        "Test perplexity by step",
+        "The median over seeds, with its interval. At a step every method has learnt from equally "
+        "many contexts: a lower line got more out of them.",
+        drawn(_curves_spec(rows, _names(experiment))),
+        ("method", "step", "median perplexity"),
+        tuple((str(r["run"]), str(r["step"]), str(r["said"]).rpartition(": ")[2]) for r in rows),
+    )
+
+
+def _curves_spec(rows: Sequence[Row], names: Sequence[str]) -> Spec:
+    x = {"field": "step", "type": "quantitative", "title": "optimizer steps"}
+    scale = {"zero": False, "nice": True}
+    y = {"type": "quantitative", "title": "test perplexity", "scale": scale}
+    by_method = charts.by_run(names, 0, dashes=True)
+    colour = {**by_method["color"], "legend": None}
+    layers: list[Spec] = [
+        {
+            "mark": {"type": "area", "opacity": 0.16, "aria": False},
+            "encoding": {
+                "x": x,
+                "y": {"field": "low", **y},
+                "y2": {"field": "high"},
+                "color": colour,
+            },
+        },
+        {
+            "mark": {"type": "line", "strokeWidth": 2, "aria": False},
+            "encoding": {"x": x, "y": {"field": "value", **y}, **by_method},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 26, "opacity": 1},
+            "encoding": {
+                "x": x,
+                "y": {"field": "value", **y},
+                "color": colour,
+                "description": {"field": "said", "type": "nominal"},
+            },
+        },
+    ]
+    plot: Spec = {"width": charts.WIDTH, "height": 240, "data": {"values": list(rows)}}
+    # each layer its own legend, that the lines' be drawn as lines; two of the three have none
+    resolve = {"legend": {"color": "independent", "strokeDash": "independent"}}
+    return {**plot, "layer": layers, "resolve": resolve}
+
+
+def _ratios(experiment: Experiment, name: str) -> Iterator[Chart]:
+    if not experiment.comparisons:
+        return
+    rows: list[Row] = [
+        {
+            "run": row.method,
+            "value": row.ratio,
+            "low": row.low,
+            "high": row.high,
+            "said": f"{row.method}: {_with_interval(row.ratio, row.low, row.high)}",
+        }
+        for row in experiment.comparisons
+    ]
+    yield Chart(
+        f"{name}-ratios",
+        f"Final perplexity over {experiment.reference}'s",
+        "Paired by seed: both have drawn the same candidates. The dashed line is no difference; "
+        "left of it is better.",
+        charts.intervals_chart(rows, _names(experiment), title="perplexity ratio", mark_at=1.0),
+        ("method", "ratio", "verdict"),
+        tuple(
+            (
+                row.method,
+                _with_interval(row.ratio, row.low, row.high),
+                row.verdict(experiment.confidence),
+            )
+            for row in experiment.comparisons
+        ),
+    )
+
+
+def _costs(experiment: Experiment, name: str) -> Iterator[Chart]:
+    labels = labelling_seconds(experiment)
+    rows: list[Row] = []
+    for method in experiment.methods:
+        for part in _SECONDS:
+            seconds = (labels or 0.0) if part == "labels" else method.seconds[part]
+            if part == "labels" and not method.needs_labels:
+                seconds = 0.0
+            said = f"{method.name}, {part}: {seconds:,.1f} s"
+            rows.append({"run": method.name, "part": part, "seconds": seconds, "said": said})
+    yield Chart(
+        f"{name}-cost",
+        "Seconds of one fine-tuning",
+        "Without evaluation. Labels are made once for an objective and serve every fine-tuning "
+        "after that; they are counted whole here."
+        + ("" if labels is not None else " What they took was not recorded: give --pairs."),
+        drawn(_costs_spec(rows, _names(experiment))),
+        ("method", *_SECONDS),
+        tuple((method.name, *_seconds(method, labels)) for method in experiment.methods),
+    )
+
+
+def _seconds(method: MethodOutcome, labels: float | None) -> Iterator[str]:
+    if not method.needs_labels:
+        yield "0.0"
+    else:
+        yield DASH if labels is None else f"{labels:,.1f}"
+    yield from (f"{method.seconds[part]:,.1f}" for part in ("select", "train"))
+
+
+def _costs_spec(rows: Sequence[Row], names: Sequence[str]) -> Spec:
+    axis = {"ticks": False, "domain": False, "labelColor": "var(--ink)", "labelPadding": 8}
+    colours = ["var(--run5)", "var(--run6)", "var(--run0)"]
+    return {
+        "width": charts.WIDTH,
+        "height": {"step": 30},
+        "data": {"values": list(rows)},
+        "transform": [{"filter": "datum.seconds > 0"}],
+        "mark": {"type": "bar", "height": {"band": 0.6}},
+        "encoding": {
+            "y": {
+                "field": "run",
+                "type": "nominal",
+                "sort": list(names),
+                "title": None,
+                "axis": axis,
+                "scale": {"domain": list(names)},
+            },
+            "x": {"field": "seconds", "type": "quantitative", "title": "seconds"},
+            "color": {
+                "field": "part",
+                "type": "nominal",
+                "scale": {"domain": list(_SECONDS), "range": colours},
+                "legend": {"symbolType": "square", "symbolStrokeWidth": 0},
+            },
+            "order": {"field": "part", "type": "nominal"},
+            "description": {"field": "said", "type": "nominal"},
+        },
+    }
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{figure(value, low, high)} {interval(low, high)}"
