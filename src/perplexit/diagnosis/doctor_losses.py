@@ -108,8 +108,8 @@ def _from_logits(subject: Subject, session: LogitsSession) -> Finding:
         return Finding(
             "probabilities",
             "fail",
-            f"{len(hidden)} ids can never be predicted, their logits are masked: "
-            f"{', '.join(map(str, hidden[:5]))}{', …' if len(hidden) > 5 else ''}",
+            f"{len(hidden)} of {vocab_size} ids can never be predicted, as their logits are "
+            f"masked: {', '.join(map(str, hidden[:5]))}{', …' if len(hidden) > 5 else ''}",
             len(hidden),
             0,
             "the engine hides tokens that text may hold (padding, end of text): switch it off",

@@ -6,7 +6,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from perplexit.diagnosis import doctor_identity, doctor_losses, doctor_repeats
+from perplexit.diagnosis import (
+    doctor_decode,
+    doctor_identity,
+    doctor_losses,
+    doctor_repeats,
+    doctor_tokenizer,
+)
 from perplexit.diagnosis.doctor_probe import Subject, make_probe
 from perplexit.diagnosis.findings import Diagnosis, Finding, skipped
 from perplexit.errors import PerplexitError, UsageError
@@ -34,7 +40,7 @@ class Check:
 
 CHECKS = (
     Check("vocabulary", doctor_identity.vocabulary, computes=False),
-    Check("tokenizer", doctor_identity.tokenizer, computes=False),
+    Check("tokenizer", doctor_tokenizer.tokenizer, computes=False),
     Check("window length", doctor_identity.window_length, computes=False),
     Check("dtype", doctor_identity.dtype, computes=False),
     Check("finite", doctor_losses.finite, ("vocabulary",), computes=False),
@@ -44,8 +50,9 @@ CHECKS = (
     Check("batch", doctor_repeats.batch, ("dropout",)),
     Check("padding", doctor_repeats.padding, ("batch",)),
     Check("alignment", doctor_repeats.alignment, ("dropout",)),
+    Check("decode", doctor_decode.decode, ("dropout", "alignment")),
     Check("probabilities", doctor_losses.probabilities, ("dropout", "alignment")),
-    Check("bos", doctor_identity.bos, ("dropout",), computes=False),
+    Check("bos", doctor_tokenizer.bos, ("dropout",), computes=False),
     Check("position", doctor_losses.position, ("dropout", "alignment")),
     Check("level", doctor_losses.level, ("dropout", "tokenizer", "bos", "alignment")),
 )

@@ -1,0 +1,57 @@
+"""The doctor's check that prefill and decode through the cache equal the whole forward pass.
+
+Shape suffix: N = targets of one window.
+"""
+
+import numpy as np
+
+from perplexit.diagnosis.doctor_probe import Subject
+from perplexit.diagnosis.doctor_repeats import largest_difference, tolerance
+from perplexit.diagnosis.findings import Finding, skipped
+from perplexit.errors import CapabilityError
+from perplexit.sessions.base import CachingSession
+from perplexit.sessions.cached import cached_session
+
+# prompt_len, decode_chunk: token by token from the start, and in blocks after a prefill
+_WAYS = ((1, 1), (12, 7))
+_PLACES = (2, 3)  # of the short windows: decoding is slow
+_ADVICE = "the cache is wrong (positions, mask, or an offset): score with --mode full"
+_OTHER_KINDS = (
+    "a model that keeps a state of another kind, as Mamba does, has nothing wrong with it"
+)
+
+
+def decode(subject: Subject) -> Finding:
+    """Whether prefill and decode give the losses of the whole forward pass."""
+    session = subject.session
+    if not isinstance(session, CachingSession):
+        return skipped(
+            "decode", "this engine, or this program, scores whole windows and keeps no cache"
+        )
+    try:
+        session.caching()  # the engine's own probe of its cache
+    except CapabilityError as error:
+        if "differ" not in str(error):
+            return skipped("decode", str(error))
+        return Finding("decode", "fail", str(error), advice=f"{_ADVICE} ({_OTHER_KINDS})")
+    windows = [subject.probe.short_windows[place] for place in _PLACES]
+    whole = [subject.repeated[0][place] for place in _PLACES]
+    figure = 0.0
+    for prompt_len, decode_chunk in _WAYS:
+        cached = cached_session(session, prompt_len=prompt_len, decode_chunk=decode_chunk)
+        decoded = cached.token_nll(windows)
+        figure = max(figure, largest_difference(whole, decoded))
+        if not figure <= tolerance(subject):
+            far_N = ~(np.abs(whole[0] - decoded[0]) <= tolerance(subject))
+            first = int(windows[0].targets_N[np.argmax(far_N)])
+            return Finding(
+                "decode",
+                "fail",
+                f"a prefill of {prompt_len} and a decode of {decode_chunk} ids a call differ from "
+                f"the whole forward pass by up to {figure:.3g} nats, from position {first} on",
+                figure,
+                tolerance(subject),
+                _ADVICE,
+            )
+    sentence = f"prefill and decode differ from the whole forward pass by up to {figure:.3g} nats"
+    return Finding("decode", "pass", sentence, figure, tolerance(subject))
