@@ -207,3 +207,19 @@ def test_segments_against_a_loop_over_bytes(
     found = common_segments(*sides)
     rows = zip(found.start_S, found.num_bytes_S, found.reference_S, found.candidate_S, strict=True)
     assert [tuple(map(float, row)) for row in rows] == [pytest.approx(row) for row in expected]
+
+
+def test_gates_on_bytes_are_held_and_figures_a_token_are_refused(runs: tuple[Run, Run]) -> None:
+    found = compare_bytes(*runs)
+    ratio = found.bits_per_byte_candidate / found.bits_per_byte_reference
+    assert found.bits_per_byte_ratio == pytest.approx(ratio)
+    assert found.bits_per_byte_ratio_low < ratio < found.bits_per_byte_ratio_high
+    loose, tight = found.bits_per_byte_ratio_high + 1e-6, found.bits_per_byte_ratio
+    gates = [f"bits_per_byte_ratio<={loose}", f"bits_per_byte_ratio<={tight}", "byte_ratio<100"]
+    results = px.compare_runs(runs[0], [runs[1]], gates=gates).gates[0]
+    assert [result.passed for result in results] == [True, False, True]
+    by_value = px.compare_runs(runs[0], [runs[1]], gates=gates[1:2], gates_on="value")
+    assert by_value.failed == []
+    for gate in ("fp16", "mean_kl<=0.1"):
+        with pytest.raises(UsageError, match="gate on bits_per_byte_ratio"):
+            px.compare_runs(runs[0], [runs[1]], gates=[gate])

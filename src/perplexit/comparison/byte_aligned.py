@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.comparison.byte_segments import Segments, common_segments, scored_bytes
-from perplexit.comparison.comparing import SMALLEST_DIFFERENCE, verdict_of
-from perplexit.comparison.record import Verdict
+from perplexit.comparison.comparing import verdict_of
+from perplexit.comparison.noise import SMALLEST_DIFFERENCE
+from perplexit.comparison.record import Figure, Verdict, plain_json
 from perplexit.errors import FingerprintMismatchError, UsageError
-from perplexit.metrics.intervals import clusters_for, ratio_interval
+from perplexit.metrics.intervals import Clusters, Interval, clusters_for, ratio_interval
 from perplexit.metrics.likelihood import exp_or_inf
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
@@ -48,6 +49,7 @@ class ByteComparison:
         counts the bytes that it scored alone too).
     log_difference:  mean of candidate - reference, nats a byte; above 0 is worse.
     byte_ratio:      exp of it: the candidate's byte perplexity over the reference's.
+    bits_per_byte_ratio: the candidate's bits per byte over the reference's.
     verdict:         as in Comparison; `margin` in nats a byte.
     num_segments:    stretches between common token boundaries that both runs scored whole.
     num_unaligned_bytes_*: bytes that the run scored but that are not in a common segment.
@@ -65,6 +67,9 @@ class ByteComparison:
     byte_ratio: float
     byte_ratio_low: float | None
     byte_ratio_high: float | None
+    bits_per_byte_ratio: float
+    bits_per_byte_ratio_low: float | None
+    bits_per_byte_ratio_high: float | None
     num_bytes: int
     num_segments: int
     num_tokens_reference: int
@@ -83,10 +88,19 @@ class ByteComparison:
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
+    def figures(self) -> dict[str, Figure]:
+        """The figures by the names that gates use."""
+        paired = ("bits_per_byte_ratio", "bits_per_byte_difference", "byte_ratio", "log_difference")
+        return {
+            name: Figure(*(getattr(self, f"{name}{end}") for end in ("", "_low", "_high")))
+            for name in paired
+        } | {"bits_per_byte_candidate": Figure(self.bits_per_byte_candidate)}
+
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values, every number finite or null."""
         record = asdict(self) | {"unit": "byte"}
-        return {key: _finite(value) for key, value in record.items()}
+        plain: dict[str, Any] = plain_json(record)
+        return plain
 
     def __str__(self) -> str:
         lines = [
@@ -143,6 +157,7 @@ def compare_bytes(
         clusters.labels, weights=segments.num_bytes_S, minlength=clusters.num_clusters
     ).astype(np.int64)
     interval = ratio_interval(sums_C, counts_C, clusters.method, confidence)
+    relative = _loss_ratio(segments, clusters, confidence)
     margin = max(SMALLEST_DIFFERENCE, noise_floor)
     num_bytes = int(segments.num_bytes_S.sum())
     return ByteComparison(
@@ -158,6 +173,9 @@ def compare_bytes(
         byte_ratio=exp_or_inf(interval.value),
         byte_ratio_low=None if interval.low is None else exp_or_inf(interval.low),
         byte_ratio_high=None if interval.high is None else exp_or_inf(interval.high),
+        bits_per_byte_ratio=relative.value,
+        bits_per_byte_ratio_low=relative.low,
+        bits_per_byte_ratio_high=relative.high,
         num_bytes=num_bytes,
         num_segments=len(delta_S),
         num_tokens_reference=len(texts[0].nll_R),
@@ -176,6 +194,17 @@ def compare_bytes(
         reasons={} if interval.reason is None else {"byte_ratio_low": interval.reason},
         warnings=_warnings(runs, segments),
     )
+
+
+def _loss_ratio(segments: Segments, clusters: Clusters, confidence: float) -> Interval:
+    """Σ candidate / Σ reference losses, with the interval of a ratio of two sums over clusters."""
+    sums_C, counts_C = (
+        np.bincount(clusters.labels, weights=losses_S, minlength=clusters.num_clusters).astype(
+            np.float64
+        )
+        for losses_S in (segments.candidate_S, segments.reference_S)
+    )
+    return ratio_interval(sums_C, counts_C, clusters.method, confidence)
 
 
 def _require_same_text(reference: Run, candidate: Run) -> None:
@@ -264,13 +293,3 @@ def _scaled(nats: float | None) -> float | None:
 
 def _range(low: float | None, high: float | None, form: str) -> str:
     return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -11,17 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.comparison.divergences import buckets_of, divergences_of
+from perplexit.comparison.flips import CONTEXT_TOKENS, flips_of, text_around
+from perplexit.comparison.noise import margin_of
 from perplexit.comparison.pairing import Pairs, paired, require_same_input
 from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Verdict
 from perplexit.errors import UsageError
+from perplexit.metrics.bootstrap import Bootstrap, bootstrap_check
 from perplexit.metrics.intervals import Clusters, Interval, paired_interval
 from perplexit.metrics.likelihood import exp_or_inf, json_figure, mean_nll
 from perplexit.metrics.totals import NllTotals
 from perplexit.runs.run import Run
-from perplexit.runs.run_tokens import RunTokens
-
-SMALLEST_DIFFERENCE = 1e-5  # nats a token: below it, float32 engines differ among themselves
-CONTEXT_TOKENS = 12
 
 
 def compare(
@@ -34,7 +33,8 @@ def compare(
 ) -> Comparison:
     """The candidate against the reference, paired token by token. Either may be a run's folder.
 
-    noise_floor: nats a token within which two runs of one model are known to differ.
+    noise_floor: nats a token within which two runs of one model are known to differ; what a run
+        measured of itself (`eval --measure-noise-floor`) counts too, and the largest decides.
     Raises FingerprintMismatchError, which says what differs, where the two runs did not score the
     same prepared input; RunError where a run is incomplete; EmptyScoreError without common tokens.
     """
@@ -46,7 +46,7 @@ def compare(
     require_same_input(reference_run, candidate_run)
     pairs = paired(reference_run.tokens, candidate_run.tokens)
     interval = paired_interval(pairs.reference, pairs.candidate, pairs.clusters, confidence)
-    margin = max(SMALLEST_DIFFERENCE, noise_floor)
+    margin, noise = margin_of(reference_run, candidate_run, noise_floor)
     delta_M = pairs.delta
     divergences, why_not = divergences_of(reference_run, candidate_run, pairs, confidence)
     reasons = {} if interval.reason is None else {"ppl_ratio_low": interval.reason}
@@ -68,15 +68,18 @@ def compare(
         interval_method=interval.method,
         num_clusters=interval.num_clusters,
         margin=margin,
+        noise_floor=noise,
+        bootstrap=_bootstrap(pairs, interval),
         input_fingerprint=reference_run.input_fingerprint,
         reference=_conditions(reference_run),
         candidate=_conditions(candidate_run),
         domains=_domain_ratios(pairs, confidence),
         most_changed=_most_changed(pairs, delta_M, num_most_changed),
+        flips=flips_of(reference_run, candidate_run, pairs, num_most_changed),
         divergences=divergences,
         buckets=buckets_of(candidate_run, pairs, with_kl=divergences is not None),
         reasons=reasons,
-        warnings=(*_warnings(pairs), *([] if why_not is None else [why_not])),
+        warnings=(*_warnings(pairs), *why_not),
     )
 
 
@@ -86,6 +89,12 @@ def verdict_of(interval: Interval, margin: float) -> Verdict:
     if low is None or high is None or low <= 0 <= high or (-margin <= low and high <= margin):
         return "not distinguishable"
     return "worse" if low > 0 else "better"
+
+
+def _bootstrap(pairs: Pairs, interval: Interval) -> Bootstrap | None:
+    labels, count = pairs.clusters.labels, pairs.clusters.num_clusters
+    sums_C = np.bincount(labels, weights=pairs.delta, minlength=count).astype(np.float64)
+    return bootstrap_check(sums_C, np.bincount(labels, minlength=count), interval)
 
 
 def _domain_ratios(pairs: Pairs, confidence: float) -> tuple[DomainRatio, ...]:
@@ -120,7 +129,7 @@ def _most_changed(
             document=int(tokens.document[row]),
             token_index=int(tokens.token_index[row]),
             token=tokens.text_of(row),
-            context=_context(tokens, row),
+            context=text_around(tokens, row, -CONTEXT_TOKENS),
             nll_reference=float(pairs.reference[index]),
             nll_candidate=float(pairs.candidate[index]),
             delta=float(delta_M[index]),
@@ -128,20 +137,6 @@ def _most_changed(
         for index, row in zip(order.tolist(), pairs.rows[order].tolist(), strict=True)
         if delta_M[index] != 0
     )
-
-
-def _context(tokens: RunTokens, row: int) -> str:
-    """The text of the scored tokens right before a row, in its document."""
-    first = row
-    while (
-        first > max(0, row - CONTEXT_TOKENS)
-        and tokens.document[first - 1] == tokens.document[row]
-        and tokens.token_index[first - 1] == tokens.token_index[first] - 1
-    ):
-        first -= 1
-    if tokens.token_bytes is None:
-        return " ".join(f"<{int(token)}>" for token in tokens.token_id[first:row])
-    return b"".join(tokens.token_bytes[first:row].to_pylist()).decode("utf-8", errors="replace")
 
 
 def _warnings(pairs: Pairs) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ Shape suffix: M = tokens that both runs scored with a finite loss, in window ord
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,34 +25,57 @@ class Divergences:
 
     columns:  kl (reference ‖ candidate), reverse_kl, js in nats; same_top1 and top_k_agreement as
               shares; delta_p as a change of the target's probability.
+              kl_high (where only a part of the reference is known: kl, reverse_kl and js are then
+              lower bounds, and this is the upper one of kl).
     floor:    (mean, largest) KL of the reference with itself, as it was stored; None in step.
+    num_below_floor: tokens whose KL is not above the floor's mean: too small to tell from storage.
     """
 
     columns: Mapping[str, Distribution]
     floor: tuple[float, float] | None
+    num_below_floor: int | None = None
 
 
 def divergences_of(
     reference: Run, candidate: Run, pairs: Pairs, confidence: float
-) -> tuple[Divergences | None, str | None]:
-    """The divergences of a candidate that was scored against this very reference, or why not."""
+) -> tuple[Divergences | None, list[str]]:
+    """(the divergences of a candidate that was scored against this very reference, warnings)."""
     if candidate.reference is None:
-        return None, None
+        return None, []
     recorded = candidate.reference["weights_fingerprint"]
     if recorded != reference.model.get("weights_fingerprint"):
-        return None, (
+        return None, [
             f"the candidate's KL columns were measured against another model "
             f"({candidate.reference['address']}) and are left out"
+        ]
+    columns, warnings = {}, []
+    for name in DIVERGENCES:
+        column = _column(candidate.tokens, name, pairs)
+        if column is None or name == "reference_top_p":
+            continue
+        infinite = int(np.count_nonzero(~np.isfinite(column)))
+        if infinite:
+            warnings.append(f"{name} is left out: it is not finite for {infinite} tokens")
+        else:
+            columns[name] = distribution(column.astype(np.float64), pairs.clusters, confidence)
+    found = Divergences(columns, _floor(reference, candidate))
+    if found.floor is None or "kl" not in columns:
+        return found, warnings
+    kl_M = np.asarray(_column(candidate.tokens, "kl", pairs))
+    if columns["kl"].mean.value <= found.floor[0]:
+        warnings.append(
+            f"the mean KL ({columns['kl'].mean.value:.2g}) is not above what the stored reference "
+            f"has with itself ({found.floor[0]:.2g} nats a token): it says nothing"
         )
-    columns = {
-        name: distribution(column.astype(np.float64), pairs.clusters, confidence)
-        for name in DIVERGENCES
-        if name != "reference_top_p"
-        and (column := _column(candidate.tokens, name, pairs)) is not None
-    }
-    saved = reference.saved_reference or {}
-    floor = (saved["self_kl_mean"], saved["self_kl_max"]) if "self_kl_max" in saved else None
-    return Divergences(columns, floor), None
+    return replace(found, num_below_floor=int((kl_M <= found.floor[0]).sum())), warnings
+
+
+def _floor(reference: Run, candidate: Run) -> tuple[float, float] | None:
+    """Of the stored states, or of the file that the candidate was held against."""
+    for record in (candidate.reference or {}, reference.saved_reference or {}):
+        if "self_kl_max" in record:
+            return record["self_kl_mean"], record["self_kl_max"]
+    return None
 
 
 def buckets_of(candidate: Run, pairs: Pairs, *, with_kl: bool) -> dict[str, list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from xml.etree import ElementTree
 
+from perplexit.comparison.byte_aligned import ByteComparison
 from perplexit.comparison.record import Comparison
 from perplexit.errors import UsageError
 
@@ -87,7 +88,10 @@ def parse_gate(text: str) -> Gate:
 
 
 def judge(
-    comparison: Comparison, gates: Iterable[Gate], *, judged_on: JudgedOn = "interval"
+    comparison: Comparison | ByteComparison,
+    gates: Iterable[Gate],
+    *,
+    judged_on: JudgedOn = "interval",
 ) -> list[GateResult]:
     """Each gate held against a comparison, in the order given.
 
@@ -102,7 +106,7 @@ def judge(
         if figure is None:
             raise UsageError(
                 f"the gate {gate} asks for {gate.metric!r}, but this comparison has "
-                f"{', '.join(sorted(figures))}; KL and agreement need a run made with --reference"
+                f"{', '.join(sorted(figures))}; {_why_not(comparison)}"
             )
         end = figure.high if gate.operator in ("<=", "<") else figure.low
         on_interval = judged_on == "interval" and end is not None
@@ -121,6 +125,16 @@ def judge(
             )
         )
     return results
+
+
+def _why_not(comparison: Comparison | ByteComparison) -> str:
+    if isinstance(comparison, ByteComparison):
+        return (
+            "the two runs were tokenised or cut differently and are compared byte by byte, where "
+            "figures a token say nothing: gate on bits_per_byte_ratio, or evaluate both on one "
+            "input"
+        )
+    return "KL and agreement need a run made with --reference"
 
 
 def junit_xml(results_by_candidate: dict[str, list[GateResult]]) -> str:

@@ -17,7 +17,6 @@ from perplexit.comparison.gates import (
 )
 from perplexit.comparison.ranking import ranked
 from perplexit.comparison.record import Comparison
-from perplexit.errors import UsageError
 from perplexit.runs.run import Run
 
 
@@ -116,11 +115,6 @@ def _judged(
 ) -> list[GateResult]:
     if not gates:
         return []
-    if isinstance(comparison, ByteComparison):
-        raise UsageError(
-            "gates are held against runs over one prepared input, but these two were tokenised or "
-            "cut differently and can only be compared byte by byte; evaluate both on one input"
-        )
     return judge(comparison, gates, judged_on=gates_on)
 
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from perplexit.comparison.divergences import Divergences
+from perplexit.comparison.flips import Flip, Flips
+from perplexit.metrics.bootstrap import Bootstrap
 from perplexit.metrics.divergence import Distribution
 
 Verdict = Literal["better", "worse", "not distinguishable"]
@@ -53,7 +55,9 @@ class Comparison:
                  where there is no interval (`reasons` says why); else 'better' or 'worse'.
     divergences: KL and what goes with it, where the candidate was scored with this reference.
     buckets:     the change of the loss by position, token frequency and confidence.
-    margin:      max(1e-5, noise_floor), nats a token.
+    margin:      max(1e-5, the noise floors), nats a token; `noise_floor` says which there were.
+    bootstrap:   the block bootstrap of the same difference, as a check of the interval.
+    flips:       tokens at which the models' first choices differ; None where no run tells.
     num_unpaired: tokens left out because a loss was not finite; `warnings` says so.
     """
 
@@ -77,6 +81,9 @@ class Comparison:
     input_fingerprint: str
     reference: dict[str, Any]
     candidate: dict[str, Any]
+    noise_floor: dict[str, float | None] = field(default_factory=dict)
+    bootstrap: Bootstrap | None = None
+    flips: Flips | None = None
     domains: tuple[DomainRatio, ...] = ()
     most_changed: tuple[ChangedToken, ...] = ()
     divergences: Divergences | None = None
@@ -99,11 +106,15 @@ class Comparison:
         if self.divergences is not None:
             for name, found in self.divergences.columns.items():
                 figures |= _divergence_figures(name, found)
+        if "mean_kl_high" in figures:  # a gate must hold for the upper bound
+            figures["mean_kl"] = figures["mean_kl"]._replace(high=figures["mean_kl_high"].high)
+        if self.flips is not None and self.flips.complete and "top1_agreement" not in figures:
+            figures["top1_agreement"] = Figure(1 - self.flips.count / self.flips.num_tokens)
         return figures
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values, every number finite or null."""
-        record: dict[str, Any] = _plain(asdict(self))
+        record: dict[str, Any] = plain_json(asdict(self))
         return record
 
     def __str__(self) -> str:
@@ -123,6 +134,12 @@ class Comparison:
         ]
         if self.divergences is not None:
             lines += _divergence_lines(self.figures(), self.divergences.floor)
+        if self.bootstrap is not None and not self.bootstrap.agrees:
+            ends = math.exp(self.bootstrap.low), math.exp(self.bootstrap.high)
+            lines.append(
+                f"note:       the block bootstrap puts the ratio in {_range(*ends, '.6f')}, "
+                f"{self.bootstrap.width_ratio:.2f} times as wide: clusters are few or unequal"
+            )
         lines += [f"note:       {text}" for text in (*self.reasons.values(), *self.warnings)]
         for row in self.domains:
             interval = _range(row.ppl_ratio_low, row.ppl_ratio_high, ".5f")
@@ -133,7 +150,27 @@ class Comparison:
             f"  {t.nll_reference:8.4f} -> {t.nll_candidate:8.4f}  {t.context!r} {t.token!r}"
             for t in self.most_changed
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *_flip_lines(self.flips)])
+
+
+def _flip_lines(flips: Flips | None) -> list[str]:
+    if flips is None or not flips.count:
+        return []
+    least = "" if flips.complete else "at least "
+    share = 100 * flips.count / flips.num_tokens
+    lines = [
+        f"first choice changed at {least}{flips.count:,} of {flips.num_tokens:,} tokens "
+        f"({share:.2g} %)" + (", the surest first:" if flips.listed else "")
+    ]
+    return [*lines, *(f"  {_flip_line(flip)}" for flip in flips.listed)]
+
+
+def _flip_line(flip: Flip) -> str:
+    sure = "" if flip.reference_p is None else f"p {flip.reference_p:.2f}  "
+    choices = " -> ".join(
+        "?" if top is None else repr(top) for top in (flip.reference_top1, flip.candidate_top1)
+    )
+    return f"{sure}{choices}  in {flip.context!r} [{flip.token!r}] {flip.after!r}"
 
 
 _FIGURE_NAMES = {"same_top1": "top1_agreement", "top_k_agreement": "top10_agreement"}
@@ -172,6 +209,12 @@ def _divergence_lines(
             f" nats a token; median {figures['median_kl'].value:.3g}, "
             f"99.9 % {figures['p99.9_kl'].value:.3g}, largest {figures['max_kl'].value:.3g}"
         )
+    if "mean_kl_high" in figures:
+        high = figures["mean_kl_high"]
+        lines[0] += (
+            f"; a lower bound, as the reference is known in part: at most {high.value:.4g} "
+            + _range(high.low, high.high, ".4g")
+        )
     if floor is not None:
         lines[0] += f"; the reference with itself: {floor[0]:.1e}"
     return lines
@@ -184,13 +227,14 @@ def _name(conditions: Mapping[str, Any]) -> str:
     return " ".join([*(str(p) for p in parts if p), str(conditions["model"].get("address"))])
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """Plain JSON values, None for every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     return value
 
 

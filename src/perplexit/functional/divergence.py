@@ -14,6 +14,7 @@ Sources: Kullback & Leibler 1951; Lin 1991 (Jensen–Shannon); Δp as llama.cpp'
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,21 +30,29 @@ class TokenDivergences:
     top_k_agreement_N: float32, the share of the reference's K most likely tokens that are among
                        the candidate's K most likely.
     delta_p_N:         float32, probability of the target under the candidate minus the reference.
+                       None where the reference's K most likely tokens are not known.
     reference_top_p_N: float32, the reference's probability of its most likely token.
+    kl_high_N:         upper bound of the KL, where `kl_N` is a lower one (see partial_divergence).
     """
 
     kl_N: Tensor
     reverse_kl_N: Tensor
     js_N: Tensor
     same_top1_N: Tensor
-    top_k_agreement_N: Tensor
+    top_k_agreement_N: Tensor | None
     delta_p_N: Tensor
     reference_top_p_N: Tensor
+    kl_high_N: Tensor | None = None
 
     @classmethod
     def joined(cls, parts: "list[TokenDivergences]") -> "TokenDivergences":
         """The divergences of consecutive targets as one; `parts` holds at least one."""
-        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in cls.__slots__))
+
+        def column(name: str) -> Any:
+            pieces = [getattr(part, name) for part in parts]
+            return None if any(piece is None for piece in pieces) else torch.cat(pieces)
+
+        return cls(*(column(name) for name in cls.__slots__))
 
 
 def token_divergences(
@@ -80,9 +89,9 @@ def _block_divergences(
     shared_N = (top_p.indices[:, :, None] == top_q.indices[:, None, :]).any(-1).float().mean(-1)
     delta_p_N = (q_NV.gather(1, targets_N1) - p_NV.gather(1, targets_N1))[:, 0]
     return TokenDivergences(
-        kl_N=_kl(logp_NV, logq_NV, p_NV),
-        reverse_kl_N=_kl(logq_NV, logp_NV, q_NV),
-        js_N=(_kl(logp_NV, logm_NV, p_NV) + _kl(logq_NV, logm_NV, q_NV)) / 2,
+        kl_N=kl_of_logs(logp_NV, logq_NV, p_NV),
+        reverse_kl_N=kl_of_logs(logq_NV, logp_NV, q_NV),
+        js_N=(kl_of_logs(logp_NV, logm_NV, p_NV) + kl_of_logs(logq_NV, logm_NV, q_NV)) / 2,
         same_top1_N=top_p.indices[:, 0] == top_q.indices[:, 0],
         top_k_agreement_N=shared_N,
         delta_p_N=delta_p_N.float(),
@@ -90,7 +99,11 @@ def _block_divergences(
     )
 
 
-def _kl(logp_NV: Tensor, logq_NV: Tensor, p_NV: Tensor) -> Tensor:
+def kl_of_logs(logp_NV: Tensor, logq_NV: Tensor, p_NV: Tensor) -> Tensor:
+    """KL(p ‖ q) of each row from log-probabilities, with no negative term (see above).
+
+    Where both are 0 (-inf) the term is 0.
+    """
     d_NV = logq_NV - logp_NV
     # Where p is 0 the term is q, not 0 · inf; beyond d = 30, p·e^d is taken as q itself.
     near = torch.expm1(d_NV.clamp(max=30.0)).sub_(d_NV).mul_(p_NV)

@@ -123,13 +123,17 @@ def paired_interval(
 
 
 def ratio_interval(
-    sums_C: NDArray[np.float64], counts_C: NDArray[np.int64], method: str, confidence: float
+    sums_C: NDArray[np.float64],
+    counts_C: NDArray[np.int64] | NDArray[np.float64],
+    method: str,
+    confidence: float,
 ) -> Interval:
     """`Σ sums / Σ counts` over clusters with its interval; `mean_interval` gives the formulas.
 
-    The counts may be of tokens, or of bytes where a sum stands for several of them.
+    The counts may be of tokens, or of bytes where a sum stands for several of them, or be sums of
+    their own.
     """
-    num_clusters, num_tokens = len(counts_C), int(counts_C.sum())
+    num_clusters, num_tokens = len(counts_C), float(counts_C.sum())
     mean = float(sums_C.sum() / num_tokens)
     if num_clusters < 2:
         reason = f"no interval: {num_clusters} cluster ({method}), and at least 2 are needed"

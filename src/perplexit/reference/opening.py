@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from perplexit.errors import CapabilityError, FingerprintMismatchError, UsageError
+from perplexit.errors import CapabilityError, FingerprintMismatchError, RunError, UsageError
+from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
 from perplexit.inputs.token_file import TokenFile
+from perplexit.reference.partial import KlBaseReference, TopKReference, floor_of_file
 from perplexit.reference.scoring import LiveLogits, ReferenceScoring, SavingScoring, StoredLogits
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesDtype, StatesWriter
 from perplexit.runs.run import RUN_FILE, Run
@@ -69,8 +71,13 @@ def reference_scoring(
         yield _saving(session, save_in, dtype)
         return
     if isinstance(reference, str | Path):
+        if is_kl_base_file(reference):
+            yield _base_file(session, tokens, Path(reference))
+            return
         reference = _run_or_address(reference)
-    if isinstance(reference, Run):
+    if isinstance(reference, Run) and reference.saved_reference is None:
+        yield _alternatives(session, tokens, reference)
+    elif isinstance(reference, Run):
         with _loaded(_head_address(reference), **_head_settings(reference)) as head:
             yield _stored(session, tokens, reference, head)
     elif isinstance(reference, str):
@@ -121,9 +128,39 @@ def _loaded(address: str, **settings: Any) -> Iterator[InferenceSession]:
         session.close()
 
 
-def _stored(
-    session: InferenceSession, tokens: TokenFile, run: Run, head: InferenceSession
-) -> Opened:
+def _base_file(session: InferenceSession, tokens: TokenFile, path: Path) -> Opened:
+    file = KlBaseFile(path)
+    file.require_input(tokens)
+    scoring = ReferenceScoring(session, KlBaseReference(file))
+    mean, largest = floor_of_file(file)
+    record = {
+        "kind": "llama.cpp base file",
+        "address": str(path),
+        "weights_fingerprint": file.fingerprint,
+        "engine": "llama.cpp",
+        "dtype": "uint16 log-probabilities, the least likely tokens as one",
+        "self_kl_mean": mean,
+        "self_kl_max": largest,
+    }
+    return Opened(scoring.details, reference=record)
+
+
+def _alternatives(session: InferenceSession, tokens: TokenFile, run: Run) -> Opened:
+    """A reference that recorded its most likely tokens: KL becomes a pair of bounds."""
+    if not run.top_k:
+        raise RunError(
+            f"expected a run with stored hidden states, got {run.folder or run} without; evaluate "
+            "the reference with --save-reference or, where its engine has no hidden states, with "
+            "--top-k 20"
+        )
+    _require_complete_and_same_input(tokens, run)
+    reference = TopKReference(run)
+    scoring = ReferenceScoring(session, reference)
+    kind = f"top {reference.num_alternatives} and a tail"
+    return Opened(scoring.details, reference=_identity(kind, run.model, run.session))
+
+
+def _require_complete_and_same_input(tokens: TokenFile, run: Run) -> None:
     if run.status != "complete":
         raise UsageError(f"expected a complete reference run, got one that is {run.status}")
     if run.input_fingerprint != tokens.input_fingerprint:
@@ -132,6 +169,12 @@ def _stored(
             f"({run.input_fingerprint[:12]}… and {tokens.input_fingerprint[:12]}…); evaluate the "
             "reference on the same token file"
         )
+
+
+def _stored(
+    session: InferenceSession, tokens: TokenFile, run: Run, head: InferenceSession
+) -> Opened:
+    _require_complete_and_same_input(tokens, run)
     recorded = run.model["weights_fingerprint"]
     if head.model.weights_fingerprint != recorded:
         raise FingerprintMismatchError(
@@ -154,7 +197,8 @@ def _live(session: InferenceSession, reference: InferenceSession) -> Opened:
     if not isinstance(reference, LogitsSession):
         raise CapabilityError(
             f"expected a reference that gives whole distributions, but {reference.model.address} "
-            "gives the loss of each target alone; use the checkpoint itself (hf:)"
+            "gives the loss of each target alone; use the checkpoint itself (hf:), or a run of it "
+            "with --top-k"
         )
     scoring = ReferenceScoring(session, LiveLogits(reference))
     model = {

@@ -5,7 +5,7 @@ Shape suffixes: N = targets of one window, D = hidden size, V = vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,11 +15,14 @@ from perplexit.errors import CapabilityError, VocabularyError
 from perplexit.functional.divergence import TokenDivergences, token_divergences
 from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
 from perplexit.functional.nll import TokenStatistics, token_statistics
+from perplexit.functional.partial_divergence import partial_divergences
 from perplexit.inputs.windows import WindowIds
+from perplexit.reference.partial import PartialReference
 from perplexit.reference.states import ReferenceStates, StatesWriter
 from perplexit.sessions.base import (
     HiddenStateSession,
     InferenceSession,
+    LogitsChunk,
     LogitsSession,
     TokenDetails,
 )
@@ -32,9 +35,11 @@ DIVERGENCE_COLUMNS = {
     "top_k_agreement": "top_k_agreement_N",
     "delta_p": "delta_p_N",
     "reference_top_p": "reference_top_p_N",
+    "kl_high": "kl_high_N",
 }
 
 
+@runtime_checkable
 class ReferenceLogits(Protocol):
     """Gives the reference's logits for targets that a candidate is being scored on."""
 
@@ -101,7 +106,9 @@ class LiveLogits:
 class ReferenceScoring:
     """Scores a candidate, with each token's divergence from the reference beside it."""
 
-    def __init__(self, session: InferenceSession, reference: ReferenceLogits) -> None:
+    def __init__(
+        self, session: InferenceSession, reference: ReferenceLogits | PartialReference
+    ) -> None:
         if not isinstance(session, LogitsSession):
             raise CapabilityError(
                 f"a KL divergence needs whole distributions, but {session.model.address} gives "
@@ -122,20 +129,29 @@ class ReferenceScoring:
                 window.ids_T[window.targets_N[chunk.start : stop]].astype(np.int64)
             )
             candidate_NV = torch.from_numpy(chunk.logits_NV.copy())  # engines reuse their buffers
-            reference_NV = torch.from_numpy(
-                np.ascontiguousarray(self._reference.rows(chunk.place, chunk.start, stop))
-            )
-            if reference_NV.shape != candidate_NV.shape:
-                raise VocabularyError(
-                    f"expected two distributions over one vocabulary, got {reference_NV.shape[1]} "
-                    f"entries in the reference and {candidate_NV.shape[1]} in the candidate; "
-                    "a KL divergence between them does not exist"
-                )
-            divergences = token_divergences(reference_NV, candidate_NV, targets_N)
+            divergences = self._divergences(chunk, stop, candidate_NV, targets_N)
             parts[chunk.place].append(
                 (token_statistics(candidate_NV, targets_N, top_k=top_k), divergences)
             )
         return [_details(window_parts) for window_parts in parts]
+
+    def _divergences(
+        self, chunk: LogitsChunk, stop: int, candidate_NV: torch.Tensor, targets_N: torch.Tensor
+    ) -> TokenDivergences:
+        vocab_size = candidate_NV.shape[1]
+        if not isinstance(self._reference, ReferenceLogits):
+            partial = self._reference.partial_rows(chunk.place, chunk.start, stop, vocab_size)
+            return partial_divergences(partial, candidate_NV, targets_N)
+        reference_NV = torch.from_numpy(
+            np.ascontiguousarray(self._reference.rows(chunk.place, chunk.start, stop))
+        )
+        if reference_NV.shape != candidate_NV.shape:
+            raise VocabularyError(
+                f"expected two distributions over one vocabulary, got {reference_NV.shape[1]} "
+                f"entries in the reference and {vocab_size} in the candidate; "
+                "a KL divergence between them does not exist"
+            )
+        return token_divergences(reference_NV, candidate_NV, targets_N)
 
 
 class SavingScoring:
@@ -214,7 +230,9 @@ def _details(
         return details
     joined = TokenDivergences.joined(divergences)
     columns = {
-        name: getattr(joined, attribute).numpy() for name, attribute in DIVERGENCE_COLUMNS.items()
+        name: column.numpy()
+        for name, attribute in DIVERGENCE_COLUMNS.items()
+        if (column := getattr(joined, attribute)) is not None
     }
     return replace(details, divergences=columns)
 

@@ -1,13 +1,12 @@
 """Token ids as text to show: what the runs spelled, and the tokenizer where it is at hand."""
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.errors import FingerprintMismatchError, PerplexitError
+from perplexit.comparison.vocabulary import shown, spelled_by_models
+from perplexit.errors import FingerprintMismatchError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.report.subject import Subject
@@ -35,14 +34,6 @@ def vocabulary_of(
     return _seen_in_text(subject, wanted, tokens)
 
 
-def shown(data: bytes) -> str:
-    """Bytes as text; bytes that are no whole characters as `⟨E2 82⟩`."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return f"⟨{data.hex(' ').upper()}⟩"
-
-
 def _spelled_by(subject: Subject, tokenizer: str | Path | None) -> list[bytes] | None:
     fingerprint = subject.reference.tokenizer_fingerprint
     if tokenizer is not None:
@@ -53,26 +44,7 @@ def _spelled_by(subject: Subject, tokenizer: str | Path | None) -> list[bytes] |
                 f"({backend.fingerprint[:12]}…); name the one that the input was prepared with"
             )
         return list(backend.spelled)
-    for place in _local_places(run.model for run in subject.runs):
-        try:
-            backend = load_tokenizer(place).backend
-        except (PerplexitError, OSError, ValueError, KeyError):
-            continue
-        if backend.fingerprint == fingerprint:
-            return list(backend.spelled)
-    return None
-
-
-def _local_places(models: Iterable[Mapping[str, Any]]) -> list[Path]:
-    """Where the models lie on this machine; a report asks no network."""
-    places = []
-    for model in models:
-        address = str(model.get("address", ""))
-        for prefix in ("hf:", "gguf:", "onnx:", "openvino:", "tvm:"):
-            address = address.removeprefix(prefix)
-        if address and Path(address).exists():
-            places.append(Path(address))
-    return list(dict.fromkeys(places))
+    return spelled_by_models(subject.runs)
 
 
 def _seen_in_text(

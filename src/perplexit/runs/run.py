@@ -76,6 +76,8 @@ class Run:
     reference: dict[str, Any] | None = None  # what the divergence columns were measured from
     saved_reference: dict[str, Any] | None = None  # of a run whose hidden states are kept
 
+    noise_floor: dict[str, Any] | None = None  # the model against itself in other batches
+
     tokens_sha256: str | None = None  # of tokens.parquet
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

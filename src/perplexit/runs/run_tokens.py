@@ -23,6 +23,7 @@ DIVERGENCES = (
     "top_k_agreement",
     "delta_p",
     "reference_top_p",
+    "kl_high",
 )
 
 
@@ -42,6 +43,8 @@ class RunTokens:
                  candidate), KL(candidate ‖ reference), Jensen-Shannon (nats), whether both find
                  the same token most likely, the share of the top 10 in common, the change of the
                  target's probability, the reference's probability of its most likely token.
+    kl_high:     where only a part of the reference is known: `kl` (and reverse_kl, js) are lower
+                 bounds, and this is the KL's upper one.
     """
 
     document: NDArray[np.int32]
@@ -67,6 +70,7 @@ class RunTokens:
     top_k_agreement: NDArray[np.float32] | None = None
     delta_p: NDArray[np.float32] | None = None
     reference_top_p: NDArray[np.float32] | None = None
+    kl_high: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.nll)

@@ -1,0 +1,150 @@
+"""Tokens at which the two models' first choices differ, the reference's surest ones first.
+
+Shape suffixes: M = tokens that both runs scored with a finite loss, in window order; R = rows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.comparison.pairing import Pairs
+from perplexit.comparison.vocabulary import spell
+from perplexit.runs.run import Run
+from perplexit.runs.run_tokens import RunTokens
+
+CONTEXT_TOKENS = 12
+AFTER_TOKENS = 4
+UNKNOWN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """One changed first choice, with the text around it.
+
+    *_top1:      the text of a model's most likely token; None where it was not recorded, `<id>`
+                 where nothing at hand spells it.
+    reference_p: the probability that the reference gave to its first choice; None if not recorded.
+    """
+
+    document: int
+    token_index: int
+    token: str
+    context: str
+    after: str
+    reference_top1: str | None
+    candidate_top1: str | None
+    reference_p: float | None
+    nll_reference: float
+    nll_candidate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flips:
+    """How many first choices changed, and the `listed` ones.
+
+    complete: false where only ranks are known: a change from one wrong choice to another is then
+              not seen, and `count` is a lower bound.
+    """
+
+    count: int
+    num_tokens: int
+    complete: bool
+    listed: tuple[Flip, ...]
+
+
+def flips_of(reference: Run, candidate: Run, pairs: Pairs, limit: int) -> Flips | None:
+    """The changed first choices of two runs over one input; None where neither run tells."""
+    ours, theirs = reference.tokens, candidate.tokens
+    changed = _changed_rows(reference, candidate)
+    if changed is None:
+        return None
+    changed_R, complete = changed
+    changed_M = changed_R[pairs.rows]
+    places = np.flatnonzero(changed_M)
+    sureness_M = _sureness(reference, candidate, pairs)
+    if sureness_M is None:
+        order = np.argsort(-np.abs(pairs.delta[places]), kind="stable")
+    else:
+        order = np.argsort(-sureness_M[places], kind="stable")
+    chosen = places[order[:limit]]
+    tops = [_first_choices(rows, pairs.rows[chosen]) for rows in (ours, theirs)]
+    texts = spell([reference, candidate], {int(i) for top in tops for i in top if i != UNKNOWN})
+    listed = tuple(
+        Flip(
+            document=int(ours.document[row]),
+            token_index=int(ours.token_index[row]),
+            token=ours.text_of(row),
+            context=text_around(ours, row, -CONTEXT_TOKENS),
+            after=text_around(ours, row, AFTER_TOKENS),
+            reference_top1=_text(int(tops[0][index]), texts),
+            candidate_top1=_text(int(tops[1][index]), texts),
+            reference_p=None if sureness_M is None else float(sureness_M[place]),
+            nll_reference=float(pairs.reference[place]),
+            nll_candidate=float(pairs.candidate[place]),
+        )
+        for index, (place, row) in enumerate(
+            zip(chosen.tolist(), pairs.rows[chosen].tolist(), strict=True)
+        )
+    )
+    return Flips(len(places), len(changed_M), complete, listed)
+
+
+def text_around(tokens: RunTokens, row: int, count: int) -> str:
+    """The text of the scored tokens right before (`count` < 0) or after a row, in its document."""
+    step = 1 if count > 0 else -1
+    last = row
+    for _ in range(abs(count)):
+        following = last + step
+        if not 0 <= following < len(tokens) or (
+            tokens.document[following] != tokens.document[row]
+            or tokens.token_index[following] != tokens.token_index[last] + step
+        ):
+            break
+        last = following
+    first, stop = (row + 1, last + 1) if step > 0 else (last, row)
+    if tokens.token_bytes is None:
+        return " ".join(f"<{int(token)}>" for token in tokens.token_id[first:stop])
+    return b"".join(tokens.token_bytes[first:stop].to_pylist()).decode("utf-8", errors="replace")
+
+
+def _changed_rows(reference: Run, candidate: Run) -> tuple[NDArray[np.bool_], bool] | None:
+    """(where first choices are known to differ, whether that is all of them)."""
+    ours, theirs = reference.tokens, candidate.tokens
+    if theirs.same_top1 is not None and _held_against(reference, candidate):
+        return ~theirs.same_top1.astype(np.bool_), True
+    if ours.top_ids is not None and theirs.top_ids is not None:
+        return ours.top_ids[:, 0] != theirs.top_ids[:, 0], True
+    if ours.rank is not None and theirs.rank is not None:
+        return (ours.rank == 1) != (theirs.rank == 1), False
+    return None
+
+
+def _sureness(reference: Run, candidate: Run, pairs: Pairs) -> NDArray[np.float64] | None:
+    top = reference.tokens.top_logprobs
+    if top is not None:
+        return np.asarray(np.exp(top[pairs.rows, 0], dtype=np.float64))
+    recorded = candidate.tokens.reference_top_p
+    if recorded is None or not _held_against(reference, candidate):
+        return None
+    return np.asarray(recorded[pairs.rows], np.float64)
+
+
+def _held_against(reference: Run, candidate: Run) -> bool:
+    """Whether the candidate's divergence columns were measured from this reference."""
+    recorded = (candidate.reference or {}).get("weights_fingerprint")
+    return recorded is not None and recorded == reference.model.get("weights_fingerprint")
+
+
+def _first_choices(tokens: RunTokens, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The id of each row's most likely token; UNKNOWN where it was not recorded."""
+    if tokens.top_ids is not None:
+        return np.asarray(tokens.top_ids[rows, 0], np.int64)
+    if tokens.rank is None:
+        return np.full(len(rows), UNKNOWN)
+    first = tokens.rank[rows] == 1
+    return np.asarray(np.where(first, tokens.token_id[rows], UNKNOWN), np.int64)
+
+
+def _text(token_id: int, texts: dict[int, str]) -> str | None:
+    return None if token_id == UNKNOWN else texts.get(token_id, f"<{token_id}>")
