@@ -126,8 +126,8 @@ def evaluate(
                 missing = measure_noise_floor and recorded.noise_floor is None
                 return evaluation.with_noise_floor(recorded) if missing else recorded
             wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)
-        run = evaluation.complete(wanted, began=began, load_seconds=load_seconds)
-        return evaluation.with_noise_floor(run) if measure_noise_floor else run
+        scored = evaluation.complete(wanted, began=began, load_seconds=load_seconds)
+        return evaluation.with_noise_floor(scored) if measure_noise_floor else scored
 
 
 def _check_options(batch_size: Any, top_k: int, confidence: float, on_non_finite: str) -> None:
