@@ -39,6 +39,13 @@ def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
             f"the model has {vocab_size} vocabulary rows and the tokenizer {tokens.vocab_size}: "
             "the rows without a token keep their share of the probability"
         )
+    weights = session.description.settings.get("weights", {})
+    if not weights.get("batch_invariant", True):
+        warnings.append(
+            f"activations are rounded while the model runs ({weights['activations']}): losses "
+            "depend a little on what stands beside a window in its batch; compare runs of one "
+            "batch size"
+        )
     return warnings
 
 
@@ -73,11 +80,18 @@ def _compared(recorded: Run, wanted: Run) -> dict[str, tuple[Any, Any]]:
         for name in names
     }
     key = "weights_fingerprint"
+    pairs["adapter"] = (_adapter(recorded.model), _adapter(wanted.model))
     pairs["model weights"] = (recorded.model.get(key), wanted.model.get(key))
     before, after = _flat(_plain(recorded.session)), _flat(_plain(wanted.session))
     for name in sorted(set(before) | set(after)):
         pairs[name] = (before.get(name), after.get(name))
     return pairs
+
+
+def _adapter(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an adapter does to the figures; where its folder lies does nothing."""
+    adapter = model.get("adapter")
+    return adapter and {"fingerprint": adapter["fingerprint"], "merged": adapter["merged"]}
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -40,6 +40,8 @@ def evaluate(
     quantization: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    adapter: str | Path | None = None,
+    merge_adapter: bool = False,
     batch_size: int | Literal["auto"] = "auto",
     mode: Literal["full", "cached"] = "full",
     prompt_len: int | None = None,
@@ -56,7 +58,8 @@ def evaluate(
     """The run of a model over a prepared input: perplexity with its interval and its conditions.
 
     session:  an open session, or a model address (`hf:PATH_OR_ID`, `onnx:DIR`, a bare path) that
-        is loaded with `dtype`, `quantization`, `device` and `threads`, and closed afterwards.
+        is loaded with `dtype`, `quantization`, `device`, `threads` and `adapter` (the folder of a
+        PEFT adapter, merged into the weights with `merge_adapter`), and closed afterwards.
     tokens:   a TokenFile or the path of one (opened and verified).
     run:      the run folder. Results are committed there part by part; the same call after a kill
         goes on where it was, and a complete run under the same conditions is returned as it is.
@@ -87,16 +90,20 @@ def evaluate(
         memory = stack.enter_context(HostMemory())
         token_file = tokens if isinstance(tokens, TokenFile) else TokenFile.open(tokens)
         store = None if run is None else stack.enter_context(RunStore(run))
+        settings: dict[str, Any] = {
+            "dtype": dtype,
+            "quantization": quantization,
+            "device": device,
+            "threads": threads,
+            "adapter": adapter,
+            "merge_adapter": merge_adapter,
+        }
         if isinstance(session, str | Path):
-            session = stack.enter_context(
-                _loaded(
-                    session, dtype=dtype, quantization=quantization, device=device, threads=threads
-                )
-            )
-        elif (dtype, quantization, device, threads) != (None, None, None, None):
+            session = stack.enter_context(_loaded(session, **settings))
+        elif any(value not in (None, False) for value in settings.values()):
             raise UsageError(
-                "dtype, quantization, device and threads are settings of a session that is being "
-                "loaded, but an open session was given; set them in load_session"
+                f"{', '.join(settings)} are settings of a session that is being loaded, but an "
+                "open session was given; set them in load_session"
             )
         if mode == "cached":
             session = cached_session(

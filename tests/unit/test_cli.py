@@ -64,6 +64,8 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (EVAL, ["--decode-chunk", "3"], "evaluate", "decode_chunk", 3),
     (EVAL, ["--device", "cuda:1"], "evaluate", "device", "cuda:1"),
     (EVAL, ["--threads", "2"], "evaluate", "threads", 2),
+    (EVAL, ["--adapter", "lora"], "evaluate", "adapter", Path("lora")),
+    (EVAL, ["--merge-adapter"], "evaluate", "merge_adapter", True),
     (EVAL, ["--top-k", "5"], "evaluate", "top_k", 5),
     (EVAL, ["--confidence", "0.9"], "evaluate", "confidence", 0.9),
     (EVAL, ["--on-non-finite", "count"], "evaluate", "on_non_finite", "count"),

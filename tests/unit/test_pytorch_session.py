@@ -263,7 +263,7 @@ def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(tiny_llama_dir)
         ({"device": "abacus"}, UsageError, "abacus"),
         ({"dtype": "int3"}, UsageError, "int3"),
         ({"threads": 0}, UsageError, "at least 1"),
-        ({"quantization": "int8"}, QuantizationError, "--to onnx"),
+        ({"quantization": "int7"}, QuantizationError, "nf4.*int8.*q4f16_0.*int7"),
     ],
 )
 def test_options_that_cannot_be_had_are_refused(tiny_llama_dir, options, error, message):

@@ -14,10 +14,13 @@ from perplexit.cli.group import continued_by, examples
 from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
 from perplexit.cli.progress import scoring_progress
 from perplexit.errors import UsageError
+from perplexit.quantization.precisions import precisions_by_engine
 
 EXAMPLES = examples(
     "perplexit eval smollm2/ speech.safetensors --run runs/fp32",
     "perplexit eval hf:model.gguf speech.safetensors --dtype bf16 --run runs/bf16",
+    "perplexit eval smollm2/ speech.safetensors --quantization nf4 --run runs/nf4",
+    "perplexit eval smollm2/ speech.safetensors --adapter lora/ --run runs/lora",
     "perplexit eval onnx:program/ speech.safetensors --batch-size 4 --json",
     "perplexit eval smollm2/ speech.safetensors --mode cached --prompt-len 128 --json",
     "perplexit eval smollm2/ speech.safetensors --save-reference --run runs/reference",
@@ -68,7 +71,7 @@ def evaluate(
         str | None, typer.Option(help="float32, bfloat16 or float16. \\[default: float32]")
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="Quantize the weights on loading, for example int4.")
+        str | None, typer.Option(help=f"The weights' precision. {precisions_by_engine()}.")
     ] = None,
     batch_size: Annotated[
         str,
@@ -92,6 +95,14 @@ def evaluate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. \\[default: the engine's own]")
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A PEFT adapter (LoRA and its like) on the model."),
+    ] = None,
+    merge_adapter: Annotated[
+        bool,
+        typer.Option("--merge-adapter", help="Add the adapter into the weights before scoring."),
+    ] = False,
     top_k: Annotated[
         int, typer.Option(min=0, help="Keep the K most likely tokens of every position.")
     ] = 0,
@@ -149,6 +160,8 @@ def evaluate(
             quantization=quantization,
             device=device,
             threads=threads,
+            adapter=adapter,
+            merge_adapter=merge_adapter,
             batch_size=_batch_size(batch_size),
             mode=mode.value,
             prompt_len=prompt_len,

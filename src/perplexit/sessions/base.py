@@ -17,8 +17,19 @@ from perplexit.inputs.windows import WindowIds
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterDescription:
+    """A PEFT adapter on the model: its method (LORA, …), and whether it was merged."""
+
+    path: str
+    kind: str
+    fingerprint: str
+    merged: bool
+    base: str | None = None  # the model it was trained on, as it says
+
+
+@dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """Whose numbers these are; `weights_fingerprint` is of weights and configuration."""
+    """Whose numbers these are; `weights_fingerprint` is of weights, configuration and adapter."""
 
     address: str
     architecture: str
@@ -26,6 +37,7 @@ class ModelDescription:
     weights_fingerprint: str
     vocab_size: int
     max_length: int | None = None  # longest window the model was made for; None: unknown
+    adapter: AdapterDescription | None = None
 
 
 @dataclass(frozen=True, slots=True)

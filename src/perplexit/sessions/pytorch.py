@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from perplexit.errors import (
     CapabilityError,
     EngineOutOfMemoryError,
-    QuantizationError,
     UsageError,
 )
 from perplexit.functional.linear_nll import (
@@ -42,7 +41,7 @@ from perplexit.sessions.pytorch_cached import (
 )
 from perplexit.sessions.pytorch_device import batch_size_for, is_out_of_memory
 from perplexit.sessions.pytorch_forward import ForwardPass, WholeForward, find_forward
-from perplexit.sessions.pytorch_loading import open_module
+from perplexit.sessions.pytorch_loading import ModuleChanges, open_module
 from perplexit.sessions.pytorch_module import (
     activation_bytes_per_id,
     dtype_name,
@@ -62,8 +61,10 @@ class PytorchInferenceSession:
     dtype:   float32 for an address unless told otherwise, whatever the checkpoint's own is.
     device:  cpu, cuda, cuda:N or mps; None takes CUDA where there is one.
     threads: of the CPU; None takes OMP_NUM_THREADS, else the cores this process may use.
+    quantization: the weights' precision, such as nf4 or int8: `known_precisions("pytorch")`.
+    adapter: the folder of a PEFT adapter for the model; merge_adapter: merged into its weights.
     max_logits_bytes: how much float32 logits may take at a time.
-    Raises ModelError, UsageError, QuantizationError.
+    Raises ModelError, UsageError, QuantizationError, MissingPackageError.
     """
 
     def __init__(
@@ -74,18 +75,18 @@ class PytorchInferenceSession:
         device: str | None = None,
         threads: int | None = None,
         quantization: str | None = None,
+        adapter: str | Path | None = None,
+        merge_adapter: bool = False,
         max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
     ) -> None:
-        if quantization is not None:
-            raise QuantizationError(
-                f"expected no quantization for PyTorch in this version, got {quantization!r}; "
-                "quantize in ONNX Runtime: perplexit compile MODEL --to onnx --quantization Q"
-            )
-        opened = open_module(model, dtype=dtype, device=device, threads=threads)
+        changes = ModuleChanges(quantization, adapter, merge_adapter)
+        opened = open_module(model, dtype=dtype, device=device, threads=threads, changes=changes)
         self._opened, self._module, self._device = opened, opened.module, opened.device
         num_rows = num_embeddings(self._module)
         with opened.scoring():
-            forward, self._num_logits = find_forward(self._module, num_rows or 2)
+            forward, self._num_logits = find_forward(
+                self._module, num_rows or 2, row_by_row=opened.batch_invariant
+            )
         self._forward: ForwardPass = forward
         self._id_limit = min(num_rows or self._num_logits, self._num_logits)
         self._chunk_rows = rows_within(max_logits_bytes, self._num_logits)
@@ -292,11 +293,14 @@ class PytorchInferenceSession:
             "num_logits": self._num_logits,
             "float32_matmul_precision": "highest",
         }
+        if self._opened.quantization is not None:
+            settings["weights"] = dict(self._opened.quantization.settings)
         return SessionDescription(
             engine="pytorch",
             version=torch.__version__,
             dtype=dtype_name(self._module),
             device=str(self._device),
+            quantization=self._opened.describe_quantization(),
             threads=self._opened.threads,
             settings=settings,
         )

@@ -111,14 +111,18 @@ class LinearHead:
         return torch.addmm(bias, hidden_ND, weight.t(), out=out_NV)
 
 
-def find_forward(model: nn.Module, id_limit: int) -> tuple[ForwardPass, int]:
+def find_forward(
+    model: nn.Module, id_limit: int, *, row_by_row: bool = True
+) -> tuple[ForwardPass, int]:
     """The leanest forward pass that gives the model's own logits, and the number of its logits.
 
     Tried on a few fixed ids below `id_limit`, with and without padding.
-    Raises ModelError where later ids change earlier predictions: the model is not causal.
+    row_by_row: False where the layers round a whole batch's activations together, as LLM.int8()
+    does: then later ids change earlier predictions a little even in a causal model.
+    Raises ModelError where they do otherwise: the model is not causal.
     """
     whole = WholeForward(model)
-    probe = _Probe.of(whole, id_limit, _device_of(model))
+    probe = _Probe.of(whole, id_limit, _device_of(model), causal=row_by_row)
     for body, own_head in _splits(model):
         chunked = ChunkedForward(body, own_head, "chunked (own forward)")
         if probe.agrees(chunked):
@@ -139,7 +143,9 @@ class _Probe:
     padded_BTV: Tensor
 
     @classmethod
-    def of(cls, whole: WholeForward, id_limit: int, device: torch.device) -> "_Probe":
+    def of(
+        cls, whole: WholeForward, id_limit: int, device: torch.device, *, causal: bool
+    ) -> "_Probe":
         generator = torch.Generator().manual_seed(0)
         ids_BT = torch.randint(id_limit, (2, _PROBE_LENGTH), generator=generator)
         changed_BT = ids_BT.clone()
@@ -155,7 +161,7 @@ class _Probe:
                 f"expected logits of shape (batch, length, vocabulary) for ids of shape "
                 f"{tuple(ids_BT.shape)}, got {tuple(plain_BTV.shape)}"
             )
-        changed_BTV = whole.rows(changed_BT.to(device), None)
+        changed_BTV = whole.rows(changed_BT.to(device), None) if causal else plain_BTV
         if not _close(plain_BTV[:, :half], changed_BTV[:, :half], slack=100.0):
             raise ModelError(
                 "expected a causal language model, but a later id changes an earlier prediction; "
@@ -215,8 +221,10 @@ def _output_linear(model: nn.Module) -> nn.Linear | None:
     """The model's output embedding where it is a plain linear layer with nothing hooked on."""
     get = getattr(model, "get_output_embeddings", None)
     layer = get() if get is not None else None
-    # A subclass (a quantized or adapted layer) may compute something else.
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    # A subclass (a quantized or adapted layer, or weight) may compute something else.
+    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+        return None
+    if layer._forward_hooks or layer._forward_pre_hooks:
         return None
     return layer
 

@@ -7,23 +7,53 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from perplexit.checkpoints.adapters import Adapter, adapted_fingerprint, find_adapter, with_adapter
 from perplexit.checkpoints.loading import load_checkpoint
 from perplexit.checkpoints.sources import CheckpointSource
 from perplexit.errors import UsageError
 from perplexit.quantization.precisions import canonical_dtype
-from perplexit.sessions.base import ModelDescription
+from perplexit.quantization.pytorch_quantization import (
+    PytorchQuantization,
+    pytorch_recipe,
+    quantize_model,
+)
+from perplexit.sessions.base import AdapterDescription, ModelDescription, QuantizationDescription
 from perplexit.sessions.pytorch_device import chosen_device, chosen_threads, scoring_settings
 from perplexit.sessions.pytorch_module import config_integer, dtype_name, module_fingerprint
 
 
 @dataclass(frozen=True)
+class ModuleChanges:
+    """What is to become of a checkpoint once it is loaded.
+
+    quantization: a precision's name; adapter: a PEFT adapter's folder, merged where asked for.
+    """
+
+    quantization: str | None = None
+    adapter: str | Path | None = None
+    merge_adapter: bool = False
+
+
+@dataclass(frozen=True)
 class OpenedModule:
-    """A module, where it runs, and where it came from (None: it was handed in)."""
+    """A module, where it runs, where it came from (None: it was handed in), what was done to it.
+
+    num_parameters: of the checkpoint, whatever packed weights and adapters count.
+    """
 
     module: nn.Module
     device: torch.device
     threads: int
+    num_parameters: int
     source: CheckpointSource | None = None
+    quantization: PytorchQuantization | None = None
+    adapter: Adapter | None = None
+    merged: bool = False
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's results are its own, whatever else is in the batch."""
+        return self.quantization is None or bool(self.quantization.settings["batch_invariant"])
 
     def scoring(self) -> AbstractContextManager[None]:
         """The process's settings while the module is run; see `scoring_settings`."""
@@ -32,31 +62,105 @@ class OpenedModule:
     def describe(self, vocab_size: int) -> ModelDescription:
         """Whose numbers these are; takes the fingerprint of the weights."""
         source = self.source
+        fingerprint = source.fingerprint if source else module_fingerprint(self.module)
+        if self.adapter is not None:
+            fingerprint = adapted_fingerprint(fingerprint, self.adapter)
         return ModelDescription(
             address=source.address if source else f"module:{type(self.module).__qualname__}",
             architecture=type(self.module).__name__,
-            num_parameters=sum(p.numel() for p in self.module.parameters()),
-            weights_fingerprint=source.fingerprint if source else module_fingerprint(self.module),
+            num_parameters=self.num_parameters,
+            weights_fingerprint=fingerprint,
             vocab_size=vocab_size,
             max_length=config_integer(self.module, "max_position_embeddings", "n_positions"),
+            adapter=self._adapter_description(),
+        )
+
+    def describe_quantization(self) -> QuantizationDescription | None:
+        """What was quantized; None where nothing was."""
+        done = self.quantization
+        if done is None:
+            return None
+        return QuantizationDescription(
+            name=done.name,
+            library=done.library,
+            num_modules=done.num_modules,
+            num_bytes=done.num_bytes,
+            effective_bits=done.effective_bits,
+            unquantized=done.unquantized,
+        )
+
+    def _adapter_description(self) -> AdapterDescription | None:
+        if self.adapter is None:
+            return None
+        return AdapterDescription(
+            path=str(self.adapter.folder.resolve()),
+            kind=self.adapter.kind,
+            fingerprint=self.adapter.fingerprint,
+            merged=self.merged,
+            base=self.adapter.base,
         )
 
 
 def open_module(
-    model: str | Path | nn.Module, *, dtype: str | None, device: str | None, threads: int | None
+    model: str | Path | nn.Module,
+    *,
+    dtype: str | None,
+    device: str | None,
+    threads: int | None,
+    changes: ModuleChanges | None = None,
 ) -> OpenedModule:
     """The module that is meant, loaded where it is an address.
 
-    A loaded one keeps its dtype and device; UsageError where others are asked for.
+    A loaded one keeps its dtype and device, and is not changed; UsageError where that is asked for.
     """
+    changes = changes or ModuleChanges()
+    if changes.merge_adapter and changes.adapter is None:
+        raise UsageError("merge_adapter is for an adapter, but none was given; name its folder")
     if isinstance(model, nn.Module):
+        if changes != ModuleChanges():
+            raise UsageError(
+                "expected a model's address with a quantization or an adapter, got a loaded model, "
+                "which stays as it is; give its folder, or change the model yourself"
+            )
         num_threads = torch.get_num_threads() if threads is None else chosen_threads(threads)
-        return OpenedModule(model, _checked_placement(model, dtype, device), num_threads)
+        placed = _checked_placement(model, dtype, device)
+        return OpenedModule(model, placed, num_threads, _num_parameters(model))
+    return _loaded(model, canonical_dtype(dtype or "float32"), device, threads, changes)
+
+
+def _loaded(
+    model: str | Path, dtype: str, device: str | None, threads: int | None, changes: ModuleChanges
+) -> OpenedModule:
+    """A checkpoint with what is to become of it: names and folders are checked before it is read.
+
+    A merged adapter is part of the weights that are quantized; one beside them is not.
+    """
     num_threads, placed = chosen_threads(threads), chosen_device(device)
-    checkpoint = load_checkpoint(
-        model, dtype=canonical_dtype(dtype or "float32"), device=str(placed)
+    recipe = None if changes.quantization is None else pytorch_recipe(changes.quantization)
+    adapter = None if changes.adapter is None else find_adapter(changes.adapter)
+    checkpoint = load_checkpoint(model, dtype=dtype, device=str(placed))
+    module, quantization = checkpoint.model, None
+    num_parameters = _num_parameters(module)
+    if adapter is not None and changes.merge_adapter:
+        module = with_adapter(module, adapter, merge=True)
+    if recipe is not None:
+        quantization = quantize_model(module, recipe)
+    if adapter is not None and not changes.merge_adapter:
+        module = with_adapter(module, adapter, merge=False)
+    return OpenedModule(
+        module=module,
+        device=placed,
+        threads=num_threads,
+        num_parameters=num_parameters,
+        source=checkpoint.source,
+        quantization=quantization,
+        adapter=adapter,
+        merged=changes.merge_adapter,
     )
-    return OpenedModule(checkpoint.model, placed, num_threads, checkpoint.source)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _checked_placement(module: nn.Module, dtype: str | None, device: str | None) -> torch.device:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from perplexit.errors import CapabilityError, MissingPackageError, ModelError
+from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
 from perplexit.programs import PROGRAM_FILE
 from perplexit.sessions.base import InferenceSession
 
@@ -46,7 +46,9 @@ _ENGINES = {
         "perplexit.sessions.llamacpp:LlamaCppInferenceSession", "llamacpp", "gguf:FILE (llama.cpp)"
     ),
     "openvino": _Engine(
-        "perplexit.sessions.openvino:OpenVinoInferenceSession", "openvino", "openvino:DIR"
+        "perplexit.sessions.openvino:OpenVinoInferenceSession",
+        "openvino",
+        "openvino:DIR, made by `perplexit compile --to openvino`",
     ),
     "tvm": _Engine("perplexit.sessions.tvm:TvmInferenceSession", "tvm", "tvm:DIR"),
     "completions": _Engine(
@@ -60,6 +62,10 @@ _ENGINES = {
     ),
 }
 _PREFIX_OF_SUFFIX = {".gguf": "gguf", ".arpa": "ngram"}
+_ADAPTER_REMEDY = (
+    "adapters are for hf: (PyTorch). For another engine, merge the adapter into the checkpoint, "
+    "save that, and compile it"
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -70,6 +76,8 @@ def load_session(
     quantization: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    adapter: str | Path | None = None,
+    merge_adapter: bool = False,
 ) -> InferenceSession:
     """An open session on the model at `address`: `prefix:location`, or a path known by what it is.
 
@@ -83,6 +91,8 @@ def load_session(
         "quantization": quantization,
         "device": device,
         "threads": threads,
+        "adapter": adapter,
+        "merge_adapter": merge_adapter or None,
         "address": f"{prefix}:{location}",
     }
     session_class = _session_class(prefix)
@@ -171,10 +181,13 @@ def _session_class(prefix: str) -> Any:
 
 def _accepted(session_class: Any, prefix: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, all of which the class must know; `address` where it does."""
+    if options["merge_adapter"] and options["adapter"] is None:
+        raise UsageError("expected an adapter to merge, got none; name its folder with --adapter")
     known = inspect.signature(session_class.__init__).parameters
     for name, value in options.items():
         if value is not None and name not in known and name != "address":
+            remedy = _ADAPTER_REMEDY if "adapter" in name else "leave it out"
             raise CapabilityError(
-                f"the engine {prefix!r} has no option {name}, got {value!r}; leave it out"
+                f"the engine {prefix!r} has no option {name}, got {str(value)!r}; {remedy}"
             )
     return {name: v for name, v in options.items() if v is not None and name in known}

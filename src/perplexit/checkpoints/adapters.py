@@ -1,0 +1,132 @@
+"""PEFT adapters (LoRA and its like): a folder's identity, and a model with the adapter on it."""
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from perplexit.checkpoints.cache import file_digest
+from perplexit.checkpoints.identity import canonical_json
+from perplexit.errors import CapabilityError, MissingPackageError, ModelError
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Where the base model lay and how the adapter was trained says nothing about its numbers.
+_IRRELEVANT_KEYS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter's folder on this machine.
+
+    kind: PEFT's name of the method (LORA, …); base: the model it was trained on, as it says.
+    fingerprint: the SHA-256 of its weights and of what its configuration says of the arithmetic.
+    """
+
+    folder: Path
+    kind: str
+    base: str | None
+    fingerprint: str
+
+
+def find_adapter(folder: str | Path) -> Adapter:
+    """The adapter in `folder`, as PEFT's save_pretrained writes it.
+
+    Raises ModelError where there is none, and CapabilityError for prompts that are learned: they
+    add tokens of their own to every window, so the windows would no longer be the input's.
+    """
+    path = Path(folder).expanduser()
+    config_file, weights = path / _CONFIG, path / _WEIGHTS
+    if not config_file.is_file():
+        raise ModelError(
+            f"expected the folder of a PEFT adapter, with {_CONFIG} and {_WEIGHTS}, but {path} has "
+            f"no {_CONFIG}; name the folder that the adapter's save_pretrained wrote"
+        )
+    if not weights.is_file():
+        raise ModelError(
+            f"expected the adapter's weights in {weights}, which is not there (pickled weights are "
+            "not read); save the adapter with safe_serialization=True"
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        kind = str(config["peft_type"]).upper()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"expected a PEFT configuration with a peft_type in {config_file}, could not read one "
+            f"({error!r}); save the adapter again"
+        ) from error
+    if kind in _PROMPTS or config.get("alora_invocation_tokens"):
+        raise CapabilityError(
+            f"expected an adapter that changes the model's layers (LoRA and its like), got {kind} "
+            f"in {path}, which adds tokens or depends on them; its perplexity on the input's own "
+            "windows is not defined here"
+        )
+    return Adapter(path, kind, config.get("base_model_name_or_path"), _fingerprint(config, weights))
+
+
+def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Module:
+    """The model with the adapter beside its layers, or merged into their weights.
+
+    Raises ModelError where the adapter was made for another model's shapes or layers,
+    CapabilityError where it cannot be merged, MissingPackageError without PEFT.
+    """
+    try:
+        from peft import PeftModel, get_peft_model_state_dict  # noqa: PLC0415 - an optional package
+    except ImportError as error:
+        raise MissingPackageError(
+            "evaluating an adapter needs the package peft: pip install 'perplexit[adapters]'"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that keys are missing is an error below
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter.folder))
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(_mismatch(adapter, model, " ".join(str(error).split())[:300])) from error
+    _check_complete(adapter, model, get_peft_model_state_dict(adapted))
+    if not merge:
+        unmerged: nn.Module = adapted.get_base_model()
+        return unmerged.eval()
+    try:
+        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
+        raise CapabilityError(
+            f"the adapter {adapter.folder} ({adapter.kind}) cannot be merged: {error}; evaluate it "
+            "without --merge-adapter"
+        ) from error
+    return merged.eval()
+
+
+def adapted_fingerprint(base: str, adapter: Adapter) -> str:
+    """The identity of the base model's weights with the adapter on them, merged or not."""
+    identity = {"base": base, "adapter": adapter.fingerprint}
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def _fingerprint(config: dict[str, Any], weights: Path) -> str:
+    settings = {key: value for key, value in config.items() if key not in _IRRELEVANT_KEYS}
+    identity = {"config": settings, "weights": file_digest(weights)}
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def _check_complete(adapter: Adapter, model: nn.Module, expected: dict[str, Any]) -> None:
+    """PEFT leaves out what has no place and keeps fresh weights where some are missing."""
+    with safe_open(str(adapter.folder / _WEIGHTS), framework="numpy") as file:
+        saved = set(file.keys())
+    odd = sorted(saved ^ set(expected))
+    if odd:
+        raise ModelError(
+            _mismatch(adapter, model, f"{len(odd)} of its tensors differ, such as {odd[0]}")
+        )
+
+
+def _mismatch(adapter: Adapter, model: nn.Module, reason: str) -> str:
+    base = f" (it was trained on {adapter.base})" if adapter.base else ""
+    return (
+        f"expected an adapter for this {type(model).__name__}, but {adapter.folder}{base} does not "
+        f"fit: {reason}; name the base model that it was trained on"
+    )
