@@ -96,6 +96,23 @@ def _onnx(**options: object) -> Callable[[Path], InferenceSession]:
     return open_program
 
 
+def _program(engine: str, class_name: str, **options: object) -> Callable[[Path], InferenceSession]:
+    """A session of `class_name` over a program compiled from the checkpoint for `engine`."""
+
+    def open_program(folder: Path) -> InferenceSession:
+        module = pytest.importorskip(f"perplexit.sessions.{engine}")
+        from perplexit.compilation.compile_model import compile  # noqa: PLC0415
+
+        program = compile(folder, to=engine, output=Path(tempfile.mkdtemp()), **options)
+        return getattr(module, class_name)(program.folder, threads=1)
+
+    return open_program
+
+
+def _openvino(**options: object) -> Callable[[Path], InferenceSession]:
+    return _program("openvino", "OpenVinoInferenceSession", **options)
+
+
 ENGINES = {
     "pytorch": Engine(PytorchInferenceSession),
     "pytorch-small-chunks": Engine(
@@ -108,6 +125,9 @@ ENGINES = {
     "onnx": Engine(_onnx()),
     "onnx-logits": Engine(_onnx(perplexity=False)),
     "onnx-fixed-shapes": Engine(_onnx(batch_size=3, max_length=128), models=("llama", "gpt2")),
+    "openvino": Engine(_openvino()),
+    "openvino-logits": Engine(_openvino(perplexity=False), models=("llama", "gemma2")),
+    "openvino-fixed-shapes": Engine(_openvino(batch_size=3, max_length=128), models=("gpt2",)),
     "completions": Engine(without_weights.completions, models=("llama",), knows_weights=False),
     "ngram": Engine(
         without_weights.ngram,

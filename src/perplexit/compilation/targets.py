@@ -53,6 +53,11 @@ TARGETS = {
     "onnx": Target(
         "perplexit.compilation.onnx_build:build_onnx_program", "onnx", "an ONNX program"
     ),
+    "openvino": Target(
+        "perplexit.compilation.openvino_build:build_openvino_program",
+        "openvino",
+        "an OpenVINO program",
+    ),
     "gguf": Target(
         "perplexit.compilation.gguf_build:build_gguf_program",
         "llamacpp",

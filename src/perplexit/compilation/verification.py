@@ -1,0 +1,97 @@
+"""A finished program's losses against the checkpoint's, on a few windows of random ids.
+
+Shape suffixes: T = ids a window, N = targets, V = vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from perplexit.errors import CompilationError, QuantizationError
+from perplexit.inputs.windows import WindowIds
+from perplexit.program_calls import RunProgram, program_nll, target_logit_rows
+from perplexit.programs import ProgramModel, ProgramShapes, ProgramVerification
+
+TOLERANCE = 1e-3  # nats a token
+_MEAN_TOLERANCE = 4.0  # in the mean, of quantized weights on random ids; noise costs tens
+_LEAST_CHANGE = 1e-6  # nats: less than this is rounding, no quantization
+_LENGTHS = (64, 37, 2)  # ids: unequal, and not those that a graph was traced with
+Losses = NDArray[np.float64]
+
+
+def verification_windows(model: ProgramModel, shapes: ProgramShapes) -> list[WindowIds]:
+    """A few windows of random ids (the same every time) that fit the program's shapes."""
+    longest = min(shapes.length or _LENGTHS[0], model.max_length or _LENGTHS[0])
+    random = np.random.default_rng(0)
+    windows = []
+    for index, length in enumerate(_LENGTHS):
+        ids_T = random.integers(0, model.vocab_size, size=min(length, longest)).astype(np.int32)
+        windows.append(WindowIds(index, ids_T, np.arange(1, len(ids_T), dtype=np.int64)))
+    return windows
+
+
+def checkpoint_losses(model: Any, windows: Sequence[WindowIds]) -> Losses:
+    """PyTorch's losses with a float64 log-softmax, each window alone, unpadded."""
+    with torch.inference_mode():
+        return np.concatenate([_window_nll(model, window) for window in windows])
+
+
+def program_losses(
+    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes, *, perplexity: bool
+) -> Losses:
+    """The program's own losses, or those of its logits."""
+    if perplexity:
+        return np.concatenate(program_nll(run, windows, shapes)).astype(np.float64)
+    rows = target_logit_rows(run, windows, shapes)
+    return np.concatenate([_nll_of_rows(r, w) for r, w in zip(rows, windows, strict=True)])
+
+
+def verified(losses: Losses, reference: Losses, against: str) -> ProgramVerification:
+    """The record of the comparison. Raises CompilationError above 1e-3 nats a token."""
+    difference = float(np.abs(losses - reference).max())
+    if not difference <= TOLERANCE:  # NaN too
+        raise CompilationError(
+            f"expected the program's losses within {TOLERANCE} nats of {against}, got a difference "
+            f"of {difference:.3g}; evaluate the checkpoint with PyTorch instead (hf:…)"
+        )
+    return ProgramVerification(against, len(losses), difference)
+
+
+def verified_change(
+    losses: Losses, reference: Losses, full_precision: Losses, precision: str
+) -> ProgramVerification:
+    """The record of what a quantization changed.
+
+    Raises QuantizationError where it changed nothing, CompilationError where it left nothing.
+    """
+    if not float(np.abs(losses - full_precision).max()) >= _LEAST_CHANGE:
+        raise QuantizationError(
+            f"expected {precision} weights to change the losses, got the full-precision ones; "
+            "compile without a quantization"
+        )
+    if not abs(float((losses - reference).mean())) <= _MEAN_TOLERANCE:  # NaN too
+        raise CompilationError(
+            f"expected {precision} weights to cost at most {_MEAN_TOLERANCE} nats a token on "
+            f"random ids, got {float((losses - reference).mean()):.3g}; choose more bits"
+        )
+    against = f"the checkpoint in PyTorch float32, which the {precision} weights stand in for"
+    return ProgramVerification(against, len(losses), float(np.abs(losses - reference).max()))
+
+
+def _window_nll(model: Any, window: WindowIds) -> Losses:
+    ids_T = torch.from_numpy(window.ids_T.astype(np.int64))
+    logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
+    logprobs_TV = logits_TV[:-1].double().log_softmax(-1)
+    nll: Losses = -logprobs_TV.gather(1, ids_T[1:, None])[:, 0].numpy()
+    return nll
+
+
+def _nll_of_rows(rows_NV: NDArray[np.float32], window: WindowIds) -> Losses:
+    ids_N = window.ids_T[window.targets_N]
+    shifted_NV = rows_NV.astype(np.float64)
+    shifted_NV -= shifted_NV.max(-1, keepdims=True)
+    nll: Losses = np.log(np.exp(shifted_NV).sum(-1)) - shifted_NV[np.arange(len(ids_N)), ids_N]
+    return nll

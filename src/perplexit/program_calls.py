@@ -1,0 +1,114 @@
+"""Windows in, a compiled program's losses out, whatever the engine: padding, batches, targets.
+
+A program takes `input_ids` (B, T), padded on the right; with the head inside also `target_rows`
+(N), the row · T + (position − 1) of each target, and `target_ids` (N), and gives `nll` (N).
+Without, it gives logits (B, T, V). No id sees one after it, so the padding needs no mask.
+
+Shape suffixes: B = windows, T = ids a window (padded), N = targets over all windows, V =
+vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perplexit.errors import CapabilityError, VocabularyError
+from perplexit.inputs.windows import WindowIds
+from perplexit.programs import ProgramShapes
+
+Feed = dict[str, NDArray[np.int64]]
+RunProgram = Callable[[Feed], NDArray[np.float32]]
+
+
+def program_nll(
+    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes
+) -> list[NDArray[np.float32]]:
+    """The nll of each window's targets, from a program with the head inside.
+
+    Raises CapabilityError where a window is longer than the program's.
+    """
+    if not windows:
+        return []
+    nll_N = [_part_nll(run, part, shapes) for part in _parts(windows, shapes)]
+    stops = np.cumsum([len(window.targets_N) for window in windows])
+    return np.split(np.concatenate(nll_N), stops[:-1])
+
+
+def target_logit_rows(
+    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes
+) -> Iterator[NDArray[np.float32]]:
+    """For each window the logits that predict its targets, (targets, V); see `program_nll`."""
+    for part in _parts(windows, shapes):
+        logits_BTV = run({"input_ids": padded_ids(part, shapes)})
+        for row, window in enumerate(part):
+            yield _rows_before(logits_BTV[row], window.targets_N)
+
+
+def padded_ids(windows: Sequence[WindowIds], shapes: ProgramShapes) -> NDArray[np.int64]:
+    """The ids (B, T), each row filled up with its own last id, missing rows with the first."""
+    longest = max(len(window.ids_T) for window in windows)
+    if shapes.length is not None and longest > shapes.length:
+        raise CapabilityError(
+            f"the program was compiled for windows of {shapes.length} ids, got one of {longest}; "
+            f"prepare the input with --max-length {shapes.length}, or compile the program for "
+            "longer ones"
+        )
+    num_rows = shapes.batch_size or len(windows)
+    ids_BT = np.empty((num_rows, shapes.length or longest), np.int64)
+    for row, window in enumerate(windows):
+        fed = len(window.ids_T)
+        ids_BT[row, :fed], ids_BT[row, fed:] = window.ids_T, window.ids_T[-1]
+    ids_BT[len(windows) :] = ids_BT[0]
+    return ids_BT
+
+
+def check_vocabulary(windows: Sequence[WindowIds], vocab_size: int) -> None:
+    """Raise VocabularyError where an id has no row in the model."""
+    for window in windows:
+        lowest, largest = int(window.ids_T.min()), int(window.ids_T.max())
+        if lowest < 0 or largest >= vocab_size:
+            raise VocabularyError(
+                f"expected ids below the model's vocabulary of {vocab_size}, got "
+                f"{largest if lowest >= 0 else lowest}; prepare the input with this model's own "
+                "tokenizer"
+            )
+
+
+def _parts(windows: Sequence[WindowIds], shapes: ProgramShapes) -> Iterator[Sequence[WindowIds]]:
+    size = shapes.batch_size or max(1, len(windows))
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
+
+
+def _part_nll(
+    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes
+) -> NDArray[np.float32]:
+    ids_BT = padded_ids(windows, shapes)
+    length = ids_BT.shape[1]
+    rows_N = np.concatenate([row * length + w.targets_N - 1 for row, w in enumerate(windows)])
+    ids_N = np.concatenate([window.ids_T[window.targets_N] for window in windows])
+    if not len(rows_N):
+        return np.empty(0, np.float32)
+    most = shapes.num_targets or len(rows_N)
+    results = []
+    for start in range(0, len(rows_N), most):  # targets may outnumber those of a fixed program
+        part = slice(start, start + most)
+        padding = (0, most - len(rows_N[part]))
+        feed: dict[str, Any] = {
+            "input_ids": ids_BT,
+            "target_rows": np.pad(rows_N[part].astype(np.int64), padding),
+            "target_ids": np.pad(ids_N[part].astype(np.int64), padding),
+        }
+        results.append(run(feed)[: len(rows_N[part])])
+    return np.concatenate(results)
+
+
+def _rows_before(
+    logits_TV: NDArray[np.float32], targets_N: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """The rows that predict the targets; a view, not a copy, where the targets are consecutive."""
+    if len(targets_N) and targets_N[-1] - targets_N[0] + 1 == len(targets_N):
+        return logits_TV[targets_N[0] - 1 : targets_N[-1]]
+    return logits_TV[targets_N - 1]

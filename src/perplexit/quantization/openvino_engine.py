@@ -1,0 +1,130 @@
+"""OpenVINO made to compute in the precision that was asked for, and asked what it really does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13 as ops
+
+from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError
+
+# The node whose output the head reads: the program is cut there where the body is not float32.
+BOUNDARY = "perplexit_hidden_states"
+# Left alone, this engine computes "float32" in bfloat16 where the processor can, keeps keys and
+# values as float16 and rounds the activations of quantized layers to 8 bits.
+_EXACT = {
+    "EXECUTION_MODE_HINT": "ACCURACY",
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+}
+_BFLOAT16 = {
+    "EXECUTION_MODE_HINT": "PERFORMANCE",
+    "INFERENCE_PRECISION_HINT": "bf16",
+    "KV_CACHE_PRECISION": "bf16",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+}
+_REPORTED = (*_EXACT, "NUM_STREAMS", "INFERENCE_NUM_THREADS", "EXECUTION_DEVICES")
+
+
+@dataclass(frozen=True)
+class OpenedProgram:
+    """A program ready to run: one compiled graph, or body and head one after the other.
+
+    properties: what the engine says of itself, for each graph.
+    """
+
+    graphs: tuple[Any, ...]
+    properties: Mapping[str, Any]
+
+    def run(self, feed: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        """The program's output. Raises EngineOutOfMemoryError, ModelError."""
+        try:
+            if len(self.graphs) == 1:
+                result = self.graphs[0](dict(feed))[0]
+            else:
+                body, head = self.graphs
+                rest = {name: value for name, value in feed.items() if name != "input_ids"}
+                hidden_BTD = body({"input_ids": feed["input_ids"]})[0]
+                result = head({"hidden_states": hidden_BTD, **rest})[0]
+        except (RuntimeError, MemoryError) as error:
+            raise _translated(error, "running the program") from error
+        return np.asarray(result)
+
+
+def open_program(
+    model: Path | ov.Model, *, dtype: str = "float32", threads: int | None = None
+) -> OpenedProgram:
+    """The program on this machine's processor with its body in `dtype`; the head is float32.
+
+    dtype: `float32` or `bfloat16`. Raises CapabilityError where the processor or the engine does
+    something else, ModelError where the program cannot be read.
+    """
+    core = ov.Core()
+    counted = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    try:
+        graph = core.read_model(model) if isinstance(model, Path) else model
+        if dtype == "float32":
+            whole = core.compile_model(graph, "CPU", {**_EXACT, **counted})
+            return OpenedProgram((whole,), {"program": _checked(whole, "f32")})
+        body_graph, head_graph = _cut(graph)
+        body = core.compile_model(body_graph, "CPU", {**_BFLOAT16, **counted})
+        head = core.compile_model(head_graph, "CPU", {**_EXACT, **counted})
+    except (RuntimeError, MemoryError) as error:
+        raise _translated(error, "loading the program") from error
+    properties = {"body": _checked(body, "bf16"), "head": _checked(head, "f32")}
+    return OpenedProgram((body, head), properties)
+
+
+def effective_threads(program: OpenedProgram) -> int:
+    """How many threads the engine runs on."""
+    return int(program.graphs[0].get_property("INFERENCE_NUM_THREADS"))
+
+
+def _cut(model: ov.Model) -> tuple[ov.Model, ov.Model]:
+    """(ids → hidden states, hidden states and the other inputs → results); uses the model up."""
+    boundary = next((op for op in model.get_ops() if op.get_friendly_name() == BOUNDARY), None)
+    if boundary is None:
+        raise CapabilityError(
+            "expected a program made by `perplexit compile --to openvino`, whose body can run in "
+            "another precision than its head; compile the checkpoint again, or leave dtype out"
+        )
+    output = boundary.output(0)
+    hidden = ops.parameter(output.get_partial_shape(), output.get_element_type())
+    hidden.output(0).get_tensor().set_names({"hidden_states"})
+    readers = list(output.get_target_inputs())
+    others = [p for p in model.get_parameters() if "input_ids" not in p.output(0).get_names()]
+    ids = [p for p in model.get_parameters() if "input_ids" in p.output(0).get_names()]
+    for reader in readers:
+        reader.replace_source_output(hidden.output(0))
+    head = ov.Model(model.get_results(), [hidden, *others], "head")
+    return ov.Model([output], ids, "body"), head
+
+
+def _checked(graph: Any, precision: str) -> dict[str, str]:
+    """The effective properties. Raises CapabilityError where the precision is another."""
+    says = {name: _plain(graph.get_property(name)) for name in _REPORTED}
+    if says["INFERENCE_PRECISION_HINT"] != precision:
+        raise CapabilityError(
+            f"expected OpenVINO to compute in {precision}, but on this processor it computes in "
+            f"{says['INFERENCE_PRECISION_HINT']}; leave dtype out"
+        )
+    return says
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, ov.Type):
+        return str(value.to_string())
+    return str(value).rpartition(".")[2] if "ExecutionMode." in str(value) else str(value)
+
+
+def _translated(error: Exception, doing: str) -> Exception:
+    first_line = next((x for x in str(error).splitlines() if x.strip()), repr(error)).strip()
+    memory = ("bad_alloc", "out of memory", "not enough memory", "could not allocate")
+    if isinstance(error, MemoryError) or any(x in str(error).lower() for x in memory):
+        return EngineOutOfMemoryError(f"OpenVINO ran out of memory {doing}: {first_line}")
+    return ModelError(f"OpenVINO failed {doing}: {first_line}")

@@ -1,0 +1,58 @@
+"""OpenVINO: a program that `perplexit compile --to openvino` made, whole windows at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import openvino
+
+from perplexit.errors import CapabilityError
+from perplexit.quantization.openvino_engine import effective_threads, open_program
+from perplexit.sessions.program_session import (
+    Asked,
+    Opened,
+    ProgramLogits,
+    ProgramSession,
+    gives_logits,
+)
+
+_MODEL_FILE = "model.xml"
+
+
+class OpenVinoInferenceSession(ProgramSession):
+    """A compiled program on OpenVINO; with logits, it is an `OpenVinoLogitsSession`.
+
+    folder:  made by `perplexit compile --to openvino`.
+    dtype:   float32 (the default), or bfloat16: the body in bfloat16, the head in float32.
+    device:  "cpu". threads: None: as many as the engine takes.
+    quantization: what the program must be; it was settled when it was compiled.
+    The effective properties are in `description.settings["properties"]`.
+    """
+
+    _engine = "openvino"
+    _dtypes = ("float32", "bfloat16")
+
+    def __new__(cls, folder: str | Path, **_: Any) -> "OpenVinoInferenceSession":
+        """A session that has `token_details` only where the program gives logits."""
+        logits = cls is OpenVinoInferenceSession and gives_logits(folder, cls._engine)
+        return super().__new__(OpenVinoLogitsSession if logits else cls)
+
+    def _open(self, folder: Path, asked: Asked) -> Opened:
+        if asked.device not in (None, "cpu"):
+            raise CapabilityError(
+                f"expected device cpu for OpenVINO, got {asked.device!r}: its other devices do not "
+                "compute in float32; leave it out"
+            )
+        program = open_program(folder / _MODEL_FILE, dtype=asked.dtype, threads=asked.threads)
+        settings = {
+            "properties": {graph: dict(says) for graph, says in program.properties.items()},
+            "head_dtype": "float32",
+            "opset": self._metadata.opset,
+        }
+        threads = effective_threads(program)
+        return Opened(
+            program.run, "openvino", openvino.__version__, "cpu", threads or None, settings
+        )
+
+
+class OpenVinoLogitsSession(ProgramLogits, OpenVinoInferenceSession):
+    """An OpenVINO program that gives logits."""

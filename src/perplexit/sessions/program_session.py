@@ -1,0 +1,230 @@
+"""What the sessions of compiled programs share: a program is opened, checked and asked.
+
+An engine's own file opens the program (`_opened`) and says under which conditions it runs.
+Shape suffixes: N = targets of a window, V = vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from perplexit.errors import CapabilityError, ModelError, UsageError
+from perplexit.inputs.windows import WindowIds
+from perplexit.program_calls import Feed, RunProgram, check_vocabulary, program_nll
+from perplexit.program_calls import target_logit_rows as logit_rows
+from perplexit.programs import PROGRAM_FILE, ProgramMetadata
+from perplexit.quantization.precisions import canonical_dtype, canonical_precision
+from perplexit.resources.freed_memory import return_freed_memory
+from perplexit.sessions.base import (
+    LogitsChunk,
+    ModelDescription,
+    QuantizationDescription,
+    SessionDescription,
+    TokenDetails,
+)
+from perplexit.sessions.logit_rows import details_of_rows
+
+_MOST_IDS = 2048  # ids a batch: beyond, a CPU gains no speed and only pays memory
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the caller asked of the session; None: the program's own."""
+
+    dtype: str
+    device: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A program ready to run, and the conditions in effect."""
+
+    run: RunProgram
+    engine: str
+    version: str
+    device: str
+    threads: int | None
+    settings: Mapping[str, Any]
+
+
+class ProgramSession(ABC):
+    """A program in a folder that `perplexit compile` made; see `InferenceSession`.
+
+    Raises ModelError where the folder holds no such program or a damaged one, CapabilityError
+    where it is not what was asked for.
+    """
+
+    _engine: ClassVar[str]  # the program's engine, as in its record and in addresses
+    _dtypes: ClassVar[tuple[str, ...]] = ("float32",)  # that a program can run in
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dtype: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        quantization: str | None = None,
+        address: str | None = None,
+    ) -> None:
+        path = program_folder(folder, self._engine)
+        self._metadata = ProgramMetadata.read(path)
+        asked = Asked(self._checked_dtype(dtype, quantization), device, threads)
+        self._metadata.check_files(path)
+        self._opened: Opened | None = self._open(path, asked)
+        made_from = asdict(self._metadata.model)
+        made_from["address"] = address or f"{self._engine}:{folder}"
+        self._model = ModelDescription(**made_from)
+        self._description = self._described(self._opened, asked.dtype)
+
+    @abstractmethod
+    def _open(self, folder: Path, asked: Asked) -> Opened:
+        """The program, ready to run as asked."""
+
+    @property
+    def model(self) -> ModelDescription:
+        """The checkpoint that the program was made from, at the program's address."""
+        return self._model
+
+    @property
+    def description(self) -> SessionDescription:
+        """The engine and the settings in effect."""
+        return self._description
+
+    def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
+        """The nll of each target, from the head inside the program; see InferenceSession."""
+        check_vocabulary(windows, self._model.vocab_size)
+        return program_nll(self._run, windows, self._metadata.shapes)
+
+    def max_batch_size(self, window_length: int) -> int:
+        """How many windows of that many ids take half of the free memory, at most 2048 ids."""
+        shapes = self._metadata.shapes
+        if shapes.length is not None and window_length > shapes.length:
+            return 1  # it will be refused
+        if shapes.batch_size is not None:
+            return shapes.batch_size
+        free = int(psutil.virtual_memory().available) // 2
+        return max(1, min(_MOST_IDS // window_length, free // self._window_bytes(window_length)))
+
+    def close(self) -> None:
+        """Release the program."""
+        self._opened = None
+        return_freed_memory()
+
+    def _window_bytes(self, length: int) -> int:
+        memory = self._metadata.memory
+        return max(1, length * (memory.bytes_per_id + length * memory.bytes_per_id_pair))
+
+    def _run(self, feed: Feed) -> NDArray[np.float32]:
+        if self._opened is None:
+            raise UsageError(f"the session of {self._model.address} is closed; load it again")
+        return self._opened.run(feed)
+
+    def _checked_dtype(self, dtype: str | None, quantization: str | None) -> str:
+        metadata = self._metadata
+        if metadata.engine != self._engine:
+            raise ModelError(
+                f"expected a program for {self._engine}, got one for {metadata.engine}; name it by "
+                f"its folder alone, or {metadata.engine}:…"
+            )
+        own = metadata.quantization.name if metadata.quantization else None
+        if quantization is not None and canonical_precision(quantization) != own:
+            raise CapabilityError(
+                f"the program's weights are {own or 'not quantized'}, got quantization "
+                f"{quantization!r}; it is settled when a program is compiled: leave it out, or "
+                f"compile with --quantization {quantization}"
+            )
+        wanted = canonical_dtype(dtype or metadata.dtype)
+        if wanted not in (metadata.dtype, *self._dtypes):
+            raise CapabilityError(
+                f"expected dtype {' or '.join(self._dtypes)} for a program of {self._engine}, got "
+                f"{dtype}; leave it out"
+            )
+        return wanted
+
+    def _described(self, opened: Opened, dtype: str) -> SessionDescription:
+        metadata = self._metadata
+        settings = {
+            **opened.settings,
+            "perplexity_head": metadata.perplexity,
+            "head_rows": metadata.head_rows,
+            "shapes": asdict(metadata.shapes),
+            "program_files": {file.name: file.sha256 for file in metadata.files},
+            "made_by": dict(metadata.made_by),
+        }
+        quantization = None
+        if metadata.quantization is not None:
+            fields = asdict(metadata.quantization)
+            settings["weights"] = dict(fields.pop("settings"))
+            quantization = QuantizationDescription(**fields)
+        return SessionDescription(
+            engine=opened.engine,
+            version=opened.version,
+            dtype=dtype,
+            device=opened.device,
+            quantization=quantization,
+            threads=opened.threads,
+            settings=settings,
+        )
+
+
+class ProgramLogits(ProgramSession):
+    """A program that gives logits (`--no-perplexity`): it tells whole distributions too."""
+
+    def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
+        """The nll of each target; see InferenceSession."""
+        return [details.nll_N for details in self._details(windows, with_details=False, top_k=0)]
+
+    def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
+        """The nll with entropy, rank and alternatives; see DetailedSession."""
+        return self._details(windows, with_details=True, top_k=top_k)
+
+    def target_logits(
+        self, windows: Sequence[WindowIds], *, chunk_rows: int
+    ) -> Iterator[LogitsChunk]:
+        """The logits of every target, chunk by chunk; see LogitsSession."""
+        check_vocabulary(windows, self._model.vocab_size)
+        for place, window in enumerate(windows):
+            (rows_NV,) = logit_rows(self._run, [window], self._metadata.shapes)
+            for start in range(0, len(rows_NV), chunk_rows):
+                # the caller may overwrite them, and the engine's own memory is not its to write
+                yield LogitsChunk(place, start, rows_NV[start : start + chunk_rows].copy())
+
+    def _window_bytes(self, length: int) -> int:
+        # The logits of every position, and once more while they are handed over.
+        return super()._window_bytes(length) + 2 * 4 * length * self._model.vocab_size
+
+    def _details(
+        self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int
+    ) -> list[TokenDetails]:
+        check_vocabulary(windows, self._model.vocab_size)
+        rows = logit_rows(self._run, windows, self._metadata.shapes)
+        return [
+            details_of_rows(
+                rows_NV, window.ids_T[window.targets_N], with_details=with_details, top_k=top_k
+            )
+            for window, rows_NV in zip(windows, rows, strict=True)
+        ]
+
+
+def program_folder(folder: str | Path, engine: str) -> Path:
+    """The program's folder, from an address or a path. Raises ModelError for a file."""
+    path = Path(str(folder).removeprefix(f"{engine}:")).expanduser()
+    if path.is_file():
+        raise ModelError(
+            f"expected a folder made by `perplexit compile` (with a {PROGRAM_FILE}), got the file "
+            f"{path}: it does not say which checkpoint it holds or what it returns"
+        )
+    return path
+
+
+def gives_logits(folder: str | Path, engine: str) -> bool:
+    """Whether the program in `folder` was compiled with `--no-perplexity`."""
+    return not ProgramMetadata.read(program_folder(folder, engine)).perplexity
