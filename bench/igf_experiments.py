@@ -2,6 +2,7 @@
 
     python bench/igf_experiments.py shift          small GPT-2 tuned on 1790-1899, pool up to 1999
     python bench/igf_experiments.py same-domain    small GPT-2 tuned on 1790-1999, the same pool
+    python bench/igf_experiments.py longer         as shift, 1080 steps: more than what labels cost
     python bench/igf_experiments.py demo           SmolLM2-135M, pool up to 1999
 
 Objective 2000-2012, test 2013-2026 throughout. A killed call goes on where it was;
@@ -74,6 +75,18 @@ SETTINGS = {
         steps=60,
         batch_size=16,
         eval_interval=10,
+        num_test=200,
+    ),
+    "longer": Setting(
+        title="small GPT-2 tuned on 1790-1899; candidates 1790-1999; 1080 steps",
+        model_years=1899,
+        num_pairs=3000,
+        learning_rate=5e-4,
+        methods=("standard", "igf-constant"),
+        num_seeds=3,
+        steps=1080,
+        batch_size=16,
+        eval_interval=60,
         num_test=200,
     ),
     "demo": Setting(

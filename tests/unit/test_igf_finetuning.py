@@ -32,6 +32,7 @@ from perplexit.igf.selection import (
     ShiftingThreshold,
     quantile_threshold,
     selection_named,
+    threshold_within_reach,
 )
 from tests.tiny_models import TINY_MODELS
 
@@ -190,6 +191,20 @@ def test_a_filter_that_accepts_nothing_ends_with_advice() -> None:
     settings = replace(SETTINGS, max_candidates=50)
     with pytest.raises(UsageError, match="lower the threshold, or use a quantile"):
         finetune_model(TINY_MODELS["gpt2"](), TRAIN, TEST, selection=selection, settings=settings)
+
+
+def test_a_threshold_that_the_learner_never_reaches_is_refused_before_anything_runs(
+    tmp_path: Path,
+) -> None:
+    learner = RidgeLearner(np.zeros(320, dtype=np.float32), 0.4)  # predicts +0.4 for everything
+    plan = ExperimentPlan(("standard", "igf-constant"), (0, 1), SETTINGS)
+    with pytest.raises(UsageError, match=r"\+1 or more for some contexts, got at most \+0\.400"):
+        run_experiment(
+            TINY_MODELS["gpt2"](), TRAIN, TEST, plan=plan, output=tmp_path, learner=learner
+        )
+    assert not list((tmp_path / "runs").iterdir())
+    assert threshold_within_reach(np.arange(1000.0), 5.0) == 5.0
+    assert (np.arange(1000.0) >= threshold_within_reach(np.arange(1000.0), 1e6)).sum() == 10
 
 
 def test_a_method_that_lacks_its_learner_is_refused() -> None:

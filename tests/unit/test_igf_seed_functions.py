@@ -124,19 +124,20 @@ def test_the_four_calls_of_the_original_run_in_order_on_real_text(
         min_len=1026,
         trim=True,
     )
-    tuned = finetune(
-        model,
-        train_dataset,
-        test_dataset,
-        context_len=32,
-        max_steps=1000,
-        batch_size=16,
-        threshold=-0.5,  # so few pairs predict nothing above +1
-        recopy_model=recopy_gpt2,
-        secondary_learner=secondary_learner,
-        eval_interval=10,
-        finetuned_model_name="openai-community/gpt2_finetuned.pt",
-    )
+    with pytest.warns(UserWarning, match=r"predicts \+1 or more for 0\.0% of contexts"):
+        tuned = finetune(
+            model,
+            train_dataset,
+            test_dataset,
+            context_len=32,
+            max_steps=1000,
+            batch_size=16,
+            threshold=1.0,
+            recopy_model=recopy_gpt2,
+            secondary_learner=secondary_learner,
+            eval_interval=10,
+            finetuned_model_name="openai-community/gpt2_finetuned.pt",
+        )
 
     assert len(secondary_learner_train_data) == 10
     curve = tuned.igf_curve

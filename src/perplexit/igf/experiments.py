@@ -32,10 +32,14 @@ from perplexit.igf.learners import Learner
 from perplexit.igf.losses import measured_losses
 from perplexit.igf.models import restore_weights, weights_of
 from perplexit.igf.outcomes import summarise
-from perplexit.igf.selection import METHODS, Selection, selection_named
+from perplexit.igf.selection import (
+    CALIBRATION_SEED,
+    METHODS,
+    NUM_CALIBRATION,
+    Selection,
+    selection_named,
+)
 from perplexit.igf.stored import write_text
-
-CALIBRATION_SEED = 1_000_003  # contexts that quantiles are taken from; no run draws from it
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class ExperimentPlan:
     settings: FinetuneSettings = field(default_factory=FinetuneSettings)
     share: float = 0.25
     constant: float = 1.0
-    num_calibration: int = 512
+    num_calibration: int = NUM_CALIBRATION
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
@@ -179,7 +183,7 @@ def calibrated_selection(
     share: float = 0.25,
     constant: float = 1.0,
     seed: int = 0,
-    num_calibration: int = 512,
+    num_calibration: int = NUM_CALIBRATION,
 ) -> Selection:
     """One of METHODS for one fine-tuning, its quantiles taken from contexts that it does not see.
 

@@ -7,6 +7,7 @@ of the test are disjoint; nothing is pickled (a name ending in `.jbl` or `.pt` i
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,15 @@ from perplexit.igf.seed_data import (
     contexts_of,
     generate_datasets,
 )
-from perplexit.igf.selection import Everything, InformationGain, Selection, ShiftingThreshold
+from perplexit.igf.selection import (
+    CALIBRATION_SEED,
+    NUM_CALIBRATION,
+    Everything,
+    InformationGain,
+    Selection,
+    ShiftingThreshold,
+    threshold_within_reach,
+)
 from perplexit.igf.stored import PICKLE_SUFFIXES
 
 LAST_STEP = 60  # the original leaves its loop after 60 batches, whatever max_steps says
@@ -212,13 +221,17 @@ def finetune(  # noqa: PLR0917 - the original's
     """`model`, fine-tuned in place with the filter (standard without a learner), and saved.
 
     max_steps: the length of the linear schedule; at most `last_step` steps are taken, as in the
-        original. threshold: for the first 10 steps, then -1. The test perplexities are in
-        `model.igf_curve`. finetuned_model_name: a folder (a `.pt` at its end is dropped).
+        original. threshold: for the first 10 steps, then -1; where the learner predicts so much
+        for fewer than 1 % of contexts, the value that 1 % reach, and a warning says so. The test
+        perplexities are in `model.igf_curve`. finetuned_model_name: a folder (a
+        `.pt` at its end is dropped).
     recopy_model: kept for its place; the optimizer is the one it makes.
     """
+    train = train_dataset if isinstance(train_dataset, Articles) else Articles.of(train_dataset)
     selection: Selection = Everything()
     if secondary_learner is not None:
-        selection = InformationGain(secondary_learner, ShiftingThreshold(first=threshold))
+        first = _reached(secondary_learner, threshold, train, context_len)
+        selection = InformationGain(secondary_learner, ShiftingThreshold(first=first))
     settings = FinetuneSettings(
         steps=min(max_steps, last_step),
         batch_size=batch_size,
@@ -230,7 +243,6 @@ def finetune(  # noqa: PLR0917 - the original's
         seed_compatible=seed_compatible,
         dropout=dropout,
     )
-    train = train_dataset if isinstance(train_dataset, Articles) else Articles.of(train_dataset)
     curve = finetune_model(
         model,
         train,
@@ -242,6 +254,21 @@ def finetune(  # noqa: PLR0917 - the original's
     model.igf_curve = curve  # type: ignore[assignment]
     save_model(model, finetuned_model_name)
     return model
+
+
+def _reached(learner: Learner, threshold: float, train: Articles, context_len: int) -> float:
+    calibration = ContextStream(train, context_len, CALIBRATION_SEED).take(0, NUM_CALIBRATION)
+    predicted = learner.predict(calibration.ids_NT)
+    first = threshold_within_reach(predicted, threshold)
+    if first < threshold:
+        share = (predicted >= threshold).mean()
+        warnings.warn(
+            f"the learner predicts {threshold:+g} or more for {share:.1%} "
+            f"of contexts; {first:+.3f} is used for the first 10 steps, which 1 % reach. More "
+            "pairs, more epochs or a higher learning rate would make it tell contexts apart",
+            stacklevel=3,
+        )
+    return first
 
 
 def save_model(model: nn.Module, path: str | Path) -> Path:

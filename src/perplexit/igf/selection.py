@@ -18,6 +18,9 @@ from perplexit.igf.learners import Learner
 
 Losses = Callable[[NDArray[np.int32]], NDArray[np.float64]]  # the model's loss of each, in nats
 
+CALIBRATION_SEED = 1_000_003  # contexts that quantiles are taken from; no run draws from it
+NUM_CALIBRATION = 512
+
 METHODS = (
     "standard",
     "igf-constant",
@@ -221,6 +224,22 @@ class LossBand:
         }
 
 
+def _check_reached(predicted_N: NDArray[np.float64], threshold: float) -> None:
+    if not (predicted_N >= threshold).any():
+        raise UsageError(
+            f"expected a learner that predicts {threshold:+g} or more for some contexts, got at "
+            f"most {predicted_N.max():+.3f} on {len(predicted_N)} of them, so the filter would "
+            "accept next to nothing; use igf-quantile, lower the threshold, or collect more pairs"
+        )
+
+
+def threshold_within_reach(
+    predicted_N: NDArray[np.float64], threshold: float, *, least: float = 0.01
+) -> float:
+    """`threshold`, or where fewer than the share `least` reach it, the one that `least` reach."""
+    return min(threshold, quantile_threshold(predicted_N, least).value)
+
+
 def selection_named(  # noqa: PLR0911 - one return a method
     name: str,
     *,
@@ -254,6 +273,8 @@ def selection_named(  # noqa: PLR0911 - one return a method
         raise UsageError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
     if learner is None:
         raise UsageError(f"expected a secondary learner for {name}; train one first")
+    if calibration_NT is not None and name != "igf-quantile":
+        _check_reached(learner.predict(calibration_NT), constant)
     if name == "igf-constant":
         return InformationGain(learner, ConstantThreshold(constant), name)
     if name == "igf-shifting":
