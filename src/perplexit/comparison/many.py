@@ -15,6 +15,7 @@ from perplexit.comparison.gates import (
     markdown,
     parse_gate,
 )
+from perplexit.comparison.pairing import only_by_bytes
 from perplexit.comparison.ranking import ranked
 from perplexit.comparison.record import Comparison
 from perplexit.runs.run import Run
@@ -93,12 +94,8 @@ def compare_runs(
     ]
     comparisons: list[Comparison | ByteComparison] = []
     for run in runs:
-        by_bytes = (
-            run.input_fingerprint != base.input_fingerprint
-            and run.text_fingerprint == base.text_fingerprint != ""
-        )
         comparisons.append(
-            (compare_bytes if by_bytes else compare)(
+            (compare_bytes if only_by_bytes(base, run) else compare)(
                 base,
                 run,
                 confidence=confidence,

@@ -60,6 +60,14 @@ def paired(reference: RunTokens, candidate: RunTokens) -> Pairs:
     )
 
 
+def only_by_bytes(reference: Run, candidate: Run) -> bool:
+    """Whether two runs have the same text in other tokens or windows."""
+    return (
+        reference.input_fingerprint != candidate.input_fingerprint
+        and reference.text_fingerprint == candidate.text_fingerprint != ""
+    )
+
+
 def require_same_input(reference: Run, candidate: Run) -> None:
     """Nothing, where both runs scored the same prepared input.
 

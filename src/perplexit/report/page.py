@@ -18,6 +18,7 @@ from perplexit.report.charts import Chart
 from perplexit.report.conditions_table import conditions_of, notes_of
 from perplexit.report.experiment_chapter import Chapter
 from perplexit.report.extra import loaded
+from perplexit.report.predictions import aligned_rows, changed_choices, prediction_rows
 from perplexit.report.subject import Subject, peak_bytes_of, precision_of
 from perplexit.report.wording import DASH, Finding, figure, headline, interval, mebibytes
 
@@ -78,6 +79,9 @@ def _of_runs(subject: Subject, charts: Sequence[Chart], data: dict[str, Any]) ->
         "reference_label": subject.labels[0],
         "charts": charts,
         "domains": _domain_table(subject),
+        "predictions": prediction_rows(subject),
+        "choices": changed_choices(subject),
+        "aligned": aligned_rows(subject),
         "changed": _changed(subject),
         "shown": data["numShown"],
         "total": data["numTokens"],

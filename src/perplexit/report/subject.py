@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.comparison import Comparison, compare
+from perplexit.comparison.byte_aligned import ByteComparison, compare_bytes
+from perplexit.comparison.pairing import only_by_bytes
 from perplexit.errors import UsageError
 from perplexit.runs.run import Run
 
@@ -23,6 +26,7 @@ class Subject:
     labels: tuple[str, ...]
     comparisons: tuple[Comparison, ...]  # of runs[1:]
     confidence: float
+    aligned: tuple[tuple[str, ByteComparison], ...] = ()  # (label, comparison byte by byte)
 
     @classmethod
     def of(
@@ -33,11 +37,11 @@ class Subject:
         confidence: float = 0.95,
         num_most_changed: int = 20,
     ) -> "Subject":
-        """The runs compared with the first of them.
+        """The runs compared with the first of them; over the same text in other tokens, by bytes.
 
         Raises UsageError for no run, too many, or another number of labels; RunError for a run
         that is not complete; FingerprintMismatchError, which says what differs, for runs over
-        different inputs.
+        different texts.
         """
         if not 1 <= len(runs) <= LARGEST_NUMBER_OF_RUNS:
             raise UsageError(
@@ -51,12 +55,21 @@ class Subject:
             )
         for run in runs:
             _ = run.tokens  # not complete: said before anything is computed
-        comparisons = tuple(
-            compare(runs[0], run, confidence=confidence, num_most_changed=num_most_changed)
-            for run in runs[1:]
-        )
         names = tuple(labels) if labels is not None else labels_of(runs)
-        return cls(tuple(runs), names, comparisons, confidence)
+        by_bytes = [only_by_bytes(runs[0], run) for run in runs]
+        options: Any = {"confidence": confidence, "num_most_changed": num_most_changed}
+        own = [index for index, other in enumerate(by_bytes) if not other]
+        return cls(
+            runs=tuple(runs[index] for index in own),
+            labels=tuple(names[index] for index in own),
+            comparisons=tuple(compare(runs[0], runs[index], **options) for index in own[1:]),
+            confidence=confidence,
+            aligned=tuple(
+                (name, compare_bytes(runs[0], run, **options))
+                for name, run, other in zip(names, runs, by_bytes, strict=True)
+                if other
+            ),
+        )
 
     @property
     def reference(self) -> Run:

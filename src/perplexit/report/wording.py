@@ -63,6 +63,8 @@ def findings_of(subject: Subject) -> list[Finding]:
 def headline(subject: Subject) -> str:
     """The first sentence of the report."""
     run = subject.reference
+    if not subject.comparisons and subject.aligned:
+        return _headline_of_bytes(subject)
     if not subject.comparisons:
         shown = figure(run.perplexity, run.perplexity_low, run.perplexity_high)
         span = interval(run.perplexity_low, run.perplexity_high)
@@ -83,11 +85,29 @@ def headline(subject: Subject) -> str:
     return f"Of {number} candidates against {subject.labels[0]}, {_listed(counts)}."
 
 
+def _headline_of_bytes(subject: Subject) -> str:
+    """Of runs over the same text in other tokens alone."""
+    if len(subject.aligned) > 1:
+        number = len(subject.aligned)
+        return f"{number} runs in other tokens, compared with {subject.labels[0]} byte by byte."
+    label, found = subject.aligned[0]
+    says = _VERDICTS[found.verdict].format(subject.labels[0])
+    bits = found.figures()["bits_per_byte_difference"]
+    shown = figure(bits.value, bits.low, bits.high)
+    span = interval(bits.low, bits.high)
+    sign = "+" if bits.value > 0 else ""
+    return f"Byte by byte, {label} {says}: {sign}{shown} {span}".rstrip() + " bits a byte."
+
+
+_VERDICTS = {
+    "worse": "is worse than {}",
+    "better": "is better than {}",
+    "not distinguishable": "cannot be told apart from {}",
+}
+
+
 def _says(subject: Subject, comparison: Comparison) -> str:
-    reference = subject.labels[0]
-    if comparison.verdict == "not distinguishable":
-        return f"cannot be told apart from {reference}"
-    return f"is {comparison.verdict} than {reference}"
+    return _VERDICTS[comparison.verdict].format(subject.labels[0])
 
 
 def _detail(comparison: Comparison) -> str:

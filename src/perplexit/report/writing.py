@@ -49,7 +49,7 @@ class Report:
 
 def _runs_to_json(subject: Subject | None) -> dict[str, Any]:
     if subject is None:
-        return {"input_fingerprint": None, "runs": [], "comparisons": []}
+        return {"input_fingerprint": None, "runs": [], "comparisons": [], "aligned": []}
     return {
         "input_fingerprint": subject.reference.input_fingerprint,
         "runs": [
@@ -66,6 +66,7 @@ def _runs_to_json(subject: Subject | None) -> dict[str, Any]:
         "comparisons": [
             {"label": label, **comparison.to_json()} for label, _, comparison in subject.candidates
         ],
+        "aligned": [{"label": label, **found.to_json()} for label, found in subject.aligned],
     }
 
 
@@ -100,7 +101,7 @@ def write_report(
     max_tokens: int = MAX_TOKENS,
     max_alternatives: int = MAX_ALTERNATIVES,
 ) -> Report:
-    """The report of runs over one input, written as one HTML file; the first is the reference.
+    """The report of runs over one text, written as one HTML file; the first is the reference.
 
     runs:      runs, or their folders; every other one is compared with the first. An experiment
         (`perplexit igf experiment`), or its folder, gets a section; a report may be of those alone.

@@ -1,0 +1,141 @@
+"""The tables beyond perplexity: moved predictions, changed first choices, other tokenizers."""
+
+from dataclasses import dataclass
+
+from perplexit.comparison import Comparison, Figure
+from perplexit.comparison.byte_aligned import ByteComparison, ChangedSegment
+from perplexit.comparison.flips import Flip
+from perplexit.report.subject import Subject
+from perplexit.report.wording import DASH, figure, interval
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One figure of one candidate, and its interval in words."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionRow:
+    """A figure's name, what it means, and a cell a candidate."""
+
+    name: str
+    meaning: str
+    cells: tuple[Measured, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedChoices:
+    """A candidate's changed first choices: how many, in words, and those listed."""
+
+    label: str
+    says: str
+    flips: tuple[Flip, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedRow:
+    """A run over the same text in other tokens or windows, compared byte by byte."""
+
+    label: str
+    verdict: str
+    bits: str
+    bits_interval: str
+    difference: str
+    difference_interval: str
+    aligned: str
+    notes: tuple[str, ...]
+    changed: tuple[ChangedSegment, ...]
+
+
+_FIGURES = (
+    ("mean_kl", "KL", "of the reference from the candidate, nats a token"),
+    ("mean_kl_high", "KL, at most", "the reference is known in part: KL above is a lower bound"),
+    ("p99.9_kl", "KL, 99.9 %", "of the tokens lie below it"),
+    ("max_kl", "KL, largest", ""),
+    ("mean_reverse_kl", "reverse KL", "of the candidate from the reference, nats a token"),
+    ("mean_js", "Jensen-Shannon", "nats a token, at most 0.693"),
+    ("top1_agreement", "same first choice", "share of tokens"),
+    ("top10_agreement", "first ten in common", "mean share"),
+    ("mean_delta_p", "Δp", "change of the probability of the token that came"),
+    ("rms_delta_p", "Δp, root mean square", ""),
+    ("p0.1_delta_p", "Δp, 0.1 %", "of the tokens lie below it"),
+    ("p99.9_delta_p", "Δp, 99.9 %", ""),
+)
+
+
+def prediction_rows(subject: Subject) -> list[PredictionRow]:
+    """The divergences of the candidates that have any; empty where none has."""
+    figures = [comparison.figures() for comparison in subject.comparisons]
+    return [
+        PredictionRow(name, meaning, tuple(_cell(found.get(key)) for found in figures))
+        for key, name, meaning in _FIGURES
+        if any(key in found for found in figures)
+    ]
+
+
+def changed_choices(subject: Subject) -> list[ChangedChoices]:
+    """For each candidate whose first choices can be told from the reference's."""
+    return [
+        ChangedChoices(label, _flips_in_words(comparison), comparison.flips.listed)
+        for label, _, comparison in subject.candidates
+        if comparison.flips is not None and comparison.flips.count
+    ]
+
+
+def aligned_rows(subject: Subject) -> list[AlignedRow]:
+    """A row a run that could only be compared byte by byte."""
+    return [_aligned(label, found) for label, found in subject.aligned]
+
+
+def _aligned(label: str, found: ByteComparison) -> AlignedRow:
+    bits = found.figures()["bits_per_byte_difference"]
+    share = found.num_bytes / max(1, found.num_bytes + found.num_unaligned_bytes_candidate)
+    return AlignedRow(
+        label=label,
+        verdict=found.verdict,
+        bits=figure(found.bits_per_byte_candidate),
+        bits_interval=f"reference {figure(found.bits_per_byte_reference)}",
+        difference=_signed(bits),
+        difference_interval=interval(bits.low, bits.high),
+        aligned=f"{found.num_bytes:,} bytes ({100 * share:.3g} % of what it scored)",
+        notes=found.warnings,
+        changed=found.most_changed[:8],
+    )
+
+
+def _signed(found: Figure) -> str:
+    return ("+" if found.value > 0 else "") + figure(found.value, found.low, found.high)
+
+
+def _cell(found: Figure | None) -> Measured:
+    if found is None:
+        return Measured(DASH)
+    if 0 < abs(found.value) < 1e-3:
+        return Measured(f"{found.value:.2e}", _small_interval(found))
+    shown = interval(found.low, found.high) if found.low is not None else ""
+    return Measured(figure(found.value, found.low, found.high), shown)
+
+
+def _small_interval(found: Figure) -> str:
+    if found.low is None or found.high is None:
+        return ""
+    return f"[{found.low:.2e}, {found.high:.2e}]"
+
+
+def _flips_in_words(comparison: Comparison) -> str:
+    flips = comparison.flips
+    if flips is None:
+        return ""
+    least = "" if flips.complete else "at least "
+    order = (
+        ", where the reference was surest first"
+        if flips.listed and flips.listed[0].reference_p is not None
+        else ""
+    )
+    return (
+        f"{least}{flips.count:,} of {flips.num_tokens:,} tokens "
+        f"({100 * flips.count / flips.num_tokens:.2g} %){order}."
+    )
