@@ -1,10 +1,44 @@
-"""Files written so that a crash leaves either the old content or the new, and their hashes."""
+"""Files and folders that are whole or absent after a crash, their hashes, and the cache."""
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+import platformdirs
+
+
+def cache_folder() -> Path:
+    """$PERPLEXIT_CACHE, or the user's cache folder of perplexit. Safe to delete at any time."""
+    chosen = os.environ.get("PERPLEXIT_CACHE")
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("perplexit"))
+
+
+def kept_folder(folder: Path, proof: str, fill: Callable[[Path], None]) -> Path:
+    """`folder`, made by `fill` once and then kept; it appears whole or not at all.
+
+    proof: a file that every whole one has. Of two processes that make it at once, the first wins:
+    the content is the same.
+    """
+    if (folder / proof).is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    try:
+        fill(staging)
+        staging.chmod(0o755)  # mkdtemp makes it private
+        if folder.exists() and not (folder / proof).is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # left incomplete by something else
+        try:
+            staging.rename(folder)
+        except OSError:
+            if not (folder / proof).is_file():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

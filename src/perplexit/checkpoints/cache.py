@@ -1,22 +1,15 @@
-"""Where converted checkpoints and the digests of large files are kept."""
+"""The digests of large files, remembered in the cache."""
 
 import hashlib
-import os
 import time
 from pathlib import Path
 
-import platformdirs
+from perplexit.files import cache_folder, sha256_of_file, write_atomically
 
-from perplexit.files import sha256_of_file, write_atomically
+__all__ = ["cache_folder", "file_digest"]
 
 _LARGE_FILE_BYTES = 32 * 2**20
 _SETTLED_SECONDS = 3.0
-
-
-def cache_folder() -> Path:
-    """$PERPLEXIT_CACHE, or the user's cache folder of perplexit. Safe to delete at any time."""
-    chosen = os.environ.get("PERPLEXIT_CACHE")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("perplexit"))
 
 
 def file_digest(path: Path) -> str:

@@ -3,9 +3,6 @@
 import io
 import json
 import logging
-import os
-import shutil
-import tempfile
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +11,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from perplexit.checkpoints.cache import cache_folder
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.errors import MissingPackageError, ModelError
+from perplexit.files import cache_folder, kept_folder
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -47,24 +44,20 @@ def dequantized_folder(path: Path) -> Path:
     fingerprint = weights_fingerprint(path)
     name = f"gguf-{fingerprint[:32]}-transformers-{transformers.__version__}"
     folder = cache_folder() / "checkpoints" / name
-    if (folder / "config.json").is_file():
-        return folder
+    if not (folder / "config.json").is_file():
+        _check_packages(path)
+        # A warning, so that it is seen where logging was never set up: this takes half a minute.
+        _LOGGER.warning("dequantizing %s to float32, once, into %s", path.name, folder)
+    return kept_folder(folder, "config.json", lambda staging: _convert(path, staging))
+
+
+def _check_packages(path: Path) -> None:
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise MissingPackageError(
                 f"dequantizing {path.name} for PyTorch needs the package {package}: "
                 "pip install 'perplexit[pytorch]'"
             )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A warning, so that it is seen where logging was never set up: this takes half a minute.
-    _LOGGER.warning("dequantizing %s to float32, once, into %s", path.name, folder)
-    temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-    try:
-        _convert(path, temporary)
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -95,12 +88,3 @@ def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     return plain
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    temporary.chmod(0o755)  # mkdtemp makes it private
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # else another process was faster: same content
-            raise

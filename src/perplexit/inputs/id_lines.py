@@ -4,8 +4,6 @@ It says what is fed forward, not what is scored: a line read back scores all its
 and is a document of its own.
 """
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from perplexit.errors import CorpusError, UsageError
+from perplexit.files import write_atomically
 from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TokenFileWriter
@@ -28,17 +27,14 @@ def export_id_lines(token_file: TokenFile, path: str | Path) -> int:
 
     Which of them are targets is lost where windows overlap or prompts are not scored.
     """
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="ascii", newline="\n") as file:
             for index in range(token_file.num_windows):
                 ids = token_file.window_ids(index).ids_T.tolist()
                 file.write(" ".join(map(str, ids)) + "\n")
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+
+    write_atomically(Path(path), write)
     return token_file.num_windows
 
 

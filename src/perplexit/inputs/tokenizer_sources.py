@@ -5,18 +5,15 @@ what needs it. Remote code is never run.
 """
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import tokenizers
 
 from perplexit.errors import MissingPackageError, TokenizerError
+from perplexit.files import cache_folder, kept_folder
 from perplexit.inputs.gguf_metadata import metadata_fingerprint
 from perplexit.inputs.tokenizer_backends import (
     HuggingFaceBackend,
@@ -55,12 +52,6 @@ def load_tokenizer(source: str | Path | object) -> LoadedTokenizer:
         f"There is no tokenizer at {address!r}. Expected a folder with tokenizer.json, a "
         f"tokenizer.json, a SentencePiece .model, a .gguf, or a hub id (ID or ID@REVISION)."
     )
-
-
-def cache_folder() -> Path:
-    """Where converted tokenizers are kept: $PERPLEXIT_CACHE, or the user's cache folder."""
-    chosen = os.environ.get("PERPLEXIT_CACHE")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("perplexit"))
 
 
 def _from_file(path: Path) -> LoadedTokenizer:
@@ -203,37 +194,22 @@ def _from_sentencepiece(processor: Any) -> LoadedTokenizer:
 def _from_gguf(path: Path) -> LoadedTokenizer:
     """The tokenizer inside a GGUF, converted by transformers once and kept in the cache."""
     kept = cache_folder() / "tokenizers" / metadata_fingerprint(path)
-    if not (kept / "tokenizer.json").is_file():
-        transformers = _optional("transformers", "pytorch")
-        _optional("gguf", "pytorch")
-        try:
-            loaded = transformers.AutoTokenizer.from_pretrained(
-                str(path.parent.resolve()), gguf_file=path.name, trust_remote_code=False
-            )
-        except Exception as error:  # the libraries below raise many kinds
-            raise TokenizerError(
-                f"transformers cannot read the tokenizer inside {path}: {_first_line(error)}. Give "
-                f"the folder of the checkpoint that the GGUF was made from."
-            ) from error
-        _keep(loaded, kept)
-    return _from_folder(kept)
+    return _from_folder(kept_folder(kept, "tokenizer.json", lambda to: _convert_gguf(path, to)))
 
 
-def _keep(loaded: Any, folder: Path) -> None:
-    """Save a tokenizer so that its folder appears whole, even when two processes do it at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+def _convert_gguf(path: Path, folder: Path) -> None:
+    transformers = _optional("transformers", "pytorch")
+    _optional("gguf", "pytorch")
     try:
-        loaded.save_pretrained(staging)
-        if folder.exists():  # left incomplete by something else
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            staging.rename(folder)
-        except OSError:
-            if not (folder / "tokenizer.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        loaded = transformers.AutoTokenizer.from_pretrained(
+            str(path.parent.resolve()), gguf_file=path.name, trust_remote_code=False
+        )
+    except Exception as error:  # the libraries below raise many kinds
+        raise TokenizerError(
+            f"transformers cannot read the tokenizer inside {path}: {_first_line(error)}. Give "
+            f"the folder of the checkpoint that the GGUF was made from."
+        ) from error
+    loaded.save_pretrained(folder)
 
 
 def _optional(package: str, extra: str) -> Any:
