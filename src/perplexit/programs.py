@@ -65,6 +65,18 @@ class ProgramMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgramCache:
+    """The key/value cache that a program takes and gives.
+
+    bytes_per_id: keys and values of one id over all layers. dtype: theirs.
+    """
+
+    num_layers: int
+    bytes_per_id: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProgramVerification:
     """How far the program's losses were from the checkpoint's when it was compiled.
 
@@ -91,6 +103,7 @@ class ProgramMetadata:
 
     perplexity: True: ids and targets in, one nll a target out. False: ids in, logits out.
     head_rows:  rows of logits alive at a time inside a perplexity program.
+    cache:      of a program that can be fed a window in blocks; None: whole windows alone.
     """
 
     engine: str
@@ -104,6 +117,7 @@ class ProgramMetadata:
     files: tuple[ProgramFile, ...]
     quantization: ProgramQuantization | None = None
     head_rows: int | None = None
+    cache: ProgramCache | None = None
     made_by: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -190,6 +204,7 @@ def _nested(record: Mapping[str, Any]) -> dict[str, Any]:
         "memory": ProgramMemory(**record["memory"]),
         "verification": ProgramVerification(**record["verification"]),
         "quantization": quantization,
+        "cache": ProgramCache(**record["cache"]) if record.get("cache") else None,
         "files": tuple(ProgramFile(**file) for file in record["files"]),
     }
 

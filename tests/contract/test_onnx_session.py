@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from perplexit.compilation.compile_model import compile
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError, UsageError
 from perplexit.sessions.base import DetailedSession, InferenceSession
-from perplexit.sessions.onnx import OnnxInferenceSession, OnnxLogitsSession
+from perplexit.sessions.onnx import OnnxCachingSession, OnnxInferenceSession
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE
 
@@ -38,7 +38,7 @@ def test_only_a_program_with_logits_claims_to_see_distributions(loss_folder, log
     assert isinstance(loss, InferenceSession)
     assert not isinstance(loss, DetailedSession)
     assert isinstance(logits, DetailedSession)
-    assert type(logits) is OnnxLogitsSession
+    assert type(logits) is OnnxCachingSession
 
 
 def test_the_description_says_what_is_in_effect(loss_folder):

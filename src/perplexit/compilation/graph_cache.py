@@ -16,7 +16,7 @@ from perplexit.files import write_atomically
 from perplexit.programs import ProgramShapes
 
 _PLACE = "checkpoint"  # where a cached graph says that a weight is: its name is enough
-_EXPORTER = ("onnx_export.py", "model_parts.py")
+_EXPORTER = ("onnx_export.py", "onnx_cached_program.py", "model_parts.py")
 _MADE_BY = ("torch", "transformers", "onnxscript", "onnx-ir")
 
 

@@ -11,6 +11,7 @@ import torch
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
 from perplexit.compilation.model_parts import describe_model, memory_of
+from perplexit.compilation.onnx_cached_program import CacheShape
 from perplexit.compilation.onnx_export import ExportedGraph, export_graph
 from perplexit.compilation.onnx_verification import (
     check_quantization_changed,
@@ -20,6 +21,7 @@ from perplexit.compilation.onnx_verification import (
 )
 from perplexit.compilation.targets import CompileRequest
 from perplexit.programs import (
+    ProgramCache,
     ProgramMetadata,
     ProgramQuantization,
     ProgramVerification,
@@ -83,8 +85,16 @@ def build_onnx_program(
         files=files_of(folder),
         quantization=quantization,
         head_rows=graph.head_rows,
+        cache=_cache_of(graph.cache),
         made_by=_versions(),
     )
+
+
+def _cache_of(shape: CacheShape | None) -> ProgramCache | None:
+    if shape is None:
+        return None
+    elements = sum(heads * size for layer in shape.layers for heads, size in layer)
+    return ProgramCache(len(shape.layers), 4 * elements, "float32")
 
 
 def _quantize(

@@ -24,6 +24,11 @@ from perplexit.compilation.model_parts import (
     head_of,
     rows_at_a_time,
 )
+from perplexit.compilation.onnx_cached_program import (
+    CachedLogitsProgram,
+    CacheShape,
+    cache_shape,
+)
 from perplexit.errors import CompilationError
 from perplexit.programs import ProgramShapes
 
@@ -36,11 +41,13 @@ class ExportedGraph:
 
     head_weights: the names under which the head's matrix occurs.
     head_rows:    C, or None for a program that gives logits.
+    cache:        of a program that takes and gives keys and values, their shape.
     """
 
     model: ir.Model
     head_weights: frozenset[str]
     head_rows: int | None
+    cache: CacheShape | None = None
 
 
 def export_graph(
@@ -51,15 +58,20 @@ def export_graph(
     `weights_fingerprint` finds the graph again when the same checkpoint is compiled once more.
     With `perplexity`: input_ids_BT, attention_mask_BT, target_rows_N (the row of the flattened
     B·T hidden states that predicts the target) and target_ids_N → nll_N.
-    Without: input_ids_BT, attention_mask_BT → logits_BTV.
+    Without: input_ids_BT, attention_mask_BT → logits_BTV; where the length is free and the model
+    keeps keys and values, with pasts in and presents out (see `onnx_cached_program`).
     """
     model.eval().requires_grad_(False)
     head_rows = rows_at_a_time(model.config.get_text_config().vocab_size) if perplexity else None
-    module = _LossProgram(model, head_rows) if head_rows else _LogitsProgram(model)
+    cache = None if perplexity or shapes.length else cache_shape(model)
+    module: nn.Module = _LossProgram(model, head_rows) if head_rows else _LogitsProgram(model)
+    signature = _signature(shapes, head_rows)
+    if cache is not None:
+        module, signature = CachedLogitsProgram(model), _with_cache(signature, cache, shapes, model)
 
     def export() -> ir.Model:
         with exportable_attention(model):
-            graph = _exported(module, shapes, head_rows)
+            graph = _exported(module, signature)
         _hoist_transposes(graph)
         _simplify(graph)
         _restore_names(graph, model.base_model_prefix)
@@ -73,7 +85,7 @@ def export_graph(
         perplexity=perplexity,
         shapes=shapes,
     )
-    return ExportedGraph(graph, _head_weight_names(model), head_rows)
+    return ExportedGraph(graph, _head_weight_names(model), head_rows, cache)
 
 
 class _LogitsProgram(nn.Module):
@@ -123,7 +135,20 @@ class _LossProgram(_LogitsProgram):
         return hidden_ND.clone(), nll_C  # a scan may not return its carry itself
 
 
-def _exported(module: nn.Module, shapes: ProgramShapes, head_rows: int | None) -> ir.Model:
+@dataclass(frozen=True)
+class _Signature:
+    """Example arguments, which of their sizes are free, and the names of all that goes in and out.
+
+    dynamic: a mapping from axis to size for each argument, those of `*pasts` in a tuple.
+    """
+
+    arguments: tuple[Tensor, ...]
+    dynamic: tuple[Any, ...]
+    inputs: list[str]
+    outputs: list[str]
+
+
+def _signature(shapes: ProgramShapes, head_rows: int | None) -> _Signature:
     # Sizes above 1 (1 would be taken for a constant), and more targets than one chunk.
     batch, length = shapes.batch_size or 2, shapes.length or 12
     any_size = torch.export.Dim.DYNAMIC
@@ -141,14 +166,36 @@ def _exported(module: nn.Module, shapes: ProgramShapes, head_rows: int | None) -
         arguments += [targets, targets.clone()]
         dynamic += [{} if shapes.num_targets else {0: any_size}] * 2
         names += ["target_rows", "target_ids"]
+    return _Signature(tuple(arguments), tuple(dynamic), names, ["nll" if head_rows else "logits"])
+
+
+def _with_cache(
+    plain: _Signature, cache: CacheShape, shapes: ProgramShapes, model: Any
+) -> _Signature:
+    ids, mask = plain.arguments
+    pasts = cache.example(len(ids), 5, next(model.parameters()).dtype)
+    any_size = torch.export.Dim.DYNAMIC
+    dims = {2: any_size} if shapes.batch_size else {0: any_size, 2: any_size}
+    return _Signature(
+        (ids, torch.cat([mask[:, :5], mask], 1), *pasts),
+        (*plain.dynamic, tuple(dims for _ in pasts)),
+        plain.inputs + cache.past_names,
+        plain.outputs + cache.present_names,
+    )
+
+
+def _exported(module: nn.Module, signature: _Signature) -> ir.Model:
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 torch.export.export(
-                    module, tuple(arguments), dynamic_shapes=tuple(dynamic), strict=False
+                    module,
+                    signature.arguments,
+                    dynamic_shapes=signature.dynamic,
+                    strict=False,
                 ),
-                input_names=names,
-                output_names=["nll" if head_rows else "logits"],
+                input_names=signature.inputs,
+                output_names=signature.outputs,
                 dynamo=True,
                 opset_version=_OPSET,
                 optimize=False,  # its pattern search takes a minute; `_simplify` takes a second

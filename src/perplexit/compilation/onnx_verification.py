@@ -101,11 +101,35 @@ def _batch_nll(
         feed |= {"target_rows": np.pad(rows_N, padding), "target_ids": np.pad(targets_N, padding)}
         nll_N = session.run(None, feed)[0][: len(rows_N)].astype(np.float64)
     else:
-        logits_NV = session.run(None, feed)[0].reshape(ids_BT.size, -1)[rows_N].astype(np.float64)
+        logits_NV = _logits(session, feed).reshape(ids_BT.size, -1)[rows_N].astype(np.float64)
         shifted_NV = logits_NV - logits_NV.max(-1, keepdims=True)
         own_N = shifted_NV[np.arange(len(targets_N)), targets_N]
         nll_N = np.log(np.exp(shifted_NV).sum(-1)) - own_N
     return np.split(nll_N, np.cumsum([len(window) - 1 for window in windows])[:-1])
+
+
+def _logits(session: Any, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+    """The logits of every position; of a program with a cache, from a prefill and a decode."""
+    pasts = {
+        x.name: np.empty((len(feed["input_ids"]), x.shape[1], 0, x.shape[3]), np.float32)
+        for x in session.get_inputs()
+        if x.name not in feed
+    }
+    if not pasts:
+        logits_BTV: NDArray[np.float32] = session.run(None, feed)[0]
+        return logits_BTV
+    ids_BT, mask_BT, length = feed["input_ids"], feed["attention_mask"], feed["input_ids"].shape[1]
+    parts: list[NDArray[np.float32]] = []
+    prompt = max(1, length // 2)
+    # a prefill, one id, and the rest
+    for start, stop in ((0, prompt), (prompt, prompt + 1), (prompt + 1, length)):
+        if start >= min(stop, length):
+            continue
+        block = {"input_ids": ids_BT[:, start:stop], "attention_mask": mask_BT[:, :stop]}
+        logits, *presents = session.run(None, block | pasts)
+        pasts = dict(zip(pasts, presents, strict=True))
+        parts.append(logits)
+    return np.concatenate(parts, axis=1)
 
 
 def _largest_difference(

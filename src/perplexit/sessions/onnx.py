@@ -4,13 +4,12 @@ Shape suffixes: B = windows, T = ids a window (padded), N = targets over all win
 vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import psutil
 from numpy.typing import NDArray
 
@@ -18,29 +17,33 @@ from perplexit.errors import (
     CapabilityError,
     ModelError,
     UsageError,
-    VocabularyError,
 )
 from perplexit.inputs.windows import WindowIds
-from perplexit.programs import PROGRAM_FILE, ProgramMetadata
-from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import (
     LogitsChunk,
     ModelDescription,
-    QuantizationDescription,
     SessionDescription,
     TokenDetails,
 )
 from perplexit.sessions.logit_rows import details_of_rows
+from perplexit.sessions.onnx_cached import OnnxCache, cache_bytes, with_logits_probed
 from perplexit.sessions.onnx_engine import (
-    has_shared_arena,
     num_cores,
     open_session,
     provider_of,
     translated,
 )
+from perplexit.sessions.onnx_io import ports_of
+from perplexit.sessions.onnx_program import check_asked, describe, find_program
+from perplexit.sessions.onnx_windows import (
+    check_vocabulary,
+    padded_windows,
+    rows_before,
+    split_by_window,
+)
 
-_MODEL_FILE = "model.onnx"
+_MOST_WINDOWS = 32  # decoded together: beyond, copying caches costs what batching gains
 _MOST_IDS = 4096  # ids a batch: beyond, a CPU gains no speed and only pays memory
 
 
@@ -55,10 +58,13 @@ class OnnxInferenceSession:
     """
 
     def __new__(cls, folder: str | Path, **_: Any) -> "OnnxInferenceSession":
-        """A session that has `token_details` only where the program gives logits."""
-        if cls is not OnnxInferenceSession or ProgramMetadata.read(_program(folder)).perplexity:
+        """A session with the abilities that the program gives it."""
+        if cls is not OnnxInferenceSession:
             return super().__new__(cls)
-        return super().__new__(OnnxLogitsSession)
+        program = find_program(folder)
+        if program.metadata.perplexity:
+            return super().__new__(cls)
+        return super().__new__(OnnxCachingSession if program.takes_cache else OnnxLogitsSession)
 
     def __init__(
         self,
@@ -70,16 +76,18 @@ class OnnxInferenceSession:
         quantization: str | None = None,
         address: str | None = None,
     ) -> None:
-        path = _program(folder)
-        self._metadata = ProgramMetadata.read(path)
-        _check_asked(self._metadata, dtype, quantization)
-        self._metadata.check_files(path)
+        program = find_program(folder)
+        self._metadata = program.metadata
+        check_asked(self._metadata, dtype, quantization)
+        if not program.foreign:
+            self._metadata.check_files(program.graph.parent)
         provider = provider_of(device or "cpu")
         self._threads = threads or num_cores()
-        self._session: Any = open_session(path / _MODEL_FILE, provider, self._threads)
+        self._session: Any = open_session(program.graph, provider, self._threads)
         made_from = asdict(self._metadata.model)
         self._model = ModelDescription(**{**made_from, "address": address or f"onnx:{folder}"})
-        self._description = _describe(
+        self._ports = ports_of(self._session, program=self._model.address)
+        self._description = describe(
             self._metadata, device or "cpu", self._threads, self._session.get_providers()
         )
 
@@ -98,7 +106,7 @@ class OnnxInferenceSession:
         if not windows:
             return []
         nll_N = [self._program_nll(windows[part]) for part in self._parts(len(windows))]
-        return _split(np.concatenate(nll_N), windows)
+        return split_by_window(np.concatenate(nll_N), windows)
 
     def max_batch_size(self, window_length: int) -> int:
         """How many windows of that many ids take half of the free memory, at most 4096 ids."""
@@ -137,44 +145,38 @@ class OnnxInferenceSession:
         nll_N: NDArray[np.float32] = self._run(feed)
         return nll_N[:num_targets]
 
-    def _feed(self, windows: Sequence[WindowIds]) -> dict[str, NDArray[np.int64]]:
-        """Right-padded ids (each row with its own last id) and the mask that hides the padding."""
-        shapes = self._metadata.shapes
-        longest = max(len(window.ids_T) for window in windows)
-        if shapes.length is not None and longest > shapes.length:
-            raise CapabilityError(
-                f"{self._model.address} was compiled for windows of {shapes.length} ids, got one "
-                f"of {longest}; prepare the input with --max-length {shapes.length}, or compile "
-                "the program for longer ones"
-            )
+    def _feed(self, windows: Sequence[WindowIds]) -> dict[str, NDArray[Any]]:
         self._check_vocabulary(windows)
-        num_rows = shapes.batch_size or len(windows)
-        ids_BT = np.empty((num_rows, shapes.length or longest), np.int64)
-        mask_BT = np.zeros_like(ids_BT)
-        for row, window in enumerate(windows):
-            fed = len(window.ids_T)
-            ids_BT[row, :fed], ids_BT[row, fed:] = window.ids_T, window.ids_T[-1]
-            mask_BT[row, :fed] = 1
-        ids_BT[len(windows) :], mask_BT[len(windows) :] = ids_BT[0], mask_BT[0]
-        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+        return self._named(*padded_windows(windows, self._metadata.shapes, self._model.address))
+
+    def _named(
+        self, ids_BT: NDArray[np.int64], mask_BT: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """What the program takes of ids, mask and positions, by its own names."""
+        ports = self._ports
+        feed = {ports.ids.name: ids_BT.astype(ports.ids.dtype, copy=False)}
+        if ports.mask is not None:
+            feed[ports.mask.name] = mask_BT.astype(ports.mask.dtype, copy=False)
+        if ports.positions is not None:
+            position_T = np.arange(ids_BT.shape[1], dtype=ports.positions.dtype)
+            feed[ports.positions.name] = np.broadcast_to(position_T, ids_BT.shape).copy()
+        return feed
 
     def _check_vocabulary(self, windows: Sequence[WindowIds]) -> None:
-        lowest = min(int(window.ids_T.min()) for window in windows)
-        largest = max(int(window.ids_T.max()) for window in windows)
-        if lowest < 0 or largest >= self._model.vocab_size:
-            raise VocabularyError(
-                f"expected ids below the model's vocabulary of {self._model.vocab_size}, got "
-                f"{largest if lowest >= 0 else lowest}; prepare the input with this model's own "
-                "tokenizer"
-            )
+        check_vocabulary(windows, self._model.vocab_size)
 
-    def _run(self, feed: dict[str, NDArray[np.int64]]) -> Any:
-        if self._session is None:
-            raise UsageError(f"the session of {self._model.address} is closed; load it again")
+    def _run(self, feed: dict[str, NDArray[Any]]) -> Any:
+        """The losses or logits alone, whatever else the program gives."""
+        session = self._opened()
         try:
-            return self._session.run(None, feed)[0]
+            return session.run([self._ports.logits.name], feed)[0]
         except Exception as error:  # ONNX Runtime's errors have no common root
             raise translated(error, f"running {self._model.address}") from error
+
+    def _opened(self) -> Any:
+        if self._session is None:
+            raise UsageError(f"the session of {self._model.address} is closed; load it again")
+        return self._session
 
 
 class OnnxLogitsSession(OnnxInferenceSession):
@@ -193,7 +195,7 @@ class OnnxLogitsSession(OnnxInferenceSession):
     ) -> Iterator[LogitsChunk]:
         """The logits of every target, chunk by chunk; see LogitsSession."""
         for place, window in enumerate(windows):
-            rows_NV = _rows_before(self._run(self._feed([window]))[0], window.targets_N)
+            rows_NV = rows_before(self._logits([window])[0], window.targets_N)
             for start in range(0, len(rows_NV), chunk_rows):
                 yield LogitsChunk(place, start, rows_NV[start : start + chunk_rows])
 
@@ -206,13 +208,13 @@ class OnnxLogitsSession(OnnxInferenceSession):
     ) -> list[TokenDetails]:
         results = []
         for part in self._parts(len(windows)):
-            logits_BTV = self._run(self._feed(windows[part]))
+            logits_BTV = self._logits(windows[part])
             for window, logits_TV in zip(
                 windows[part], logits_BTV, strict=False
             ):  # rows of padding
                 results.append(
                     details_of_rows(
-                        _rows_before(logits_TV, window.targets_N),
+                        rows_before(logits_TV, window.targets_N),
                         window.ids_T[window.targets_N],
                         with_details=with_details,
                         top_k=top_k,
@@ -220,74 +222,84 @@ class OnnxLogitsSession(OnnxInferenceSession):
                 )
         return results
 
-
-def _rows_before(
-    logits_TV: NDArray[np.float32], targets_N: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """The rows that predict the targets; a view, not a copy, where the targets are consecutive."""
-    if len(targets_N) and targets_N[-1] - targets_N[0] + 1 == len(targets_N):
-        return logits_TV[targets_N[0] - 1 : targets_N[-1]]
-    return logits_TV[targets_N - 1]
-
-
-def _program(folder: str | Path) -> Path:
-    path = Path(str(folder).removeprefix("onnx:")).expanduser()
-    if path.is_file() or path.suffix == ".onnx":
-        raise ModelError(
-            f"expected a folder made by `perplexit compile` (with a {PROGRAM_FILE}), got the file "
-            f"{path}: a bare .onnx file does not say which checkpoint it holds or what it returns"
-        )
-    return path
+    def _logits(self, windows: Sequence[WindowIds]) -> NDArray[np.float32]:
+        feed = self._feed(windows)
+        logits_BTV: NDArray[np.float32] = self._run(feed).astype(np.float32, copy=False)
+        if logits_BTV.shape[:2] != feed[self._ports.ids.name].shape:
+            raise ModelError(
+                f"expected logits of every position from {self._model.address}, got an array of "
+                f"shape {logits_BTV.shape} for ids of {feed[self._ports.ids.name].shape}: "
+                "a program that gives the last position alone needs --mode cached"
+            )
+        return logits_BTV
 
 
-def _check_asked(metadata: ProgramMetadata, dtype: str | None, quantization: str | None) -> None:
-    if metadata.engine != "onnx":
-        raise ModelError(f"expected a program for ONNX Runtime, got one for {metadata.engine}")
-    if dtype is not None and canonical_dtype(dtype) != metadata.dtype:
-        raise CapabilityError(
-            f"the program was compiled in {metadata.dtype}, got dtype {dtype}; a program's dtype "
-            "is settled when it is compiled: leave it out"
-        )
-    own = metadata.quantization.name if metadata.quantization else None
-    if quantization is not None and canonical_precision(quantization) != own:
-        raise CapabilityError(
-            f"the program's weights are {own or 'not quantized'}, got quantization "
-            f"{quantization!r}; it is settled when a program is compiled: leave it out, or compile "
-            f"with --quantization {quantization}"
-        )
+class OnnxCachingSession(OnnxLogitsSession):
+    """A program that takes and gives keys and values: whole windows, or prefill and decode."""
 
+    rows_are_logits = True
 
-def _describe(
-    metadata: ProgramMetadata, device: str, threads: int, providers: Sequence[str]
-) -> SessionDescription:
-    quantized = metadata.quantization
-    settings = {
-        "providers": list(providers),
-        "graph_optimization": "all",
-        "cpu_memory_arena": "shared, grows by need" if has_shared_arena() else "off",
-        "perplexity_head": metadata.perplexity,
-        "head_rows": metadata.head_rows,
-        "opset": metadata.opset,
-        "shapes": asdict(metadata.shapes),
-        "program_files": {file.name: file.sha256 for file in metadata.files},
-        "made_by": dict(metadata.made_by),
-    }
-    quantization = None
-    if quantized is not None:
-        settings["weights"] = dict(quantized.settings)
-        fields = {key: value for key, value in asdict(quantized).items() if key != "settings"}
-        quantization = QuantizationDescription(**fields)
-    return SessionDescription(
-        engine="onnxruntime",
-        version=onnxruntime.__version__,
-        dtype=metadata.dtype,
-        device=device,
-        quantization=quantization,
-        threads=threads,
-        settings=settings,
-    )
+    @property
+    def cache_rows(self) -> int | None:
+        """The program's batch size where it is fixed; see CachingSession."""
+        return self._ports.batch_size
 
+    def caching(self) -> Mapping[str, Any]:
+        """How the program keeps its cache; see CachingSession."""
+        ports = self._ports = with_logits_probed(self._ports, self._run_values)
+        return {
+            "dtype": str(ports.caches[0].past.dtype),
+            "kind": "grows" if ports.capacity is None else f"retained, {ports.capacity} ids",
+            "logits": "last position" if ports.last_position_only else "every position",
+            "ids_a_call": ports.length or "any",
+        }
 
-def _split(nll_N: NDArray[np.float32], windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-    stops = np.cumsum([len(window.targets_N) for window in windows])
-    return np.split(nll_N, stops[:-1])
+    def open_cache(self, windows: Sequence[WindowIds]) -> OnnxCache:
+        """An empty cache for these windows; see CachingSession."""
+        self._check_vocabulary(windows)
+        longest = max(int(window.targets_N[-1]) for window in windows)
+        if self._ports.capacity is not None and longest > self._ports.capacity:
+            raise CapabilityError(
+                f"{self._model.address} keeps {self._ports.capacity} ids in its cache, got a "
+                f"window that feeds {longest}; prepare the input with --max-length "
+                f"{self._ports.capacity + 1}, or compile the program for longer ones"
+            )
+        return OnnxCache(self._ports, self._run_values, program=self._model.address)
+
+    def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The rows themselves, which are logits; see CachingSession."""
+        return hidden_ND
+
+    def max_cached_windows(self, window_length: int) -> int:
+        """How many windows' caches, once more while they are copied, half of the memory holds."""
+        if self._ports.batch_size is not None:
+            return self._ports.batch_size
+        free = int(psutil.virtual_memory().available) // 2
+        a_window = 2 * cache_bytes(self._ports) * window_length
+        return max(1, min(_MOST_WINDOWS, free // a_window))
+
+    def _named(
+        self, ids_BT: NDArray[np.int64], mask_BT: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """With pasts of no ids, which make the call a plain forward pass."""
+        ports = self._ports
+        if not ports.sees_whole_windows:
+            raise CapabilityError(
+                f"{self._model.address} gives one position at a time and cannot score a whole "
+                "window in one pass; use --mode cached"
+            )
+        feed = super()._named(ids_BT, mask_BT)
+        if ports.use_cache_branch is not None:
+            feed[ports.use_cache_branch] = np.array([False])
+        shapes = {c.past.name: (len(ids_BT), c.heads, 0, c.head_size) for c in ports.caches}
+        return feed | {
+            c.past.name: np.empty(shapes[c.past.name], c.past.dtype) for c in ports.caches
+        }
+
+    def _run_values(self, names: list[str], feed: dict[str, Any]) -> list[Any]:
+        session = self._opened()
+        try:
+            values: list[Any] = session.run_with_ort_values(names, feed)
+        except Exception as error:  # ONNX Runtime's errors have no common root
+            raise translated(error, f"running {self._model.address}") from error
+        return values

@@ -1,0 +1,95 @@
+"""A program with its key/value cache as inputs and outputs: past in, present out.
+
+Shape suffixes: B = windows, T = ids fed, P = ids in the past, H = key/value heads, D = head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from perplexit.compilation.model_parts import head_of
+
+PAST = ("past_key_values.{}.key", "past_key_values.{}.value")
+PRESENT = ("present.{}.key", "present.{}.value")
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The (heads, head size) of the keys, and of the values, of each layer."""
+
+    layers: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+
+    @property
+    def past_names(self) -> list[str]:
+        """Names of the past's inputs, layer by layer, key before value."""
+        return [name.format(i) for i in range(len(self.layers)) for name in PAST]
+
+    @property
+    def present_names(self) -> list[str]:
+        """Names of the present's outputs, in the past's order."""
+        return [name.format(i) for i in range(len(self.layers)) for name in PRESENT]
+
+    def example(self, batch_size: int, num_ids: int, dtype: torch.dtype) -> list[Tensor]:
+        """Pasts of zeros."""
+        return [
+            torch.zeros(batch_size, heads, num_ids, size, dtype=dtype)
+            for layer in self.layers
+            for heads, size in layer
+        ]
+
+
+def cache_shape(model: Any) -> CacheShape | None:
+    """The cache that the model makes on a short probe; None where it is not keys and values."""
+    try:
+        with torch.inference_mode():
+            output = model.base_model(
+                input_ids=torch.tensor([[0, 1]]), past_key_values=DynamicCache(), use_cache=True
+            )
+        layers = output.past_key_values.layers
+        shapes = [
+            tuple((x.shape[1], x.shape[3]) for x in (layer.keys, layer.values)) for layer in layers
+        ]
+    except Exception:  # whatever an architecture without such a cache raises
+        return None
+    if any(layer.keys.shape[2] != 2 for layer in layers):
+        return None
+    return CacheShape(tuple(shapes)) if shapes else None  # type: ignore[arg-type]
+
+
+class CachedLogitsProgram(nn.Module):
+    """input_ids_BT, attention_mask of P + T ids, pasts_BHPD → logits_BTV and presents.
+
+    A past of no ids makes it the plain forward pass. Sliding layers keep everything: their mask
+    hides what is too far back, so that a block of any length may follow.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.body = model.base_model
+        self.head = head_of(model)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, *pasts: Tensor
+    ) -> tuple[Tensor, ...]:
+        """(logits, present key and value of each layer)."""
+        layers = [_holding(*pair) for pair in zip(pasts[::2], pasts[1::2], strict=True)]
+        output = self.body(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=Cache(layers=[*layers]),
+            use_cache=True,
+        )
+        logits = self.head(inputs_embeds=output.last_hidden_state, use_cache=False).logits
+        return logits.float(), *(x for layer in layers for x in (layer.keys, layer.values))
+
+
+def _holding(keys: Tensor, values: Tensor) -> DynamicLayer:
+    """A layer that grows from these keys and values."""
+    layer = DynamicLayer()  # type: ignore[no-untyped-call]
+    layer.keys, layer.values = keys, values
+    layer.dtype, layer.device = keys.dtype, keys.device
+    layer.is_initialized = True
+    return layer

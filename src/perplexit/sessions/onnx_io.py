@@ -1,0 +1,193 @@
+"""What goes into an ONNX language model and what comes out, told by the usual names.
+
+Shape suffixes: B = windows, T = ids fed, S = ids in the cache, H = heads, D = head size.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perplexit.errors import CapabilityError
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+_LAYER_THEN_KIND = re.compile(r"(\d+)[._](?:self[._]|decoder[._]|attn[._])*(key|value)s?\b")
+_KIND_THEN_LAYER = re.compile(r"(key|value)s?[._](?:values?[._])?(\d+)")
+_OURS = ("target_rows", "target_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output: its name, its sizes (a name where any is taken), its dtype."""
+
+    name: str
+    shape: tuple[int | str | None, ...]
+    dtype: np.dtype[Any]
+
+    def size(self, axis: int) -> int | None:
+        """The fixed size of an axis; None where it is free."""
+        value = self.shape[axis] if len(self.shape) > axis else None
+        return value if isinstance(value, int) else None
+
+
+@dataclass(frozen=True, slots=True)
+class CachePort:
+    """One layer's keys or values: where the past goes in and the present comes out."""
+
+    past: Port
+    present: str
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.past.size(1) or 0
+
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return self.past.size(3) or 0
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPorts:
+    """The inputs and outputs of a language model; None for what it does not have.
+
+    caches:   keys and values, layer by layer; empty where it takes whole windows alone.
+    capacity: ids that a retained cache holds: past and present are of one fixed size, and the ids
+              given go to their `position_ids`. None: the present is the past and what was fed.
+    last_position_only: the logits are of the last id fed, as far as the shapes tell.
+    """
+
+    ids: Port
+    mask: Port | None
+    positions: Port | None
+    use_cache_branch: str | None
+    logits: Port
+    caches: tuple[CachePort, ...] = ()
+    capacity: int | None = None
+
+    @property
+    def batch_size(self) -> int | None:
+        """B where it is fixed."""
+        return self.ids.size(0)
+
+    @property
+    def length(self) -> int | None:
+        """T where it is fixed."""
+        return self.ids.size(1)
+
+    @property
+    def last_position_only(self) -> bool:
+        """Whether only the last id's logits come out, as far as the shapes tell."""
+        return len(self.logits.shape) == 2 or (self.logits.size(1) == 1 and self.length != 1)
+
+    @property
+    def sees_whole_windows(self) -> bool:
+        """Whether one call can give the logits of every position of a window."""
+        return not self.last_position_only and self.capacity is None and self.length != 1
+
+
+def ports_of(session: Any, *, program: str) -> GraphPorts:
+    """The ports of an ONNX Runtime session of a causal language model.
+
+    Raises CapabilityError that names what is not understood.
+    """
+    inputs = {x.name: _port(x, program) for x in session.get_inputs()}
+    outputs = {x.name: _port(x, program) for x in session.get_outputs()}
+    pasts = {name: key for name in inputs if (key := _layer_and_kind(name))}
+    known = {"input_ids", "attention_mask", "position_ids", "use_cache_branch", *_OURS, *pasts}
+    if "input_ids" not in inputs or set(inputs) - known:
+        raise CapabilityError(
+            f"expected a program with input_ids and, where it has them, attention_mask, "
+            f"position_ids, use_cache_branch and past_key_values.N.key / .value, but {program} "
+            f"takes {', '.join(sorted(set(inputs) - known) or sorted(inputs))}; export it under "
+            "these names"
+        )
+    presents = {key: name for name in outputs if (key := _layer_and_kind(name))}
+    plain = [port for name, port in outputs.items() if name not in presents.values()]
+    logits = outputs.get("logits", outputs.get("nll", plain[0] if len(plain) == 1 else None))
+    if logits is None:
+        raise CapabilityError(
+            f"expected an output named logits, but {program} gives {', '.join(outputs)}"
+        )
+    missing = sorted(set(pasts.values()) - set(presents))
+    if missing:
+        raise CapabilityError(
+            f"expected a present for each past, but {program} gives none for layer "
+            f"{missing[0][0]}'s {missing[0][1]}"
+        )
+    caches = tuple(
+        CachePort(inputs[name], presents[key])
+        for name, key in sorted(pasts.items(), key=lambda item: item[1])
+    )
+    return GraphPorts(
+        ids=inputs["input_ids"],
+        mask=inputs.get("attention_mask"),
+        positions=inputs.get("position_ids"),
+        use_cache_branch="use_cache_branch" if "use_cache_branch" in inputs else None,
+        logits=logits,
+        caches=caches,
+        capacity=_capacity(caches, outputs, inputs, program),
+    )
+
+
+def takes_cache(names: Sequence[str]) -> bool:
+    """Whether a program with inputs of these names is fed in blocks."""
+    return any(_layer_and_kind(name) for name in names)
+
+
+def _port(value: Any, program: str) -> Port:
+    if value.type not in _DTYPES:
+        raise CapabilityError(
+            f"expected float32, float16 or integer inputs and outputs, but {value.name} of "
+            f"{program} is {value.type}; export it with another dtype at its borders"
+        )
+    return Port(value.name, tuple(value.shape), _DTYPES[value.type])
+
+
+def _layer_and_kind(name: str) -> tuple[int, str] | None:
+    """(layer, "key" or "value") of a cache's input or output; None for any other."""
+    if not re.search(r"past|present|cache", name) or name == "use_cache_branch":
+        return None
+    if found := _LAYER_THEN_KIND.search(name):
+        return int(found[1]), found[2]
+    if found := _KIND_THEN_LAYER.search(name.replace("past_key_values", "past")):
+        return int(found[2]), found[1]
+    return None
+
+
+def _capacity(
+    caches: Sequence[CachePort], outputs: dict[str, Port], inputs: dict[str, Port], program: str
+) -> int | None:
+    """S of a retained cache; None for one that grows."""
+    unknown = [c.past.name for c in caches if not (len(c.past.shape) == 4 and c.heads)]
+    unknown += [c.past.name for c in caches if not c.head_size]
+    if unknown:
+        raise CapabilityError(
+            f"expected caches of the shape batch, heads, ids, head size with fixed heads and head "
+            f"size, but {unknown[0]} of {program} does not say them; fix them at the export"
+        )
+    sizes = {c.past.size(2) for c in caches}
+    if sizes <= {None}:
+        return None
+    size = sizes.pop()
+    if sizes or any(outputs[c.present].size(2) != size for c in caches):
+        raise CapabilityError(
+            f"expected pasts of any length, or retained ones whose presents have the same fixed "
+            f"length, but {program} takes pasts of {size} ids and gives others back"
+        )
+    if "position_ids" not in inputs:
+        raise CapabilityError(
+            f"expected position_ids among the inputs of {program}: its cache is of a fixed size, "
+            "so the program must be told where new ids go"
+        )
+    return size

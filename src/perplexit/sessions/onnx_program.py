@@ -1,0 +1,204 @@
+"""The folder of an ONNX program: ours with its record, or one that was exported elsewhere."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import nan, prod
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+
+from perplexit.errors import CapabilityError, ModelError
+from perplexit.files import sha256_of_file
+from perplexit.programs import (
+    PROGRAM_FILE,
+    ProgramFile,
+    ProgramMemory,
+    ProgramMetadata,
+    ProgramModel,
+    ProgramShapes,
+    ProgramVerification,
+)
+from perplexit.quantization.precisions import canonical_dtype, canonical_precision
+from perplexit.sessions.base import QuantizationDescription, SessionDescription
+from perplexit.sessions.onnx_engine import has_shared_arena
+from perplexit.sessions.onnx_io import takes_cache
+
+OUR_FILE = "model.onnx"
+# Where exporters put the graph, best first: one file for prefill and decode before one for either.
+_USUAL_FILES = (OUR_FILE, "decoder_model_merged.onnx", "decoder_with_past_model.onnx")
+_FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxProgram:
+    """A graph on disk and what is known of it; `foreign`: it was not made by `perplexit compile`.
+
+    takes_cache: whether it can be fed in blocks.
+    """
+
+    graph: Path
+    metadata: ProgramMetadata
+    takes_cache: bool
+    foreign: bool
+
+
+def find_program(folder: str | Path) -> OnnxProgram:
+    """The program in a folder.
+
+    Raises ModelError where there is none or the choice is not clear, CapabilityError where a
+    foreign one does not say its vocabulary.
+    """
+    path = Path(str(folder).removeprefix("onnx:")).expanduser()
+    if path.is_file() or path.suffix == ".onnx":
+        raise ModelError(
+            f"expected a folder made by `perplexit compile` (with a {PROGRAM_FILE}) or by another "
+            f"exporter, got the file {path}: a bare .onnx file does not say which checkpoint it "
+            "holds; name its folder"
+        )
+    if (path / PROGRAM_FILE).is_file() or not list(path.glob("**/*.onnx")):
+        metadata = ProgramMetadata.read(path)
+        return OnnxProgram(path / OUR_FILE, metadata, metadata.cache is not None, foreign=False)
+    graph = _foreign_graph(path)
+    model = onnx.load(str(graph), load_external_data=False)
+    names = [value.name for value in model.graph.input]
+    return OnnxProgram(graph, _foreign_metadata(path, graph, model), takes_cache(names), True)
+
+
+def _foreign_graph(folder: Path) -> Path:
+    found = sorted(folder.glob("*.onnx")) or sorted((folder / "onnx").glob("*.onnx"))
+    usual = [path for name in _USUAL_FILES for path in found if path.name == name]
+    if usual or len(found) == 1:
+        return (usual or found)[0]
+    raise ModelError(
+        f"expected one graph in {folder}, or one of {', '.join(_USUAL_FILES)}, got "
+        f"{', '.join(path.name for path in found) or 'none'}; put the one that is meant into a "
+        "folder of its own, with its weights and config.json"
+    )
+
+
+def _foreign_metadata(folder: Path, graph: Path, model: Any) -> ProgramMetadata:
+    config = _config(folder)
+    counts: Counter[str] = Counter()
+    external = {graph}
+    for tensor in model.graph.initializer:
+        counts[onnx.TensorProto.DataType.Name(tensor.data_type)] += prod(tensor.dims)
+        external |= {graph.parent / x.value for x in tensor.external_data if x.key == "location"}
+    floats = [(number, _FLOATS[name]) for name, number in counts.items() if name in _FLOATS]
+    files = tuple(_file(path) for path in sorted(external))
+    digest = hashlib.sha256("".join(f"{f.name}\0{f.sha256}\0" for f in files).encode())
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 1024)
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 16)
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    batch, length = _sizes(model.graph.input, "input_ids", 2)
+    return ProgramMetadata(
+        engine="onnx",
+        perplexity=False,
+        dtype=max(floats)[1] if floats else "float32",
+        opset=next((x.version for x in model.opset_import if not x.domain), 0),
+        shapes=ProgramShapes(batch, length),
+        model=ProgramModel(
+            address=f"onnx:{folder}",
+            architecture=str((config.get("architectures") or ["unknown (ONNX)"])[0]),
+            num_parameters=sum(counts.values()),
+            weights_fingerprint=digest.hexdigest(),
+            vocab_size=_vocab_size(model, config, graph),
+            max_length=int(limit) if limit else None,
+        ),
+        memory=ProgramMemory(4 * 24 * hidden, 4 * 3 * heads),
+        verification=ProgramVerification("nothing: it was exported elsewhere", 0, nan),
+        files=files,
+        made_by={"producer": f"{model.producer_name} {model.producer_version}".strip()}
+        | {f"{name.lower()} weights": str(number) for name, number in sorted(counts.items())},
+    )
+
+
+def _vocab_size(model: Any, config: dict[str, Any], graph: Path) -> int:
+    logits = _sizes(model.graph.output, "logits", 3)[-1]
+    found = logits or config.get("vocab_size")
+    if not found:
+        raise CapabilityError(
+            f"expected a vocabulary size in the shape of the output logits or in a config.json "
+            f"beside {graph}, found none; put the checkpoint's config.json there"
+        )
+    return int(found)
+
+
+def _sizes(values: Any, name: str, rank: int) -> list[int | None]:
+    """The fixed sizes of a port by name, None where free."""
+    for value in values:
+        if value.name == name:
+            dims = value.type.tensor_type.shape.dim
+            return [dim.dim_value or None for dim in dims] or [None] * rank
+    return [None] * rank
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"expected JSON in {path}, got {error}") from error
+    return dict(config) if isinstance(config, dict) else {}
+
+
+def _file(path: Path) -> ProgramFile:
+    if not path.is_file():
+        raise ModelError(f"expected the graph's weights in {path}, but there is no such file")
+    return ProgramFile(path.name, path.stat().st_size, sha256_of_file(path))
+
+
+def check_asked(metadata: ProgramMetadata, dtype: str | None, quantization: str | None) -> None:
+    """Raise CapabilityError unless the program is what is asked for; None asks for nothing."""
+    if metadata.engine != "onnx":
+        raise ModelError(f"expected a program for ONNX Runtime, got one for {metadata.engine}")
+    if dtype is not None and canonical_dtype(dtype) != metadata.dtype:
+        raise CapabilityError(
+            f"the program was compiled in {metadata.dtype}, got dtype {dtype}; a program's dtype "
+            "is settled when it is compiled: leave it out"
+        )
+    own = metadata.quantization.name if metadata.quantization else None
+    if quantization is not None and canonical_precision(quantization) != own:
+        raise CapabilityError(
+            f"the program's weights are {own or 'not quantized'}, got quantization "
+            f"{quantization!r}; it is settled when a program is compiled: leave it out, or compile "
+            f"with --quantization {quantization}"
+        )
+
+
+def describe(
+    metadata: ProgramMetadata, device: str, threads: int, providers: Sequence[str]
+) -> SessionDescription:
+    """ONNX Runtime, and the settings in effect."""
+    quantized = metadata.quantization
+    settings = {
+        "providers": list(providers),
+        "graph_optimization": "all",
+        "cpu_memory_arena": "shared, grows by need" if has_shared_arena() else "off",
+        "perplexity_head": metadata.perplexity,
+        "head_rows": metadata.head_rows,
+        "opset": metadata.opset,
+        "shapes": asdict(metadata.shapes),
+        "program_files": {file.name: file.sha256 for file in metadata.files},
+        "made_by": dict(metadata.made_by),
+    }
+    quantization = None
+    if quantized is not None:
+        settings["weights"] = dict(quantized.settings)
+        fields = {key: value for key, value in asdict(quantized).items() if key != "settings"}
+        quantization = QuantizationDescription(**fields)
+    return SessionDescription(
+        engine="onnxruntime",
+        version=onnxruntime.__version__,
+        dtype=metadata.dtype,
+        device=device,
+        quantization=quantization,
+        threads=threads,
+        settings=settings,
+    )
