@@ -349,3 +349,17 @@ def test_a_template_with_two_tokens_in_front_is_told():
         single="</s> <s> $A", pair="$A $B", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     assert load(source).added_prefix == (2, 1)
+
+
+def test_an_unknown_hub_id_is_one_request_and_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked: list[tuple[str, str | None]] = []
+
+    def unreachable(name: str, *, revision: str | None, **_: object) -> str:
+        asked.append((name, revision))
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    with pytest.raises(TokenizerError, match=r"'nobody/nothing' here.*no route to the hub"):
+        load("nobody/nothing@main")
+    assert asked == [("nobody/nothing", "main")]

@@ -22,6 +22,7 @@ from perplexit.inputs.tokenizer_backends import (
 )
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_HUB_FILES = ["*.json", "*.model", "*.txt", "*.tiktoken"]
 _NAMED_TOKENS = (
     "bos_token",
     "eos_token",
@@ -47,7 +48,7 @@ def load_tokenizer(source: str | Path | object) -> LoadedTokenizer:
         return _from_file(path)
     if _HUB_ID.fullmatch(address) and path.suffix not in {".json", ".model", ".gguf"}:
         name, _, revision = address.partition("@")
-        return _from_transformers(name, revision=revision or None)
+        return _from_hub(name, revision or None)
     raise TokenizerError(
         f"There is no tokenizer at {address!r}. Expected a folder with tokenizer.json, a "
         f"tokenizer.json, a SentencePiece .model, a .gguf, or a hub id (ID or ID@REVISION)."
@@ -136,16 +137,30 @@ def _named_id(backend: HuggingFaceBackend, token: Any) -> int | None:
     return backend.token_to_id(content) if isinstance(content, str) else None
 
 
-def _from_transformers(name: str, *, revision: str | None = None) -> LoadedTokenizer:
+def _from_hub(name: str, revision: str | None) -> LoadedTokenizer:
+    """By one download of the tokenizer's files: asked file by file, an absent hub takes minutes."""
+    hub = _optional("huggingface_hub", "pytorch")
+    try:
+        folder = hub.snapshot_download(
+            name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
+        )
+    except Exception as error:  # of the hub's library, and of the network below it
+        raise TokenizerError(
+            f"There is no tokenizer file or folder {name!r} here, and none could be loaded from "
+            f"the hub under that name ({_first_line(error)}). Check the path; a hub id must exist, "
+            f"and the hub be reached or the model downloaded."
+        ) from error
+    return _from_folder(Path(folder))
+
+
+def _from_transformers(name: str) -> LoadedTokenizer:
     transformers = _optional("transformers", "pytorch")
     try:
-        loaded = transformers.AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=False
-        )
+        loaded = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the libraries below raise many kinds
         raise TokenizerError(
             f"transformers cannot load a tokenizer from {name!r}: {_first_line(error)}. Expected a "
-            f"folder with tokenizer files, or a hub id that can be reached."
+            f"folder with tokenizer files."
         ) from error
     return _from_object(loaded)
 
