@@ -40,7 +40,8 @@ def compile_model(
         typer.Option(
             "--perplexity/--no-perplexity",
             help="Put the loss inside the program (ids and targets in, losses out), or have the "
-            "program give logits.",
+            "program give logits. A GGUF file holds weights alone: llama.cpp gives logits either "
+            "way.",
         ),
     ] = True,
     dtype: Annotated[
