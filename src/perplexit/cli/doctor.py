@@ -25,7 +25,7 @@ def doctor(
     tokens: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[INPUT]",
+            metavar="INPUT",
             help="The token file that figures will be taken over; without it, a packaged text in "
             "the model's own tokenizer.",
         ),
@@ -39,20 +39,23 @@ def doctor(
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=2, metavar="N", help="Ids of the longest window to try [default: INPUT's, or 1024]."
+            min=2,
+            metavar="N",
+            help="Ids of the longest window to try \\[default: INPUT's, or 1024].",
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: fp32].")
+        str | None,
+        typer.Option(metavar="D", help="float32, bfloat16 or float16 \\[default: fp32]."),
     ] = None,
     quantization: Annotated[
         str | None, typer.Option(metavar="Q", help="A weight quantization of the engine.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, … [default: the engine's].")
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, … \\[default: the engine's].")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads [default: every core].")
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads \\[default: every core].")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
