@@ -62,7 +62,7 @@ def divergences_of(
     if found.floor is None or "kl" not in columns:
         return found, warnings
     kl_M = np.asarray(_column(candidate.tokens, "kl", pairs))
-    if columns["kl"].mean.value <= found.floor[0]:
+    if 0 < columns["kl"].mean.value <= found.floor[0]:
         warnings.append(
             f"the mean KL ({columns['kl'].mean.value:.2g}) is not above what the stored reference "
             f"has with itself ({found.floor[0]:.2g} nats a token): it says nothing"

@@ -133,7 +133,7 @@ class Comparison:
             f"{self.max_abs_nll_difference:.2e} at most, over {self.num_tokens:,} tokens",
         ]
         if self.divergences is not None:
-            lines += _divergence_lines(self.figures(), self.divergences.floor)
+            lines += _divergence_lines(self.figures(), self.divergences)
         if self.bootstrap is not None and not self.bootstrap.agrees:
             ends = math.exp(self.bootstrap.low), math.exp(self.bootstrap.high)
             lines.append(
@@ -168,7 +168,8 @@ def _flip_lines(flips: Flips | None) -> list[str]:
 def _flip_line(flip: Flip) -> str:
     sure = "" if flip.reference_p is None else f"p {flip.reference_p:.2f}  "
     choices = " -> ".join(
-        "?" if top is None else repr(top) for top in (flip.reference_top1, flip.candidate_top1)
+        "(not recorded)" if top is None else repr(top)
+        for top in (flip.reference_top1, flip.candidate_top1)
     )
     return f"{sure}{choices}  in {flip.context!r} [{flip.token!r}] {flip.after!r}"
 
@@ -188,10 +189,11 @@ def _divergence_figures(name: str, found: Distribution) -> dict[str, Figure]:
     return figures
 
 
-def _divergence_lines(
-    figures: Mapping[str, Figure], floor: tuple[float, float] | None
-) -> list[str]:
-    lines = []
+def _divergence_lines(figures: Mapping[str, Figure], divergences: Divergences) -> list[str]:
+    if "kl" in divergences.columns:  # with its own interval, where it is a lower bound
+        own = divergences.columns["kl"].mean
+        figures = {**figures, "mean_kl": Figure(own.value, own.low, own.high)}
+    floor, lines = divergences.floor, []
     for label, name in (
         ("KL:", "mean_kl"),
         ("reverse KL:", "mean_reverse_kl"),

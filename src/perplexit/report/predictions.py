@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from perplexit.comparison import Comparison, Figure
 from perplexit.comparison.byte_aligned import ByteComparison, ChangedSegment
-from perplexit.comparison.flips import Flip
+from perplexit.comparison.flips import Flip, Flips
 from perplexit.report.subject import Subject
 from perplexit.report.wording import DASH, figure, interval
 
@@ -137,5 +137,11 @@ def _flips_in_words(comparison: Comparison) -> str:
     )
     return (
         f"{least}{flips.count:,} of {flips.num_tokens:,} tokens "
-        f"({100 * flips.count / flips.num_tokens:.2g} %){order}."
+        f"({100 * flips.count / flips.num_tokens:.2g} %){order}.{_unknown_in_words(flips)}"
     )
+
+
+def _unknown_in_words(flips: Flips) -> str:
+    if all(flip.reference_top1 and flip.candidate_top1 for flip in flips.listed):
+        return ""
+    return " A choice that was not recorded is a dash: eval --top-k 1 records it."
