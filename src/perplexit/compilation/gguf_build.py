@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from perplexit.checkpoints.loading import Checkpoint
+from perplexit.compilation.checkpoint_nll import window_nll
 from perplexit.compilation.gguf_file import WRITTEN_TYPES, llamacpp_nll, write_gguf
 from perplexit.compilation.targets import CompileRequest
 from perplexit.errors import CompilationError, QuantizationError
@@ -98,12 +99,8 @@ def _write(checkpoint: Checkpoint, path: Path, precision: str) -> Path:
 
 
 def _checkpoint_nll(checkpoint: Checkpoint, ids: NDArray[np.int32]) -> NDArray[np.float64]:
-    ids_T = torch.from_numpy(ids.astype(np.int64))
     with torch.inference_mode():
-        logits_TV = checkpoint.model(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
-        logprobs_TV = logits_TV.double().log_softmax(-1)
-    nll: NDArray[np.float64] = -logprobs_TV.gather(1, ids_T[1:, None])[:, 0].numpy()
-    return nll
+        return window_nll(checkpoint.model, torch.from_numpy(ids.astype(np.int64)))
 
 
 def _probe_ids(vocab_size: int) -> NDArray[np.int32]:

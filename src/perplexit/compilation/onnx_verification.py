@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from perplexit.compilation.checkpoint_nll import window_nll
 from perplexit.errors import CompilationError, QuantizationError
 from perplexit.programs import ProgramModel, ProgramShapes
 
@@ -34,14 +35,7 @@ def verification_windows(
 def checkpoint_nll(model: Any, windows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float64]]:
     """The nll of every id but the first of each window, each window alone, unpadded."""
     with torch.inference_mode():
-        return [_window_nll(model, torch.from_numpy(window)) for window in windows]
-
-
-def _window_nll(model: Any, ids_T: torch.Tensor) -> NDArray[np.float64]:
-    logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
-    logprobs_TV = logits_TV[:-1].double().log_softmax(-1)
-    nll: NDArray[np.float64] = -logprobs_TV.gather(1, ids_T[1:, None])[:, 0].numpy()
-    return nll
+        return [window_nll(model, torch.from_numpy(window)) for window in windows]
 
 
 def check_quantization_changed(
