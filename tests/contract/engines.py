@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from perplexit.quantization.mx_formats import FP6_E2M3, mx_round_trip
 from perplexit.sessions.base import InferenceSession
+from perplexit.sessions.cached import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.contract import without_weights
 
@@ -68,6 +71,46 @@ def _bare(folder: Path) -> InferenceSession:
     return PytorchInferenceSession(Bare(AutoModelForCausalLM.from_pretrained(folder)))
 
 
+def _quantized(precision: str) -> Callable[[Path], InferenceSession]:
+    """PyTorch with its weights in another precision."""
+
+    def open_quantized(folder: Path) -> InferenceSession:
+        pytest.importorskip("torchao")
+        pytest.importorskip("bitsandbytes")
+        return PytorchInferenceSession(folder, quantization=precision)
+
+    return open_quantized
+
+
+def _quantized_oracle(precision: str) -> Callable[[Path], torch.nn.Module]:
+    """The checkpoint with each layer's weights sent through the format by themselves."""
+
+    def oracle(folder: Path) -> torch.nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear | Conv1D) and "head" not in name:
+                transposed = isinstance(module, Conv1D)
+                weight = module.weight.data.t() if transposed else module.weight.data
+                back = _there_and_back(weight.contiguous(), precision)
+                module.weight.data = back.t().contiguous() if transposed else back
+        return model
+
+    return oracle
+
+
+def _there_and_back(weight: torch.Tensor, precision: str) -> torch.Tensor:
+    if precision == "nf4":
+        from bitsandbytes import functional  # noqa: PLC0415
+
+        codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        return functional.dequantize_4bit(codes, state)
+    if precision == "int8":
+        # round(w / scale) with a scale a row, the largest weight on ±127.5
+        scale = weight.abs().amax(1, keepdim=True) / 127.5
+        return (weight / scale).round().clamp(-128, 127) * scale
+    return mx_round_trip(weight, FP6_E2M3)
+
+
 def _llamacpp(folder: Path) -> InferenceSession:
     """llama.cpp over a float32 GGUF file written from the checkpoint."""
     gguf_file = pytest.importorskip("perplexit.compilation.gguf_file")
@@ -113,12 +156,30 @@ def _openvino(**options: object) -> Callable[[Path], InferenceSession]:
     return _program("openvino", "OpenVinoInferenceSession", **options)
 
 
+def _cached(
+    open_session: Callable[[Path], InferenceSession], **sizes: int
+) -> Callable[[Path], InferenceSession]:
+    """An engine's session by prefill and decode."""
+
+    def open_cached(folder: Path) -> InferenceSession:
+        return cached_session(open_session(folder), **sizes)
+
+    return open_cached
+
+
 ENGINES = {
     "pytorch": Engine(PytorchInferenceSession),
     "pytorch-small-chunks": Engine(
         lambda folder: PytorchInferenceSession(folder, max_logits_bytes=7 * 320 * 4)
     ),
     "pytorch-whole-forward": Engine(_whole_forward),
+    "pytorch-nf4": Engine(_quantized("nf4"), ("llama", "gpt2"), oracle=_quantized_oracle("nf4")),
+    "pytorch-int8": Engine(
+        _quantized("int8"), ("llama", "gemma2"), oracle=_quantized_oracle("int8")
+    ),
+    "pytorch-mxfp6": Engine(
+        _quantized("mxfp6"), ("llama", "gpt2"), oracle=_quantized_oracle("mxfp6")
+    ),
     "llamacpp": Engine(_llamacpp, models=("llama",)),
     # llama.cpp looks GELU up in a table of 16-bit floats, whatever the weights are
     "llamacpp-gelu-table": Engine(_llamacpp, models=("gpt2",), tolerance=5e-3),
@@ -128,6 +189,16 @@ ENGINES = {
     "openvino": Engine(_openvino()),
     "openvino-logits": Engine(_openvino(perplexity=False), models=("llama", "gemma2")),
     "openvino-fixed-shapes": Engine(_openvino(batch_size=3, max_length=128), models=("gpt2",)),
+    "pytorch-cached": Engine(_cached(PytorchInferenceSession, prompt_len=5)),
+    "pytorch-cached-by-chunks": Engine(
+        _cached(PytorchInferenceSession, prompt_len=16, decode_chunk=7)
+    ),
+    "onnx-cached": Engine(
+        _cached(_onnx(perplexity=False), prompt_len=5), models=("llama", "gpt2", "gemma2")
+    ),
+    "onnx-cached-fixed-batch": Engine(
+        _cached(_onnx(perplexity=False, batch_size=3), prompt_len=5), models=("llama",)
+    ),
     "completions": Engine(without_weights.completions, models=("llama",), knows_weights=False),
     "ngram": Engine(
         without_weights.ngram,

@@ -5,7 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from perplexit.errors import CapabilityError, UsageError
+import perplexit as px
+from perplexit.errors import CapabilityError, ResumeError, UsageError
+from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import DetailedSession, HiddenStateSession, TimesPhases
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
@@ -197,3 +199,80 @@ def test_an_engine_without_a_cache_is_refused_by_name(tiny_llama_dir):
 
     with pytest.raises(CapabilityError, match="scores whole windows alone; use --mode full"):
         cached_session(without_weights.ngram(tiny_llama_dir))
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_llama_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cached-input")
+    text = folder / "text.txt"
+    text.write_text("Whoever measures twice and gets the same number has measured. " * 6)
+    return px.prepare(
+        text, tokenizer=str(tiny_llama_dir), max_length=24, stride=12, output=folder / "in"
+    )
+
+
+def test_evaluate_in_cached_mode_is_the_same_measurement(llama, tokens):
+    full = px.evaluate(llama, tokens)
+    cached = px.evaluate(llama, tokens, mode="cached", prompt_len=6, decode_chunk=2)
+    assert cached.nll_sum == pytest.approx(full.nll_sum, abs=1e-4 * full.num_tokens)
+    assert np.abs(cached.tokens.nll - full.tokens.nll).max() < 1e-4
+    session = cached.to_json()["session"]
+    assert (session["mode"], session["prompt_len"], session["decode_chunk"]) == ("cached", 6, 2)
+    assert full.to_json()["session"]["mode"] == "full"
+    assert full.seconds["decode"] == 0
+    assert cached.seconds["prefill"] > 0
+    assert cached.seconds["decode"] > cached.seconds["prefill"]
+    rate = cached.num_tokens / (cached.seconds["prefill"] + cached.seconds["decode"])
+    assert cached.tokens_per_second == pytest.approx(rate)
+
+
+def test_a_reference_can_be_saved_and_held_against_in_cached_mode(llama, tokens):
+    reference = px.evaluate(llama, tokens, mode="cached", prompt_len=5, save_reference=True)
+    against = px.evaluate(llama, tokens, mode="cached", prompt_len=9, reference=llama)
+    assert reference.saved_reference["self_kl_max"] < 1e-6
+    assert 0 <= np.nanmax(against.tokens.kl) < 1e-6
+
+
+@pytest.mark.trap(26)
+@pytest.mark.parametrize("other", [{"prompt_len": 7}, {"decode_chunk": 3}, {"mode": "full"}])
+def test_another_shape_of_the_calls_is_not_resumed(llama, tokens, tmp_path, other):
+    """Trap 26: mode, prompt and chunk are conditions of the measurement."""
+    how = {"mode": "cached", "prompt_len": 6, "decode_chunk": 2}
+    px.evaluate(llama, tokens, run=tmp_path / "run", **how)
+    px.evaluate(llama, tokens, run=tmp_path / "run", **how)
+    changed = other if "mode" in other else how | other
+    with pytest.raises(ResumeError, match=next(iter(other))):
+        px.evaluate(llama, tokens, run=tmp_path / "run", **changed)
+
+
+@pytest.mark.parametrize("sizes", [{"prompt_len": 4}, {"decode_chunk": 4}])
+def test_sizes_without_the_mode_are_refused(llama, tokens, sizes):
+    with pytest.raises(UsageError, match="ask for mode 'cached'"):
+        px.evaluate(llama, tokens, **sizes)
+
+
+@pytest.mark.trap(32)
+def test_keys_and_values_kept_over_a_sliding_window_are_another_protocol(llama, tiny_llama_dir):
+    """Trap 32: a stream that drops old keys gives other losses than windows computed afresh.
+
+    What is kept was computed with ids in sight that the window no longer has. Windows here always
+    start from an empty cache; the stream is computed by hand.
+    """
+    size, length = 12, 40
+    ids_T = random_window(5, length, VOCAB_SIZE).ids_T
+    afresh = [
+        WindowIds(start, ids_T[start : start + size], np.array([size - 1]))
+        for start in range(length - size + 1)
+    ]
+    recomputed = np.concatenate(cached_session(llama, prompt_len=4).token_nll(afresh))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, attn_implementation="eager")
+    seen = torch.arange(length)[:, None] - torch.arange(length)[None]
+    mask = torch.where((seen >= 0) & (seen < size - 1), 0.0, float("-inf"))[None, None]
+    with torch.no_grad():
+        logits_TV = model(torch.tensor(ids_T[None]).long(), attention_mask=mask).logits[0]
+    targets = torch.tensor(ids_T[size - 1 :]).long()
+    streamed = torch.nn.functional.cross_entropy(
+        logits_TV[size - 2 : -1], targets, reduction="none"
+    ).numpy()
+    assert abs(streamed[0] - recomputed[0]) < 1e-4  # nothing was dropped yet
+    assert np.abs(streamed - recomputed).max() > 1e-2

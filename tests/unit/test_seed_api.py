@@ -429,3 +429,35 @@ def test_logits_are_found_in_what_a_module_returns(
 
     expected = px.compute_perplexity(model, [rows])
     assert px.compute_perplexity(Wrapped(), [rows]) == expected
+
+
+@pytest.mark.parametrize("prompt_len", [1, 2, 5, 11])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_onnx_program_scores_by_prefill_and_decode_what_torch_scores_whole(
+    onnx_folder: Path, tiny_llama_dir: Path, tmp_path: Path, prompt_len: int, batch_size: int
+) -> None:
+    """The seed scored token 0's logits against token 2, and misplaced labels for longer prompts."""
+    random = np.random.default_rng(5)
+    loader = [random.integers(0, 320, (2, 12)), random.integers(0, 320, (3, 12))]
+    log = tmp_path / "log"
+    expected = px.calculate_perplexity(
+        loader, f"hf:{tiny_llama_dir}", 12, prompt_len, "torch", batch_size, None, "m"
+    )
+    got = px.calculate_perplexity(
+        loader, f"onnx:{onnx_folder}", 12, prompt_len, "onnx", batch_size, log, "m"
+    )
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert "mode: cached" in log.read_text()
+    assert f"prompt_len: {prompt_len}" in log.read_text()
+    assert "num_tokens: 55" in log.read_text()  # every token of each row but its first
+
+
+def test_no_windows_is_a_stated_error(onnx_folder: Path) -> None:
+    with pytest.raises(EmptyScoreError, match="at least one scored token"):
+        px.calculate_perplexity([], f"onnx:{onnx_folder}", 12, 1, "onnx", 1, None, "m")
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("seed-onnx") / "program"
+    return px.compile(tiny_llama_dir, to="onnx", output=output, perplexity=False).folder

@@ -15,9 +15,16 @@ from perplexit.metrics.totals import NllTotals
 from perplexit.resources.timer import Timer
 from perplexit.seed_api.batches import window_batches
 from perplexit.seed_api.row_scoring import regrouped, row_losses, session_of
-from perplexit.sessions.base import InferenceSession
+from perplexit.sessions.base import CachingSession, InferenceSession
+from perplexit.sessions.cached import cached_session
 
-ENGINES_OF = {"torch": ("pytorch", "torch"), "onnx": ("onnx", "onnxruntime")}
+ENGINES_OF = {
+    "torch": ("pytorch", "torch"),
+    "onnx": ("onnx", "onnxruntime"),
+    "openvino": ("openvino",),
+    "gguf": ("llama.cpp",),
+    "tvm": ("tvm",),
+}
 ACCEPTANCE = {"FP16": 1.001, "MXFP6/MXINT8": 1.01}  # QEfficient's bounds on the torch perplexity
 
 
@@ -45,9 +52,12 @@ def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's
     data_loader: batches as `window_batches` reads them; each row is one window, its second id the
         first target. Rows that overlap are scored as they are, overlap twice, as in QEfficient.
     inference_session: a session, a model's address, or a torch.nn.Module.
-    ctx_len: no row may hold more tokens. prompt_len: the prefill's length there; here whole
-        windows are scored, so the same targets give the same figure for every prompt_len.
-    model_type: "torch" or "onnx"; it must be the session's engine. batch_size: rows a call.
+    ctx_len: no row may hold more tokens.
+    prompt_len: ids of the one prefill, the rest is decoded id by id, where the session is one that
+        keeps a cache and model_type is not "torch", which scores whole windows. The same targets
+        are scored for every prompt_len, those inside the prompt too.
+    model_type: "torch", "onnx", "openvino", "gguf" or "tvm"; it must be the session's engine.
+    batch_size: rows a call.
     log_file: written anew: a line a sample, then the conditions and the figures; None for no log.
 
     Raises UsageError for arguments out of range, EmptyScoreError where no token is scored, and
@@ -58,7 +68,10 @@ def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's
         Path(log_file).write_text("", encoding="utf-8")
     with Timer("calculate_perplexity") as timer, session_of(inference_session) as session:
         _check_engine(session, model_type)
-        losses = torch_perplexity(data_loader, session, ctx_len, prompt_len, batch_size, log_file)
+        scored = session
+        if model_type != "torch" and isinstance(session, CachingSession):
+            scored = cached_session(session, prompt_len=prompt_len)
+        losses = torch_perplexity(data_loader, scored, ctx_len, prompt_len, batch_size, log_file)
         result = _result(losses)
     if log_file is not None:
         conditions = {
@@ -67,6 +80,7 @@ def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's
             "ctx_len": ctx_len,
             "prompt_len": prompt_len,
             "batch_size": batch_size,
+            "mode": scored.description.mode,
         }
         _append(log_file, _final_block(result, conditions, timer.seconds))
     return perplexity(result.totals), mean_nll(result.totals)

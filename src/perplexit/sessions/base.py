@@ -27,6 +27,9 @@ class AdapterDescription:
     base: str | None = None  # the model it was trained on, as it says
 
 
+MOST_CACHED_IDS = 2**20  # ids in one cache over all its windows; no batch gains from more
+
+
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
     """Whose numbers these are; `weights_fingerprint` is of weights, configuration and adapter."""

@@ -181,7 +181,7 @@ class CachedInferenceSession:
     def _prefill(self, cache: KeyValueCache, block: WindowBlock, take: Take) -> None:
         # As many windows at a time as whole windows of that length: activations need room too.
         prompt_len = min(self._prompt_len, int(block.lengths_B[0]))
-        size = self._session.max_batch_size(prompt_len)
+        size = self._session.cache_rows or self._session.max_batch_size(prompt_len)
         for first in range(0, len(block.places), size):
             stop = min(prompt_len, int(block.lengths_B[first]))
             rows = slice(first, min(first + size, len(block.places)))

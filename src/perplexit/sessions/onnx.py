@@ -21,6 +21,7 @@ from perplexit.errors import (
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import (
+    MOST_CACHED_IDS,
     LogitsChunk,
     ModelDescription,
     SessionDescription,
@@ -272,6 +273,8 @@ class OnnxCachingSession(OnnxLogitsSession):
 
     def max_cached_windows(self, window_length: int) -> int:
         """How many windows' caches, once more while they are copied, half of the memory holds."""
+        if window_length > MOST_CACHED_IDS:
+            return 1
         if self._ports.batch_size is not None:
             return self._ports.batch_size
         free = int(psutil.virtual_memory().available) // 2

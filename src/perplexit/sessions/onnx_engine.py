@@ -22,17 +22,27 @@ def num_cores() -> int:
 
 
 def provider_of(device: str) -> str:
-    """ONNX Runtime's name of a device.
+    """ONNX Runtime's name of a device: cpu, cuda, or an execution provider by its own name.
 
-    Raises UsageError for an unknown device, CapabilityError for one that this build lacks.
+    `dnnl`, `DnnlExecutionProvider` and so on are one thing. Raises UsageError for an unknown
+    device, CapabilityError that names those available for one that this build lacks.
     """
-    if device not in _PROVIDERS:
-        raise UsageError(f"expected a device for ONNX Runtime, cpu or cuda, got {device!r}")
-    provider = _PROVIDERS[device]
-    if provider not in onnxruntime.get_available_providers():
+    known = {
+        name.lower().removesuffix("executionprovider"): name
+        for name in onnxruntime.get_all_providers()
+    }
+    provider = known.get(device.lower().removesuffix("executionprovider"))
+    if provider is None:
+        raise UsageError(
+            f"expected a device for ONNX Runtime, cpu or cuda, or another of its execution "
+            f"providers ({', '.join(sorted(known))}), got {device!r}"
+        )
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        hint = ": pip install onnxruntime-gpu" if provider == _PROVIDERS["cuda"] else ""
         raise CapabilityError(
-            f"this build of ONNX Runtime has no {provider}; for device {device!r}: "
-            "pip install onnxruntime-gpu"
+            f"this build of ONNX Runtime has no {provider}; it has {', '.join(available)}. "
+            f"Install a build with it for device {device!r}{hint}"
         )
     return provider
 

@@ -95,6 +95,8 @@ def _foreign_metadata(folder: Path, graph: Path, model: Any) -> ProgramMetadata:
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 16)
     limit = config.get("max_position_embeddings") or config.get("n_positions")
     batch, length = _sizes(model.graph.input, "input_ids", 2)
+    if takes_cache([value.name for value in model.graph.input]):
+        length = None  # of one call; a window may be longer
     return ProgramMetadata(
         engine="onnx",
         perplexity=False,

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from perplexit.errors import CapabilityError
 from perplexit.functional.linear_nll import statistics_of_hidden_states
-from perplexit.sessions.base import FedRows, TokenDetails
+from perplexit.sessions.base import MOST_CACHED_IDS, FedRows, TokenDetails
 from perplexit.sessions.pytorch_batch import details_by_window
 from perplexit.sessions.pytorch_call import CachePlace
 from perplexit.sessions.pytorch_device import free_bytes
@@ -227,5 +227,5 @@ def cached_windows_for(device: torch.device, module: nn.Module, window_length: i
     kv_heads = config_integer(module, "num_key_value_heads") or heads
     element = next((p.element_size() for p in module.parameters()), 4)
     an_id = 2 * (_num_layers(module) or 1) * kv_heads * size * element
-    room = int(_SHARE_OF_FREE_MEMORY * free_bytes(device))
-    return max(1, min(_MOST_WINDOWS[device.type], room // (an_id * max(1, window_length))))
+    num_ids = min(MOST_CACHED_IDS, int(_SHARE_OF_FREE_MEMORY * free_bytes(device)) // an_id)
+    return max(1, min(_MOST_WINDOWS[device.type], num_ids // max(1, window_length)))
