@@ -12,6 +12,7 @@ the message alone and exits with `exit_code`; a traceback means a bug in Perplex
     ├── ModelError                 a checkpoint or program that cannot be loaded
     │   └── VocabularyError        ids outside the model's vocabulary
     ├── CapabilityError            a session is asked for something it cannot do
+    │   └── CacheMismatchError     other figures with a key/value cache than without
     ├── QuantizationError          a precision that is unknown, or that quantized nothing
     ├── CompilationError           an export that failed or does not give the checkpoint's numbers
     ├── EngineOutOfMemoryError     one window does not fit
@@ -25,6 +26,7 @@ the message alone and exits with `exit_code`; a traceback means a bug in Perplex
 """
 
 __all__ = [
+    "CacheMismatchError",
     "CapabilityError",
     "CompilationError",
     "CorpusError",
@@ -85,6 +87,10 @@ class VocabularyError(ModelError):
 
 class CapabilityError(PerplexitError):
     """A session was asked for something that it cannot do; raised before anything runs."""
+
+
+class CacheMismatchError(CapabilityError):
+    """A model gives other figures with its key/value cache than without."""
 
 
 class QuantizationError(PerplexitError):

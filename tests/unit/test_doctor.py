@@ -562,8 +562,8 @@ def test_the_command_prints_findings_and_exits_with_1_on_a_failure(
     command = ["doctor", str(trained_dir), str(tmp_path / "in.safetensors")]
     bad = CliRunner().invoke(app, command)
     assert bad.exit_code == 1
-    assert "failed: tokenizer" in bad.stdout
-    assert bad.stderr == ""
+    assert "failed: tokenizer" in bad.stderr
+    assert bad.stdout == ""
     as_json = CliRunner().invoke(app, [*command, "--json"])
     assert as_json.exit_code == 1
     assert "failed: tokenizer" in as_json.stderr
@@ -573,5 +573,5 @@ def test_the_command_prints_findings_and_exits_with_1_on_a_failure(
     finding = next(entry for entry in record["findings"] if entry["check"] == "tokenizer")
     assert set(finding) == {"check", "status", "sentence", "figure", "limit", "advice"}
     good = CliRunner().invoke(app, ["doctor", str(trained_dir)])
-    assert (good.exit_code, good.stderr) == (0, "")
-    assert "no check failed" in good.stdout
+    assert (good.exit_code, good.stdout) == (0, "")
+    assert "no check failed" in good.stderr

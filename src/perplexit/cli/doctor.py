@@ -62,8 +62,7 @@ def doctor(
     """Check a model on its engine before anyone trusts a number of it.
 
     BOS, tokenizer, vocabulary, batches and padding, caches, dropout, long context, and more: each
-    check passes, warns, fails, or is skipped and says why. The table goes to stdout (with --json
-    to stderr); exit code 1 where a check fails.
+    check passes, warns, fails, or is skipped and says why; exit code 1 where a check fails.
     """
     with stdout_kept_clean(), _progress() as progress:
         diagnosis = px.doctor(
@@ -77,11 +76,9 @@ def doctor(
             threads=threads,
             progress=progress,
         )
+    tell(str(diagnosis))
     if json:
-        tell(str(diagnosis))
         print_json(diagnosis.to_json())
-    else:
-        typer.echo(str(diagnosis))
     if diagnosis.status == "fail":
         raise typer.Exit(1)
 

@@ -8,7 +8,7 @@ import numpy as np
 from perplexit.diagnosis.doctor_probe import Subject
 from perplexit.diagnosis.doctor_repeats import largest_difference, tolerance
 from perplexit.diagnosis.findings import Finding, skipped
-from perplexit.errors import CapabilityError
+from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.sessions.base import CachingSession
 from perplexit.sessions.cached import cached_session
 
@@ -30,10 +30,10 @@ def decode(subject: Subject) -> Finding:
         )
     try:
         session.caching()  # the engine's own probe of its cache
-    except CapabilityError as error:
-        if "differ" not in str(error):
-            return skipped("decode", str(error))
+    except CacheMismatchError as error:
         return Finding("decode", "fail", str(error), advice=f"{_ADVICE} ({_OTHER_KINDS})")
+    except CapabilityError as error:
+        return skipped("decode", str(error))
     windows = [subject.probe.short_windows[place] for place in _PLACES]
     whole = [subject.repeated[0][place] for place in _PLACES]
     figure = 0.0

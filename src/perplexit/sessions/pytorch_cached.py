@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from perplexit.errors import CapabilityError
+from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.functional.linear_nll import statistics_of_hidden_states
 from perplexit.sessions.base import MOST_CACHED_IDS, FedRows, TokenDetails
 from perplexit.sessions.pytorch_batch import details_by_window
@@ -198,7 +198,7 @@ def check_cache(
         ) from error
     difference = float((torch.cat(rows, 1).float() - whole_BTX.float()).abs().max())
     if not difference <= tolerance * max(1e-6, float(whole_BTX.float().abs().max())):
-        raise CapabilityError(
+        raise CacheMismatchError(
             f"expected {name} to give the same with a key/value cache as without, got hidden "
             f"states that differ by {difference:.3g}: its cache is of another kind; use --mode full"
         )
