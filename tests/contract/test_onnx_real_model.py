@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from perplexit.compilation.compile_model import compile
+from perplexit.sessions.cached import cached_session
 from perplexit.sessions.onnx import OnnxInferenceSession
 from tests.oracles import oracle_details, window_of
 
@@ -79,6 +80,18 @@ def test_float32_programs_give_pytorchs_losses(programs, scored, name):
     nll = nll_of(programs[name], windows)
     assert np.abs(nll - reference).max() < 1e-3
     assert abs(nll.mean() - reference.mean()) < 1e-5
+
+
+def test_prefill_and_decode_give_the_losses_of_whole_windows(programs, scored):
+    windows = [window_of(scored[0][0].ids_T[start : start + 96]) for start in (0, 96)]
+    session = OnnxInferenceSession(programs["logits"].folder, threads=1)
+    whole = np.concatenate(session.token_nll(windows))
+    for prompt_len in (1, 50, 95):
+        cached = cached_session(session, prompt_len=prompt_len).token_nll(windows)
+        difference = np.abs(whole - np.concatenate(cached)).max()
+        print(f"prompt_len {prompt_len}: largest difference {difference:.2e} nats")
+        assert difference < 1e-4
+    session.close()
 
 
 def test_four_bits_are_worse_and_say_what_they_are(programs, scored):
