@@ -105,9 +105,12 @@ def _there_and_back(weight: torch.Tensor, precision: str) -> torch.Tensor:
         codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
         return functional.dequantize_4bit(codes, state)
     if precision == "int8":
-        # round(w / scale) with a scale a row, the largest weight on ±127.5
-        scale = weight.abs().amax(1, keepdim=True) / 127.5
-        return (weight / scale).round().clamp(-128, 127) * scale
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: PLC0415
+
+        layer = torch.nn.Linear(*weight.t().shape, bias=False)
+        layer.weight = torch.nn.Parameter(weight)
+        quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
+        return layer.weight.dequantize().detach()
     return mx_round_trip(weight, FP6_E2M3)
 
 
