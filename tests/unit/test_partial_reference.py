@@ -285,3 +285,21 @@ def test_another_vocabulary_is_refused(sharp_dir: Path, tokens: TokenFile, tmp_p
     write_kl_base(tmp_path / "base.kld", 32, chunks, shorter)
     with pytest.raises(VocabularyError, match="319"):
         px.evaluate(sharp_dir, tokens, reference=tmp_path / "base.kld")
+
+
+def test_the_base_file_is_a_run_of_its_own_that_candidates_are_compared_with(
+    sharp_dir: Path, noisy_dir: Path, tokens: TokenFile, base: Path, tmp_path: Path
+) -> None:
+    recorded = px.evaluate(f"recorded:{base}", tokens, run=tmp_path / "base")
+    plain = px.evaluate(sharp_dir, tokens)
+    error = plain.tokens.nll - recorded.tokens.nll
+    clamped = np.abs(error) > 1e-3
+    assert (error[clamped] > 0).all()  # a lower bound, and counted
+    assert clamped.sum() == recorded.session["settings"]["num_clamped_targets"]
+    px.evaluate(noisy_dir, tokens, reference=base, run=tmp_path / "noisy")
+    found = px.compare(tmp_path / "base", tmp_path / "noisy")
+    expected = whole_kl(sharp_dir, noisy_dir, tokens)
+    assert found.figures()["mean_kl"].value == pytest.approx(expected.mean(), rel=2e-3, abs=2e-4)
+    assert found.divergences.floor[0] > 0
+    assert "the reference with itself" in str(found)
+    assert not any("another model" in text for text in found.warnings)

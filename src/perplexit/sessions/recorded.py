@@ -1,9 +1,10 @@
 """Log-probabilities recorded elsewhere (a device's dump), checked against the windows asked for.
 
-Three forms of one record, where `position` counts a window's fed ids from 0:
+Four forms of one record, where `position` counts a window's fed ids from 0:
 
 - JSONL: `{"window": 0, "ids": [5, 7, 9], "logprobs": [null, -1.5, -0.2]}` a line; `logprobs[i]`
   is that of `ids[i]`, null where there is none (at position 0, and at context).
+- llama.cpp's `--kl-divergence-base` file: the reference's own losses, to compare candidates with.
 - Parquet and CSV: the columns `window, position, token_id, logprob`, a row a scored token.
 
 What the recording is of may stand in `FILE.json` beside it, in Parquet's `perplexit` metadata, or
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, FingerprintMismatchError, ModelError
+from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import ModelDescription, SessionDescription
 
@@ -162,6 +164,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[int, _Window]]:
     """(what the recording says of itself, its windows)."""
     if not path.is_file():
         raise ModelError(f"expected a recording (.jsonl, .parquet or .csv), found none at {path}")
+    if is_kl_base_file(path):
+        return _of_base_file(KlBaseFile(path))
     beside = path.with_name(f"{path.name}.json")
     identity = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     try:
@@ -178,6 +182,32 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[int, _Window]]:
             f"expected {path} to be a recording: JSONL with window, ids and logprobs a line, or "
             f"Parquet or CSV with the columns {', '.join(_COLUMNS)}; got something else: {error!r}"
         ) from error
+
+
+def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, _Window]]:
+    """The losses that llama.cpp's file holds.
+
+    A clamped target has the clamp as its log-probability, as in llama.cpp's own figures: its loss
+    is a lower bound, and `num_clamped_targets` in the settings says how many there are.
+    """
+    num_clamped = 0
+    first = file.num_context // 2 + 1
+    positions = np.arange(first, file.num_context)
+    windows: dict[int, _Window] = {}
+    for chunk in range(file.num_chunks):
+        rows = file.rows(chunk, 0, file.num_targets)
+        ids = file.ids[chunk, first:].astype(np.int64)
+        own = rows.logp_NV[np.arange(len(ids)), ids]
+        num_clamped += int(np.count_nonzero(~np.isfinite(own)))
+        logprobs = np.minimum(np.where(np.isfinite(own), own, np.log(rows.cap_N)), 0.0)
+        windows[chunk] = (positions, ids, logprobs, np.ones(len(ids), dtype=bool))
+    model = {"weights_fingerprint": file.fingerprint, "vocab_size": file.vocab_size}
+    session = {
+        "engine": "llama.cpp",
+        "dtype": "uint16 steps",
+        "settings": {"num_clamped_targets": num_clamped},
+    }
+    return {"model": model, "session": session}, windows
 
 
 def _windows_of_lines(path: Path) -> tuple[dict[str, Any], dict[int, _Window]]:
