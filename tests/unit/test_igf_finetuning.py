@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from perplexit.errors import CorpusError, ResumeError, UsageError
+from perplexit.errors import CorpusError, ResumeError, UsageError, VocabularyError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import weights_fingerprint
 from perplexit.igf.contexts import objective_contexts
@@ -20,7 +20,7 @@ from perplexit.igf.finetuning import (
     last_context_gradient,
     mean_gradient,
 )
-from perplexit.igf.learners import RidgeLearner
+from perplexit.igf.learners import ConvolutionLearner, RidgeLearner
 from perplexit.igf.losses import context_losses
 from perplexit.igf.models import with_lora
 from perplexit.igf.outcomes import holm, median_interval, summarise
@@ -215,6 +215,20 @@ def test_a_method_that_lacks_its_learner_is_refused() -> None:
 
 
 # --- runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ridge", "cnn"])
+def test_a_learner_of_another_vocabulary_is_refused(tmp_path: Path, kind: str) -> None:
+    learner = (
+        RidgeLearner(np.ones(50_000, dtype=np.float32), 2.0)
+        if kind == "ridge"
+        else ConvolutionLearner(torch.ones(50_000, 4))
+    )
+    plan = ExperimentPlan(("standard", "igf-quantile"), (0, 1), SETTINGS)
+    with pytest.raises(VocabularyError, match="got one of 50000"):
+        run_experiment(
+            TINY_MODELS["gpt2"](), TRAIN, TEST, plan=plan, output=tmp_path, learner=learner
+        )
 
 
 def test_training_lowers_the_loss_on_what_it_trains_on() -> None:

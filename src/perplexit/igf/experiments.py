@@ -28,7 +28,7 @@ from perplexit.igf.contexts import Contexts, ContextStream
 from perplexit.igf.experiment_file import EXPERIMENT_FILE, EXPERIMENT_KIND, SCHEMA_VERSION
 from perplexit.igf.finetune_record import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
-from perplexit.igf.learners import Learner
+from perplexit.igf.learners import Learner, check_learner_fits
 from perplexit.igf.losses import measured_losses
 from perplexit.igf.models import restore_weights, weights_of
 from perplexit.igf.outcomes import summarise
@@ -189,6 +189,8 @@ def calibrated_selection(
 
     The loss methods ask the model as it is for its losses on those; see `selection_named`.
     """
+    if learner is not None:
+        check_learner_fits(learner, model)
     calibration = ContextStream(train, context_length, CALIBRATION_SEED).take(0, num_calibration)
     return selection_named(
         name,
@@ -210,6 +212,8 @@ def _losses_on(model: nn.Module, contexts: Contexts) -> NDArray[np.float64]:
 def _selections(
     model: nn.Module, train: Articles, plan: ExperimentPlan, learner: Learner | None
 ) -> Callable[[str, int], Selection]:
+    if learner is not None:
+        check_learner_fits(learner, model)
     length = plan.settings.context_length
     calibration = ContextStream(train, length, CALIBRATION_SEED).take(0, plan.num_calibration)
     losses = None

@@ -173,6 +173,21 @@ class SecondaryLearner(ConvolutionLearner):
         super().__init__(input_embedding(model))
 
 
+def check_learner_fits(learner: Learner, model: nn.Module) -> None:
+    """Raise VocabularyError where the learner knows ids that the model has not.
+
+    It was then trained on contexts of another tokenizer, whose ids mean other words here.
+    """
+    tensors = learner.tensors()
+    known = len(tensors["weights" if "weights" in tensors else "embeddings.weight"])
+    own = len(input_embedding(model))
+    if known > own:
+        raise VocabularyError(
+            f"expected a learner of the model's vocabulary of {own} ids, got one of {known}; "
+            "train it on pairs that were collected with this model"
+        )
+
+
 def input_embedding(model: nn.Module) -> Tensor:
     """The language model's input embedding, [V, D]."""
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
