@@ -68,12 +68,21 @@ _FIGURES = (
 
 def prediction_rows(subject: Subject) -> list[PredictionRow]:
     """The divergences of the candidates that have any; empty where none has."""
-    figures = [comparison.figures() for comparison in subject.comparisons]
+    figures = [_figures(comparison) for comparison in subject.comparisons]
     return [
         PredictionRow(name, meaning, tuple(_cell(found.get(key)) for found in figures))
         for key, name, meaning in _FIGURES
         if any(key in found for found in figures)
     ]
+
+
+def _figures(comparison: Comparison) -> dict[str, Figure]:
+    """The figures, a KL that is a lower bound with its own interval (gates take the upper one)."""
+    figures = comparison.figures()
+    if comparison.divergences is not None and "kl" in comparison.divergences.columns:
+        own = comparison.divergences.columns["kl"].mean
+        figures["mean_kl"] = Figure(own.value, own.low, own.high)
+    return figures
 
 
 def changed_choices(subject: Subject) -> list[ChangedChoices]:
