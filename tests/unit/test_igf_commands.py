@@ -239,3 +239,15 @@ def test_modes_and_optimizers_that_do_not_go_together_are_refused(
     error = call(*common, "--mode", "directional", "--optimizer", "adamw", code=2)["error"]
     assert "SGD without clipping" in error
     assert "learning rate above 0" in call(*common, "--learning-rate", 0, code=2)["error"]
+
+
+def test_ridge_beats_the_mean_on_held_out_articles_of_real_text(
+    corpus: Path, tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.safetensors"
+    labels = ("--mode", "first-order", "--num-pairs", 300, "--objective-size", 16)
+    call("collect", corpus, "--model", tiny_gpt2_dir, "-o", pairs, *labels, *SHORT)
+    scores = call("train", pairs, "-o", tmp_path / "learner")["scores"]
+    assert scores["num_articles"] >= 3
+    assert scores["mse"] < 0.9 * scores["mse_of_mean"]
+    assert scores["spearman"] > 0.3
