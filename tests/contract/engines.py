@@ -170,6 +170,10 @@ def _cached(
     return open_cached
 
 
+def _tvm(**options: object) -> Callable[[Path], InferenceSession]:
+    return _program("tvm", "TvmInferenceSession", **options)
+
+
 ENGINES = {
     "pytorch": Engine(PytorchInferenceSession),
     "pytorch-small-chunks": Engine(
@@ -202,6 +206,8 @@ ENGINES = {
     "onnx-cached-fixed-batch": Engine(
         _cached(_onnx(perplexity=False, batch_size=3), prompt_len=5), models=("llama",)
     ),
+    "tvm": Engine(_tvm(max_length=128), models=("llama", "gemma2")),
+    "tvm-logits": Engine(_tvm(max_length=128, batch_size=3, perplexity=False), models=("gpt2",)),
     "completions": Engine(without_weights.completions, models=("llama",), knows_weights=False),
     "ngram": Engine(
         without_weights.ngram,

@@ -58,6 +58,12 @@ TARGETS = {
         "openvino",
         "an OpenVINO program",
     ),
+    "tvm": Target(
+        "perplexit.compilation.tvm_build:build_tvm_program",
+        "tvm",
+        "a TVM program",
+        devices=("llvm", "cuda", "opencl", "vulkan"),
+    ),
     "gguf": Target(
         "perplexit.compilation.gguf_build:build_gguf_program",
         "llamacpp",

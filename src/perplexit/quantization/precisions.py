@@ -106,6 +106,8 @@ _RECIPES = {
         Recipe("int4", "onnx", "onnxruntime MatMulNBits", WeightBlocks(bits=4)),
         Recipe("int8", "openvino", "nncf", WeightBlocks(bits=8, block_size=0)),
         Recipe("int4", "openvino", "nncf", WeightBlocks(bits=4)),
+        Recipe("q4f16_0", "tvm", "perplexit", WeightBlocks(bits=4)),
+        Recipe("q4f16_2", "tvm", "perplexit", WeightBlocks(bits=4)),
         _llamacpp("q8_0", 8, library="gguf"),
         _llamacpp("q6_k", 6, 256),
         _llamacpp("q5_k_m", 5, 256),

@@ -1,0 +1,108 @@
+"""A checkpoint as a module of fixed sizes: explicit masks and positions, the head in chunks.
+
+For compilers that want every size: what depends on them alone becomes a constant.
+Shape suffixes: B = windows, T = ids a window, N = targets of a call (B · (T − 1)), C = rows of
+logits alive at a time, V = vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perplexit.checkpoints.quiet import quiet_transformers
+from perplexit.compilation.model_parts import LogitsHead, rows_at_a_time
+from perplexit.errors import CompilationError
+from perplexit.programs import ProgramShapes
+
+DEFAULT_BATCH_SIZE, DEFAULT_LENGTH = 1, 512
+
+
+def fixed_shapes(asked: ProgramShapes, longest: int | None) -> ProgramShapes:
+    """The sizes asked for; one window of 512 ids (or of all that the model takes) otherwise."""
+    length = asked.length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+    batch = asked.batch_size or DEFAULT_BATCH_SIZE
+    return ProgramShapes(batch, length, batch * (length - 1))
+
+
+class FixedLogits(nn.Module):
+    """Ids_BT → logits_BTV; B and T are the shapes', every window starts at position 0."""
+
+    def __init__(self, model: Any, shapes: ProgramShapes) -> None:
+        super().__init__()
+        model.set_attn_implementation("eager")
+        config = model.config.get_text_config()
+        batch, length = shapes.batch_size or 1, shapes.length or 2
+        self.body, self.head = model.base_model, LogitsHead(model)
+        self.register_buffer("positions_BT", torch.arange(length).expand(batch, length).clone())
+        causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
+        self.register_buffer("causal", _additive(causal_TT))
+        reach = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        self.by_kind = bool(reach) and "sliding_attention" in kinds
+        if self.by_kind:
+            self.register_buffer("sliding", _additive(causal_TT & ~causal_TT.tril(-int(reach))))
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """(B, T) → (B, T, D)."""
+        mask = self.causal
+        if self.by_kind:
+            mask = {"full_attention": self.causal, "sliding_attention": self.sliding}
+        output = self.body(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=self.positions_BT,
+            use_cache=False,
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) → (B, T, V)."""
+        return self.head(self.hidden_states(input_ids))  # type: ignore[no-any-return]
+
+
+class FixedLoss(FixedLogits):
+    """Ids_BT, target rows_N and ids_N → nll_N; C rows of logits are alive at a time."""
+
+    def __init__(self, model: Any, shapes: ProgramShapes) -> None:
+        super().__init__(model, shapes)
+        self.num_targets = shapes.num_targets or 1
+        self.rows = rows_at_a_time(int(model.config.get_text_config().vocab_size))
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, target_rows: Tensor, target_ids: Tensor
+    ) -> Tensor:
+        """(B, T), (N), (N) → (N)."""
+        hidden_ND = self.hidden_states(input_ids).flatten(0, 1)
+        nll = []
+        for start in range(0, self.num_targets, self.rows):
+            rows_C = target_rows[start : start + self.rows]
+            ids_C = target_ids[start : start + self.rows]
+            logits_CV = self.head(hidden_ND.index_select(0, rows_C)[None])[0]
+            nll.append(-logits_CV.log_softmax(-1).gather(-1, ids_C[:, None])[:, 0])
+        return torch.cat(nll)
+
+
+def exported_fixed(model: Any, shapes: ProgramShapes, *, perplexity: bool) -> Any:
+    """The `torch.export` program of FixedLoss or FixedLogits. Raises CompilationError."""
+    model.eval().requires_grad_(False)
+    module = (FixedLoss if perplexity else FixedLogits)(model, shapes)
+    batch, length = shapes.batch_size or 1, shapes.length or 2
+    ids_BT = torch.arange(batch * length).reshape(batch, length) % 7
+    targets_N = torch.arange(shapes.num_targets or 1) % 7
+    inputs = (ids_BT, targets_N, targets_N.clone()) if perplexity else (ids_BT,)
+    try:
+        with torch.no_grad(), quiet_transformers():
+            return torch.export.export(module.eval(), inputs, strict=False)
+    except Exception as error:  # the exporter's errors have no common root
+        first_line = str(error).strip().partition("\n")[0]
+        raise CompilationError(
+            f"expected a model that PyTorch can export; {type(error).__name__}: {first_line}. "
+            "Evaluate the checkpoint with PyTorch instead (hf:…)"
+        ) from error
+
+
+def _additive(seen_TT: Tensor) -> Tensor:
+    """0 where an id is seen, the lowest float32 where it is not, (1, 1, T, T)."""
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(seen_TT.shape).masked_fill(~seen_TT, lowest)[None, None]

@@ -1,0 +1,122 @@
+"""Linear layers whose weights stay packed inside the program: MLC-LLM's q4f16 groups of 32.
+
+Shape suffixes: N = outputs, K = inputs, S = packed bytes a row, G = groups a row.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perplexit.errors import QuantizationError
+from perplexit.programs import ProgramQuantization
+from perplexit.quantization.group_quantization import GROUP_SIZE, MAX_CODE, quantize_groups
+
+
+class PackedMatrix(nn.Module):
+    """A matrix (N, K) as 4-bit codes, two a byte, eight a little-endian word; float16 scales."""
+
+    def __init__(self, weight_NK: Tensor) -> None:
+        super().__init__()
+        packed = quantize_groups(weight_NK.detach().float().numpy())
+        self.num_inputs = packed.num_inputs
+        self.num_bytes = packed.num_bytes
+        self.register_buffer("packed_NS", torch.from_numpy(packed.packed_NS.view("uint8").copy()))
+        self.register_buffer("scales_NG", torch.from_numpy(packed.scales_NG.copy()))
+
+    def unpacked(self, packed_NS: Tensor, scales_NG: Tensor) -> Tensor:
+        """Float32 rows, (N, K): `(code − 7) · scale`."""
+        # by arithmetic on small whole numbers, which is exact: not every compiler has shifts
+        both = packed_NS.float()
+        second = torch.floor(both / 16)
+        codes = torch.stack((both - 16 * second, second), dim=-1)
+        centred = codes.reshape(*scales_NG.shape, GROUP_SIZE) - MAX_CODE
+        weight = centred * scales_NG.float()[..., None]
+        return weight.reshape(scales_NG.shape[0], -1)[:, : self.num_inputs]
+
+
+class PackedLinear(nn.Module):
+    """Stands in for a Linear (or GPT-2's Conv1D, whose weight is its transpose)."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None) -> None:
+        super().__init__()
+        self.matrix, self.bias = matrix, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, N)."""
+        weight_NK = self.matrix.unpacked(self.matrix.packed_NS, self.matrix.scales_NG)
+        return nn.functional.linear(x, weight_NK, self.bias)
+
+
+class PackedEmbedding(nn.Module):
+    """Stands in for an Embedding: the rows looked up are unpacked, no others."""
+
+    def __init__(self, matrix: PackedMatrix, scale: float | None) -> None:
+        super().__init__()
+        self.matrix, self.scale = matrix, scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(…) → (…, D)."""
+        flat = ids.flatten()
+        rows = self.matrix.unpacked(
+            self.matrix.packed_NS.index_select(0, flat), self.matrix.scales_NG.index_select(0, flat)
+        )
+        states = rows.reshape(*ids.shape, -1)
+        return states if self.scale is None else states * self.scale
+
+
+def pack_model(model: Any, *, with_embedding_and_head: bool) -> tuple[int, int]:
+    """(modules replaced, their bytes): every matrix of the model becomes a packed one, in place.
+
+    Tied matrices stay one. Raises QuantizationError where there was nothing to pack.
+    """
+    kept = () if with_embedding_and_head else (model.get_output_embeddings(),)
+    shared: dict[int, PackedMatrix] = {}
+    num_modules = 0
+    for name, module in list(model.named_modules()):
+        packed = _packed(module, shared, with_embedding_and_head)
+        if packed is None or any(module is other for other in kept):
+            continue
+        model.set_submodule(name, packed)
+        num_modules += 1
+    if not num_modules:
+        raise QuantizationError(
+            "expected matrices to pack in groups of 32, found none; compile without a quantization"
+        )
+    return num_modules, sum(matrix.num_bytes for matrix in shared.values())
+
+
+def record_of(model: Any, name: str, packed: tuple[int, int], num_parameters: int) -> Any:
+    """The quantization's record, counted on the packed model."""
+    stored = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
+    num_bytes = sum(x.numel() * x.element_size() for x in stored)
+    large = sorted({n for n, x in model.named_parameters() if x.numel() >= 0.01 * num_parameters})
+    return ProgramQuantization(
+        name=name,
+        library="perplexit (MLC-LLM's format), unpacked inside the program",
+        num_modules=packed[0],
+        num_bytes=packed[1],
+        effective_bits=8 * num_bytes / num_parameters,
+        unquantized=tuple(large),
+        settings={"group_size": GROUP_SIZE, "bits": 4, "scales": "float16"},
+    )
+
+
+def _packed(module: nn.Module, shared: dict[int, PackedMatrix], embedding: bool) -> Any:
+    makers: dict[str, Callable[[Any], Any]] = {
+        "Linear": lambda m: PackedLinear(_matrix(m.weight, m.weight, shared), m.bias),
+        "Conv1D": lambda m: PackedLinear(_matrix(m.weight, m.weight.T, shared), m.bias),
+    }
+    if embedding and isinstance(module, nn.Embedding):
+        scale = getattr(module, "embed_scale", None)  # Gemma's embedding multiplies
+        matrix = _matrix(module.weight, module.weight, shared)
+        return PackedEmbedding(matrix, None if scale is None else float(scale))
+    maker = makers.get(type(module).__name__)
+    return maker(module) if maker else None
+
+
+def _matrix(key: Tensor, weight_NK: Tensor, shared: dict[int, PackedMatrix]) -> PackedMatrix:
+    if id(key) not in shared:
+        shared[id(key)] = PackedMatrix(weight_NK)
+    return shared[id(key)]

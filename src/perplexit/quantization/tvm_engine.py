@@ -1,0 +1,62 @@
+"""Apache TVM: a model library opened on a device, its parameters beside it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from tvm import relax
+
+from perplexit.errors import CapabilityError, ModelError
+
+LIBRARY_FILE, PARAMETERS_FILE = "model.so", "parameters.safetensors"
+# What the function takes, in order; a program without the head takes the first alone.
+INPUTS = ("input_ids", "target_rows", "target_ids")
+_DEVICES = {"llvm": "cpu", "cpu": "cpu", "cuda": "cuda", "opencl": "opencl", "vulkan": "vulkan"}
+
+
+def device_of(target: str) -> Any:
+    """TVM's device for a target's name.
+
+    Raises CapabilityError where this build of TVM or this machine has none.
+    """
+    device = tvm.device(_DEVICES[target], 0)
+    built = target in ("llvm", "cpu") or tvm.get_global_func(f"device_api.{target}", True)
+    if not built or not device.exist:
+        reason = "this machine has no such device" if built else "this build of TVM has no support"
+        raise CapabilityError(
+            f"expected a {target} device for the TVM program, but {reason}; compile with --device "
+            f"llvm, or install a TVM that was built with {target}"
+        )
+    return device
+
+
+class OpenedLibrary:
+    """A model library ready to run on `target`'s device. Raises ModelError, CapabilityError."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        self._device = device_of(target)
+        try:
+            library = tvm.runtime.load_module(str(folder / LIBRARY_FILE))
+            self._main = relax.VirtualMachine(library, self._device)["main"]
+        except (RuntimeError, AttributeError, ValueError) as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise ModelError(f"TVM failed to load the program: {first_line}") from error
+        stored = load_file(folder / PARAMETERS_FILE)
+        self._parameters = [self._tensor(stored[name]) for name in sorted(stored)]
+
+    def run(self, feed: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        """The program's output. Raises ModelError."""
+        inputs = [self._tensor(feed[name]) for name in INPUTS if name in feed]
+        try:
+            result: NDArray[np.float32] = self._main(*inputs, *self._parameters).numpy()
+        except RuntimeError as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise ModelError(f"TVM failed running the program: {first_line}") from error
+        return result
+
+    def _tensor(self, array: NDArray[Any]) -> Any:
+        return tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
