@@ -251,3 +251,27 @@ def test_ridge_beats_the_mean_on_held_out_articles_of_real_text(
     assert scores["num_articles"] >= 3
     assert scores["mse"] < 0.9 * scores["mse_of_mean"]
     assert scores["spearman"] > 0.3
+
+
+@pytest.mark.trap(33)
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--learning-rate", 1e-3),
+        ("--clip-norm", 1e-5),
+        ("--optimizer", "sgd"),
+        ("--objective-size", 3),
+        ("--seed", 5),
+        ("--num-pairs", 5),
+        ("--mode", "first-order"),
+    ],
+    ids=lambda change: change[0],
+)
+def test_every_option_of_collect_has_an_effect(corpus, tiny_gpt2_dir, tmp_path, change) -> None:
+    found = []
+    for name, more in (("a", ()), ("b", change)):
+        options = {"--num-pairs": 4, "--objective-size": 4} | ({more[0]: more[1]} if more else {})
+        flat = [part for item in options.items() for part in item]
+        output = tmp_path / f"{name}.safetensors"
+        found.append(call("collect", corpus, "--model", tiny_gpt2_dir, "-o", output, *flat, *SHORT))
+    assert found[0]["statistics"] != found[1]["statistics"]
