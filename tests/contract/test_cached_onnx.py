@@ -19,6 +19,7 @@ from perplexit.sessions.base import CachingSession
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.onnx import OnnxInferenceSession
 from perplexit.sessions.pytorch import PytorchInferenceSession
+from perplexit.sessions.registry import split_address
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE
 
@@ -269,6 +270,7 @@ def test_a_program_of_another_exporter_opens(programs, tmp_path, edit, tolerance
         assert difference < tolerance
         if edit is with_half_precision_caches:
             assert difference > 1e-6  # the cache really is rounded
+    assert split_address(tmp_path / "f")[0] == "onnx"
     assert session.model.architecture == "TinyForCausalLM"
     assert session.model.vocab_size == VOCAB_SIZE
     assert session.description.dtype == "float32"
@@ -285,6 +287,15 @@ def test_a_program_that_gives_the_last_position_alone_is_decoded(programs, tmp_p
         assert cached.description.settings["cache"]["logits"] == "last position"
     with pytest.raises((CapabilityError, ModelError), match="--mode cached"):
         session.token_nll(WINDOWS)
+
+
+def test_an_execution_provider_that_is_not_here_is_refused_with_those_that_are(programs):
+    folder = programs("llama")[1]
+    assert OnnxInferenceSession(folder, device="CPUExecutionProvider").description.settings[
+        "providers"
+    ] == ["CPUExecutionProvider"]
+    with pytest.raises(CapabilityError, match=r"no DnnlExecutionProvider; it has .*CPUExecution"):
+        OnnxInferenceSession(folder, device="dnnl")
 
 
 def test_a_program_that_asks_for_something_unknown_is_refused_by_name(programs, tmp_path):

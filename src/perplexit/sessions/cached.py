@@ -51,8 +51,8 @@ def cached_session(
     if not isinstance(session, CachingSession):
         raise CapabilityError(
             f"expected a session that keeps a key/value cache, but {session.model.address} on "
-            f"{session.description.engine} scores whole windows alone; use --mode full (PyTorch, "
-            "llama.cpp and ONNX programs made with --no-perplexity can do both)"
+            f"{session.description.engine} scores whole windows alone; use --mode full (PyTorch "
+            "and ONNX programs made with --no-perplexity can do both)"
         )
     kind = CachedInferenceSession
     if isinstance(session, HiddenStateSession):

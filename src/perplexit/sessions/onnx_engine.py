@@ -27,7 +27,7 @@ def provider_of(device: str) -> str:
     `dnnl`, `DnnlExecutionProvider` and so on are one thing. Raises UsageError for an unknown
     device, CapabilityError that names those available for one that this build lacks.
     """
-    known = {
+    known: dict[str, str] = {
         name.lower().removesuffix("executionprovider"): name
         for name in onnxruntime.get_all_providers()
     }

@@ -40,7 +40,7 @@ _ENGINES = {
     "onnx": _Engine(
         "perplexit.sessions.onnx:OnnxInferenceSession",
         "onnx",
-        "onnx:DIR, made by `perplexit compile --to onnx`",
+        "onnx:DIR, made by `perplexit compile --to onnx` or another exporter",
     ),
     "gguf": _Engine(
         "perplexit.sessions.llamacpp:LlamaCppInferenceSession", "llamacpp", "gguf:FILE (llama.cpp)"
@@ -50,7 +50,16 @@ _ENGINES = {
         "openvino",
         "openvino:DIR, made by `perplexit compile --to openvino`",
     ),
-    "tvm": _Engine("perplexit.sessions.tvm:TvmInferenceSession", "tvm", "tvm:DIR"),
+    "tvm": _Engine(
+        "perplexit.sessions.tvm:TvmInferenceSession",
+        "tvm",
+        "tvm:DIR, made by `perplexit compile --to tvm`",
+    ),
+    "pt2": _Engine(
+        "perplexit.sessions.pt2:Pt2InferenceSession",
+        "pytorch",
+        "pt2:DIR, made by `perplexit compile --to pt2`",
+    ),
     "completions": _Engine(
         "perplexit.sessions.completions:CompletionsInferenceSession",
         "completions",
@@ -134,6 +143,8 @@ def _prefix_of_folder(folder: Path) -> str:
         if engine not in _ENGINES:
             raise ModelError(f"{folder} is a program for the unknown engine {engine!r}{_known()}")
         return str(engine)
+    if any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors")):
+        return "onnx"  # of another exporter; a checkpoint may hold an export beside its weights
     if (folder / "config.json").is_file():
         return "hf"
     raise ModelError(
