@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := src tests bench docs
 # Every extra of pyproject.toml; those of the second line come without a wheel.
-EXTRAS  := pytorch,onnx,openvino,sentencepiece,datasets,completions,report,igf,quantization,adapters
+EXTRAS  := pytorch,onnx,openvino,tvm,sentencepiece,datasets,completions,report,igf,quantization,adapters
 COMPILED_EXTRAS := llamacpp ngram
 
 .PHONY: setup demo test test-vllm check bench docs clean

@@ -174,6 +174,10 @@ def _tvm(**options: object) -> Callable[[Path], InferenceSession]:
     return _program("tvm", "TvmInferenceSession", **options)
 
 
+def _pt2(**options: object) -> Callable[[Path], InferenceSession]:
+    return _program("pt2", "Pt2InferenceSession", **options)
+
+
 ENGINES = {
     "pytorch": Engine(PytorchInferenceSession),
     "pytorch-small-chunks": Engine(
@@ -208,6 +212,7 @@ ENGINES = {
     ),
     "tvm": Engine(_tvm(max_length=128), models=("llama", "gemma2")),
     "tvm-logits": Engine(_tvm(max_length=128, batch_size=3, perplexity=False), models=("gpt2",)),
+    "pt2": Engine(_pt2(max_length=128), models=("llama",)),
     "completions": Engine(without_weights.completions, models=("llama",), knows_weights=False),
     "ngram": Engine(
         without_weights.ngram,

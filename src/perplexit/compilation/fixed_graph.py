@@ -37,15 +37,15 @@ class FixedLogits(nn.Module):
         self.register_buffer("positions_BT", torch.arange(length).expand(batch, length).clone())
         causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
         self.register_buffer("causal", _additive(causal_TT))
-        reach = getattr(config, "sliding_window", None)
+        reach = int(getattr(config, "sliding_window", None) or 0)
         kinds = set(getattr(config, "layer_types", None) or ())
-        self.by_kind = bool(reach) and "sliding_attention" in kinds
+        self.by_kind = reach > 0 and "sliding_attention" in kinds
         if self.by_kind:
-            self.register_buffer("sliding", _additive(causal_TT & ~causal_TT.tril(-int(reach))))
+            self.register_buffer("sliding", _additive(causal_TT & ~causal_TT.tril(-reach)))
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """(B, T) → (B, T, D)."""
-        mask = self.causal
+        mask: Any = self.causal
         if self.by_kind:
             mask = {"full_attention": self.causal, "sliding_attention": self.sliding}
         output = self.body(

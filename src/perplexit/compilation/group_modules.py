@@ -17,6 +17,9 @@ from perplexit.quantization.group_quantization import GROUP_SIZE, MAX_CODE, quan
 class PackedMatrix(nn.Module):
     """A matrix (N, K) as 4-bit codes, two a byte, eight a little-endian word; float16 scales."""
 
+    packed_NS: Tensor
+    scales_NG: Tensor
+
     def __init__(self, weight_NK: Tensor) -> None:
         super().__init__()
         packed = quantize_groups(weight_NK.detach().float().numpy())
@@ -51,6 +54,8 @@ class PackedLinear(nn.Module):
 
 class PackedEmbedding(nn.Module):
     """Stands in for an Embedding: the rows looked up are unpacked, no others."""
+
+    matrix: PackedMatrix
 
     def __init__(self, matrix: PackedMatrix, scale: float | None) -> None:
         super().__init__()

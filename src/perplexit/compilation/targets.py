@@ -64,6 +64,9 @@ TARGETS = {
         "a TVM program",
         devices=("llvm", "cuda", "opencl", "vulkan"),
     ),
+    "pt2": Target(
+        "perplexit.compilation.pt2_build:build_pt2_program", "pytorch", "an AOTInductor program"
+    ),
     "gguf": Target(
         "perplexit.compilation.gguf_build:build_gguf_program",
         "llamacpp",

@@ -1,0 +1,64 @@
+"""AOTInductor: a package that `perplexit compile --to pt2` made, machine code by PyTorch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from perplexit.errors import CapabilityError, ModelError
+from perplexit.program_calls import Feed
+from perplexit.sessions.program_session import (
+    Asked,
+    Opened,
+    ProgramLogits,
+    ProgramSession,
+    gives_logits,
+)
+
+_PACKAGE_FILE = "model.pt2"
+
+
+class Pt2InferenceSession(ProgramSession):
+    """A compiled package of AOTInductor; with logits, it is a `Pt2LogitsSession`.
+
+    folder:  made by `perplexit compile --to pt2`. Shorter windows and smaller batches are padded.
+    device:  "cpu". threads: of torch; None: as they are.
+    """
+
+    _engine = "pt2"
+
+    def __new__(cls, folder: str | Path, **_: Any) -> "Pt2InferenceSession":
+        """A session that has `token_details` only where the program gives logits."""
+        logits = cls is Pt2InferenceSession and gives_logits(folder, cls._engine)
+        return super().__new__(Pt2LogitsSession if logits else cls)
+
+    def _open(self, folder: Path, asked: Asked) -> Opened:
+        if asked.device not in (None, "cpu"):
+            raise CapabilityError(
+                f"the program was compiled for the cpu, got device {asked.device!r}; leave it out"
+            )
+        if asked.threads is not None:
+            torch.set_num_threads(asked.threads)
+        try:
+            program = torch._inductor.aoti_load_package(str(folder / _PACKAGE_FILE))
+        except (RuntimeError, OSError) as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise ModelError(f"AOTInductor failed to load the program: {first_line}") from error
+
+        def run(feed: Feed) -> NDArray[np.float32]:
+            names = [x for x in ("input_ids", "target_rows", "target_ids") if x in feed]
+            with torch.inference_mode():
+                result = program(*(torch.from_numpy(feed[name]) for name in names))
+            array: NDArray[np.float32] = result.numpy()
+            return array
+
+        settings = {"made_for": self._metadata.made_by.get("processor", "")}
+        return Opened(
+            run, "aotinductor", torch.__version__, "cpu", torch.get_num_threads(), settings
+        )
+
+
+class Pt2LogitsSession(ProgramLogits, Pt2InferenceSession):
+    """An AOTInductor program that gives logits."""
