@@ -38,7 +38,7 @@ from perplexit.sessions.openvino import OpenVinoInferenceSession as OpenVinoInfe
 from perplexit.sessions.pt2 import Pt2InferenceSession as Pt2InferenceSession
 from perplexit.sessions.pytorch import PytorchInferenceSession as PytorchInferenceSession
 from perplexit.sessions.recorded import RecordedInferenceSession as RecordedInferenceSession
-from perplexit.sessions.tvm import TvmInferenceSession as TvmInferenceSession
 from perplexit.sessions.registry import load_session as load_session
+from perplexit.sessions.tvm import TvmInferenceSession as TvmInferenceSession
 
 __version__: str
