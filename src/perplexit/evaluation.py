@@ -1,34 +1,23 @@
 """evaluate(session, input) → Run: every declared target scored, sums kept, one record."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from perplexit import __version__
-from perplexit.conditions import check_fits, check_same_conditions
-from perplexit.errors import NonFiniteError, UsageError
+from perplexit.conditions import check_same_conditions
+from perplexit.errors import UsageError
 from perplexit.inputs.token_file import TokenFile
-from perplexit.noise_floor import noise_floor_of
+from perplexit.recording import Progress, Recording
 from perplexit.resources.host import HostMemory
-from perplexit.results import WindowResults, columns_of
-from perplexit.runs.figures import figures_of
-from perplexit.runs.run import SCHEMA_VERSION, Run
-from perplexit.runs.store import Part, RunStore
-from perplexit.scoring import BatchPlan, ProgressUpdate, ScoredBatch, Scorer, plan_batches
-from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory
+from perplexit.runs.run import Run
+from perplexit.runs.store import RunStore
+from perplexit.sessions.base import InferenceSession
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.registry import load_session
-
-SECONDS_BETWEEN_PARTS = 1.0
-
-Progress = Callable[[ProgressUpdate], None]
 
 
 def evaluate(
@@ -110,11 +99,11 @@ def evaluate(
                 session, prompt_len=prompt_len or 1, decode_chunk=decode_chunk or 1
             )
         load_seconds = time.perf_counter() - began
-        evaluation = _Evaluation(session, token_file, store, memory, progress)
+        recording = Recording(session, token_file, store, memory, progress)
         if save_reference or reference is not None:
             # The one lazy door to what needs PyTorch here.
             references = import_module("perplexit.reference.opening")
-            evaluation.with_reference = stack.enter_context(
+            recording.with_reference = stack.enter_context(
                 references.reference_scoring(
                     session,
                     token_file,
@@ -123,7 +112,7 @@ def evaluate(
                     dtype=reference_dtype,
                 )
             )
-        wanted = evaluation.new_run(
+        wanted = recording.new_run(
             top_k=top_k, confidence=confidence, on_non_finite=on_non_finite, batch_size=batch_size
         )
         recorded = None if store is None else store.record()
@@ -131,10 +120,10 @@ def evaluate(
             check_same_conditions(recorded, wanted, batch_size)
             if recorded.status == "complete":
                 missing = measure_noise_floor and recorded.noise_floor is None
-                return evaluation.with_noise_floor(recorded) if missing else recorded
+                return recording.with_noise_floor(recorded) if missing else recorded
             wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)
-        scored = evaluation.complete(wanted, began=began, load_seconds=load_seconds)
-        return evaluation.with_noise_floor(scored) if measure_noise_floor else scored
+        scored = recording.complete(wanted, began=began, load_seconds=load_seconds)
+        return recording.with_noise_floor(scored) if measure_noise_floor else scored
 
 
 def _check_options(batch_size: Any, top_k: int, confidence: float, on_non_finite: str) -> None:
@@ -168,227 +157,3 @@ def _loaded(address: str | Path, **settings: Any) -> Iterator[InferenceSession]:
         yield session
     finally:
         session.close()
-
-
-@dataclass
-class _Evaluation:
-    """One evaluation under way: session, input and folder, and what is being filled."""
-
-    session: InferenceSession
-    tokens: TokenFile
-    store: RunStore | None
-    memory: HostMemory
-    progress: Progress | None
-    with_reference: Any = None  # a reference.opening.Opened, where divergences are asked for
-
-    def new_run(
-        self, *, top_k: int, confidence: float, on_non_finite: str, batch_size: int | str
-    ) -> Run:
-        """The record of a run under these conditions that has scored nothing yet."""
-        warnings = check_fits(self.session, self.tokens)
-        description = asdict(self.session.description)
-        threads = description.pop("threads")
-        plan = plan_batches(
-            self.session, self.tokens, None if batch_size == "auto" else int(batch_size)
-        )
-        return Run(
-            schema_version=SCHEMA_VERSION,
-            perplexit_version=__version__,
-            status="running",
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            confidence=confidence,
-            input_path=str(self.tokens.path.resolve()),
-            input_fingerprint=self.tokens.input_fingerprint,
-            text_fingerprint=self.tokens.text_fingerprint,
-            tokenizer_fingerprint=self.tokens.tokenizer_fingerprint,
-            protocol=self.tokens.protocol,
-            input_spec=dict(self.tokens.spec),
-            num_documents=self.tokens.num_documents,
-            num_windows=self.tokens.num_windows,
-            model=asdict(self.session.model),
-            session=description,
-            threads=threads,
-            top_k=top_k,
-            on_non_finite=on_non_finite,
-            batch_plan={"batch_size": batch_size, **plan.to_json()},
-            warnings=warnings,
-            reference=self.with_reference and self.with_reference.reference,
-            saved_reference=self.with_reference and self.with_reference.saved,
-        )
-
-    def complete(self, run: Run, *, began: float, load_seconds: float) -> Run:
-        """The run with everything scored and every figure filled in, stored if it has a folder."""
-        results = WindowResults(self.tokens)
-        if self.store is not None:
-            for part in self.store.parts():
-                results.fill(part.window, part.num_targets, part.columns)
-                results.seconds += sum(part.seconds.values())
-                results.decode_seconds += part.seconds["decode"]
-            self.store.write_record(run)
-        resumed = _Resumed(results.num_windows_scored, results.num_tokens_done, results.seconds)
-        try:
-            run = self._score_all(run, results, resumed)
-        except BaseException:
-            if self.store is not None:
-                last = self.store.record() or run
-                self.store.write_record(replace(last, status="interrupted"))
-            raise
-        run = replace(
-            run,
-            status="complete",
-            num_windows_resumed=resumed.num_windows,
-            loaded_tokens=results.run_tokens(),
-        )
-        run = replace(
-            run,
-            **figures_of(
-                run.tokens,
-                confidence=run.confidence,
-                on_non_finite=run.on_non_finite,
-                protocol=self.tokens.spec["protocol"],
-            ),
-            peak_memory_bytes={
-                "host_rss": self.memory.peak_bytes,
-                "torch_device": (
-                    self.session.peak_device_bytes()
-                    if isinstance(self.session, MeasuresDeviceMemory)
-                    else None
-                ),
-            },
-            seconds={
-                "load": load_seconds,
-                "prefill": results.seconds - results.decode_seconds,
-                "decode": results.decode_seconds,
-                "total": time.perf_counter() - began + resumed.seconds,
-            },
-            tokens_per_second=results.num_tokens_done / max(results.seconds, 1e-9),
-        )
-        if run.saved_reference is not None:
-            run = replace(
-                run,
-                saved_reference=self.with_reference.finish(),
-                states_folder=self.with_reference.scratch,
-            )
-        return run if self.store is None else _stored(self.store, run)
-
-    def with_noise_floor(self, run: Run) -> Run:
-        """The complete run with its noise floor measured, and stored if it has a folder."""
-        floor = noise_floor_of(self.session, self.tokens, run)
-        run = replace(run, noise_floor=floor.to_json())
-        if self.store is not None:
-            self.store.write_record(run)
-        return run
-
-    def _score_all(self, run: Run, results: WindowResults, resumed: "_Resumed") -> Run:
-        """Score what is not done, committing as it goes; the run with the plan as it ended up."""
-        scorer = Scorer(
-            self.session,
-            self.tokens,
-            BatchPlan.from_json(run.batch_plan),
-            run.top_k,
-            self.with_reference and self.with_reference.details,
-        )
-        pending = _PendingPart(self.store)
-        plan = scorer.plan
-        try:
-            for batch in scorer.batches(results.done[scorer.order]):
-                if scorer.plan != plan:  # memory ran out: a resumed run must repeat the halving
-                    pending.commit()
-                    plan = scorer.plan
-                    run = replace(run, batch_plan={**run.batch_plan, **plan.to_json()})
-                    if self.store is not None:
-                        self.store.write_record(run)
-                if run.on_non_finite == "error":
-                    self._check_finite(batch)
-                pending.add(batch)
-                results.add(batch)
-                if self.progress is not None:
-                    self.progress(_progress_of(results, self.tokens, resumed))
-        finally:
-            pending.commit()
-        return run
-
-    def _check_finite(self, batch: ScoredBatch) -> None:
-        """Raise NonFiniteError that names the batch's first bad token."""
-        for row, details in zip(batch.windows.tolist(), batch.details, strict=True):
-            bad = np.flatnonzero(~np.isfinite(details.nll_N))
-            if len(bad):
-                window = self.tokens.windows[row]
-                ids = self.tokens.window_ids(row)
-                position = int(ids.targets_N[bad[0]])
-                raise NonFiniteError(
-                    f"expected a finite loss for every token, got {float(details.nll_N[bad[0]])} "
-                    f"in window {row} at position {position} (token id "
-                    f"{int(ids.ids_T[position])}, document {window.document}); what was scored "
-                    "before is kept. Score in float32, or with on_non_finite='count' to leave "
-                    "such tokens out and count them"
-                )
-
-
-@dataclass(frozen=True)
-class _Resumed:
-    """What an earlier process had scored."""
-
-    num_windows: int
-    num_tokens: int
-    seconds: float
-
-
-class _PendingPart:
-    """Scored batches not yet committed; committed about once a second, and at the end."""
-
-    def __init__(self, store: RunStore | None) -> None:
-        self._store = store
-        self._batches: list[ScoredBatch] = []
-        self._last_commit = time.perf_counter()
-
-    def add(self, batch: ScoredBatch) -> None:
-        if self._store is None:
-            return
-        if self._batches and self._batches[-1].stop != batch.start:
-            self.commit()
-        self._batches.append(batch)
-        if time.perf_counter() - self._last_commit >= SECONDS_BETWEEN_PARTS:
-            self.commit()
-
-    def commit(self) -> None:
-        if self._store is not None and self._batches:
-            self._store.add_part(_part_of(self._batches))
-        self._batches = []
-        self._last_commit = time.perf_counter()
-
-
-def _part_of(batches: list[ScoredBatch]) -> Part:
-    details = [d for batch in batches for d in batch.details]
-    return Part(
-        start=batches[0].start,
-        stop=batches[-1].stop,
-        window=np.concatenate([batch.windows for batch in batches]),
-        num_targets=np.array([len(d.nll_N) for d in details], dtype=np.int64),
-        columns=columns_of(details),
-        seconds={
-            "prefill": sum(batch.seconds - batch.decode_seconds for batch in batches),
-            "decode": sum(batch.decode_seconds for batch in batches),
-        },
-    )
-
-
-def _progress_of(results: WindowResults, tokens: TokenFile, resumed: _Resumed) -> ProgressUpdate:
-    return ProgressUpdate(
-        num_tokens=results.num_tokens_done,
-        total_tokens=tokens.num_targets,
-        nll_sum=results.nll_sum,
-        num_windows=results.num_windows_scored,
-        total_windows=tokens.num_windows,
-        num_tokens_resumed=resumed.num_tokens,
-        num_windows_resumed=resumed.num_windows,
-        seconds=results.seconds - resumed.seconds,
-    )
-
-
-def _stored(store: RunStore, run: Run) -> Run:
-    """Put the results on disk: tokens first, then the record that calls them complete."""
-    run = replace(run, tokens_sha256=store.write_tokens(run.tokens), folder=store.folder)
-    store.write_record(run)
-    store.remove_parts()
-    return run

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import perplexit as px
-from perplexit import evaluation
+from perplexit import recording
 from perplexit.errors import ResumeError, RunError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.store import RunStore
@@ -32,7 +32,7 @@ def tokens(byte_tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def commit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "SECONDS_BETWEEN_PARTS", 0.0)
+    monkeypatch.setattr(recording, "SECONDS_BETWEEN_PARTS", 0.0)
 
 
 class StopsAfter(BigramSession):
