@@ -273,10 +273,17 @@ def test_trap_33_eval_uses_the_device_that_was_named(
 
 @pytest.mark.trap(33)
 def test_trap_33_eval_quantizes_or_says_that_it_cannot(
-    tokens: Path, tiny_llama_dir: Path, tmp_path: Path
+    evaluated: Callable[..., dict[str, Any]],
+    plain: dict[str, Any],
+    tokens: Path,
+    tiny_llama_dir: Path,
+    tmp_path: Path,
 ) -> None:
+    quantized = evaluated("--quantization", "int4")
+    assert quantized["session"]["quantization"]["name"] == "int4"
+    assert quantized["nll_sum"] != plain["nll_sum"]
     base = ("eval", tiny_llama_dir, tokens, "--run", tmp_path)
-    assert "int4" in _complaint(*base, "--quantization", "int4")
+    assert "q4_k_m" in _complaint(*base, "--quantization", "q4_k_m")
 
 
 @pytest.mark.trap(33)
