@@ -84,7 +84,8 @@ def _batched(
     picked = np.arange(batch), np.zeros(batch, np.int64)
     cache.feed(ids_BT, first_row=0, start=0, picked=picked)
     with torch.inference_mode():
-        for layer in cache._layers.layers:
+        layers: Any = cache._layers.layers  # of keys and values, allocated by the feed above
+        for layer in layers:
             layer.keys.normal_()
             layer.values.normal_()
 

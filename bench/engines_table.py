@@ -114,7 +114,10 @@ def _ran(arguments: tuple[str, ...]) -> bool:
 
 def _table(done: dict[Row, Path | None]) -> str:
     """One line a row: perplexity and ratio with intervals, largest token difference, cost."""
-    reference = px.Run.open(done[ROWS[0]])
+    first = done[ROWS[0]]
+    if first is None:
+        raise SystemExit(f"{ROWS[0].name}, which the others are held against, failed")
+    reference = px.Run.open(first)
     lines = [
         f"{reference.num_tokens:,} tokens scored, {reference.threads} threads",
         "",

@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import perplexit as px
 from perplexit.cli.demo_story import MODEL_FILE, MODEL_PACKAGE, TEXT_FILE, TEXT_PACKAGE
 from perplexit.cli.packaged import packaged_file
+from perplexit.sessions.base import InferenceSession
 
 
 def main() -> None:
@@ -33,13 +35,15 @@ def main() -> None:
         tokens = _first_windows(text, gguf, Path(folder), options)
         session = px.load_session(f"hf:{gguf}", threads=options.threads)
         torch.set_num_threads(options.threads)
-        plain = AutoModelForCausalLM.from_pretrained(
+        plain: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        ).eval()
+        )
         _report(plain, session, tokens, options.rounds)
 
 
-def _first_windows(text, gguf, folder, options):
+def _first_windows(
+    text: str, gguf: Path, folder: Path, options: argparse.Namespace
+) -> px.TokenFile:
     """A token file of the first windows of the text, all full."""
     whole = px.prepare(
         [text],
@@ -55,8 +59,8 @@ def _first_windows(text, gguf, folder, options):
     return px.import_id_lines(lines, output=folder / "tokens.safetensors")
 
 
-def _report(plain, session, tokens, rounds):
-    seconds = {"plain loop": [], "perplexit": []}
+def _report(plain: Any, session: InferenceSession, tokens: px.TokenFile, rounds: int) -> None:
+    seconds: dict[str, list[float]] = {"plain loop": [], "perplexit": []}
     for number in range(rounds):
         began = time.perf_counter()
         plain_nll = _plain_loop(plain, tokens)
@@ -66,6 +70,8 @@ def _report(plain, session, tokens, rounds):
         seconds["perplexit"].append(time.perf_counter() - began)
         last = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
         print(f"round {number + 1}: {last}")
+    assert run.nll_sum is not None  # no loss of this model is NaN
+    assert run.num_tokens
     difference = abs(run.nll_sum - plain_nll) / run.num_tokens
     for name, times in seconds.items():
         median = statistics.median(times)
@@ -74,7 +80,7 @@ def _report(plain, session, tokens, rounds):
 
 
 @torch.inference_mode()
-def _plain_loop(model, tokens):
+def _plain_loop(model: Any, tokens: px.TokenFile) -> float:
     """The summed nll in nats over every window's targets."""
     total = 0.0
     for index in range(tokens.num_windows):

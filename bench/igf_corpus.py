@@ -10,6 +10,7 @@ import re
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -60,7 +61,7 @@ def small_gpt2(folder: Path, last_year: int) -> Path:
     if last_year == 1899:
         tokenizer = _train_tokenizer(speeches(1790, last_year))
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(_config())
+        model: Any = GPT2LMHeadModel(_config())
         steps, rate = 1000, 2e-3
     else:
         start = small_gpt2(folder, 1899)
@@ -99,7 +100,7 @@ def _tune(model: nn.Module, articles: Articles, steps: int, rate: float) -> None
         starts = torch.randint(0, len(flat) - 64, (16,))
         loss = context_losses(model, torch.stack([flat[s : s + 64] for s in starts])).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -119,7 +120,9 @@ def _train_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train([str(f) for f in files], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    make: Any = PreTrainedTokenizerFast  # transformers leaves its arguments untyped
+    fast: PreTrainedTokenizerFast = make(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    return fast
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def run(
         if not (out / f"{kind}.json").exists():
             trained = train_learner(
                 pairs,
-                kind=kind,  # type: ignore[arg-type]
+                kind=kind,
                 model=model,
                 learning_rate=1e-3 if setting.model_years else 1e-4,
                 max_epochs=40,

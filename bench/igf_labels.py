@@ -82,8 +82,8 @@ def tensors(size: int, count: int) -> tuple[nn.Module, Tensor, Tensor]:
     folder = packaged_model()
     objective = objective_contexts(articles_of(*OBJECTIVE_YEARS, folder), number=size, seed=3)
     found = ContextStream(articles_of(1790, 1999, folder), 32, 11).take(0, count)
-    as_tensor = (torch.from_numpy(c.ids_NT).long() for c in (objective, found))
-    return (load_model(folder), *as_tensor)
+    contexts, candidates = (torch.from_numpy(c.ids_NT).long() for c in (objective, found))
+    return load_model(folder), contexts, candidates
 
 
 def speed(rounds: int, folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ column is from float64 KL of whole logits, over every sixth window.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ def damage(model: Path, output: Path) -> None:
 
 def check(tokens: px.TokenFile, models: list[Path], runs: list[Path]) -> None:
     """Print the largest and the mean difference of each run's KL column."""
-    networks = [AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32).eval() for m in models]
+    networks: list[Any] = [
+        AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in models
+    ]
     columns = [px.Run.open(run).tokens for run in runs]
     errors: list[list[np.ndarray]] = [[] for _ in runs]
     for index in range(0, tokens.num_windows, EVERY):
@@ -43,6 +46,7 @@ def check(tokens: px.TokenFile, models: list[Path], runs: list[Path]) -> None:
         p, q = (x.log_softmax(-1) for x in logits)
         kl = (p.exp() * (p - q)).sum(-1).numpy()
         for found, rows in zip(errors, columns, strict=True):
+            assert rows.kl is not None  # the candidates were evaluated with --reference
             found.append(np.abs(kl - rows.kl[rows.window == index]))
     for run, found in zip(runs, errors, strict=True):
         error = np.concatenate(found)
