@@ -94,7 +94,7 @@ def _run_of(row: Row, tokens: Path, output: Path, threads: int) -> Path | None:
         return run
     address = f"{row.engine}:{gguf}"
     if row.compiled:
-        program = output / "programs" / name.removesuffix("-bf16")
+        program = output / "programs" / name.replace("openvino-bf16", "openvino-fp32")
         address = str(program)
         compiled = ("compile", f"hf:{gguf}", *row.compiled, "-o", str(program))
         if not program.exists() and not _ran(compiled):
