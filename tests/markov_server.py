@@ -29,6 +29,13 @@ FAULTS = {
     "null-inside": "gives no number at one position",
     "wrong-id": "gives another id's log-probability under that id alone",
 }
+ALTERNATIVES_FAULTS = {
+    "shifted": "lists the alternatives of the position before",
+    "fewer": "lists one alternative less than asked for",
+    "other-numbers": "gives other log-probabilities when it is asked for alternatives",
+    "improper": "lists probabilities that add up to more than 1",
+    "texts": "names texts, which do not tell the id",
+}
 
 
 def chain(seed: int = 7) -> np.ndarray:
@@ -47,6 +54,9 @@ class MarkovServer:
     failures: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # (status, headers)
     max_model_len: int | None = None
     extra_entries: int = 0
+    max_alternatives: int = VOCAB_SIZE
+    alternatives_fault: str | None = None
+    tells_ranks: bool = True
     api_key: str | None = None
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -67,16 +77,21 @@ class MarkovServer:
         wants_prompt = "prompt_logprobs" in body and "prompt_logprobs" in self.styles
         wants_echo = bool(body.get("echo")) and "echo" in self.styles
         values, out = self._values(ids, fault, repeated=tuple(ids) in self.seen)
+        top_k = body.get("prompt_logprobs", 0) if wants_prompt else _asked_by_echo(body)
+        if top_k and self.alternatives_fault == "other-numbers":
+            values = [None, *(value - 0.5 for value in values[1:] if value is not None)]
         if wants_prompt or wants_echo:
             self.seen.add(tuple(ids))
         if wants_prompt and fault != "ignores":
-            choice["prompt_logprobs"] = self._entries(out, values, fault)
+            choice["prompt_logprobs"] = self._entries(out, values, fault, top_k)
         elif wants_echo and fault != "ignores":
             choice["logprobs"] = {
                 "token_logprobs": [*values, float(following[best[0]])],
                 "tokens": [TEXTS[index] for index in out] + [TEXTS[best[0]]],
                 "top_logprobs": [None] * len(values) + [generated],
             }
+            if top_k:
+                choice["logprobs"] |= self._echoed_alternatives(out, top_k)
         elif body.get("logprobs"):
             choice["logprobs"] = {
                 "token_logprobs": [float(following[best[0]])],
@@ -117,7 +132,7 @@ class MarkovServer:
         return values, ids
 
     def _entries(
-        self, ids: list[int], values: list[float | None], fault: str | None
+        self, ids: list[int], values: list[float | None], fault: str | None, top_k: int
     ) -> list[dict[str, Any] | None]:
         entries: list[dict[str, Any] | None] = []
         for position, (index, value) in enumerate(zip(ids, values, strict=True)):
@@ -125,16 +140,46 @@ class MarkovServer:
                 entries.append(None)
                 continue
             row = self.logprobs[ids[position - 1]]
-            likelier = np.argsort(-row)[: self.extra_entries]
+            likelier = np.argsort(-row)[: self.extra_entries].tolist()
             entry = {
                 str(i): {"logprob": float(row[i]), "decoded_token": TEXTS[i]} for i in likelier
             }
+            for i, logprob in self._alternatives(ids, position, top_k).items():
+                name = TEXTS[i] if self.alternatives_fault == "texts" else str(i)
+                entry[name] = {"logprob": logprob, "decoded_token": TEXTS[i]}
             name = (index + 1) % VOCAB_SIZE if fault == "wrong-id" else index
             if fault == "wrong-id":
                 entry = {}
             entry[str(name)] = {"logprob": value, "decoded_token": TEXTS[name]}
+            if self.tells_ranks:
+                entry[str(name)]["rank"] = int((row > row[name]).sum()) + 1
             entries.append(entry)
         return entries
+
+    def _alternatives(self, ids: list[int], position: int, top_k: int) -> dict[int, float]:
+        """{id: log-probability} of the most likely at a position, the least likely first."""
+        before = ids[max(0, position - (2 if self.alternatives_fault == "shifted" else 1))]
+        row = self.logprobs[before] + (0.7 if self.alternatives_fault == "improper" else 0.0)
+        count = top_k - (1 if self.alternatives_fault == "fewer" else 0)
+        return {i: float(row[i]) for i in np.argsort(-row)[:count][::-1].tolist()}
+
+    def _echoed_alternatives(self, ids: list[int], top_k: int) -> dict[str, Any]:
+        """As vLLM names ids where `return_tokens_as_token_ids` asks for it."""
+        marked = "{}" if self.alternatives_fault == "texts" else "token_id:{}"
+        rows: list[dict[str, float] | None] = [None]
+        for position in range(1, len(ids)):
+            found = self._alternatives(ids, position, top_k)
+            own = {ids[position]: float(self.logprobs[ids[position - 1], ids[position]])}
+            listed = found if self.alternatives_fault == "fewer" else found | own
+            rows.append({marked.format(i): value for i, value in listed.items()})
+        names = [marked.format(i) for i in [*ids, 0]]
+        return {"tokens": names, "top_logprobs": [*rows, {}]}
+
+
+def _asked_by_echo(body: dict[str, Any]) -> int:
+    """How many alternatives `echo` is asked for, where it is asked to name ids."""
+    named = body.get("return_tokens_as_token_ids", False)
+    return int(body["logprobs"]) if named and body.get("echo") else 0
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -159,6 +204,9 @@ class _Handler(BaseHTTPRequestHandler):
         state.requests.append(body)
         if state.max_model_len and len(body["prompt"]) + body["max_tokens"] > state.max_model_len:
             self._send(400, {"error": {"message": "maximum context length exceeded"}})
+            return
+        if max(body.get("prompt_logprobs", 0), _asked_by_echo(body)) > state.max_alternatives:
+            self._send(400, {"error": {"message": "more than the maximum of logprobs"}})
             return
         self._send(200, state.answer(body))
 

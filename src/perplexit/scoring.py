@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import DetailedSession, InferenceSession, TimesPhases, TokenDetails
+from perplexit.sessions.base import (
+    AlternativesSession,
+    DetailedSession,
+    InferenceSession,
+    TimesPhases,
+    TokenDetails,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +150,9 @@ class Scorer:
     order: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        told = self.details is not None or isinstance(self.session, DetailedSession)
+        told = self.details is not None or isinstance(
+            self.session, DetailedSession | AlternativesSession
+        )
         if self.top_k and not told:
             raise CapabilityError(
                 f"--top-k {self.top_k} needs whole distributions, but "
@@ -205,4 +213,6 @@ def details_of(
     """Everything the session can tell of each target: details where it can, else nll alone."""
     if isinstance(session, DetailedSession):
         return session.token_details(windows, top_k=top_k)
+    if top_k and isinstance(session, AlternativesSession):
+        return session.token_alternatives(windows, top_k=top_k)
     return [TokenDetails(nll) for nll in session.token_nll(windows)]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import perplexit as px
+from perplexit.errors import CapabilityError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.sessions import completions_probe
 from perplexit.sessions.registry import load_session
@@ -98,4 +99,30 @@ def test_a_repeated_evaluation_is_the_same(vllm_url, tokens):
     session = load_session(f"completions:{vllm_url}")
     first, second = (px.evaluate(session, tokens) for _ in range(2))
     assert np.abs(first.tokens.nll - second.tokens.nll).max() < 1e-4
+    session.close()
+
+
+@pytest.mark.parametrize("style", ["prompt_logprobs", "echo"])
+def test_vllm_s_alternatives_are_pytorch_s(
+    style, vllm_url, tokens, real_model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(completions_probe, "STYLES", (style,))
+    session = load_session(f"completions:{vllm_url}#smollm2")
+    served = px.evaluate(session, tokens, top_k=20, run=tmp_path / "served")
+    own = px.evaluate(f"hf:{real_model_dir}", tokens, top_k=20, reference=tmp_path / "served")
+    difference = np.abs(served.tokens.top_logprobs - own.tokens.top_logprobs)
+    same = served.tokens.top_ids == own.tokens.top_ids
+    print(
+        f"\n{style}: max {difference.max():.2e} nats, the same id in {same.mean():.5f} of places; "
+        f"KL between {own.tokens.kl.mean():.2e} and {own.tokens.kl_high.mean():.2e}"
+    )
+    assert difference.max() < 1e-3
+    assert same.mean() > 0.999  # ties may change places
+    assert (served.tokens.rank is not None) == (style == "prompt_logprobs")
+    if served.tokens.rank is not None:
+        assert (served.tokens.rank == own.tokens.rank).mean() > 0.999
+    assert own.tokens.same_top1.mean() > 0.999
+    assert own.tokens.kl.mean() < 1e-6  # the same model: the lower bound is next to 0
+    with pytest.raises(CapabilityError, match="--max-logprobs"):
+        px.evaluate(session, tokens, top_k=21)
     session.close()

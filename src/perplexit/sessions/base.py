@@ -145,6 +145,18 @@ class DetailedSession(InferenceSession, Protocol):
 
 
 @runtime_checkable
+class AlternativesSession(InferenceSession, Protocol):
+    """A session that is told the most likely tokens beside the target, and no more."""
+
+    def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
+        """The nll with the `top_k` most likely tokens; `rank_N` where told, no `entropy_N`.
+
+        Raises CapabilityError where so many are not to be had, before anything is scored.
+        """
+        ...
+
+
+@runtime_checkable
 class LogitsSession(InferenceSession, Protocol):
     """A session that gives whole distributions, which a KL divergence needs."""
 

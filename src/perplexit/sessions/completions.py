@@ -3,12 +3,15 @@
 Nothing is scored before the server has given the right answer to a known question (see
 completions_probe), and every later answer is checked for its length and, where the server gives
 ids, for each id.
+
+Shape suffixes: T = ids of a window, N = its targets, K = alternatives a target.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -16,11 +19,14 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import ModelDescription, SessionDescription
-from perplexit.sessions.completions_client import CompletionsClient, PromptAnswerError, Style
-from perplexit.sessions.completions_probe import working_style
+from perplexit.sessions.alternatives import contradiction, most_likely_first
+from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
+from perplexit.sessions.completions_answers import PromptAnswer, PromptAnswerError, Style
+from perplexit.sessions.completions_client import CompletionsClient
+from perplexit.sessions.completions_probe import check_alternatives, working_style
 
 _ANY_ID = np.iinfo(np.int32).max
+_ROUNDING_NATS = 1e-3  # of one answer's own numbers, which are of one computation
 _CARD_KEYS = ("id", "root", "max_model_len", "owned_by")
 
 
@@ -56,6 +62,8 @@ class CompletionsInferenceSession:
         self._pool = ThreadPoolExecutor(max_workers=concurrency)
         self._concurrency = concurrency
         self._style: Style | None = None
+        self._checked_top_k = 0
+        self._tells_ranks = False
         card = {key: self._client.card.get(key) for key in _CARD_KEYS}
         served = {"url": self._client.base_url, **card}
         max_length = card["max_model_len"]
@@ -89,17 +97,30 @@ class CompletionsInferenceSession:
         """
         if not windows:
             return []
-        if self._style is None:
-            longest = max(windows, key=lambda window: len(window.ids_T))
-            self._style = working_style(self._client, longest.ids_T.tolist())
-        return list(self._pool.map(self._window_nll, windows))
+        style = self._probed(_longest(windows))
+        return [x.nll_N for x in self._pool.map(partial(self._details, style=style), windows)]
+
+    def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
+        """The nll with the `top_k` most likely tokens; `rank_N` where the server tells it.
+
+        The first call checks that so many are to be had. Raises CapabilityError where not, and
+        ModelError where alternatives contradict the target's own log-probability.
+        """
+        if not windows:
+            return []
+        longest = _longest(windows)
+        style = self._probed(longest)
+        if top_k != self._checked_top_k:
+            answer = check_alternatives(self._client, longest, style, top_k)
+            self._tells_ranks = len(answer.ranks) > 1 and None not in answer.ranks[1:]
+            self._checked_top_k = top_k
+        return list(self._pool.map(partial(self._details, style=style, top_k=top_k), windows))
 
     def own_token_texts(self, ids: Sequence[int]) -> list[str | None]:
         """The server's text of each id, as it echoes them; see SpellsTokens."""
-        if self._style is None:
-            self._style = working_style(self._client, list(ids))
+        style = self._probed(list(ids))
         try:
-            return list(self._client.prompt_answer(list(ids), self._style).texts)
+            return list(self._client.prompt_answer(list(ids), style).texts)
         except PromptAnswerError as problem:
             raise ModelError(
                 f"expected {self.model.address} to tell the text of {len(ids)} ids, but {problem}"
@@ -114,16 +135,59 @@ class CompletionsInferenceSession:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._client.close()
 
-    def _window_nll(self, window: WindowIds) -> NDArray[np.float32]:
+    def _probed(self, ids: list[int]) -> Style:
+        """How to ask, found out with these ids the first time."""
         if self._style is None:
-            raise ModelError("the server has not been probed; call token_nll")
+            self._style = working_style(self._client, ids)
+        return self._style
+
+    def _details(self, window: WindowIds, *, style: Style, top_k: int = 0) -> TokenDetails:
         try:
-            answer = self._client.prompt_answer(window.ids_T.tolist(), self._style)
+            answer = self._client.prompt_answer(window.ids_T.tolist(), style, top_k=top_k)
+            logprobs_T = np.array([np.nan, *answer.logprobs[1:]], dtype=np.float64)
+            nll_N = (-logprobs_T[window.targets_N]).astype(np.float32)
+            if not top_k:
+                return TokenDetails(nll_N)
+            top_ids_NK, top_logprobs_NK = _alternatives(answer, window, top_k)
+            return TokenDetails(
+                nll_N,
+                rank_N=_ranks(answer, window) if self._tells_ranks else None,
+                top_ids_NK=top_ids_NK,
+                top_logprobs_NK=top_logprobs_NK,
+            )
         except PromptAnswerError as problem:
             raise ModelError(
                 f"expected a log-probability for each of the {len(window.ids_T)} ids of window "
                 f"{window.index} from {self.model.address}, but {problem}; nothing of this window "
                 "is used. Switch the server's prefix cache off and resume"
             ) from problem
-        logprobs_T = np.array([np.nan, *answer.logprobs[1:]], dtype=np.float64)
-        return (-logprobs_T[window.targets_N]).astype(np.float32)
+
+
+def _longest(windows: Sequence[WindowIds]) -> list[int]:
+    ids: list[int] = max(windows, key=lambda window: len(window.ids_T)).ids_T.tolist()
+    return ids
+
+
+def _alternatives(
+    answer: PromptAnswer, window: WindowIds, top_k: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """(ids, log-probabilities) of each target's alternatives. Raises PromptAnswerError."""
+    listed = answer.alternatives or ()
+    pairs_NK2 = np.array([listed[int(target)] for target in window.targets_N], dtype=np.float64)
+    pairs_NK2 = pairs_NK2.reshape(len(window.targets_N), top_k, 2)
+    found = most_likely_first(pairs_NK2[..., 0].astype(np.int64), pairs_NK2[..., 1], top_k)
+    targets_N = window.ids_T[window.targets_N].astype(np.int64)
+    own_N = np.array([answer.logprobs[int(t)] for t in window.targets_N], dtype=np.float64)
+    wrong = contradiction(targets_N, own_N, found, slack=_ROUNDING_NATS)
+    if wrong is not None:
+        position = int(window.targets_N[wrong[0]])
+        raise PromptAnswerError(f"its alternatives at position {position} hold {wrong[1]}")
+    return found
+
+
+def _ranks(answer: PromptAnswer, window: WindowIds) -> NDArray[np.int32]:
+    """The server's rank of each target. Raises PromptAnswerError where one is missing."""
+    ranks = [answer.ranks[int(target)] for target in window.targets_N]
+    if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
+        raise PromptAnswerError("it tells ranks for some positions only")
+    return np.array(ranks, dtype=np.int32)

@@ -2,40 +2,30 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 import tenacity
 
 from perplexit.errors import CapabilityError, ModelError, UsageError
-
-# `prompt_logprobs` names ids and is looked up; `echo` names strings and is counted.
-Style = Literal["prompt_logprobs", "echo"]
-STYLES: tuple[Style, ...] = ("prompt_logprobs", "echo")
+from perplexit.sessions.completions_answers import (
+    NUM_GENERATED,
+    PromptAnswer,
+    PromptAnswerError,
+    Style,
+    answer_of_echo,
+    answer_of_prompt_logprobs,
+)
 
 _KEY_VARIABLES = ("PERPLEXIT_API_KEY", "OPENAI_API_KEY")
 _TRANSIENT = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
 _ATTEMPTS = 6
 _LONGEST_WAIT_SECONDS = 30.0
-_NUM_GENERATED = 1  # servers disagree on what 0 means: none, or as many as fit
 
 
-class PromptAnswerError(Exception):
-    """An answer that cannot be the prompt's log-probabilities; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptAnswer:
-    """The log-probability and the text of each prompt id, as one answer reports them.
-
-    logprobs: one an id; None for the first, which has no context.
-    texts:    the server's text of each id, None where it gives none.
-    """
-
-    logprobs: tuple[float | None, ...]
-    texts: tuple[str | None, ...]
+class RequestRefusedError(ModelError):
+    """The server understood a request and will not answer it, however often it is asked."""
 
 
 class CompletionsClient:
@@ -69,12 +59,15 @@ class CompletionsClient:
         self.card = self._model_card(model)
         self.model = str(self.card["id"])
 
-    def prompt_answer(self, ids: list[int], style: Style) -> PromptAnswer:
-        """The log-probabilities of `ids` as a prompt. Raises PromptAnswerError, ModelError."""
-        choice = self._complete(ids, **_request(style))
+    def prompt_answer(self, ids: list[int], style: Style, *, top_k: int = 0) -> PromptAnswer:
+        """The log-probabilities of `ids` as a prompt, with `top_k` alternatives of each.
+
+        Raises PromptAnswerError, ModelError.
+        """
+        choice = self._complete(ids, **_request(style, top_k))
         if style == "prompt_logprobs":
-            return _from_prompt_logprobs(choice.get("prompt_logprobs"), ids)
-        return _from_echo(choice.get("logprobs"), ids)
+            return answer_of_prompt_logprobs(choice.get("prompt_logprobs"), ids, top_k)
+        return answer_of_echo(choice.get("logprobs"), ids, top_k)
 
     def next_tokens(self, ids: list[int]) -> dict[str, float]:
         """The log-probability of the few most likely texts after `ids`, where they are generated.
@@ -96,7 +89,7 @@ class CompletionsClient:
             lambda: self._client.completions.create(
                 model=self.model,
                 prompt=ids,
-                max_tokens=_NUM_GENERATED,
+                max_tokens=NUM_GENERATED,
                 temperature=0.0,
                 **options,
             )
@@ -135,7 +128,8 @@ class CompletionsClient:
                 "check the address (it usually ends in /v1)"
             ) from error
         except openai.APIStatusError as error:
-            raise ModelError(
+            passing = isinstance(error, _TRANSIENT)
+            raise (ModelError if passing else RequestRefusedError)(
                 f"{self.base_url} refused a request with HTTP {error.status_code}: "
                 f"{_short(error.message)}; is the window longer than the server's context less "
                 "one, or are token-id prompts not taken?"
@@ -146,72 +140,14 @@ class CompletionsClient:
             ) from error
 
 
-def _request(style: Style) -> dict[str, Any]:
+def _request(style: Style, top_k: int) -> dict[str, Any]:
     if style == "prompt_logprobs":
-        return {"extra_body": {"prompt_logprobs": 0}}
-    return {"echo": True, "logprobs": 1}
-
-
-def _from_prompt_logprobs(entries: Any, ids: list[int]) -> PromptAnswer:
-    """Entries are None for the first id, then {id: {logprob, decoded_token, …}, …}.
-
-    The prompt's own id is looked up: beside it there may be likelier ones, in any order.
-    """
-    if entries is None:
-        raise PromptAnswerError("it ignores prompt_logprobs")
-    _check_count(len(entries), ids, "prompt_logprobs")
-    if entries[0] is not None:
-        raise PromptAnswerError("it gives the first id a log-probability: it has added a BOS")
-    found = []
-    for position, (index, entry) in enumerate(zip(ids[1:], entries[1:], strict=True), start=1):
-        own = (entry or {}).get(str(index), (entry or {}).get(index))
-        if own is None:
-            raise PromptAnswerError(
-                f"its prompt_logprobs do not hold the prompt's id {index} at position {position}"
-            )
-        found.append(own if isinstance(own, Mapping) else {"logprob": own})
-    texts = (None, *(item.get("decoded_token") for item in found))
-    return PromptAnswer(_checked_values((None, *(item["logprob"] for item in found))), texts)
-
-
-def _from_echo(logprobs: Any, ids: list[int]) -> PromptAnswer:
-    """`token_logprobs` of the echoed prompt, then of what was generated."""
-    values = (logprobs or {}).get("token_logprobs")
-    texts = (logprobs or {}).get("tokens")
-    if values is None or texts is None:
-        raise PromptAnswerError("it ignores echo with logprobs")
-    if len(values) <= _NUM_GENERATED < len(ids):
-        raise PromptAnswerError(
-            f"it ignores echo: {len(values)} log-probabilities for {len(ids)} ids"
-        )
-    if len(values) != len(ids) + _NUM_GENERATED:
-        _check_count(len(values), ids, "echo")
-    if values[0] is not None:
-        raise PromptAnswerError(
-            "it gives the first id a log-probability: it has added a BOS, or shifted by one"
-        )
-    texts = [*texts, *[None] * len(ids)][: len(ids)]
-    for position, (index, text) in enumerate(zip(ids, texts, strict=True)):
-        if str(text).startswith("token_id:") and text != f"token_id:{index}":
-            raise PromptAnswerError(f"it echoes {text} at position {position} for id {index}")
-    return PromptAnswer(_checked_values(tuple(values[: len(ids)])), tuple(texts))
-
-
-def _check_count(count: int, ids: list[int], what: str) -> None:
-    if count != len(ids):
-        raise PromptAnswerError(
-            f"its {what} has {count} entries for {len(ids)} ids: a truncated answer (a prefix "
-            "cache?), or ids that were decoded and tokenised again"
-        )
-
-
-def _checked_values(values: tuple[Any, ...]) -> tuple[float | None, ...]:
-    for position, value in enumerate(values[1:], start=1):
-        if not isinstance(value, int | float):
-            raise PromptAnswerError(f"it gives no number at position {position}, but {value!r}")
-        if value > 1e-4:
-            raise PromptAnswerError(f"its log-probability at position {position} is {value} > 0")
-    return (None, *(float(value) for value in values[1:]))
+        return {"extra_body": {"prompt_logprobs": top_k}}
+    if not top_k:
+        return {"echo": True, "logprobs": 1}
+    # texts do not tell which ids they are of: vLLM names ids when it is asked to
+    names = {"return_tokens_as_token_ids": True}
+    return {"echo": True, "logprobs": top_k, "extra_body": names}
 
 
 def _checked_url(url: str) -> str:

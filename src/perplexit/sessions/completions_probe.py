@@ -16,13 +16,8 @@ The fourth is what finds logits taken one position late: they pass all the other
 from collections.abc import Sequence
 
 from perplexit.errors import CapabilityError
-from perplexit.sessions.completions_client import (
-    STYLES,
-    CompletionsClient,
-    PromptAnswer,
-    PromptAnswerError,
-    Style,
-)
+from perplexit.sessions.completions_answers import STYLES, PromptAnswer, PromptAnswerError, Style
+from perplexit.sessions.completions_client import CompletionsClient, RequestRefusedError
 
 PROBE_LENGTH = 24
 _FEWEST_IDS = 3
@@ -55,6 +50,29 @@ def working_style(client: CompletionsClient, ids: Sequence[int]) -> Style:
         + ". Its perplexity would be wrong; use another server (vLLM is right) or evaluate the "
         "checkpoint itself"
     )
+
+
+def check_alternatives(
+    client: CompletionsClient, ids: Sequence[int], style: Style, top_k: int
+) -> PromptAnswer:
+    """The answer for the input's first ids with `top_k` alternatives, after it was checked.
+
+    Asking for them must change no log-probability. Raises CapabilityError where the server refuses
+    so many, gives fewer, or does not name their ids.
+    """
+    try:
+        probe = list(ids[:PROBE_LENGTH])
+        answer = client.prompt_answer(probe, style, top_k=top_k)
+        plain = client.prompt_answer(probe, style)
+        _check_equal(plain, answer, len(probe), f"asking for {top_k} alternatives")
+    except (PromptAnswerError, RequestRefusedError) as problem:
+        raise CapabilityError(
+            f"expected the {top_k} most likely tokens beside each of the prompt's (--top-k "
+            f"{top_k}) from {client.base_url} ({client.model}), asked by {style}, but {problem}. "
+            "Ask for fewer, start the server with a higher limit (vLLM: --max-logprobs), or "
+            "leave --top-k out"
+        ) from problem
+    return answer
 
 
 def _check(client: CompletionsClient, all_ids: list[int], style: Style) -> None:

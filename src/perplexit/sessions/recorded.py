@@ -7,36 +7,31 @@ Four forms of one record, where `position` counts a window's fed ids from 0:
 - llama.cpp's `--kl-divergence-base` file: the reference's own losses, to compare candidates with.
 - Parquet and CSV: the columns `window, position, token_id, logprob`, a row a scored token.
 
+JSONL and Parquet may list the most likely tokens too: `top_ids` and `top_logprobs`, a list a
+position (null where there is none), in any order.
+
 What the recording is of may stand in `FILE.json` beside it, in Parquet's `perplexit` metadata, or
 in a first JSONL line `{"model": {…}, "session": {…}, "log_base": 2}`.
+
+Shape suffixes: N = targets of one window, K = alternatives a target.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, FingerprintMismatchError, ModelError
-from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import ModelDescription, SessionDescription
+from perplexit.sessions.alternatives import contradiction, most_likely_first
+from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
+from perplexit.sessions.recording_files import RecordedWindow, read_recording
 
 _ANY_ID = np.iinfo(np.int32).max
-_COLUMNS = ("window", "position", "token_id", "logprob")
-_BEFORE_FIRST = -1  # no window has this number
-
-# positions (sorted), token ids, log-probabilities, and which of those there are
-_Window = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]
+_ROUNDING_NATS = 1e-2  # devices write half precision, or a few digits
 
 
 class RecordedInferenceSession:
@@ -66,7 +61,8 @@ class RecordedInferenceSession:
                 )
         del threads
         self._path = Path(path)
-        identity, self._windows = _read(self._path)
+        identity, self._windows = read_recording(self._path)
+        self._num_alternatives = _fewest_alternatives(self._windows)
         self._nats = _nats_a_unit(identity.get("log_base", "e"), self._path)
         digest = weights_fingerprint(self._path)
         model, session = identity.get("model", {}), identity.get("session", {})
@@ -94,6 +90,20 @@ class RecordedInferenceSession:
         """
         return [self._window_nll(window) for window in windows]
 
+    def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
+        """The recorded nll with the `top_k` most likely tokens that were recorded.
+
+        Raises CapabilityError where the recording lists fewer anywhere, ModelError where what it
+        lists contradicts the target's log-probability, and what `token_nll` raises.
+        """
+        if top_k > self._num_alternatives:
+            raise CapabilityError(
+                f"expected the {top_k} most likely tokens beside each target (--top-k {top_k}) in "
+                f"{self._path}, which lists {self._num_alternatives}; record top_ids and "
+                "top_logprobs (JSONL or Parquet), ask for fewer, or leave --top-k out"
+            )
+        return [self._window_details(window, top_k) for window in windows]
+
     def max_batch_size(self, window_length: int) -> int:
         """As many windows as are wanted: the recording is in memory."""
         return max(1, (1 << 20) // max(1, window_length))
@@ -103,32 +113,59 @@ class RecordedInferenceSession:
         self._windows = {}
 
     def _window_nll(self, window: WindowIds) -> NDArray[np.float32]:
+        recorded, row_N = self._rows(window)
+        nll_N = -recorded.logprobs_P[row_N] * self._nats
+        self._check_sign(window, nll_N)
+        return nll_N.astype(np.float32)
+
+    def _window_details(self, window: WindowIds, top_k: int) -> TokenDetails:
+        nll_N = self._window_nll(window)
+        recorded, row_N = self._rows(window)
+        if recorded.top_ids_PK is None or recorded.top_logprobs_PK is None:
+            raise self._mismatch(f"no alternatives in window {window.index}")
+        top_ids_NK, top_logprobs_NK = most_likely_first(
+            recorded.top_ids_PK[row_N], recorded.top_logprobs_PK[row_N] * self._nats, top_k
+        )
+        targets_N = window.ids_T[window.targets_N].astype(np.int64)
+        own_N = -nll_N.astype(np.float64)
+        # a NaN is named by the evaluation, as without alternatives
+        kept_N = np.flatnonzero(~np.isnan(own_N))
+        listed = (top_ids_NK[kept_N], top_logprobs_NK[kept_N])
+        wrong = contradiction(targets_N[kept_N], own_N[kept_N], listed, slack=_ROUNDING_NATS)
+        if wrong is not None:
+            position = int(window.targets_N[kept_N[wrong[0]]])
+            raise ModelError(
+                f"expected the alternatives of the target's own distribution in {self._path}, got "
+                f"{wrong[1]} at position {position} of window {window.index}; a list belongs to "
+                "the id that stands at the same place, and is of what the ids before it predict"
+            )
+        return TokenDetails(nll_N, top_ids_NK=top_ids_NK, top_logprobs_NK=top_logprobs_NK)
+
+    def _rows(self, window: WindowIds) -> tuple[RecordedWindow, NDArray[np.int64]]:
+        """(what is recorded of the window, the row in it of each target)."""
         if window.index not in self._windows:
-            raise self._mismatch(window, f"no window {window.index}: is the recording complete?")
-        positions, ids, logprobs, present = self._windows[window.index]
-        self._check_ids(window, positions, ids)
+            raise self._mismatch(f"no window {window.index}: is the recording complete?")
+        recorded = self._windows[window.index]
+        positions = recorded.positions_P
+        self._check_ids(window, positions, recorded.ids_P)
         row_N = np.searchsorted(positions, window.targets_N)
         found_N = np.zeros(len(row_N), dtype=bool)
         inside_N = row_N < len(positions)
         found_N[inside_N] = positions[row_N[inside_N]] == window.targets_N[inside_N]
-        found_N[inside_N] &= present[row_N[inside_N]]
+        found_N[inside_N] &= recorded.is_given_P[row_N[inside_N]]
         if not found_N.all():
             missing = int(window.targets_N[~found_N][0])
             raise self._mismatch(
-                window,
                 f"{int(found_N.sum())} of {len(found_N)} targets of window {window.index}; the "
                 f"first that is missing is at position {missing}",
             )
-        nll_N = -logprobs[row_N] * self._nats
-        self._check_sign(window, nll_N)
-        return nll_N.astype(np.float32)
+        return recorded, row_N.astype(np.int64)
 
     def _check_ids(
         self, window: WindowIds, positions: NDArray[np.int64], ids: NDArray[np.int64]
     ) -> None:
         if len(positions) and not 0 <= positions[0] <= positions[-1] < len(window.ids_T):
             raise self._mismatch(
-                window,
                 f"position {int(positions[-1])} in window {window.index}, which feeds "
                 f"{len(window.ids_T)} ids",
             )
@@ -136,7 +173,6 @@ class RecordedInferenceSession:
         if len(wrong):
             at = int(positions[wrong[0]])
             raise self._mismatch(
-                window,
                 f"id {int(ids[wrong[0]])} at position {at} of window {window.index}, where the "
                 f"input has {int(window.ids_T[at])} ({len(wrong)} ids differ)",
             )
@@ -152,110 +188,16 @@ class RecordedInferenceSession:
                 "negate them"
             )
 
-    def _mismatch(self, window: WindowIds, got: str) -> FingerprintMismatchError:
-        del window
+    def _mismatch(self, got: str) -> FingerprintMismatchError:
         return FingerprintMismatchError(
             f"expected the recording {self._path} to be of this input, but it has {got}. Record "
             "the ids that `perplexit prepare --export-ids` gives, window by window"
         )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[int, _Window]]:
-    """(what the recording says of itself, its windows)."""
-    if not path.is_file():
-        raise ModelError(f"expected a recording (.jsonl, .parquet or .csv), found none at {path}")
-    if is_kl_base_file(path):
-        return _of_base_file(KlBaseFile(path))
-    beside = path.with_name(f"{path.name}.json")
-    identity = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path)
-            own = json.loads((table.schema.metadata or {}).get(b"perplexit", b"{}"))
-            return {**own, **identity}, _windows_of_table(table)
-        if path.suffix == ".csv":
-            return identity, _windows_of_table(pa_csv.read_csv(path))
-        own, windows = _windows_of_lines(path)
-        return {**own, **identity}, windows
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise ModelError(
-            f"expected {path} to be a recording: JSONL with window, ids and logprobs a line, or "
-            f"Parquet or CSV with the columns {', '.join(_COLUMNS)}; got something else: {error!r}"
-        ) from error
-
-
-def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, _Window]]:
-    """The losses that llama.cpp's file holds.
-
-    A clamped target has the clamp as its log-probability, as in llama.cpp's own figures: its loss
-    is a lower bound, and `num_clamped_targets` in the settings says how many there are.
-    """
-    num_clamped = 0
-    first = file.num_context // 2 + 1
-    positions = np.arange(first, file.num_context)
-    windows: dict[int, _Window] = {}
-    for chunk in range(file.num_chunks):
-        rows = file.rows(chunk, 0, file.num_targets)
-        ids = file.ids[chunk, first:].astype(np.int64)
-        own = rows.logp_NV[np.arange(len(ids)), ids]
-        num_clamped += int(np.count_nonzero(~np.isfinite(own)))
-        logprobs = np.minimum(np.where(np.isfinite(own), own, np.log(rows.cap_N)), 0.0)
-        windows[chunk] = (positions, ids, logprobs, np.ones(len(ids), dtype=bool))
-    model = {"weights_fingerprint": file.fingerprint, "vocab_size": file.vocab_size}
-    session = {
-        "engine": "llama.cpp",
-        "dtype": "uint16 steps",
-        "settings": {"num_clamped_targets": num_clamped},
-    }
-    return {"model": model, "session": session}, windows
-
-
-def _windows_of_lines(path: Path) -> tuple[dict[str, Any], dict[int, _Window]]:
-    own: dict[str, Any] = {}
-    windows: dict[int, _Window] = {}
-    for record in _records(path):
-        if "window" not in record:
-            own = dict(record)
-            continue
-        ids, logprobs = record["ids"], record["logprobs"]
-        if len(ids) != len(logprobs):
-            raise ValueError(
-                f"window {record['window']} has {len(ids)} ids and {len(logprobs)} logprobs, "
-                "which stand in pairs (null at position 0)"
-            )
-        if record["window"] in windows:
-            raise ValueError(f"window {record['window']} stands there twice")
-        windows[int(record["window"])] = (
-            np.arange(len(ids)),
-            np.asarray(ids, dtype=np.int64),
-            np.array([0.0 if x is None else x for x in logprobs], dtype=np.float64),
-            np.array([x is not None for x in logprobs], dtype=bool),
-        )
-    return own, windows
-
-
-def _records(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
-
-
-def _windows_of_table(table: pa.Table) -> dict[int, _Window]:
-    table = table.select(list(_COLUMNS)).filter(pc.is_valid(table["logprob"]))
-    columns = [table[name].to_numpy() for name in _COLUMNS]
-    order = np.lexsort((columns[1], columns[0]))
-    window, position, ids, logprob = (column[order] for column in columns)
-    if np.any((np.diff(window) == 0) & (np.diff(position) == 0)):
-        raise ValueError("a position stands there twice")
-    bounds = [*np.flatnonzero(np.diff(window, prepend=_BEFORE_FIRST)).tolist(), len(window)]
-    return {
-        int(window[a]): (
-            position[a:b].astype(np.int64),
-            ids[a:b].astype(np.int64),
-            logprob[a:b].astype(np.float64),
-            np.ones(b - a, dtype=bool),
-        )
-        for a, b in pairwise(bounds)
-    }
+def _fewest_alternatives(windows: dict[int, RecordedWindow]) -> int:
+    counts = [window.fewest_alternatives() for window in windows.values()]
+    return min((count for count in counts if count is not None), default=0)
 
 
 def _nats_a_unit(base: object, path: Path) -> float:

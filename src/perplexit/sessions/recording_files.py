@@ -1,0 +1,185 @@
+"""A recording's file (JSONL, Parquet, CSV, llama.cpp's base file) → what it says, and its windows.
+
+Shape suffixes: P = recorded positions of one window, K = alternatives a position.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from perplexit.errors import ModelError
+from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
+
+NO_ID = -1  # pads the alternatives of a position that lists fewer than another
+_COLUMNS = ("window", "position", "token_id", "logprob")
+_LISTS = ("top_ids", "top_logprobs")
+_BEFORE_FIRST = -1  # no window has this number
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedWindow:
+    """What is recorded of one window, sorted by position; log-probabilities in the file's base.
+
+    is_given_P:     where there is a log-probability: not at position 0, nor at mere context.
+    top_ids_PK:     listed tokens in the file's order, NO_ID where a position lists fewer.
+    top_logprobs_PK: theirs, -inf at NO_ID. Both None where the file lists none.
+    """
+
+    positions_P: NDArray[np.int64]
+    ids_P: NDArray[np.int64]
+    logprobs_P: NDArray[np.float64]
+    is_given_P: NDArray[np.bool_]
+    top_ids_PK: NDArray[np.int64] | None = None
+    top_logprobs_PK: NDArray[np.float64] | None = None
+
+    def fewest_alternatives(self) -> int | None:
+        """How many every scored position lists at least; None where none is scored."""
+        if not self.is_given_P.any():
+            return None
+        if self.top_ids_PK is None:
+            return 0
+        return int((self.top_ids_PK[self.is_given_P] != NO_ID).sum(axis=1).min())
+
+
+def read_recording(path: Path) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:
+    """(what the recording says of itself, its windows). Raises ModelError for another file."""
+    if not path.is_file():
+        raise ModelError(f"expected a recording (.jsonl, .parquet or .csv), found none at {path}")
+    if is_kl_base_file(path):
+        return _of_base_file(KlBaseFile(path))
+    beside = path.with_name(f"{path.name}.json")
+    identity = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    try:
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+            own = json.loads((table.schema.metadata or {}).get(b"perplexit", b"{}"))
+            return {**own, **identity}, _windows_of_table(table)
+        if path.suffix == ".csv":
+            return identity, _windows_of_table(pa_csv.read_csv(path))
+        own, windows = _windows_of_lines(path)
+        return {**own, **identity}, windows
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise ModelError(
+            f"expected {path} to be a recording: JSONL with window, ids and logprobs a line, or "
+            f"Parquet or CSV with the columns {', '.join(_COLUMNS)}; got something else: {error!r}"
+        ) from error
+
+
+def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:
+    """The losses that llama.cpp's file holds.
+
+    A clamped target has the clamp as its log-probability, as in llama.cpp's own figures: its loss
+    is a lower bound, and `num_clamped_targets` in the settings says how many there are.
+    """
+    num_clamped = 0
+    first = file.num_context // 2 + 1
+    positions = np.arange(first, file.num_context)
+    windows: dict[int, RecordedWindow] = {}
+    for chunk in range(file.num_chunks):
+        rows = file.rows(chunk, 0, file.num_targets)
+        ids = file.ids[chunk, first:].astype(np.int64)
+        own = rows.logp_NV[np.arange(len(ids)), ids]
+        num_clamped += int(np.count_nonzero(~np.isfinite(own)))
+        logprobs = np.minimum(np.where(np.isfinite(own), own, np.log(rows.cap_N)), 0.0)
+        windows[chunk] = RecordedWindow(positions, ids, logprobs, np.ones(len(ids), dtype=bool))
+    model = {"weights_fingerprint": file.fingerprint, "vocab_size": file.vocab_size}
+    session = {
+        "engine": "llama.cpp",
+        "dtype": "uint16 steps",
+        "settings": {"num_clamped_targets": num_clamped},
+    }
+    return {"model": model, "session": session}, windows
+
+
+def _windows_of_lines(path: Path) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:
+    own: dict[str, Any] = {}
+    windows: dict[int, RecordedWindow] = {}
+    for record in _records(path):
+        if "window" not in record:
+            own = dict(record)
+            continue
+        if record["window"] in windows:
+            raise ValueError(f"window {record['window']} stands there twice")
+        windows[int(record["window"])] = _window_of_record(record)
+    return own, windows
+
+
+def _window_of_record(record: Mapping[str, Any]) -> RecordedWindow:
+    ids, logprobs = record["ids"], record["logprobs"]
+    lists = [[row or [] for row in record[name]] for name in _LISTS if name in record]
+    for name, values in zip(("logprobs", *_LISTS), (logprobs, *lists), strict=False):
+        if len(ids) != len(values):
+            raise ValueError(
+                f"window {record['window']} has {len(ids)} ids and {len(values)} {name}, "
+                "which stand in pairs (null at position 0)"
+            )
+    lengths = [np.array([len(row) for row in rows], dtype=np.int64) for rows in lists]
+    values = [np.array([x for row in rows for x in row], dtype=np.float64) for rows in lists]
+    return RecordedWindow(
+        np.arange(len(ids)),
+        np.asarray(ids, dtype=np.int64),
+        np.array([0.0 if x is None else x for x in logprobs], dtype=np.float64),
+        np.array([x is not None for x in logprobs], dtype=bool),
+        *_padded(lengths, values),
+    )
+
+
+def _records(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines if line.strip())
+
+
+def _windows_of_table(table: pa.Table) -> dict[int, RecordedWindow]:
+    names = [name for name in _LISTS if name in table.column_names]
+    table = table.select([*_COLUMNS, *names]).filter(pc.is_valid(table["logprob"]))
+    columns = [table[name].to_numpy() for name in _COLUMNS]
+    order = np.lexsort((columns[1], columns[0]))
+    window, position, ids, logprob = (column[order] for column in columns)
+    if np.any((np.diff(window) == 0) & (np.diff(position) == 0)):
+        raise ValueError("a position stands there twice")
+    lists = [table[name].combine_chunks() for name in names]
+    lengths = [pc.fill_null(pc.list_value_length(x), 0).to_numpy() for x in lists]
+    values = [pc.list_flatten(x).to_numpy(zero_copy_only=False) for x in lists]
+    top = [padded[order] for padded in _padded(lengths, values)]
+    bounds = [*np.flatnonzero(np.diff(window, prepend=_BEFORE_FIRST)).tolist(), len(window)]
+    return {
+        int(window[a]): RecordedWindow(
+            position[a:b].astype(np.int64),
+            ids[a:b].astype(np.int64),
+            logprob[a:b].astype(np.float64),
+            np.ones(b - a, dtype=bool),
+            *(padded[a:b] for padded in top),
+        )
+        for a, b in pairwise(bounds)
+    }
+
+
+def _padded(lengths: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> tuple[Any, ...]:
+    """(ids, log-probabilities) as rectangles, or () where the file has no such lists.
+
+    lengths, values: of `top_ids` and `top_logprobs`, the rows' lists one after the other.
+    """
+    if not lengths:
+        return ()
+    if len(lengths) != len(_LISTS) or not np.array_equal(lengths[0], lengths[1]):
+        raise ValueError(f"{' and '.join(_LISTS)} stand in pairs")
+    lengths_P = lengths[0].astype(np.int64)
+    shape = (len(lengths_P), int(lengths_P.max(initial=0)))
+    row = np.repeat(np.arange(shape[0]), lengths_P)
+    column = np.arange(len(row)) - np.repeat(np.cumsum(lengths_P) - lengths_P, lengths_P)
+    ids_PK = np.full(shape, NO_ID, dtype=np.int64)
+    logprobs_PK = np.full(shape, -np.inf)
+    ids_PK[row, column], logprobs_PK[row, column] = values
+    if np.any(ids_PK[row, column] < 0):
+        raise ValueError("an alternative's id is below 0")
+    return ids_PK, logprobs_PK
