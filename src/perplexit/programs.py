@@ -151,8 +151,8 @@ class ProgramMetadata:
         write_atomically(folder / PROGRAM_FILE, lambda path: _write_text(path, text))
 
     @classmethod
-    def read(cls, folder: Path) -> "ProgramMetadata":
-        """The record of the program in `folder`.
+    def read(cls, folder: Path, *, engine: str = "ENGINE") -> "ProgramMetadata":
+        """The record of the program in `folder`, which the caller takes for one of `engine`.
 
         Raises ModelError where there is none, or none that this version can read.
         """
@@ -160,7 +160,7 @@ class ProgramMetadata:
         if not path.is_file():
             raise ModelError(
                 f"expected a folder made by `perplexit compile` (with a {PROGRAM_FILE}), got "
-                f"{folder}; make one with: perplexit compile MODEL --to onnx -o {folder}"
+                f"{folder}; make one with: perplexit compile MODEL --to {engine} -o {folder}"
             )
         try:
             record = json.loads(path.read_text(encoding="utf-8"))

@@ -1,12 +1,15 @@
 """A checkpoint as a PyTorch model in evaluation mode: quickly, quietly, and all of its weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from perplexit.checkpoints.identity import read_config, weight_files
 from perplexit.checkpoints.quiet import quiet_transformers
@@ -23,10 +26,17 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    address: str | Path, *, dtype: str = "float32", device: str = "cpu"
+    address: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str | None = "cpu",
+    options: Mapping[str, Any] | None = None,
+    split_over: int | None = None,
 ) -> Checkpoint:
     """The model at `address` (see `find_checkpoint`) in `dtype` on `device`, in evaluation mode.
 
+    device: None leaves it where transformers puts it. options: more for `from_pretrained`.
+    split_over: processes that load it together, each a part of every layer.
     Remote code is off and pickles are not read. Raises ModelError where the folder is not a causal
     language model that transformers knows, or where weights are missing: transformers would fill
     them with random numbers.
@@ -40,12 +50,17 @@ def load_checkpoint(
             f"{source.address} holds weights that are already quantized ({method}), which this "
             "version does not load; name the checkpoint that they were made from"
         )
-    model, loading_info = _loaded(source, getattr(torch, dtype))
+    options = dict(options or {})
+    if split_over is not None:
+        options["distributed_config"] = DistributedConfig(tp_size=split_over, tp_plan="auto")
+    model, loading_info = _loaded(source, getattr(torch, dtype), options)
     _check_complete(source, loading_info)
-    return Checkpoint(source, model.to(device).eval())
+    return Checkpoint(source, (model if device is None else model.to(device)).eval())
 
 
-def _loaded(source: CheckpointSource, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+def _loaded(
+    source: CheckpointSource, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(
@@ -64,7 +79,13 @@ def _loaded(source: CheckpointSource, dtype: torch.dtype) -> tuple[nn.Module, di
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                **options,
             )
+    except SafetensorError as error:
+        raise ModelError(
+            f"expected weights in safetensors files in {source.folder}, but one cannot be read "
+            f"({_first_lines(error)}); is the download complete?"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(
             f"expected a causal language model that transformers knows in {source.folder}, but it "

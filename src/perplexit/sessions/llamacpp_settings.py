@@ -8,6 +8,7 @@ from typing import Any
 import llama_cpp
 
 from perplexit.errors import CapabilityError, ModelError, TokenizerError
+from perplexit.programs import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.gguf_header import GgufQuantization
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.sessions.base import QuantizationDescription
@@ -51,13 +52,18 @@ def logged_setting(log: list[str], pattern: str) -> str | None:
 
 
 def model_file(path: Path) -> Path:
-    """The GGUF file at `path`, or in the folder `path`. Raises ModelError where there is none."""
+    """The GGUF file at `path`, or in the folder `path`.
+
+    Raises ModelError where there is none, or where a record beside it is of another file.
+    """
     file = path / "model.gguf" if path.is_dir() else path
     if not file.is_file():
         hint = " (a folder needs a model.gguf; make one with: perplexit compile --to gguf)"
         raise ModelError(
             f"expected a GGUF file, found none at {file}{hint if path.is_dir() else ''}"
         )
+    if path.is_dir() and (path / PROGRAM_FILE).is_file():
+        ProgramMetadata.read(path, engine="gguf").check_files(path)
     return file
 
 

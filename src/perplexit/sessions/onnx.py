@@ -13,11 +13,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from perplexit.errors import (
-    CapabilityError,
-    ModelError,
-    UsageError,
-)
+from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import (
@@ -29,16 +25,12 @@ from perplexit.sessions.base import (
 )
 from perplexit.sessions.logit_rows import details_of_rows
 from perplexit.sessions.onnx_cached import OnnxCache, cache_bytes, with_logits_probed
-from perplexit.sessions.onnx_engine import (
-    num_cores,
-    open_session,
-    provider_of,
-    translated,
-)
+from perplexit.sessions.onnx_engine import num_cores, open_session, provider_of, translated
 from perplexit.sessions.onnx_io import ports_of
 from perplexit.sessions.onnx_program import check_asked, describe, find_program
 from perplexit.sessions.onnx_windows import (
     check_vocabulary,
+    fed_targets,
     padded_windows,
     rows_before,
     split_by_window,
@@ -134,16 +126,11 @@ class OnnxInferenceSession:
 
     def _program_nll(self, windows: Sequence[WindowIds]) -> NDArray[np.float32]:
         feed = self._feed(windows)
-        length = feed["input_ids"].shape[1]
-        rows_N = [row * length + window.targets_N - 1 for row, window in enumerate(windows)]
-        ids_N = [window.ids_T[window.targets_N] for window in windows]
-        num_targets = sum(len(rows) for rows in rows_N)
+        length, most = feed["input_ids"].shape[1], self._metadata.shapes.num_targets
+        targets, num_targets = fed_targets(windows, length=length, num_targets=most)
         if num_targets == 0:
             return np.empty(0, np.float32)
-        padding = (0, (self._metadata.shapes.num_targets or num_targets) - num_targets)
-        feed["target_rows"] = np.pad(np.concatenate(rows_N).astype(np.int64), padding)
-        feed["target_ids"] = np.pad(np.concatenate(ids_N).astype(np.int64), padding)
-        nll_N: NDArray[np.float32] = self._run(feed)
+        nll_N: NDArray[np.float32] = self._run(feed | targets)
         return nll_N[:num_targets]
 
     def _feed(self, windows: Sequence[WindowIds]) -> dict[str, NDArray[Any]]:

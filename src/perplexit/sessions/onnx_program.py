@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError
 
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.files import sha256_of_file
@@ -61,12 +62,31 @@ def find_program(folder: str | Path) -> OnnxProgram:
             "holds; name its folder"
         )
     if (path / PROGRAM_FILE).is_file() or not list(path.glob("**/*.onnx")):
-        metadata = ProgramMetadata.read(path)
+        metadata = ProgramMetadata.read(path, engine="onnx")
         return OnnxProgram(path / OUR_FILE, metadata, metadata.cache is not None, foreign=False)
     graph = _foreign_graph(path)
-    model = onnx.load(str(graph), load_external_data=False)
+    model = _read_graph(graph)
     names = [value.name for value in model.graph.input]
+    if "target_rows" in names:
+        raise ModelError(
+            f"{graph} is a program that `perplexit compile` made, without its {PROGRAM_FILE}, "
+            "which says whose losses these are; copy that too, or compile the checkpoint again"
+        )
     return OnnxProgram(graph, _foreign_metadata(path, graph, model), takes_cache(names), True)
+
+
+def _read_graph(path: Path) -> Any:
+    """The graph without its weights. Raises ModelError where the file holds none."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise ModelError(
+            f"expected an ONNX graph in {path}, which cannot be read as one ({error}); is the "
+            "download complete?"
+        ) from error
+    if not model.graph.node:
+        raise ModelError(f"expected an ONNX graph in {path}, got one without any operator")
+    return model
 
 
 def _foreign_graph(folder: Path) -> Path:

@@ -38,6 +38,23 @@ def padded_windows(
     return ids_BT, mask_BT
 
 
+def fed_targets(
+    windows: Sequence[WindowIds], *, length: int, num_targets: int | None
+) -> tuple[dict[str, NDArray[np.int64]], int]:
+    """What a program with the head inside takes of the targets, and how many are real.
+
+    length: of the padded windows. num_targets: the program's fixed number; None: any.
+    """
+    rows_N = np.concatenate([row * length + w.targets_N - 1 for row, w in enumerate(windows)])
+    ids_N = np.concatenate([window.ids_T[window.targets_N] for window in windows])
+    padding = (0, (num_targets or len(rows_N)) - len(rows_N))
+    feed = {
+        "target_rows": np.pad(rows_N.astype(np.int64), padding),
+        "target_ids": np.pad(ids_N.astype(np.int64), padding),
+    }
+    return feed, len(rows_N)
+
+
 def check_vocabulary(windows: Sequence[WindowIds], vocab_size: int) -> None:
     """Raise VocabularyError for an id that has no row in the model."""
     lowest = min(int(window.ids_T.min()) for window in windows)

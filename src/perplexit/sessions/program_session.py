@@ -75,7 +75,7 @@ class ProgramSession(ABC):
         address: str | None = None,
     ) -> None:
         path = program_folder(folder, self._engine)
-        self._metadata = ProgramMetadata.read(path)
+        self._metadata = ProgramMetadata.read(path, engine=self._engine)
         asked = Asked(self._checked_dtype(dtype, quantization), device, threads)
         self._metadata.check_files(path)
         self._opened: Opened | None = self._open(path, asked)
@@ -227,4 +227,4 @@ def program_folder(folder: str | Path, engine: str) -> Path:
 
 def gives_logits(folder: str | Path, engine: str) -> bool:
     """Whether the program in `folder` was compiled with `--no-perplexity`."""
-    return not ProgramMetadata.read(program_folder(folder, engine)).perplexity
+    return not ProgramMetadata.read(program_folder(folder, engine), engine=engine).perplexity
