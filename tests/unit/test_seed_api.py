@@ -452,6 +452,26 @@ def test_an_onnx_program_scores_by_prefill_and_decode_what_torch_scores_whole(
     assert "num_tokens: 55" in log.read_text()  # every token of each row but its first
 
 
+@pytest.mark.parametrize(
+    ("model_type", "package"), [("openvino", "openvino"), ("gguf", "llama_cpp")]
+)
+def test_an_engine_that_scores_whole_windows_gives_the_figure_for_every_prompt_len(
+    model_type: str, package: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(package)
+    program = px.compile(tiny_llama_dir, to=model_type, output=tmp_path / "program").folder
+    rows, log = np.random.default_rng(5).integers(0, 320, (3, 12)), tmp_path / "log"
+    expected = px.calculate_perplexity([rows], f"hf:{tiny_llama_dir}", 12, 1, "torch", 1, None, "m")
+    for prompt_len in (1, 5, 11):
+        got = px.calculate_perplexity([rows], program, 12, prompt_len, model_type, 2, log, "m")
+        assert got == pytest.approx(expected, rel=1e-5)
+        assert f"prompt_len: {prompt_len}\n" in log.read_text()
+        assert "num_tokens: 33" in log.read_text()
+        assert "mode: full" in log.read_text()  # and it says so: this engine has no cached mode
+    with pytest.raises(UsageError, match=f"model_type={model_type!r}"):
+        px.calculate_perplexity([rows], program, 12, 1, "torch", 1, None, "m")
+
+
 def test_no_windows_is_a_stated_error(onnx_folder: Path) -> None:
     with pytest.raises(EmptyScoreError, match="at least one scored token"):
         px.calculate_perplexity([], f"onnx:{onnx_folder}", 12, 1, "onnx", 1, None, "m")

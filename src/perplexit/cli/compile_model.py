@@ -15,6 +15,8 @@ from perplexit.quantization.precisions import known_precisions
 EXAMPLES = examples(
     "perplexit compile smollm2/ --to onnx -o program/",
     "perplexit compile model.gguf --to onnx --quantization int4 -o program-int4/",
+    "perplexit compile smollm2/ --to openvino --quantization int8 -o program-ov/",
+    "perplexit compile smollm2/ --to tvm --device llvm --max-length 512 -o program-tvm/",
     "perplexit compile smollm2/ --to gguf --quantization q4_k_m -o smollm2-q4_k_m/",
 )
 
@@ -32,7 +34,7 @@ def compile_model(
         str | None,
         typer.Option(
             help="Weights in blocks of integers. "
-            + " ".join(f"For {to}: {', '.join(known_precisions(to))}." for to in TARGETS)
+            + " ".join(f"For {to}: {', '.join(known_precisions(to)) or 'none'}." for to in TARGETS)
         ),
     ] = None,
     perplexity: Annotated[
@@ -45,17 +47,26 @@ def compile_model(
         ),
     ] = True,
     dtype: Annotated[
-        str | None, typer.Option(help="The program's numbers. \\[default: float32]")
+        str | None,
+        typer.Option(
+            help="The program's numbers: float32; for gguf float16 or bfloat16 too. "
+            "\\[default: float32]"
+        ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Fix the window's length. \\[default: any]")
+        int | None,
+        typer.Option(min=1, help="Fix the window's length. \\[default: any; tvm, pt2: 512]"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Fix the batch's size. \\[default: any]")
+        int | None,
+        typer.Option(min=1, help="Fix the batch's size. \\[default: any; tvm, pt2: 1]"),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Where the program is to run. \\[default: the target's first]"),
+        typer.Option(
+            help="Where the program is to run: for tvm llvm, cuda, opencl or vulkan, else cpu. "
+            "\\[default: llvm, cpu]"
+        ),
     ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the program's record as JSON on stdout.")

@@ -53,7 +53,9 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="hf:FOLDER, hf:FILE.gguf, hf:ID@REVISION, onnx:FOLDER, or a path."
+            metavar="MODEL",
+            help="hf:FOLDER, hf:FILE.gguf, hf:ID@REVISION, gguf:FILE, onnx:, openvino:, tvm: or "
+            "pt2:FOLDER, completions:URL#MODEL, ngram:FILE, recorded:FILE, or a path.",
         ),
     ],
     tokens: Annotated[
@@ -90,7 +92,11 @@ def evaluate(
         typer.Option(min=1, help="Ids a decode call, with --mode cached. \\[default: 1]"),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:N or mps. \\[default: cpu]")
+        str | None,
+        typer.Option(
+            help="PyTorch: cpu, cuda, cuda:N or mps. ONNX Runtime: an execution provider. Others: "
+            "what the program or library was built for. \\[default: cpu]"
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. \\[default: the engine's own]")

@@ -24,6 +24,7 @@ ENGINES_OF = {
     "openvino": ("openvino",),
     "gguf": ("llama.cpp",),
     "tvm": ("tvm",),
+    "pt2": ("aotinductor",),
 }
 ACCEPTANCE = {"FP16": 1.001, "MXFP6/MXINT8": 1.01}  # QEfficient's bounds on the torch perplexity
 
@@ -56,7 +57,7 @@ def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's
     prompt_len: ids of the one prefill, the rest is decoded id by id, where the session is one that
         keeps a cache and model_type is not "torch", which scores whole windows. The same targets
         are scored for every prompt_len, those inside the prompt too.
-    model_type: "torch", "onnx", "openvino", "gguf" or "tvm"; it must be the session's engine.
+    model_type: "torch", "onnx", "openvino", "gguf", "tvm" or "pt2": the session's engine.
     batch_size: rows a call.
     log_file: written anew: a line a sample, then the conditions and the figures; None for no log.
 
