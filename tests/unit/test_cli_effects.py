@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from perplexit.cli.app import app
@@ -284,6 +285,43 @@ def test_trap_33_eval_quantizes_or_says_that_it_cannot(
     assert quantized["nll_sum"] != plain["nll_sum"]
     base = ("eval", tiny_llama_dir, tokens, "--run", tmp_path)
     assert "q4_k_m" in _complaint(*base, "--quantization", "q4_k_m")
+
+
+@pytest.mark.trap(33)
+def test_trap_33_eval_prefills_and_decodes_as_told(
+    evaluated: Callable[..., dict[str, Any]], plain: dict[str, Any]
+) -> None:
+    cached = evaluated("--mode", "cached", "--prompt-len", "5", "--decode-chunk", "3")
+    assert cached["nll_sum"] == pytest.approx(plain["nll_sum"], abs=1e-3)
+    told = [cached["session"][name] for name in ("mode", "prompt_len", "decode_chunk")]
+    assert told == ["cached", 5, 3]
+    assert cached["seconds"]["decode"] > 0
+    assert plain["session"]["mode"] == "full"
+    assert plain["seconds"]["decode"] == 0
+    usual = evaluated("--mode", "cached")["session"]
+    assert (usual["prompt_len"], usual["decode_chunk"]) == (1, 1)
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter on the tiny model, of random numbers that change its losses."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.trap(33)
+def test_trap_33_eval_puts_the_adapter_on_and_merges_it_as_told(
+    evaluated: Callable[..., dict[str, Any]], plain: dict[str, Any], adapter_dir: Path
+) -> None:
+    beside = evaluated("--adapter", adapter_dir)
+    merged = evaluated("--adapter", adapter_dir, "--merge-adapter")
+    assert abs(beside["nll_sum"] - plain["nll_sum"]) > 1e-3
+    assert merged["nll_sum"] == pytest.approx(beside["nll_sum"], abs=1e-3)
+    assert [run["model"]["adapter"]["merged"] for run in (beside, merged)] == [False, True]
 
 
 @pytest.mark.trap(33)

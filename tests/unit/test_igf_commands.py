@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import typer
 from typer.testing import CliRunner
 
+from perplexit import igf
 from perplexit.cli.app import app
 
 joblib = pytest.importorskip("joblib")
@@ -275,3 +278,164 @@ def test_every_option_of_collect_has_an_effect(corpus, tiny_gpt2_dir, tmp_path, 
         output = tmp_path / f"{name}.safetensors"
         found.append(call("collect", corpus, "--model", tiny_gpt2_dir, "-o", output, *flat, *SHORT))
     assert found[0]["statistics"] != found[1]["statistics"]
+
+
+@pytest.mark.trap(33)
+@pytest.mark.parametrize(
+    ("method", "option", "one", "other"),
+    [
+        ("igf-quantile", "--share", 0.9, 0.2),
+        ("random-skip", "--share", 0.9, 0.2),
+        ("igf-constant", "--threshold", -9, 0),
+        ("igf-shifting", "--threshold", -9, 0),
+    ],
+)
+def test_the_bound_of_each_method_decides_how_many_candidates_are_looked_at(
+    corpus, tiny_gpt2_dir, learner, tmp_path, method, option, one, other
+) -> None:
+    common = ("finetune", corpus, "--model", tiny_gpt2_dir, "--learner", learner, *SHORT)
+    common += ("--method", method, "--steps", 2, "--num-test", 4, "--batch-size", 4)
+    few, many = (
+        call(*common, "-o", tmp_path / str(value), option, value)["tokens_judged"]
+        for value in (one, other)
+    )
+    assert few < many
+
+
+@pytest.mark.trap(33)
+def test_micro_batches_are_how_many_contexts_go_forward_at_once(
+    corpus, tiny_gpt2_dir, tmp_path, monkeypatch
+) -> None:
+    seen: set[int] = set()
+    load = igf.load_model
+
+    def watched(address):
+        model = load(address)
+
+        def record(module, args, kwargs) -> None:
+            if torch.is_grad_enabled():
+                seen.add(len(kwargs["input_ids"] if "input_ids" in kwargs else args[0]))
+
+        model.register_forward_pre_hook(record, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(igf, "load_model", watched)
+    common = ("finetune", corpus, "--model", tiny_gpt2_dir, "--steps", 1, "--num-test", 4, *SHORT)
+    losses = []
+    for size, expected in ((6, {6}), (4, {4, 2})):
+        seen.clear()
+        options = ("--batch-size", 6, "--micro-batch", size)
+        losses.append(call(*common, "-o", tmp_path / str(size), *options)["test_loss"][-1])
+        assert seen == expected
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.trap(33)
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--max-epochs", 1),
+        ("--batch-size", 5),
+        ("--learning-rate", 1e-3),
+        ("--patience", 1),
+        ("--seed", 3),
+        ("--threshold", -0.5),
+    ],
+    ids=lambda change: change[0],
+)
+def test_every_option_of_the_network_has_an_effect(
+    collected, tiny_gpt2_dir, tmp_path, change
+) -> None:
+    # a rate so high that the held-out error soon rises: patience and epochs then decide the end
+    usual = {"--max-epochs": 6, "--batch-size": 16, "--learning-rate": 1e-2, "--patience": 5}
+    found = []
+    for name, options in (("a", usual), ("b", usual | {change[0]: change[1]})):
+        flat = [part for item in options.items() for part in item]
+        common = ("train", collected, "--kind", "cnn", "--model", tiny_gpt2_dir)
+        found.append(call(*common, "-o", tmp_path / name, *flat))
+    assert _told(found[0]) != _told(found[1])
+
+
+def _told(document: dict) -> dict:
+    return {key: value for key, value in document.items() if key != "output"}
+
+
+EXPERIMENT = [
+    ("--methods", "standard,high-loss", ("plan", "methods"), ("standard", "high-loss")),
+    ("--seeds", 3, ("plan", "seeds"), (0, 1, 2)),
+    ("--steps", 7, ("plan", "settings", "steps"), 7),
+    ("--batch-size", 5, ("plan", "settings", "batch_size"), 5),
+    ("--context-length", 9, ("plan", "settings", "context_length"), 9),
+    ("--context-length", 9, ("read", "length"), 9),
+    ("--learning-rate", 1e-2, ("plan", "settings", "learning_rate"), 1e-2),
+    ("--eval-interval", 4, ("plan", "settings", "eval_interval"), 4),
+    ("--share", 0.5, ("plan", "share"), 0.5),
+    ("--threshold", 0.25, ("plan", "constant"), 0.25),
+    ("--confidence", 0.9, ("plan", "confidence"), 0.9),
+    ("--min-length", 44, ("read", "min_len"), 44),
+    ("--test", "other", ("read", "1"), Path("other")),
+    ("--num-test", 6, ("read", "number"), 6),
+    ("--tokenizer", "T", ("read", "tokenizer"), "T"),
+    ("--allow-pickle", None, ("read", "allow_pickle"), True),
+    ("--title", "A title", ("run", "title"), "A title"),
+    ("--seconds-limit", 2.5, ("run", "seconds_limit"), 2.5),
+    ("--learner", "L", ("run", "learner"), "the learner in L"),
+    ("--pairs", "P", ("run", "labelling"), "the cost of P"),
+    ("--model", "other", ("run", "model_name"), "other"),
+    ("--output", "there", ("run", "output"), Path("there")),
+    ("--threads", 1, ("threads",), 1),
+]
+
+
+@pytest.fixture
+def experiment_calls(monkeypatch) -> dict:
+    """What the command hands to the library, which is not run: options are the subject here."""
+    seen: dict = {}
+
+    def run_experiment(model, train, held, *, plan, **options) -> dict:
+        seen["plan"], seen["run"] = plan, options
+        return {"status": "complete", "methods": {}, "comparisons": []}
+
+    def train_and_test(*corpora, **options) -> tuple[None, None]:
+        seen["read"] = {str(place): corpus for place, corpus in enumerate(corpora)} | options
+        return None, None
+
+    command = "perplexit.cli.igf_experiment"
+    monkeypatch.setattr(igf, "run_experiment", run_experiment)
+    monkeypatch.setattr(igf, "train_and_test", train_and_test)
+    monkeypatch.setattr(igf, "load_model", lambda address: None)
+    monkeypatch.setattr(igf, "load_learner", lambda path: f"the learner in {path}")
+    monkeypatch.setattr(f"{command}._labelling", lambda pairs: pairs and f"the cost of {pairs}")
+    monkeypatch.setattr(
+        f"{command}.options.use_threads", lambda number: seen.update(threads=number)
+    )
+    return seen
+
+
+def _found(seen: dict, path: tuple[str, ...]) -> object:
+    found: object = seen
+    for name in path:
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    return found
+
+
+@pytest.mark.trap(33)
+@pytest.mark.parametrize(("option", "value", "path", "expected"), EXPERIMENT)
+def test_every_option_of_experiment_reaches_the_library(
+    experiment_calls, option, value, path, expected
+) -> None:
+    common = ["experiment", "corpus"]
+    required = {"--model": "M", "--output": "x"}
+    call(*common, *[part for item in required.items() for part in item])
+    before = _found(experiment_calls, path)
+    given = required | {option: value}
+    flat = [part for item in given.items() for part in item if part is not None]
+    call(*common, *flat)
+    assert _found(experiment_calls, path) == expected != before
+
+
+@pytest.mark.trap(33)
+def test_no_option_of_experiment_is_without_a_test() -> None:
+    command = typer.main.get_command(app).commands["igf"].commands["experiment"]  # type: ignore[attr-defined]
+    options = {param.opts[0] for param in command.params if param.opts[0].startswith("--")}
+    assert options - {"--json", "--help"} == {option for option, *_ in EXPERIMENT}
