@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from perplexit.checkpoints.identity import read_config, weight_files
 from perplexit.checkpoints.quiet import quiet_transformers

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 
 from transformers.utils import logging
 
@@ -11,11 +12,15 @@ def quiet_transformers() -> Iterator[None]:
     """Only errors reach stderr inside; the settings before come back afterwards."""
     verbosity = logging.get_verbosity()
     had_bars = logging.is_progress_bar_enabled()
+    accelerate = getLogger("accelerate")  # it tells of every layer that goes to disk
+    accelerate_level = accelerate.level
+    accelerate.setLevel(ERROR)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        accelerate.setLevel(accelerate_level)
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

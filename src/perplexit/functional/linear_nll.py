@@ -4,12 +4,34 @@ Shape suffixes: N = targets, D = hidden size, V = vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from perplexit.functional.nll import TokenStatistics, statistics_in_place
 
 DEFAULT_LOGITS_BYTES = 64 * 2**20
+
+
+@runtime_checkable
+class ScoringHead(Protocol):
+    """A head that gives per-token results itself, without logits in between; see `fused_head`."""
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Its logits."""
+        ...
+
+    def statistics(
+        self,
+        hidden_ND: Tensor,
+        targets_N: Tensor,
+        *,
+        chunk_rows: int,
+        with_details: bool,
+        top_k: int,
+    ) -> TokenStatistics:
+        """What `statistics_of_hidden_states` gives; entropy and rank may be None."""
+        ...
 
 
 def rows_within(budget_bytes: int, vocab_size: int) -> int:
@@ -31,6 +53,10 @@ def statistics_of_hidden_states(
     `head` maps a chunk of hidden states to its logits, soft-cap, scale and bias included. The
     logits that it returns are overwritten, so it may hand out the same buffer every time.
     """
+    if isinstance(head, ScoringHead):
+        return head.statistics(
+            hidden_ND, targets_N, chunk_rows=chunk_rows, with_details=with_details, top_k=top_k
+        )
     parts = [
         statistics_in_place(
             head(hidden_ND[start : start + chunk_rows]),

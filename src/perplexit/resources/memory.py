@@ -12,7 +12,7 @@ from perplexit.resources.shared_peak import CudaAllocations, PythonAllocations, 
 from perplexit.resources.timer import Timer
 
 _PYTHON = SharedPeak(PythonAllocations())
-_CUDA = SharedPeak(CudaAllocations())
+CUDA_PEAKS = _CUDA = SharedPeak(CudaAllocations())  # one for the process: the meter has one peak
 _MB = 1024 * 1024  # as in the seed: a "MB" of 1,048,576 bytes
 
 

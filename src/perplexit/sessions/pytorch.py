@@ -9,38 +9,23 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from perplexit.errors import (
-    CapabilityError,
-    EngineOutOfMemoryError,
-    UsageError,
-)
-from perplexit.functional.linear_nll import (
-    DEFAULT_LOGITS_BYTES,
-    rows_within,
-    statistics_of_hidden_states,
-)
+from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
-from perplexit.sessions.pytorch_batch import (
-    PaddedBatch,
-    batches_of,
-    check_windows,
-    details_by_window,
-    fed_length,
-    no_details,
-)
+from perplexit.sessions.pytorch_arrangement import arranged, described, first_forward, refuse_cache
+from perplexit.sessions.pytorch_batch import PaddedBatch, batches_of, check_windows, fed_length
 from perplexit.sessions.pytorch_cached import (
     CacheRoom,
     PytorchCache,
     cached_windows_for,
     check_cache,
 )
+from perplexit.sessions.pytorch_cuda import DeviceMemory, chunk_rows_for
 from perplexit.sessions.pytorch_device import batch_size_for, is_out_of_memory
-from perplexit.sessions.pytorch_forward import ForwardPass, WholeForward, find_forward
+from perplexit.sessions.pytorch_forward import ForwardPass, WholeForward
 from perplexit.sessions.pytorch_loading import ModuleChanges, open_module
 from perplexit.sessions.pytorch_module import (
     activation_bytes_per_id,
@@ -48,6 +33,8 @@ from perplexit.sessions.pytorch_module import (
     num_embeddings,
     position_limit,
 )
+from perplexit.sessions.pytorch_placement import DeviceMap, Placement, devices_of
+from perplexit.sessions.pytorch_scoring import Launched, Scoring, launch
 
 _T = TypeVar("_T")
 
@@ -59,10 +46,15 @@ class PytorchInferenceSession:
              language model whose forward gives `.logits`, a tuple or a tensor. A loaded one keeps
              its dtype, device and training flags.
     dtype:   float32 for an address unless told otherwise, whatever the checkpoint's own is.
-    device:  cpu, cuda, cuda:N or mps; None takes CUDA where there is one.
+    device:  cpu, cuda, cuda:N, mps or auto; None takes CUDA where there is one.
     threads: of the CPU; None takes OMP_NUM_THREADS, else the cores this process may use.
     quantization: the weights' precision, such as nf4 or int8: `known_precisions("pytorch")`.
     adapter: the folder of a PEFT adapter for the model; merge_adapter: merged into its weights.
+    attention: sdpa, eager or flash_attention_2; None leaves the choice to transformers.
+    head:    chunked (the default), compiled, liger or cce; the last two give the nll alone.
+    compile_mode: default or reduce-overhead: the layers go through `torch.compile`.
+    device_map: module → device, or a JSON file of one; the device "auto" has one made.
+    tensor_parallel: processes that each hold a part of every layer.
     max_logits_bytes: how much float32 logits may take at a time.
     Raises ModelError, UsageError, QuantizationError, MissingPackageError.
     """
@@ -77,25 +69,38 @@ class PytorchInferenceSession:
         quantization: str | None = None,
         adapter: str | Path | None = None,
         merge_adapter: bool = False,
-        max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
+        attention: str | None = None,
+        head: str | None = None,
+        compile_mode: str | None = None,
+        device_map: DeviceMap | str | Path | None = None,
+        tensor_parallel: int | None = None,
+        max_logits_bytes: int | None = None,
     ) -> None:
         changes = ModuleChanges(quantization, adapter, merge_adapter)
-        opened = open_module(model, dtype=dtype, device=device, threads=threads, changes=changes)
+        placement = Placement(device, device_map, attention, tensor_parallel)
+        opened = open_module(
+            model, dtype=dtype, placement=placement, threads=threads, changes=changes
+        )
         self._opened, self._module, self._device = opened, opened.module, opened.device
         num_rows = num_embeddings(self._module)
         with opened.scoring():
-            forward, self._num_logits = find_forward(
-                self._module, num_rows or 2, row_by_row=opened.batch_invariant
-            )
+            forward, self._num_logits = first_forward(opened, num_rows or 2)
+            forward = arranged(forward, opened, compile_mode=compile_mode, head=head)
         self._forward: ForwardPass = forward
         self._id_limit = min(num_rows or self._num_logits, self._num_logits)
-        self._chunk_rows = rows_within(max_logits_bytes, self._num_logits)
+        self._chunk_rows = chunk_rows_for(self._device, self._num_logits, max_logits_bytes)
         self._position_limit = position_limit(self._module)
-        self._description = self._describe()
+        self._description = described(
+            opened,
+            forward,
+            compile_mode=compile_mode,
+            chunk_rows=self._chunk_rows,
+            num_logits=self._num_logits,
+        )
         self._model_description: ModelDescription | None = None
         self._closed = False
         self._num_cached_layers: int | None = None
-        self._peak_device_bytes: int | None = None
+        self._memory = DeviceMemory(self._device)
 
     @property
     def module(self) -> nn.Module:
@@ -122,6 +127,19 @@ class PytorchInferenceSession:
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """The nll with entropy, rank and alternatives; see DetailedSession."""
         return self._checked_and_scored(windows, True, top_k)
+
+    @property
+    def queues(self) -> bool:
+        """Whether work is queued on a device and goes on by itself; see QueueingSession."""
+        return self._device.type == "cuda"
+
+    def queue_details(
+        self, windows: Sequence[WindowIds], *, top_k: int = 0
+    ) -> Callable[[], list[TokenDetails]]:
+        """`token_details`, under way; what is returned waits for it. See QueueingSession."""
+        self._check(windows)
+        launched = self._within_memory(windows, lambda: self._launched(windows, True, top_k))
+        return lambda: self._within_memory(windows, launched.collect)
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
@@ -174,7 +192,8 @@ class PytorchInferenceSession:
         """How many windows half of the free memory holds; at least 1."""
         num_logits = self._num_logits if self._forward.keeps_logits else 0
         num_bytes = activation_bytes_per_id(self._module, window_length, num_logits)
-        return batch_size_for(self._device, max(1, window_length), num_bytes)
+        devices = devices_of(self._module, self._device)
+        return min(batch_size_for(device, max(1, window_length), num_bytes) for device in devices)
 
     cache_rows: int | None = None  # a cache takes any number of windows; see CachingSession
 
@@ -186,6 +205,7 @@ class PytorchInferenceSession:
     def caching(self) -> Mapping[str, Any]:
         """How the cache is kept, after a probe that it works; see CachingSession."""
         self._check_open()
+        refuse_cache(self._forward)
         self._num_cached_layers = check_cache(
             self._forward, self._module, self._device, self._id_limit, self._scoring
         )
@@ -210,12 +230,21 @@ class PytorchInferenceSession:
         return cached_windows_for(self._device, self._module, window_length)
 
     def peak_device_bytes(self) -> int | None:
-        """The most that torch's CUDA allocator has held by the end of a call; None elsewhere."""
-        return self._peak_device_bytes
+        """The most that torch's CUDA allocator has held since loading; None elsewhere."""
+        return self._memory.peak_bytes()
+
+    def peak_device_bytes_beyond_weights(self) -> int | None:
+        """The same beyond what it held once the model was loaded; None elsewhere."""
+        return self._memory.peak_beyond_weights()
 
     def close(self) -> None:
         """Release the model; one that was handed in stays with its owner."""
+        if self._closed:
+            return
         self._closed = True
+        if self._opened.group is not None:
+            self._opened.group.stop()
+        self._memory.close()
         self._module = nn.Identity()
         self._forward = WholeForward(self._module)
         if self._device.type == "cuda":
@@ -225,7 +254,9 @@ class PytorchInferenceSession:
         self, windows: Sequence[WindowIds], with_details: bool, top_k: int
     ) -> list[TokenDetails]:
         self._check(windows)
-        return self._within_memory(windows, lambda: self._scored(windows, with_details, top_k))
+        return self._within_memory(
+            windows, lambda: self._launched(windows, with_details, top_k).collect()
+        )
 
     def _scoring(self, work: Callable[[], _T]) -> _T:
         with self._opened.scoring():
@@ -248,32 +279,9 @@ class PytorchInferenceSession:
             f"into the memory of {self._device} ({reason}); use a smaller batch or --max-length"
         )
 
-    def _scored(
-        self, windows: Sequence[WindowIds], with_details: bool, top_k: int
-    ) -> list[TokenDetails]:
-        empty = no_details(with_details=with_details, num_alternatives=min(top_k, self._num_logits))
-        results = [empty] * len(windows)
-        for places in batches_of(windows, padded=self._forward.takes_mask):
-            batch = PaddedBatch.of([windows[place] for place in places], self._device)
-            rows_BTX = self._forward.rows(batch.ids_BT, batch.mask_BT)
-            rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
-            del rows_BTX
-            statistics = statistics_of_hidden_states(
-                rows_NX,
-                batch.targets_N,
-                self._forward.head,
-                chunk_rows=self._chunk_rows,
-                with_details=with_details,
-                top_k=top_k,
-            )
-            for place, details in zip(
-                places, details_by_window(statistics, batch.counts), strict=True
-            ):
-                results[place] = details
-        if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device)
-            self._peak_device_bytes = max(self._peak_device_bytes or 0, peak)
-        return results
+    def _launched(self, windows: Sequence[WindowIds], with_details: bool, top_k: int) -> Launched:
+        scoring = Scoring(self._forward, self._device, self._chunk_rows, with_details, top_k)
+        return launch(windows, scoring, self._num_logits)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -282,25 +290,3 @@ class PytorchInferenceSession:
     def _check(self, windows: Sequence[WindowIds]) -> None:
         self._check_open()
         check_windows(windows, id_limit=self._id_limit, position_limit=self._position_limit)
-
-    def _describe(self) -> SessionDescription:
-        config = getattr(self._module, "config", None)
-        settings = {
-            "transformers": transformers.__version__,
-            "attention": getattr(config, "_attn_implementation", None),
-            "head": self._forward.kind,
-            "chunk_rows": self._chunk_rows,
-            "num_logits": self._num_logits,
-            "float32_matmul_precision": "highest",
-        }
-        if self._opened.quantization is not None:
-            settings["weights"] = dict(self._opened.quantization.settings)
-        return SessionDescription(
-            engine="pytorch",
-            version=torch.__version__,
-            dtype=dtype_name(self._module),
-            device=str(self._device),
-            quantization=self._opened.describe_quantization(),
-            threads=self._opened.threads,
-            settings=settings,
-        )

@@ -15,6 +15,7 @@ from perplexit.errors import ModelError, VocabularyError
 from perplexit.functional.nll import TokenStatistics
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import TokenDetails
+from perplexit.sessions.pytorch_cuda import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,11 @@ class PaddedBatch:
         positions_N = np.concatenate([window.targets_N for window in windows]) - 1
         targets_N = np.concatenate([window.ids_T[window.targets_N] for window in windows])
         return cls(
-            ids_BT=torch.from_numpy(ids_BT).to(device),
-            mask_BT=None if mask_BT is None else torch.from_numpy(mask_BT).to(device),
-            rows_N=torch.from_numpy(np.repeat(np.arange(len(windows)), counts)).to(device),
-            positions_N=torch.from_numpy(positions_N.astype(np.int64)).to(device),
-            targets_N=torch.from_numpy(targets_N.astype(np.int64)).to(device),
+            ids_BT=to_device(ids_BT, device),
+            mask_BT=None if mask_BT is None else to_device(mask_BT, device),
+            rows_N=to_device(np.repeat(np.arange(len(windows)), counts), device),
+            positions_N=to_device(positions_N.astype(np.int64), device),
+            targets_N=to_device(targets_N.astype(np.int64), device),
             counts=counts,
         )
 

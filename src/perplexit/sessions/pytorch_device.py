@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -82,6 +83,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _float32_accumulation() -> dict[tuple[Any, str], bool]:
+    """What CUDA's products were allowed, after forbidding them to add up in less than float32.
+
+    cuBLAS may otherwise split a 16-bit product and add its parts in 16 bits, and cuDNN's
+    convolutions (Mamba has some) take TF32 unless told not to.
+    """
+    before: dict[tuple[Any, str], bool] = {}
+    for backend, name in (
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+        (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+        (torch.backends.cudnn, "allow_tf32"),
+    ):
+        before[backend, name] = getattr(backend, name)
+        setattr(backend, name, False)
+    return before
+
+
 @contextmanager
 def scoring_settings(model: nn.Module, threads: int, *, owned: bool) -> Iterator[None]:
     """Evaluation mode, true float32 products and no gradients; all as it was afterwards.
@@ -90,6 +108,7 @@ def scoring_settings(model: nn.Module, threads: int, *, owned: bool) -> Iterator
     that a model makes under `inference_mode` could never take part in a gradient again.
     """
     training = [module for module in model.modules() if module.training]
+    reductions = _float32_accumulation()
     precision = torch.get_float32_matmul_precision()
     num_threads = torch.get_num_threads()
     model.eval()
@@ -101,6 +120,8 @@ def scoring_settings(model: nn.Module, threads: int, *, owned: bool) -> Iterator
         with torch.inference_mode() if owned else torch.no_grad():
             yield
     finally:
+        for (backend, name), value in reductions.items():
+            setattr(backend, name, value)
         for module in training:
             module.training = True
         if precision != "highest":

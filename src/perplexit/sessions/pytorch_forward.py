@@ -224,8 +224,8 @@ def _output_linear(model: nn.Module) -> nn.Linear | None:
     # A subclass (a quantized or adapted layer, or weight) may compute something else.
     if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
         return None
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return None
+    if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
+        return None  # the last: its weights may be elsewhere
     return layer
 
 
@@ -244,6 +244,8 @@ def _with_stub(model: nn.Module, path: str) -> nn.Module:
     """A shallow copy that shares everything with `model` but the submodule at `path`."""
     name, _, rest = path.partition(".")
     twin = copy.copy(model)
+    if "_old_forward" in twin.__dict__:  # accelerate's, which is bound to the model itself
+        del twin.__dict__["forward"]
     twin._modules = dict(model._modules)
     twin._modules[name] = _with_stub(model.get_submodule(name), rest) if rest else _Stub()
     return twin
@@ -270,10 +272,9 @@ def _close(expected: Tensor, got: Tensor, slack: float = 1.0) -> bool:
     exact = expected.dtype in (torch.float32, torch.float64)
     scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) or 1.0
     tolerance = slack * scale * (1e-5 if exact else 1e-2)
-    return torch.allclose(expected, got.to(expected.dtype), rtol=0, atol=tolerance, equal_nan=True)
+    return torch.allclose(expected, got.to(expected), rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    devices = (tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    return next((x for x in devices if x.type != "meta"), torch.device("cpu"))

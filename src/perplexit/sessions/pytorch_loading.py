@@ -3,14 +3,15 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from perplexit.checkpoints.adapters import Adapter, adapted_fingerprint, find_adapter, with_adapter
-from perplexit.checkpoints.loading import load_checkpoint
-from perplexit.checkpoints.sources import CheckpointSource
-from perplexit.errors import UsageError
+from perplexit.checkpoints.loading import Checkpoint, load_checkpoint
+from perplexit.checkpoints.sources import CheckpointSource, find_checkpoint
+from perplexit.errors import CapabilityError, UsageError
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.quantization.pytorch_quantization import (
     PytorchQuantization,
@@ -20,6 +21,8 @@ from perplexit.quantization.pytorch_quantization import (
 from perplexit.sessions.base import AdapterDescription, ModelDescription, QuantizationDescription
 from perplexit.sessions.pytorch_device import chosen_device, chosen_threads, scoring_settings
 from perplexit.sessions.pytorch_module import config_integer, dtype_name, module_fingerprint
+from perplexit.sessions.pytorch_placement import Placement, head_device
+from perplexit.sessions.tensor_parallel import ProcessGroup, check_split
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class OpenedModule:
     """A module, where it runs, where it came from (None: it was handed in), what was done to it.
 
     num_parameters: of the checkpoint, whatever packed weights and adapters count.
+    spread: whether its layers may be on several devices; group: the processes it is split over.
     """
 
     module: nn.Module
@@ -49,6 +53,8 @@ class OpenedModule:
     quantization: PytorchQuantization | None = None
     adapter: Adapter | None = None
     merged: bool = False
+    spread: bool = False
+    group: ProcessGroup | None = None
 
     @property
     def batch_invariant(self) -> bool:
@@ -105,7 +111,7 @@ def open_module(
     model: str | Path | nn.Module,
     *,
     dtype: str | None,
-    device: str | None,
+    placement: Placement,
     threads: int | None,
     changes: ModuleChanges | None = None,
 ) -> OpenedModule:
@@ -117,28 +123,32 @@ def open_module(
     if changes.merge_adapter and changes.adapter is None:
         raise UsageError("merge_adapter is for an adapter, but none was given; name its folder")
     if isinstance(model, nn.Module):
-        if changes != ModuleChanges():
+        if changes != ModuleChanges() or placement.changes_loading:
             raise UsageError(
-                "expected a model's address with a quantization or an adapter, got a loaded model, "
-                "which stays as it is; give its folder, or change the model yourself"
+                "expected a model's address with a quantization, an adapter, an attention or a "
+                "split over devices, got a loaded model, which stays as it is; give its folder, "
+                "or change the model yourself"
             )
         num_threads = torch.get_num_threads() if threads is None else chosen_threads(threads)
-        placed = _checked_placement(model, dtype, device)
+        placed = _checked_placement(model, dtype, placement.device)
         return OpenedModule(model, placed, num_threads, _num_parameters(model))
-    return _loaded(model, canonical_dtype(dtype or "float32"), device, threads, changes)
+    return _loaded(model, canonical_dtype(dtype or "float32"), placement, threads, changes)
 
 
 def _loaded(
-    model: str | Path, dtype: str, device: str | None, threads: int | None, changes: ModuleChanges
+    model: str | Path, dtype: str, placement: Placement, threads: int | None, changes: ModuleChanges
 ) -> OpenedModule:
     """A checkpoint with what is to become of it: names and folders are checked before it is read.
 
     A merged adapter is part of the weights that are quantized; one beside them is not.
     """
-    num_threads, placed = chosen_threads(threads), chosen_device(device)
+    num_threads, options = chosen_threads(threads), placement.loading_options(dtype)
+    if placement.spread or placement.tensor_parallel is not None:
+        return _split(model, dtype, placement, num_threads, changes)
+    placed = chosen_device(placement.device)
     recipe = None if changes.quantization is None else pytorch_recipe(changes.quantization)
     adapter = None if changes.adapter is None else find_adapter(changes.adapter)
-    checkpoint = load_checkpoint(model, dtype=dtype, device=str(placed))
+    checkpoint = load_checkpoint(model, dtype=dtype, device=str(placed), options=options)
     module, quantization = checkpoint.model, None
     num_parameters = _num_parameters(module)
     if adapter is not None and changes.merge_adapter:
@@ -157,6 +167,49 @@ def _loaded(
         adapter=adapter,
         merged=changes.merge_adapter,
     )
+
+
+def _split(
+    model: str | Path, dtype: str, placement: Placement, threads: int, changes: ModuleChanges
+) -> OpenedModule:
+    """A checkpoint whose layers are spread over devices, or split over processes."""
+    if changes != ModuleChanges():
+        raise CapabilityError(
+            "a quantization or an adapter is for a model on one device, but this one is to be "
+            "split; merge the adapter into the checkpoint first, or leave the split out"
+        )
+    options, group = placement.loading_options(dtype), None
+    if placement.tensor_parallel is None:
+        checkpoint = load_checkpoint(model, dtype=dtype, device=None, options=options)
+        device = head_device(checkpoint.model)
+    else:
+        group = ProcessGroup(placement.tensor_parallel, placement.device, threads)
+        checkpoint, device = _loaded_together(model, dtype, options, group), group.device
+    return OpenedModule(
+        module=checkpoint.model,
+        device=device,
+        threads=threads,
+        num_parameters=_num_parameters(checkpoint.model),
+        source=checkpoint.source,
+        spread=group is None,
+        group=group,
+    )
+
+
+def _loaded_together(
+    model: str | Path, dtype: str, options: dict[str, Any], group: ProcessGroup
+) -> Checkpoint:
+    source = find_checkpoint(model)
+    group.start(model=str(source.folder), dtype=dtype, options=options)
+    try:
+        checkpoint = load_checkpoint(
+            model, dtype=dtype, device=None, options=options, split_over=group.size
+        )
+        check_split(checkpoint.model)
+    except BaseException:
+        group.close(at_once=True)
+        raise
+    return checkpoint
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -1,0 +1,107 @@
+"""A forward pass as it was asked for: gathered, led, compiled, with another head; its record."""
+
+from typing import Any
+
+import torch
+import transformers
+
+from perplexit.errors import CapabilityError, ModelError
+from perplexit.sessions.base import SessionDescription
+from perplexit.sessions.pytorch_compiled import CompiledForward, with_head
+from perplexit.sessions.pytorch_forward import ForwardPass, find_forward
+from perplexit.sessions.pytorch_loading import OpenedModule
+from perplexit.sessions.pytorch_module import dtype_name
+from perplexit.sessions.pytorch_placement import GatheredForward, places_of
+from perplexit.sessions.tensor_parallel import LeadingForward
+
+
+def first_forward(opened: OpenedModule, id_limit: int) -> tuple[ForwardPass, int]:
+    """`find_forward` of the module, the first time that it runs; see there.
+
+    Raises ModelError too where spread layers cannot run: a tied head that a map puts elsewhere.
+    """
+    try:
+        return find_forward(opened.module, id_limit, row_by_row=opened.batch_invariant)
+    except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
+        if not opened.spread:
+            raise
+        raise ModelError(
+            f"expected a device map that {type(opened.module).__name__} can run with, but it "
+            f"fails ({type(error).__name__}: {str(error)[:200]}); keep what shares weights (a "
+            "tied head and its embedding) on one device, or use the device auto"
+        ) from error
+
+
+def arranged(
+    forward: ForwardPass, opened: OpenedModule, *, compile_mode: str | None, head: str | None
+) -> ForwardPass:
+    """The forward pass with its wrappers, innermost first; see each for what it raises."""
+    if compile_mode is not None:
+        _check_compilable(opened)
+    if opened.group is not None:
+        forward = LeadingForward(forward, opened.group)
+    elif opened.spread:
+        forward = GatheredForward(forward, opened.device)
+    if compile_mode is not None:
+        forward = CompiledForward(forward, compile_mode, opened.device)
+    return with_head(forward, head, opened.module, opened.device)
+
+
+def _check_compilable(opened: OpenedModule) -> None:
+    if opened.group is not None or opened.spread:
+        raise CapabilityError(
+            "--compile is for layers on one device in one process, but these are split; leave "
+            "--compile or the split out"
+        )
+    if not opened.batch_invariant:
+        raise CapabilityError(
+            "--compile pads batches to a few shapes, but this quantization rounds a whole batch "
+            "together, padding included; leave one of the two out"
+        )
+
+
+def refuse_cache(forward: ForwardPass) -> None:
+    """Raise CapabilityError with the reason where an arrangement rules a key/value cache out."""
+    reason = getattr(forward, "why_no_cache", None)
+    if reason is not None:
+        raise CapabilityError(str(reason))
+
+
+def described(
+    opened: OpenedModule,
+    forward: ForwardPass,
+    *,
+    compile_mode: str | None,
+    chunk_rows: int,
+    num_logits: int,
+) -> SessionDescription:
+    """PyTorch, and the settings in effect; what was not arranged has no entry."""
+    config = getattr(opened.module, "config", None)
+    settings: dict[str, Any] = {
+        "transformers": transformers.__version__,
+        "attention": getattr(config, "_attn_implementation", None),
+        "head": forward.kind,
+        "chunk_rows": chunk_rows,
+        "num_logits": num_logits,
+        "float32_matmul_precision": "highest",
+    }
+    if opened.quantization is not None:
+        settings["weights"] = dict(opened.quantization.settings)
+    if compile_mode is not None:
+        settings["compile"] = compile_mode
+    if opened.spread:
+        settings["modules_by_device"] = places_of(opened.module, opened.device)
+    if opened.group is not None:
+        settings["tensor_parallel"] = opened.group.size
+    library = getattr(forward, "library", None)
+    if library is not None:
+        settings["head_library"] = library
+    return SessionDescription(
+        engine="pytorch",
+        version=torch.__version__,
+        dtype=dtype_name(opened.module),
+        device=str(opened.device),
+        quantization=opened.describe_quantization(),
+        threads=opened.threads,
+        settings=settings,
+    )

@@ -1,0 +1,168 @@
+"""A forward pass whose layers `torch.compile` has compiled, fed in few shapes.
+
+Shape suffixes: B = rows, T = ids of a row, X = what the forward pass gives a position.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from perplexit.errors import CapabilityError, UsageError
+from perplexit.functional.fused_head import CompiledHead, FusedHead, cannot_compile
+from perplexit.sessions.pytorch_call import CachePlace
+from perplexit.sessions.pytorch_forward import ForwardPass
+
+COMPILE_MODES = ("default", "reduce-overhead")
+HEADS = ("chunked", "compiled", "liger", "cce")
+_MOST_SHAPES = 64  # programs kept; beyond, torch would quietly run a shape uncompiled
+
+
+class CompiledForward:
+    """The layers compiled; the head, and a pass with a cache, as they were.
+
+    mode: "default", or "reduce-overhead", which replays CUDA graphs and so exists on CUDA alone.
+    Batches are padded up to one of a few shapes, each with a program (and a graph) of its own:
+    on the right, where a causal model's earlier predictions do not see it.
+    """
+
+    takes_cache = False
+    why_no_cache = (
+        "compiled layers take no key/value cache; leave --compile out, or use --mode full"
+    )
+
+    def __init__(self, inner: ForwardPass, mode: str, device: torch.device) -> None:
+        if mode not in COMPILE_MODES:
+            raise UsageError(f"expected --compile {' or '.join(COMPILE_MODES)}, got {mode!r}")
+        if mode == "reduce-overhead" and device.type != "cuda":
+            raise CapabilityError(
+                f"--compile reduce-overhead records CUDA graphs, got the device {device}; use "
+                "--compile default"
+            )
+        self._inner = inner
+        self._graphs = mode == "reduce-overhead"
+        self._rows = torch.compile(
+            inner.rows,
+            mode=mode,
+        )
+        self.kind, self.keeps_logits = inner.kind, inner.keeps_logits
+        self.takes_mask = inner.takes_mask
+        self.head = inner.head
+
+    def rows(
+        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
+    ) -> Tensor:
+        """The inner rows, by the compiled program of the batch's shape."""
+        if cache is not None:
+            raise CapabilityError(self.why_no_cache)
+        num_rows, length = ids_BT.shape
+        to_rows, to_length = bucket(num_rows), bucket(length)
+        if self._graphs:  # what the last replay returned has been copied out of its buffer
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        ids_BT, mask_BT = (
+            _grown(ids_BT, to_rows, to_length),
+            _grown_mask(mask_BT, to_rows, to_length),
+        )
+        try:
+            with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+                rows_BTX: Tensor = self._rows(ids_BT, mask_BT)
+        except RuntimeError as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise cannot_compile(error) from error
+            raise
+        return rows_BTX[:num_rows, :length]
+
+
+def bucket(size: int) -> int:
+    """The next size with at most four significant bits: never an eighth more than asked for."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step
+
+
+def _grown(ids_BT: Tensor, num_rows: int, length: int) -> Tensor:
+    """Padded on the right with each row's last id, and below with the first row."""
+    right_BT = ids_BT[:, -1:].expand(-1, length - ids_BT.shape[1])
+    wide_BT = torch.cat([ids_BT, right_BT], dim=1)
+    return torch.cat([wide_BT, wide_BT[:1].expand(num_rows - len(wide_BT), -1)])
+
+
+def _grown_mask(mask_BT: Tensor | None, num_rows: int, length: int) -> Tensor | None:
+    """Padded on the right with 0, and below with the first row."""
+    if mask_BT is None:
+        return None
+    wide_BT = torch.nn.functional.pad(mask_BT, (0, length - mask_BT.shape[1]))
+    return torch.cat([wide_BT, wide_BT[:1].expand(num_rows - len(wide_BT), -1)])
+
+
+class HeadedForward:
+    """A forward pass with another way from hidden states to per-token results."""
+
+    def __init__(self, inner: ForwardPass, head: CompiledHead | FusedHead, kind: str) -> None:
+        self._inner = inner
+        self.kind, self.head = kind, head
+        self.keeps_logits, self.takes_mask = inner.keeps_logits, inner.takes_mask
+        self.takes_cache = inner.takes_cache
+        self.library = head.library if isinstance(head, FusedHead) else None
+        self.why_no_cache = getattr(inner, "why_no_cache", None)
+        if isinstance(head, FusedHead):
+            self.takes_cache = False
+            self.why_no_cache = (
+                f"the head {head.name!r} gives no entropy, which a cached run keeps for every "
+                "token; leave --head out, or use --mode full"
+            )
+
+    def rows(
+        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
+    ) -> Tensor:
+        """The inner rows."""
+        return self._inner.rows(ids_BT, mask_BT, cache)
+
+
+def with_head(
+    forward: ForwardPass, name: str | None, module: nn.Module, device: torch.device
+) -> ForwardPass:
+    """The forward pass with the head of that name, one of HEADS; None is "chunked".
+
+    Raises UsageError for another name, CapabilityError where the kernel cannot do what this
+    model does after its layers, MissingPackageError.
+    """
+    if name is None or name == "chunked":
+        return forward
+    if name == "compiled":
+        head = CompiledHead(forward.head, device)
+        return HeadedForward(forward, head, f"{forward.kind}, compiled log-sum-exp")
+    if name not in HEADS:
+        raise UsageError(f"expected --head {', '.join(HEADS)}, got {name!r}")
+    linear = plain_output(module)
+    if linear is None or not _is_product(forward, linear):
+        raise CapabilityError(
+            f"the head {name!r} computes a plain product of hidden states and weights, but "
+            f"{type(module).__name__} (whose head is {forward.kind!r}) does more or something "
+            "else after its layers; leave --head out, or choose compiled"
+        )
+    fused = FusedHead(name, linear.weight, linear.bias)
+    return HeadedForward(forward, fused, f"{name} (fused)")
+
+
+def plain_output(module: nn.Module) -> nn.Linear | None:
+    """The model's output layer where it is a linear one with its weights in place."""
+    get = getattr(module, "get_output_embeddings", None)
+    layer = get() if get is not None else None
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+        return None
+    return None if layer.weight.device.type == "meta" else layer
+
+
+def _is_product(forward: ForwardPass, linear: nn.Linear) -> bool:
+    """Whether the head is that layer alone; a soft-cap shows far from zero."""
+    if forward.keeps_logits:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(8, linear.in_features, generator=generator).to(linear.weight)
+    for scale in (1.0, 1000.0):
+        expected_NV = forward.head(hidden_ND * scale).float()
+        got_NV = linear(hidden_ND * scale).float()
+        tolerance = 1e-5 if linear.weight.dtype == torch.float32 else 2e-2
+        if expected_NV.shape != got_NV.shape:
+            return False
+        if float((expected_NV - got_NV).abs().max()) > tolerance * float(got_NV.abs().max()):
+            return False
+    return True

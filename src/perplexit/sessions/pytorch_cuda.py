@@ -1,0 +1,107 @@
+"""CUDA's own matters: copies that nobody waits for, chunk sizes, and peaks of device memory.
+
+Everything works on the CPU too, where copies are plain and peaks None.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
+from perplexit.functional.nll import TokenStatistics
+from perplexit.resources.memory import CUDA_PEAKS
+from perplexit.sessions.pytorch_device import free_bytes
+
+_MOST_CUDA_LOGITS_BYTES = 256 * 2**20  # some 500 rows at V = 128k: enough to fill the card
+_SHARE_OF_FREE_MEMORY = 64
+_ROWS_A_TILE = 64
+
+
+def chunk_rows_for(device: torch.device, num_logits: int, max_logits_bytes: int | None) -> int:
+    """How many rows of logits to make at a time: `max_logits_bytes` of float32 ones.
+
+    None: 64 MiB on the CPU; on CUDA a 64th of the free memory, from 64 to 256 MiB, since a product
+    of fewer rows is bound by reading the head's weights; whole tiles of rows.
+    """
+    if max_logits_bytes is not None:
+        return rows_within(max_logits_bytes, num_logits)
+    if device.type != "cuda":
+        return rows_within(DEFAULT_LOGITS_BYTES, num_logits)
+    budget = free_bytes(device) // _SHARE_OF_FREE_MEMORY
+    budget = min(max(budget, DEFAULT_LOGITS_BYTES), _MOST_CUDA_LOGITS_BYTES)
+    rows = rows_within(budget, num_logits)
+    return max(1, rows - rows % _ROWS_A_TILE) if rows > _ROWS_A_TILE else rows
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device; to CUDA from pinned memory, queued behind the work there."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # torch keeps pinned memory that a queued copy still reads, even when nobody else holds it.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ComingStatistics:
+    """Statistics on their way to the host; `wait` gives them once they are there."""
+
+    statistics: TokenStatistics
+    arrived: Callable[[], None]
+
+    def wait(self) -> TokenStatistics:
+        """The statistics, in host memory."""
+        self.arrived()
+        return self.statistics
+
+
+def to_host(statistics: TokenStatistics) -> ComingStatistics:
+    """The statistics on the host; from CUDA queued into pinned memory, with an event behind."""
+    if statistics.nll_N.device.type != "cuda":
+        return ComingStatistics(_each(statistics, lambda column: column.cpu()), lambda: None)
+    host = _each(statistics, _into_pinned)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(statistics.nll_N.device))
+    return ComingStatistics(host, event.synchronize)
+
+
+def _into_pinned(column: Tensor) -> Tensor:
+    host = torch.empty(column.shape, dtype=column.dtype, pin_memory=True)
+    return host.copy_(column, non_blocking=True)
+
+
+def _each(statistics: TokenStatistics, change: Callable[[Tensor], Tensor]) -> TokenStatistics:
+    columns = {field.name: getattr(statistics, field.name) for field in fields(statistics)}
+    present = {name: change(column) for name, column in columns.items() if column is not None}
+    return TokenStatistics(**present)
+
+
+class DeviceMemory:
+    """Peaks of torch's CUDA allocator from a session's loading on; None on other devices."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stretch = CUDA_PEAKS.open() if device.type == "cuda" else None
+        self._open = self._stretch is not None
+
+    def peak_bytes(self) -> int | None:
+        """The most that was held, in bytes, summed over devices."""
+        if self._stretch is None:
+            return None
+        if self._open:
+            CUDA_PEAKS.fold()
+        return self._stretch.peak_bytes
+
+    def peak_beyond_weights(self) -> int | None:
+        """The most that was held beyond what was there once the model had been loaded."""
+        peak = self.peak_bytes()
+        return None if peak is None or self._stretch is None else peak - self._stretch.start_bytes
+
+    def close(self) -> None:
+        """Stop to measure; the peaks stay."""
+        if self._open and self._stretch is not None:
+            CUDA_PEAKS.close(self._stretch)
+        self._open = False

@@ -1,0 +1,73 @@
+"""Windows launched on a device, and their results collected once they have arrived.
+
+On CUDA a launch queues copies, layers and head, and returns; the next one may be launched before
+the first is collected, so that the device never waits for the host's statistics.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from perplexit.functional.linear_nll import statistics_of_hidden_states
+from perplexit.inputs.windows import WindowIds
+from perplexit.sessions.base import TokenDetails
+from perplexit.sessions.pytorch_batch import PaddedBatch, batches_of, details_by_window, no_details
+from perplexit.sessions.pytorch_cuda import ComingStatistics, to_host
+from perplexit.sessions.pytorch_forward import ForwardPass
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a session scores: its forward pass, its device, and what is asked of it."""
+
+    forward: ForwardPass
+    device: torch.device
+    chunk_rows: int
+    with_details: bool
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A batch on its way; its parts are batches that could be padded together."""
+
+    parts: tuple[tuple[list[int], tuple[int, ...], ComingStatistics], ...]
+    results: list[TokenDetails]
+
+    def collect(self) -> list[TokenDetails]:
+        """One record a window, once everything has arrived."""
+        for places, counts, coming in self.parts:
+            details = details_by_window(coming.wait(), counts)
+            for place, record in zip(places, details, strict=True):
+                self.results[place] = record
+        return self.results
+
+
+def launch(windows: Sequence[WindowIds], scoring: Scoring, num_logits: int) -> Launched:
+    """The windows' results on their way; windows without targets have theirs."""
+    k = min(scoring.top_k, num_logits)
+    empty = no_details(with_details=scoring.with_details, num_alternatives=k)
+    parts = [
+        (places, *_part([windows[place] for place in places], scoring))
+        for places in batches_of(windows, padded=scoring.forward.takes_mask)
+    ]
+    return Launched(tuple(parts), [empty] * len(windows))
+
+
+def _part(
+    windows: Sequence[WindowIds], scoring: Scoring
+) -> tuple[tuple[int, ...], ComingStatistics]:
+    batch = PaddedBatch.of(windows, scoring.device)
+    rows_BTX = scoring.forward.rows(batch.ids_BT, batch.mask_BT)
+    rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
+    del rows_BTX
+    statistics = statistics_of_hidden_states(
+        rows_NX,
+        batch.targets_N,
+        scoring.forward.head,
+        chunk_rows=scoring.chunk_rows,
+        with_details=scoring.with_details,
+        top_k=scoring.top_k,
+    )
+    return batch.counts, to_host(statistics)
