@@ -97,11 +97,12 @@ def test_logits_cut_short_by_a_cache_are_an_error(programs, monkeypatch):
         cached.token_nll(WINDOWS)
 
 
-def test_the_bug_of_the_seeds_decode_loop_would_be_seen(programs, monkeypatch):
+@pytest.mark.parametrize("prompt_len", [1, 6])
+def test_the_bug_of_the_seeds_decode_loop_would_be_seen(programs, monkeypatch, prompt_len):
     """There, the logits after token 0 were scored against token 2, and token 1 never."""
     session = OnnxInferenceSession(programs("llama")[1], threads=1)
     whole = session.token_nll(WINDOWS)
-    cached = cached_session(session, prompt_len=1)
+    cached = cached_session(session, prompt_len=prompt_len)
     opened = session.open_cache
 
     def off_by_one(windows):
