@@ -15,7 +15,7 @@ SOURCES := src tests bench docs
 EXTRAS  := pytorch,onnx,openvino,tvm,sentencepiece,datasets,completions,report,igf,quantization,adapters
 COMPILED_EXTRAS := llamacpp ngram
 
-.PHONY: setup demo test test-vllm check bench docs clean
+.PHONY: setup demo test test-vllm check bench bench-quick docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.setup-done
@@ -40,8 +40,13 @@ check: setup
 	$(BIN)/python docs/generate.py --check
 	$(PYTEST) -m 'not slow and not real_model'
 
+# The peers are development packages, so they run in the same environment on the same libraries.
+# Sections that are measured already are kept: `make bench BENCH_FLAGS=--again` measures them anew.
 bench: setup
-	$(BIN)/python bench/evaluate_against_plain_loop.py
+	$(BIN)/python bench/run.py --page docs/benchmarks.md $(BENCH_FLAGS)
+
+bench-quick: setup
+	$(BIN)/python bench/run.py --quick -o build/bench-quick $(BENCH_FLAGS)
 
 docs: setup
 	$(BIN)/python docs/generate.py

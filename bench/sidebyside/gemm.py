@@ -1,0 +1,96 @@
+"""The ceiling: `torch.mm` over the model's own weight matrices, and nothing else.
+
+Shape suffixes: M = rows (ids of a window), I, O = a matrix's in and out.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidebyside.contenders import Scored, Setting
+from sidebyside.figures import ForwardFlops, attention_flops, product_flops
+from sidebyside.transformers_loops import load_transformers
+from sidebyside.workloads import Workload
+
+HEAD_ROWS = 512  # the head's product in pieces, as any scorer can do it
+
+
+class GemmCeiling:
+    """The checkpoint's weight products alone, in its dtype, with outputs allocated before.
+
+    The weights are the loaded model's, each used once a pass, so that the caches meet what a
+    forward pass gives them. A turn's seconds are the faster of two ways: window by window, and all
+    of the turn's rows at once.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.model = load_transformers(setting)
+        head = self.model.get_output_embeddings()
+        self.head = matrix_of(head)
+        self.body = [
+            matrix_of(module)
+            for module in self.model.modules()
+            if module is not head and is_product(module)
+        ]
+
+    def prepare(self, workload: Workload) -> Callable[[], Scored]:
+        """Both ways, one after the other."""
+        fed = workload.fed_lengths()
+        targets = workload.num_targets
+        apart = self._pass(fed, targets)
+        together = self._pass([sum(fed)], targets)
+
+        @torch.no_grad()
+        def turn() -> Scored:
+            seconds = []
+            for run in (apart, together):
+                began = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - began)
+            return Scored(None, targets, seconds=min(seconds))
+
+        return turn
+
+    def flops(self, workload: Workload) -> ForwardFlops:
+        """What a forward pass over the workload must do."""
+        fed = workload.fed_lengths()
+        body = [(m.shape[0], m.shape[1]) for m in self.body]
+        head = [(self.head.shape[0], self.head.shape[1])]
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return ForwardFlops(
+            product_flops(body, sum(fed)) + product_flops(head, workload.num_targets),
+            attention_flops(fed, num_layers=config.num_hidden_layers, width=width),
+        )
+
+    def _pass(self, row_counts: Sequence[int], head_rows: int) -> Callable[[], None]:
+        pieces = [min(HEAD_ROWS, head_rows - start) for start in range(0, head_rows, HEAD_ROWS)]
+        products = [(rows, w_IO) for rows in row_counts for w_IO in self.body]
+        products += [(rows, self.head) for rows in pieces]
+        inputs = {(m, w.shape[0]): self._random(m, w.shape[0]) for m, w in products}
+        outputs = {(m, w.shape[1]): self._random(m, w.shape[1]) for m, w in products}
+        calls = [(inputs[m, w.shape[0]], w, outputs[m, w.shape[1]]) for m, w in products]
+
+        def run() -> None:
+            for x_MI, w_IO, out_MO in calls:
+                torch.mm(x_MI, w_IO, out=out_MO)
+
+        return run
+
+    def _random(self, rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns).to(self.head.dtype)
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether the module multiplies by a weight matrix: `nn.Linear`, or GPT-2's `Conv1D`."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def matrix_of(module: Any) -> Tensor:
+    """The weight as (in, out), in the memory where the model has it."""
+    weight: Tensor = module.weight.detach()
+    return weight if type(module).__name__ == "Conv1D" else weight.t()

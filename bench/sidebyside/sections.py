@@ -1,0 +1,120 @@
+"""What `bench/run.py` measures: each section one model, dtype and window, and who takes turns."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sidebyside.contenders import PROGRAMS
+
+EVERYWHERE = ("perplexit", "perplexit nll", "plain loop", "lm-eval", "gemm")
+OTHERS = ("hf evaluate", "mlc's hf loop", "llama.cpp")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+GPT2_POSITIONS = 1024
+IDS_A_TURN = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One alternation.
+
+    base:      whom the others are held against. reference: whose losses, token by token.
+    windows:   full windows a turn; with `stride`, one text of that many windows' ids.
+    check:     a window length at which all must first give the same losses, decoded for real.
+    """
+
+    name: str
+    model: str
+    dtype: str
+    max_length: int
+    contenders: tuple[str, ...]
+    windows: int
+    base: str = "plain loop"
+    reference: str = "perplexit"
+    stride: int | None = None
+    check: int | None = None
+
+    def program_of(self, contender: str) -> tuple[str, str | None] | None:
+        """(engine, quantization) of the program that a contender runs; None: the checkpoint."""
+        return PROGRAMS.get(contender)
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A measurement that is no alternation: a module of this package that writes its own record.
+
+    opt_in: measured only where it is asked for by name.
+    """
+
+    name: str
+    module: str
+    opt_in: bool = False
+
+
+SCRIPTS = (
+    Script("overhead", "sidebyside.overhead"),
+    Script("prepare", "sidebyside.preparing"),
+    Script("igf", "sidebyside.igf_labelling"),
+    Script("1gb", "sidebyside.flat_memory", opt_in=True),
+)
+
+
+def sections(models: Mapping[str, Path], lengths: tuple[int, ...]) -> Iterator[Section]:
+    """Every alternation, grouped by model and dtype, so that workers are loaded once a group."""
+    for model in models:
+        longest = GPT2_POSITIONS if model == "gpt2" else max(lengths)
+        kept = tuple(length for length in lengths if length <= longest)
+        middle = kept[min(1, len(kept) - 1)]
+        for label, dtype in DTYPES.items():
+            for length in kept:
+                more = OTHERS if (length, label) == (middle, "fp32") and model != "gpt2" else ()
+                contenders = EVERYWHERE[:-1] + more + EVERYWHERE[-1:]
+                count = max(1, IDS_A_TURN // length)
+                name = f"{model}-{label}-{length}"
+                yield Section(name, model, dtype, length, contenders, count)
+        yield strided(model, middle)
+        if model != "gpt2":
+            yield openvino(model, middle)
+            yield cached(model, middle)
+
+
+def strided(model: str, length: int) -> Section:
+    """Half a window of context before every new half."""
+    return Section(
+        f"{model}-strided-{length}",
+        model,
+        "float32",
+        length,
+        ("perplexit", "perplexit nll", "hf guide"),
+        max(2, IDS_A_TURN // length),
+        base="hf guide",
+        stride=length // 2,
+    )
+
+
+def openvino(model: str, length: int) -> Section:
+    """Everything that might be the fastest, against the plain loop and the harness in float32."""
+    ours = ("openvino fp32", "openvino bf16", "openvino int8", "openvino int8 bf16")
+    contenders = ("perplexit", "perplexit bf16", *ours, "plain loop", "lm-eval")
+    count = max(1, IDS_A_TURN // length)
+    return Section(f"{model}-openvino-{length}", model, "float32", length, contenders, count)
+
+
+def cached(model: str, length: int) -> Section:
+    """Decode against a cache, as compiled programs are run."""
+    ours = ("perplexit cached, 64 windows", "perplexit cached, 128 a call")
+    return Section(
+        f"{model}-cached-{length}",
+        model,
+        "float32",
+        length,
+        (*ours, "one token a call"),
+        max(1, IDS_A_TURN // length),
+        base="one token a call",
+        reference="one token a call",
+        check=min(128, length // 2),
+    )
+
+
+def quick(section: Section) -> Section:
+    """The section with half as many windows, at least one (two where windows overlap)."""
+    return replace(section, windows=max(2 if section.stride else 1, section.windows // 2))
