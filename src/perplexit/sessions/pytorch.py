@@ -26,6 +26,7 @@ from perplexit.sessions.pytorch_cached import (
 from perplexit.sessions.pytorch_cuda import DeviceMemory, chunk_rows_for
 from perplexit.sessions.pytorch_device import batch_size_for, is_out_of_memory
 from perplexit.sessions.pytorch_forward import ForwardPass, WholeForward
+from perplexit.sessions.pytorch_kernels import kernels_for, with_kernels
 from perplexit.sessions.pytorch_loading import ModuleChanges, open_module
 from perplexit.sessions.pytorch_module import (
     activation_bytes_per_id,
@@ -50,6 +51,7 @@ class PytorchInferenceSession:
     threads: of the CPU; None takes OMP_NUM_THREADS, else the cores this process may use.
     quantization: the weights' precision, such as nf4 or int8: `known_precisions("pytorch")`.
     adapter: the folder of a PEFT adapter for the model; merge_adapter: merged into its weights.
+    kernels: packed, or plain for transformers' own bits; None asks PERPLEXIT_KERNELS, then packs.
     attention: sdpa, eager or flash_attention_2; None leaves the choice to transformers.
     head:    chunked (the default), compiled, liger or cce; the last two give the nll alone.
     compile_mode: default or reduce-overhead: the layers go through `torch.compile`.
@@ -69,6 +71,7 @@ class PytorchInferenceSession:
         quantization: str | None = None,
         adapter: str | Path | None = None,
         merge_adapter: bool = False,
+        kernels: str | None = None,
         attention: str | None = None,
         head: str | None = None,
         compile_mode: str | None = None,
@@ -84,6 +87,7 @@ class PytorchInferenceSession:
         self._opened, self._module, self._device = opened, opened.module, opened.device
         num_rows = num_embeddings(self._module)
         with opened.scoring():
+            on_kernels = kernels_for(opened, kernels)
             forward, self._num_logits = first_forward(opened, num_rows or 2)
             forward = arranged(forward, opened, compile_mode=compile_mode, head=head)
         self._forward: ForwardPass = forward
@@ -97,6 +101,7 @@ class PytorchInferenceSession:
             chunk_rows=self._chunk_rows,
             num_logits=self._num_logits,
         )
+        self._description = with_kernels(self._description, on_kernels)
         self._model_description: ModelDescription | None = None
         self._closed = False
         self._num_cached_layers: int | None = None

@@ -1,0 +1,123 @@
+"""Feed-forward blocks over packed layers, with the activation inside the product before it.
+
+The activations of a block are its largest tensors: written, read and written again, they cost a
+tenth of the products themselves. Here `act(x @ gate.T)` and `(x @ up.T) * gated` are written once,
+a few hundred rows at a time, so that they are read from the cache. Blocks are known by the names of
+their layers and activations by their values; that a fused block gives what the block's own forward
+gives is tried on every one of them.
+
+Shape suffixes: N = rows, D = hidden size, X = any leading axes.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from perplexit.sessions.packed_linear import PackedLinear
+
+_BLOCK_BYTES = 3 << 19  # of one activation, of which two exist at a time
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest value
+# What oneDNN calls an activation (name, algorithm), and what that is.
+_ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
+    ("swish", ""): functional.silu,
+    ("relu", ""): functional.relu,
+    ("gelu", "none"): functional.gelu,
+    ("gelu", "tanh"): partial(functional.gelu, approximate="tanh"),
+}
+_GATED = (("gate_proj", "up_proj", "down_proj", "act_fn"),)
+_UNGATED = (
+    ("c_fc", "c_proj", "act"),
+    ("fc1", "fc2", "activation_fn"),
+    ("dense_h_to_4h", "dense_4h_to_h", "act"),
+)
+
+
+def fuse_mlps(model: nn.Module) -> int:
+    """Give the feed-forward blocks of a model a fused forward; how many there are."""
+    count = 0
+    for block in model.modules():
+        fused = _fused(block)
+        if fused is not None and _agrees(block, fused):
+            block.forward = fused
+            count += 1
+    return count
+
+
+def unfuse_mlps(model: nn.Module) -> None:
+    """Take the fused forwards away again."""
+    for block in model.modules():
+        block.__dict__.pop("forward", None)
+
+
+def _fused(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The fused forward of a block, where its parts are known."""
+    parts = dict(block.named_children())
+    for *names, activation in _GATED + _UNGATED:
+        layers = [part for n in names if isinstance(part := parts.get(n), PackedLinear)]
+        named = _named_activation(getattr(block, activation, None))
+        if named is None or len(layers) < len(names):
+            continue
+        if len(layers) == 3:
+            gate, up, down = layers
+            return partial(_gated, gate, up, down, named)
+        first, second = layers
+        return partial(_ungated, first, second, named)
+    return None
+
+
+def _gated(
+    gate: PackedLinear, up: PackedLinear, down: PackedLinear, named: tuple[str, str], x: Tensor
+) -> Tensor:
+    """`down(act(gate(x)) * up(x))`, a block of rows at a time."""
+    out_XD = x.new_empty(*x.shape[:-1], down.out_features)
+    for rows_ND, out_ND in _row_blocks(x, out_XD, gate.out_features):
+        gated = gate.product(rows_ND, *named)
+        out_ND.copy_(down.product(up.product_times(rows_ND, gated)))
+    return out_XD
+
+
+def _ungated(
+    first: PackedLinear, second: PackedLinear, named: tuple[str, str], x: Tensor
+) -> Tensor:
+    """`second(act(first(x)))`, a block of rows at a time."""
+    out_XD = x.new_empty(*x.shape[:-1], second.out_features)
+    for rows_ND, out_ND in _row_blocks(x, out_XD, first.out_features):
+        out_ND.copy_(second.product(first.product(rows_ND, *named)))
+    return out_XD
+
+
+def _row_blocks(x: Tensor, out: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    rows_ND, out_ND = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    size = max(64, _BLOCK_BYTES // (width * x.element_size()) // 64 * 64)
+    return zip(torch.split(rows_ND, size), torch.split(out_ND, size), strict=True)
+
+
+def _named_activation(activation: Any) -> tuple[str, str] | None:
+    """The name that oneDNN has for an activation, found by its values."""
+    if not callable(activation):
+        return None
+    points = torch.linspace(-30, 30, 2001)
+    values = activation(points)
+    for named, function in _ACTIVATIONS.items():
+        if torch.allclose(values, function(points), rtol=1e-5, atol=1e-6):
+            return named
+    return None
+
+
+def _agrees(block: nn.Module, fused: Callable[[Tensor], Tensor]) -> bool:
+    layer = next(child for child in block.children() if isinstance(child, PackedLinear))
+    dtype = layer.weight.dtype
+    rows_ND = torch.randn(70, layer.in_features, generator=torch.Generator().manual_seed(0))
+    try:
+        expected = block(rows_ND.to(dtype)[None])
+        got = fused(rows_ND.to(dtype)[None])
+    except (TypeError, RuntimeError):
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != got.shape:
+        return False
+    scale = float(expected.abs().max())
+    return bool((expected - got).abs().max() <= _TOLERANCE[dtype] * max(scale, 1e-6))

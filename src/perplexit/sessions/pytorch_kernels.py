@@ -1,0 +1,83 @@
+"""Which products and blocks a loaded model runs on: transformers' own, or the packed ones here.
+
+A model that was loaded for scoring alone may be laid out for it. What that changes is rounding:
+the model's logits for a few fixed ids are compared before and after, and a model that would give
+others is put back as it was.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perplexit.errors import UsageError
+from perplexit.sessions.base import SessionDescription
+from perplexit.sessions.fused_mlp import fuse_mlps, unfuse_mlps
+from perplexit.sessions.packed_linear import pack_linears, unpack_linears
+from perplexit.sessions.pytorch_call import ModuleCall, field_of
+from perplexit.sessions.pytorch_loading import OpenedModule
+
+KERNELS = ("packed", "plain")
+_ENVIRONMENT = "PERPLEXIT_KERNELS"
+_PROBE_SHAPE = (2, 33)  # more rows than a kernel's smallest tile, and not a multiple of one
+# Of the largest logit, after all layers: rounding where the order of additions differs.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_PLAIN: Mapping[str, Any] = {"kernels": "plain"}
+
+
+def chosen_kernels(name: str | None) -> str:
+    """`packed` or `plain`: as named, else by PERPLEXIT_KERNELS, else packed."""
+    source = "kernels" if name is not None else _ENVIRONMENT
+    chosen = name or os.environ.get(_ENVIRONMENT) or KERNELS[0]
+    if chosen not in KERNELS:
+        raise UsageError(f"expected {source} to be {' or '.join(KERNELS)}, got {chosen!r}")
+    return chosen
+
+
+def kernels_for(
+    opened: OpenedModule, name: str | None, *, compiled: bool = False
+) -> Mapping[str, Any]:
+    """What a module runs on from now on, for the record; packed in place where that is meant.
+
+    A module that was handed in stays its owner's, a compiled one torch.compile's; quantized layers
+    and adapters have products of their own. Off the CPU, and in dtypes without packed products,
+    there is nothing to pack.
+    """
+    chosen = chosen_kernels(name)
+    own = opened.quantization is None and (opened.adapter is None or opened.merged)
+    alone = getattr(opened, "group", None) is None and opened.device.type == "cpu"
+    if chosen == "plain" or compiled or opened.source is None or not (own and alone):
+        return _PLAIN
+    return pack_model(opened.module)
+
+
+def with_kernels(description: SessionDescription, kernels: Mapping[str, Any]) -> SessionDescription:
+    """The description with the kernels among the settings."""
+    return replace(description, settings={**description.settings, **kernels})
+
+
+def pack_model(model: nn.Module) -> Mapping[str, Any]:
+    """What the model runs on from now on: packed where that gives the model's own logits."""
+    ids_BT = torch.randint(2, _PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
+    expected = _logits(model, ids_BT)
+    num_linears = pack_linears(model)
+    if not num_linears:
+        return _PLAIN
+    num_mlps = fuse_mlps(model)
+    if not _close(expected, _logits(model, ids_BT)):
+        unfuse_mlps(model)
+        unpack_linears(model)
+        return _PLAIN
+    return {"kernels": "packed", "packed_linears": num_linears, "fused_mlps": num_mlps}
+
+
+def _close(expected: Tensor, got: Tensor) -> bool:
+    difference = float((got - expected).abs().max())
+    return difference <= _TOLERANCE[expected.dtype] * float(expected.abs().max())
+
+
+def _logits(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    return field_of(ModuleCall(model)(ids_BT, None), "logits")
