@@ -87,7 +87,7 @@ class PytorchInferenceSession:
         self._opened, self._module, self._device = opened, opened.module, opened.device
         num_rows = num_embeddings(self._module)
         with opened.scoring():
-            on_kernels = kernels_for(opened, kernels)
+            on_kernels = kernels_for(opened, kernels, compiled=compile_mode is not None)
             forward, self._num_logits = first_forward(opened, num_rows or 2)
             forward = arranged(forward, opened, compile_mode=compile_mode, head=head)
         self._forward: ForwardPass = forward

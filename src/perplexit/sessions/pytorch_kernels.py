@@ -48,7 +48,7 @@ def kernels_for(
     """
     chosen = chosen_kernels(name)
     own = opened.quantization is None and (opened.adapter is None or opened.merged)
-    alone = getattr(opened, "group", None) is None and opened.device.type == "cpu"
+    alone = opened.group is None and opened.device.type == "cpu"
     if chosen == "plain" or compiled or opened.source is None or not (own and alone):
         return _PLAIN
     return pack_model(opened.module)
