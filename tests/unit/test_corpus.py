@@ -152,6 +152,11 @@ def test_what_is_no_corpus_is_refused(tmp_path):
         texts([5])
 
 
+@pytest.mark.parametrize("text", ["— " * 120, "a" * 254, "a\0b", "x" * 300])
+def test_a_text_that_no_file_can_be_named_like_is_a_text(text):
+    assert texts([text]) == [text]
+
+
 def test_a_list_of_file_names_is_not_scored_as_text(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("content")

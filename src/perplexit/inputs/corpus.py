@@ -7,6 +7,7 @@ row comes out, the empty ones too: who skips one counts it.
 import gzip
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,8 @@ def _item_documents(items: Iterable[Any], keys: Keys) -> Iterator[Document]:
 
 def _check_is_text(item: str, origin: str) -> None:
     """Raise UsageError for a text that is surely meant as a path: nobody scores a file's name."""
-    if len(item) < _LONGEST_PATH and "\n" not in item and "\0" not in item and Path(item).is_file():
+    # os.path's answer for a name that no file can have (its UTF-8 too long, a NUL) is no.
+    if len(item) < _LONGEST_PATH and "\n" not in item and os.path.isfile(item):
         raise UsageError(
             f"{origin}, {item!r}, is the name of a file, and a list of str holds texts. Give "
             f"pathlib.Path objects for files."
