@@ -21,7 +21,6 @@ def measure(job: Job, scratch: Path) -> dict[str, Any]:
     texts = speeches(NUM_SPEECHES // 10 if job.quick else NUM_SPEECHES)
     corpus = scratch / "speeches.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
-    tokenizer = Tokenizer.from_file(str(Path(job.model) / "tokenizer.json"))
     found: dict[str, Any] = {}
 
     def prepare() -> None:
@@ -29,6 +28,7 @@ def measure(job: Job, scratch: Path) -> dict[str, Any]:
         found["prepare"] = px.prepare(corpus, tokenizer=job.model, output=output, max_length=1024)
 
     def encode() -> None:
+        tokenizer = Tokenizer.from_file(str(Path(job.model) / "tokenizer.json"))
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         found["encode"] = [encoding.ids for encoding in encodings]
 
