@@ -12,10 +12,20 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from perplexit.resources.host import HostMemory
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import run as bench_run  # noqa: E402 - scripts beside the package
-from sidebyside import aims, contenders, sections, tables  # noqa: E402
+from sidebyside import (  # noqa: E402
+    aims,
+    contenders,
+    growth,
+    growth_plot,
+    sections,
+    tables,
+    worker,
+)
 from sidebyside.contenders import Scored, Setting  # noqa: E402
 from sidebyside.figures import (  # noqa: E402
     ForwardFlops,
@@ -307,6 +317,53 @@ def test_the_page_keeps_its_prose(tmp_path: Path) -> None:
     page.write_text("no marks")
     with pytest.raises(ValueError, match="expected the lines"):
         bench_run.write_page(tmp_path, page)
+
+
+def test_growth_is_drawn_with_its_exponents(tmp_path: Path) -> None:
+    sizes = (128, 256, 512)
+    points = {
+        "linear": [{"size": n, "seconds": n / 100, "peak_bytes": 2.0**20} for n in sizes],
+        "square": [{"size": n, "seconds": n * n / 1e4, "peak_bytes": n * 1e4} for n in sizes],
+    }
+    found = growth.exponents(points)
+    assert found["linear"]["seconds"] == pytest.approx(1)
+    assert found["linear"]["peak_bytes"] == pytest.approx(0)
+    assert found["square"]["seconds_at_the_end"] == pytest.approx(2)
+    axis = {"label": "ids", "points": points, "exponents": found}
+    names = ("window", "vocabulary", "batch", "documents")
+    document = {"threads": 1, "axes": dict.fromkeys(names, axis)}
+    pictures = growth_plot.draw_growth(document, tmp_path)
+    assert [picture.name for picture in pictures] == ["scaling-time.png", "scaling-memory.png"]
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
+
+
+def test_a_worker_measures_a_turn(tiny_llama_dir: Path, ids_file: Path, tmp_path: Path) -> None:
+    setting = Setting(str(tiny_llama_dir), "float32", 1, str(tmp_path))
+    answering = worker.Answering("plain loop", setting)
+    with pytest.raises(ValueError, match="a workload before a turn"):
+        answering.answer({"do": "turn"})
+    workload = Workload.of_windows(ids_file, NUM_WINDOWS, WINDOW).to_json()
+    answering.answer({"do": "prepare", "workload": workload})
+    timed, measured = (answering.answer({"do": what}) for what in ("turn", "memory"))
+    assert timed["num_tokens"] == measured["num_tokens"] == NUM_WINDOWS * (WINDOW - 1)
+    assert timed["nll_sum"] == pytest.approx(measured["nll_sum"])
+    assert timed["seconds"] > 0
+    assert measured["loaded_bytes"] > measured["peak_bytes"] >= 0
+    with pytest.raises(ValueError, match="expected prepare, turn"):
+        answering.answer({"do": "dance"})
+
+
+def test_memory_is_the_turns_own_peak() -> None:
+    """An earlier, larger peak of the process does not count."""
+
+    def held(megabytes: int) -> int:
+        worker.reset_high_water_mark()
+        with HostMemory() as memory:
+            np.ones(megabytes * 2**17).sum()
+        return memory.peak_bytes - memory.start_bytes
+
+    assert 190 * 2**20 < held(200) < 260 * 2**20
+    assert 40 * 2**20 < held(50) < 110 * 2**20
 
 
 @pytest.mark.slow
