@@ -22,7 +22,9 @@ from perplexit.errors import (
 from perplexit.programs import ProgramMetadata
 from perplexit.quantization.onnx_blocks import QuantizedWeight, _blocks_of
 from perplexit.quantization.precisions import WeightBlocks
+from perplexit.sessions.cached import cached_session
 from perplexit.sessions.onnx import OnnxInferenceSession
+from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE
 
@@ -241,11 +243,41 @@ def test_a_failed_compilation_leaves_the_program_before(tmp_path, tiny_llama_dir
     ProgramMetadata.read(output).check_files(output)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("perplexity", [True, False])
+def test_a_float16_program_keeps_its_head_in_float32(request, tmp_path, name, perplexity):
+    folder = request.getfixturevalue(f"tiny_{name}_dir")
+    program = compile(folder, to="onnx", output=tmp_path / "p", dtype="fp16", perplexity=perplexity)
+    types = {x.name: x.data_type for x in graph_of(program).initializer}
+    assert types["lm_head.weight"] == onnx.TensorProto.FLOAT
+    halves = [name for name, kind in types.items() if kind == onnx.TensorProto.FLOAT16]
+    assert len(halves) >= 8  # matrices and norms of the layers
+    assert (program.metadata.dtype, program.metadata.verification.reference) == (
+        "float16",
+        "the checkpoint in PyTorch, its body in float16 and its head in float32",
+    )
+    full = PytorchInferenceSession(folder)
+    exact = np.concatenate(full.token_nll(WINDOWS))
+    session = OnnxInferenceSession(program.folder, threads=1)
+    difference = np.abs(np.concatenate(session.token_nll(WINDOWS)) - exact)
+    assert 1e-5 < difference.max() < 0.05  # it did happen, and little is lost
+    assert session.description.dtype == "float16"
+    with pytest.raises(CapabilityError, match="compiled in float16"):
+        OnnxInferenceSession(program.folder, dtype="float32")
+    if not perplexity:
+        assert program.metadata.cache.dtype == "float16"
+        cached = cached_session(session, prompt_len=5)
+        assert cached.description.settings["cache"]["dtype"] == "float16"
+        decoded = np.concatenate(cached.token_nll(WINDOWS))
+        assert np.abs(decoded - np.concatenate(session.token_nll(WINDOWS))).max() < 0.05
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"to": "abacus"}, CapabilityError, "abacus"),
-        ({"dtype": "fp16"}, CapabilityError, "float32"),
+        ({"dtype": "bf16"}, CapabilityError, "float32 or float16"),
+        ({"dtype": "fp16", "quantization": "int8"}, CapabilityError, "leave one out"),
         ({"dtype": "int3"}, UsageError, "dtype"),
         ({"quantization": "nf4"}, QuantizationError, "int8, int4"),
         ({"device": "cuda"}, CapabilityError, "cpu"),

@@ -49,7 +49,8 @@ def compile_model(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="The program's numbers: float32; for gguf float16 or bfloat16 too. "
+            help="The program's numbers: float32; float16 for onnx (its head stays float32); "
+            "float16 or bfloat16 for gguf. "
             "\\[default: float32]"
         ),
     ] = None,

@@ -37,6 +37,7 @@ def cached_graph(
         "weights": weights_fingerprint,
         "perplexity": perplexity,
         "shapes": asdict(shapes),
+        "dtypes": sorted({str(tensor.dtype) for tensor in parameters.values()}),
         "made_by": {name: metadata.version(name) for name in _MADE_BY},
         "exporter": [_digest((Path(__file__).parent / name).read_bytes()) for name in _EXPORTER],
     }

@@ -10,6 +10,7 @@ import torch
 
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
+from perplexit.compilation.half_body import halve_body
 from perplexit.compilation.model_parts import describe_model, memory_of
 from perplexit.compilation.onnx_cached_program import CacheShape
 from perplexit.compilation.onnx_export import ExportedGraph, export_graph
@@ -50,11 +51,15 @@ def build_onnx_program(
     QuantizationError where the recipe changed nothing.
     """
     recipe, perplexity, shapes = request.recipe, request.perplexity, request.shapes
+    against = "the checkpoint in PyTorch float32"
     model: Any = checkpoint.model
     described = describe_model(
         model, address=checkpoint.source.address, fingerprint=checkpoint.source.fingerprint
     )
     windows = verification_windows(described, shapes)
+    if request.dtype == "float16":
+        halve_body(model)
+        against = "the checkpoint in PyTorch, its body in float16 and its head in float32"
     graph = export_graph(
         model,
         perplexity=perplexity,
@@ -62,7 +67,6 @@ def build_onnx_program(
         weights_fingerprint=described.weights_fingerprint,
     )
     reference = checkpoint_nll(model, windows)
-    against = "the checkpoint in PyTorch float32"
     quantization, weights = _quantize(graph, recipe, described.num_parameters)
     path = folder / MODEL_FILE
     ir.save(graph.model, path, external_data=f"{MODEL_FILE}.data")
@@ -71,12 +75,14 @@ def build_onnx_program(
         before, reference = reference, checkpoint_nll(model, windows)
         check_quantization_changed(before, reference, recipe.precision)
         against += f" with the weights that the {recipe.precision} blocks stand for"
-    difference = program_difference(path, windows, reference, shapes, against=against)
+    difference = program_difference(
+        path, windows, reference, shapes, against=against, dtype=request.dtype
+    )
     num_tokens = sum(len(nll) for nll in reference)
     return ProgramMetadata(
         engine="onnx",
         perplexity=perplexity,
-        dtype="float32",
+        dtype=request.dtype,
         opset=graph.model.graph.opset_imports[""],
         shapes=shapes,
         model=described,
@@ -85,16 +91,16 @@ def build_onnx_program(
         files=files_of(folder),
         quantization=quantization,
         head_rows=graph.head_rows,
-        cache=_cache_of(graph.cache),
+        cache=_cache_of(graph.cache, request.dtype),
         made_by=_versions(),
     )
 
 
-def _cache_of(shape: CacheShape | None) -> ProgramCache | None:
+def _cache_of(shape: CacheShape | None, dtype: str) -> ProgramCache | None:
     if shape is None:
         return None
     elements = sum(heads * size for layer in shape.layers for heads, size in layer)
-    return ProgramCache(len(shape.layers), 4 * elements, "float32")
+    return ProgramCache(len(shape.layers), (2 if dtype == "float16" else 4) * elements, dtype)
 
 
 def _quantize(

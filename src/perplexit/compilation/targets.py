@@ -51,7 +51,10 @@ class Target:
 
 TARGETS = {
     "onnx": Target(
-        "perplexit.compilation.onnx_build:build_onnx_program", "onnx", "an ONNX program"
+        "perplexit.compilation.onnx_build:build_onnx_program",
+        "onnx",
+        "an ONNX program",
+        dtypes=("float32", "float16"),
     ),
     "openvino": Target(
         "perplexit.compilation.openvino_build:build_openvino_program",
@@ -99,9 +102,15 @@ def request_for(
             f"expected a quantization or a dtype for the matrices of {target.noun}, got both "
             f"({quantization} and {dtype}); leave one out"
         )
+    number_type = _dtype(target, dtype)
+    if quantization is not None and number_type != target.dtypes[0]:
+        raise CapabilityError(
+            f"expected {target.noun} with quantized weights to compute in {target.dtypes[0]}, got "
+            f"quantization {quantization} and dtype {dtype}; leave one out"
+        )
     return CompileRequest(
         perplexity=perplexity,
-        dtype=_dtype(target, dtype),
+        dtype=number_type,
         recipe=recipe_for(quantization, engine=to) if quantization is not None else None,
         shapes=_shapes(target, batch_size, max_length),
         device=_device(target, device),
