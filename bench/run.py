@@ -102,7 +102,6 @@ def _measure(plan: Sequence[Section | Script], options: argparse.Namespace, told
     """How many items of the plan could not be measured."""
     bench = _bench(options, plan, told)
     failed = 0
-    group: tuple[str, str] | None = None
     with Pool(bench.folder / "logs") as pool:
         for item in plan:
             path = bench.folder / f"{item.name}.json"
@@ -110,9 +109,6 @@ def _measure(plan: Sequence[Section | Script], options: argparse.Namespace, told
             if not options.again and _known(path, conditions):
                 told.done(f"{item.name}: kept")
                 continue
-            if isinstance(item, Section) and (item.model, item.dtype) != group:
-                pool.close()  # a group's workers make room for the next one's
-                group = item.model, item.dtype
             try:
                 record = _record(item, bench, pool, options)
             except WorkerError as error:

@@ -50,6 +50,7 @@ def findings(records: Mapping[str, Record], scripts: Mapping[str, Record]) -> It
             for name in record["contenders"]:
                 if name != record["base"]:
                     yield from _ratio(section, record, name, record["base"], 10.0)
+                    yield from _token_difference(section, record, name, "check")
     if overhead := scripts.get("overhead"):
         yield Finding(
             "overhead beside the model, share", "overhead", 0.03, overhead["share"], at_most=True
@@ -82,10 +83,7 @@ def _whole_windows(section: str, record: Record, kind: str) -> Iterator[Finding]
 
 def _openvino(section: str, record: Record) -> Iterator[Finding]:
     yield from _ratio(section, record, "openvino fp32", "plain loop", 1.2)
-    memory = record["contenders"].get("openvino fp32", {}).get("memory", {})
-    if "largest_difference" in memory:
-        what = "openvino fp32, largest difference of a token (nats)"
-        yield Finding(what, section, 1e-3, memory["largest_difference"], at_most=True)
+    yield from _token_difference(section, record, "openvino fp32", "memory")
     for name in OPENVINO:
         yield from _ratio(section, record, name, "plain loop", 1.7)
         reference = "perplexit bf16" if name == "openvino bf16" else OURS
@@ -121,6 +119,13 @@ def _ratio(section: str, record: Record, name: str, base: str, aim: float) -> It
     found = ratio_to(record, name, base)
     if found is not None:
         yield Finding(f"{name} × {base}", section, aim, found.median)
+
+
+def _token_difference(section: str, record: Record, name: str, part: str) -> Iterator[Finding]:
+    found = record["contenders"].get(name, {}).get(part, {})
+    if "largest_difference" in found:
+        what = f"{name}, largest difference of a token (nats)"
+        yield Finding(what, section, 1e-3, found["largest_difference"], at_most=True)
 
 
 def _same_perplexity(

@@ -6,7 +6,7 @@ both give the same losses) are decoded for real, from the first id to the last.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ def sampled_positions(max_length: int) -> list[int]:
     return [int(place) for place in np.linspace(1, max_length - 3, POSITIONS)]
 
 
-def timed_steps(steps: Iterator[Step], tokens_a_step: int) -> Scored:
+def timed_steps(steps: Iterable[Step], tokens_a_step: int) -> Scored:
     """The second call of each step timed: the first allocates."""
     seconds, count = 0.0, 0
     for step in steps:
@@ -97,10 +97,12 @@ class WindowsTogether:
         if workload.max_length <= LONGEST_REAL:
             options = {"mode": "cached", "prompt_len": 1, "decode_chunk": 1}
             return Evaluating(self.session, self.scratch, options).prepare(workload)
-        return lambda: timed_steps(self.steps(workload.max_length), WINDOWS_TOGETHER)
+        feed = self.on_a_full_cache(workload.max_length)
+        positions = sampled_positions(workload.max_length)
+        return lambda: timed_steps((partial(feed, at) for at in positions), WINDOWS_TOGETHER)
 
-    def steps(self, max_length: int) -> Iterator[Step]:
-        """As the loop's, for all windows at once."""
+    def on_a_full_cache(self, max_length: int) -> Callable[[int], object]:
+        """A step of all windows at a position, on a cache of random keys and values."""
         ids_T = np.arange(max_length, dtype=np.int32) % self.session.model.vocab_size
         windows = [WindowIds(i, ids_T, np.arange(1, max_length)) for i in range(WINDOWS_TOGETHER)]
         cache = self.session.open_cache(windows)
@@ -117,8 +119,7 @@ class WindowsTogether:
             for layer in layers:
                 layer.keys.normal_()
                 layer.values.normal_()
-        for position in sampled_positions(max_length):
-            yield partial(feed, position)
+        return feed
 
 
 def one_token_a_call(setting: Setting) -> Contender:

@@ -34,6 +34,7 @@ class PythonBinding:
             logits_all=True,
             verbose=False,
         )
+        engine.eval(windows[0][:8].tolist())  # maps the weights: they are not a turn's memory
 
         def turn() -> Scored:
             nll_sum = 0.0

@@ -48,8 +48,7 @@ class Alternation:
         found: dict[str, dict[str, Any]] = {name: {} for name in self.section.contenders}
         workload = self._workload(self.section.max_length)
         before = load_average()
-        for name in self.section.contenders:  # they load side by side
-            self._try(found, name, partial(self._start, name))
+        self._start(found)
         for name in self.section.contenders:
             self._try(found, name, partial(self._open, name, workload))
         flops = self._flops(found)
@@ -74,9 +73,19 @@ class Alternation:
             return Workload(str(ids), section.windows * length, length, section.stride)
         return Workload.of_windows(ids, section.windows, length)
 
-    def _start(self, name: str) -> dict[str, Any]:
-        self.pool.worker(name, self._setting(name))
-        return {}
+    def _start(self, found: dict[str, dict[str, Any]]) -> None:
+        """All workers, which load side by side; others of the section before end."""
+        settings: dict[str, Setting] = {}
+
+        def compile_for(name: str) -> dict[str, Any]:
+            settings[name] = self._setting(name)
+            return {}
+
+        for name in found:
+            self._try(found, name, partial(compile_for, name))
+        self.pool.keep_only(settings.items())
+        for name, setting in settings.items():
+            self.pool.worker(name, setting)
 
     def _open(self, name: str, workload: Workload) -> dict[str, Any]:
         """The contender loaded; its losses and its memory, from the first turn of this length."""

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -81,11 +81,10 @@ class Pool:
             self._workers[key] = Worker(contender, setting, self._logs / f"{name}.log")
         return self._workers[key]
 
-    def drop(self, contender: str, setting: Setting) -> None:
-        """End one worker."""
-        worker = self._workers.pop((contender, setting), None)
-        if worker is not None:
-            worker.close()
+    def keep_only(self, wanted: Container[tuple[str, Setting]]) -> None:
+        """End the workers of all others: memory for those that come."""
+        for key in [key for key in self._workers if key not in wanted]:
+            self._workers.pop(key).close()
 
     def close(self) -> None:
         """End all workers."""

@@ -59,22 +59,28 @@ SCRIPTS = (
 
 
 def sections(models: Mapping[str, Path], lengths: tuple[int, ...]) -> Iterator[Section]:
-    """Every alternation, grouped by model and dtype, so that workers are loaded once a group."""
+    """Every alternation, in an order in which few workers are loaded twice."""
     for model in models:
         longest = GPT2_POSITIONS if model == "gpt2" else max(lengths)
         kept = tuple(length for length in lengths if length <= longest)
         middle = kept[min(1, len(kept) - 1)]
-        for label, dtype in DTYPES.items():
-            for length in kept:
-                more = OTHERS if (length, label) == (middle, "fp32") and model != "gpt2" else ()
-                contenders = EVERYWHERE[:-1] + more + EVERYWHERE[-1:]
-                count = max(1, IDS_A_TURN // length)
-                name = f"{model}-{label}-{length}"
-                yield Section(name, model, dtype, length, contenders, count)
+        for length in kept:
+            full = length == middle and model != "gpt2"
+            yield whole_windows(model, "fp32", length, OTHERS if full else ())
         yield strided(model, middle)
         if model != "gpt2":
             yield openvino(model, middle)
             yield cached(model, middle)
+        for length in kept:
+            yield whole_windows(model, "bf16", length)
+
+
+def whole_windows(model: str, label: str, length: int, others: tuple[str, ...] = ()) -> Section:
+    """Full windows, each in one forward pass."""
+    *most, gemm = EVERYWHERE
+    contenders = (*most, *others, gemm)
+    count = max(1, IDS_A_TURN // length)
+    return Section(f"{model}-{label}-{length}", model, DTYPES[label], length, contenders, count)
 
 
 def strided(model: str, length: int) -> Section:

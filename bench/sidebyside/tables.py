@@ -50,9 +50,10 @@ def peak_bytes(record: Record, name: str) -> float | None:
 
 
 def mean_nll(record: Record, name: str) -> float | None:
-    """Nats a token, of the turn in which memory was measured."""
-    memory = record["contenders"].get(name, {}).get("memory", {})
-    return None if memory.get("nll_sum") is None else memory["nll_sum"] / memory["num_tokens"]
+    """Nats a token: of the check where there was one, else of the turn that measured memory."""
+    entry = record["contenders"].get(name, {})
+    found = entry.get("check") or entry.get("memory") or {}
+    return None if found.get("nll_sum") is None else found["nll_sum"] / found["num_tokens"]
 
 
 def big_table(records: Mapping[str, Record]) -> list[str]:

@@ -89,7 +89,8 @@ class Answering:
         return dataclasses.asdict(scored) | {
             "loaded_bytes": memory.start_bytes,
             "before_bytes": self.before_bytes,
-            "peak_bytes": memory.peak_bytes - memory.start_bytes,
+            # Where a part of the turn is timed alone, the turn's memory is nobody's.
+            "peak_bytes": None if scored.seconds else memory.peak_bytes - memory.start_bytes,
         }
 
     def _prepared(self) -> Callable[[], Scored]:
