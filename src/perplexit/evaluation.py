@@ -1,7 +1,7 @@
 """evaluate(session, input) → Run: every declared target scored, sums kept, one record."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -31,6 +31,11 @@ def evaluate(
     threads: int | None = None,
     adapter: str | Path | None = None,
     merge_adapter: bool = False,
+    attention: str | None = None,
+    head: str | None = None,
+    compile_mode: str | None = None,
+    device_map: Mapping[str, str | int] | str | Path | None = None,
+    tensor_parallel: int | None = None,
     batch_size: int | Literal["auto"] = "auto",
     mode: Literal["full", "cached"] = "full",
     prompt_len: int | None = None,
@@ -48,7 +53,9 @@ def evaluate(
 
     session:  an open session, or a model address (`hf:PATH_OR_ID`, `onnx:DIR`, a bare path) that
         is loaded with `dtype`, `quantization`, `device`, `threads` and `adapter` (the folder of a
-        PEFT adapter, merged into the weights with `merge_adapter`), and closed afterwards.
+        PEFT adapter, merged into the weights with `merge_adapter`), and closed afterwards. Of
+        PyTorch alone: `attention`, `head`, `compile_mode`, `device_map` and `tensor_parallel`;
+        see PytorchInferenceSession.
     tokens:   a TokenFile or the path of one (opened and verified).
     run:      the run folder. Results are committed there part by part; the same call after a kill
         goes on where it was, and a complete run under the same conditions is returned as it is.
@@ -86,6 +93,11 @@ def evaluate(
             "threads": threads,
             "adapter": adapter,
             "merge_adapter": merge_adapter,
+            "attention": attention,
+            "head": head,
+            "compile_mode": compile_mode,
+            "device_map": device_map,
+            "tensor_parallel": tensor_parallel,
         }
         if isinstance(session, str | Path):
             session = stack.enter_context(_loaded(session, **settings))

@@ -20,6 +20,7 @@ from perplexit.runs.run import SCHEMA_VERSION, Run
 from perplexit.runs.store import Part, RunStore
 from perplexit.scoring import BatchPlan, ProgressUpdate, ScoredBatch, Scorer, plan_batches
 from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory
+from perplexit.sessions.on_device import MeasuresWorkingMemory
 
 SECONDS_BETWEEN_PARTS = 1.0
 
@@ -108,6 +109,11 @@ class Recording:
                 "torch_device": (
                     self.session.peak_device_bytes()
                     if isinstance(self.session, MeasuresDeviceMemory)
+                    else None
+                ),
+                "torch_device_beyond_weights": (
+                    self.session.peak_device_bytes_beyond_weights()
+                    if isinstance(self.session, MeasuresWorkingMemory)
                     else None
                 ),
             },

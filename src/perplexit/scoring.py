@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from perplexit.sessions.base import (
     TimesPhases,
     TokenDetails,
 )
+from perplexit.sessions.on_device import QueueingSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +167,13 @@ class Scorer:
     def batches(self, done: NDArray[np.bool_]) -> Iterator[ScoredBatch]:
         """Each batch of the plan with a place that is not `done`, scored, in plan order.
 
-        Raises EngineOutOfMemoryError where one window alone does not fit.
+        A session that queues work on a device is given the next batch before the last one's
+        results are waited for. Raises EngineOutOfMemoryError where one window does not fit.
         """
+        session = self.session
+        if self.details is None and isinstance(session, QueueingSession) and session.queues:
+            yield from self._queued(session, done)
+            return
         start = 0
         while start < len(self.order):
             stop = self.plan.batch_stop(start, self.lengths)
@@ -181,6 +187,39 @@ class Scorer:
                 continue
             yield batch
             start = stop
+
+    def _queued(self, session: QueueingSession, done: NDArray[np.bool_]) -> Iterator[ScoredBatch]:
+        """As `batches`, one batch ahead; memory is short only where nothing else is under way."""
+        start, waiting, last = 0, None, 0.0
+        while start < len(self.order) or waiting is not None:
+            started: _Queued | None = None
+            if start < len(self.order):
+                stop = self.plan.batch_stop(start, self.lengths)
+                if done[start:stop].all():
+                    start = stop
+                    continue
+                try:
+                    started = self._start(session, start, stop)
+                except EngineOutOfMemoryError as error:
+                    if waiting is None:
+                        self._halve(start, stop, error)
+                        continue
+            if waiting is not None:
+                try:
+                    batch = waiting.collected(last)
+                except EngineOutOfMemoryError as error:
+                    self._halve(waiting.start, waiting.stop, error)
+                    start, waiting = waiting.start, None
+                    continue
+                last = time.perf_counter()
+                yield batch
+            waiting, start = started, started.stop if started is not None else start
+
+    def _start(self, session: QueueingSession, start: int, stop: int) -> "_Queued":
+        rows = self.order[start:stop]
+        windows = [self.tokens.window_ids(int(row)) for row in rows]
+        began = time.perf_counter()
+        return _Queued(start, stop, rows, session.queue_details(windows, top_k=self.top_k), began)
 
     def _score(self, start: int, stop: int) -> ScoredBatch:
         rows = self.order[start:stop]
@@ -205,6 +244,23 @@ class Scorer:
         limit = [x for x in self.plan.limits if x.start <= start][-1]
         kept = tuple(x for x in self.plan.limits if x.start < start)
         self.plan = BatchPlan((*kept, limit.halved(start, stop - start)), self.plan.order)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """A batch under way since `began`; `wait` gives its results."""
+
+    start: int
+    stop: int
+    windows: NDArray[np.int64]
+    wait: Callable[[], list[TokenDetails]]
+    began: float
+
+    def collected(self, last: float) -> ScoredBatch:
+        """The batch; it counts no second in which the one before, done at `last`, was running."""
+        details = self.wait()
+        seconds = time.perf_counter() - max(self.began, last)
+        return ScoredBatch(self.start, self.stop, self.windows, details, seconds)
 
 
 def details_of(

@@ -94,8 +94,9 @@ def evaluate(
     device: Annotated[
         str | None,
         typer.Option(
-            help="PyTorch: cpu, cuda, cuda:N or mps. ONNX Runtime: an execution provider. Others: "
-            "what the program or library was built for. \\[default: cpu]"
+            help="PyTorch: cpu, cuda, cuda:N, mps, or auto (layers spread over all there is). ONNX "
+            "Runtime: an execution provider. Others: what the program or library was built for. "
+            "\\[default: of PyTorch cuda where there is one, else cpu]"
         ),
     ] = None,
     threads: Annotated[
@@ -109,6 +110,39 @@ def evaluate(
         bool,
         typer.Option("--merge-adapter", help="Add the adapter into the weights before scoring."),
     ] = False,
+    attention: Annotated[
+        str | None,
+        typer.Option(help=r"PyTorch: sdpa, eager or flash_attention_2. \[default: sdpa]"),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="PyTorch: how hidden states become losses: chunked; compiled (torch.compile); on "
+            r"CUDA also liger and cce, which give the loss alone. \[default: chunked]"
+        ),
+    ] = None,
+    compile_mode: Annotated[
+        str | None,
+        typer.Option(
+            "--compile",
+            metavar="default|reduce-overhead",
+            help="PyTorch: compile the layers; reduce-overhead replays CUDA graphs.",
+        ),
+    ] = None,
+    device_map: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PyTorch: a JSON object of modules and their devices (cuda:0, cpu, disk). "
+            "--device auto makes one.",
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=2, help="PyTorch: split every layer over N processes, one a GPU."
+        ),
+    ] = None,
     top_k: Annotated[
         int, typer.Option(min=0, help="Keep the K most likely tokens of every position.")
     ] = 0,
@@ -168,6 +202,11 @@ def evaluate(
             threads=threads,
             adapter=adapter,
             merge_adapter=merge_adapter,
+            attention=attention,
+            head=head,
+            compile_mode=compile_mode,
+            device_map=device_map,
+            tensor_parallel=tensor_parallel,
             batch_size=_batch_size(batch_size),
             mode=mode.value,
             prompt_len=prompt_len,

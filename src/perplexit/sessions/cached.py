@@ -32,6 +32,7 @@ from perplexit.sessions.base import (
     TokenDetails,
 )
 from perplexit.sessions.cached_blocks import Take, WindowBlock, window_blocks
+from perplexit.sessions.on_device import MeasuresWorkingMemory
 
 _KEPT_LOGITS_BYTES = 512 * 2**20  # logits of whole windows held at a time, where asked for
 
@@ -112,6 +113,12 @@ class CachedInferenceSession:
         """What the engine's session says of its device; None where it does not measure it."""
         session = self._session
         return session.peak_device_bytes() if isinstance(session, MeasuresDeviceMemory) else None
+
+    def peak_device_bytes_beyond_weights(self) -> int | None:
+        """What the engine's session says of its working memory; None where it does not measure."""
+        if isinstance(self._session, MeasuresWorkingMemory):
+            return self._session.peak_device_bytes_beyond_weights()
+        return None
 
     def take_seconds(self) -> PhaseSeconds:
         """Prefill and decode since this was last asked; see TimesPhases."""

@@ -7,6 +7,7 @@ This is the one lazy door through which an engine's packages come in. A new engi
 import inspect
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -87,6 +88,11 @@ def load_session(
     threads: int | None = None,
     adapter: str | Path | None = None,
     merge_adapter: bool = False,
+    attention: str | None = None,
+    head: str | None = None,
+    compile_mode: str | None = None,
+    device_map: Mapping[str, str | int] | str | Path | None = None,
+    tensor_parallel: int | None = None,
 ) -> InferenceSession:
     """An open session on the model at `address`: `prefix:location`, or a path known by what it is.
 
@@ -102,6 +108,11 @@ def load_session(
         "threads": threads,
         "adapter": adapter,
         "merge_adapter": merge_adapter or None,
+        "attention": attention,
+        "head": head,
+        "compile_mode": compile_mode,
+        "device_map": device_map,
+        "tensor_parallel": tensor_parallel,
         "address": f"{prefix}:{location}",
     }
     session_class = _session_class(prefix)
