@@ -51,6 +51,7 @@ class _Home(Protocol):
     def __call__(self, setting: Setting) -> Contender: ...
 
 
+CEILING = "gemm"
 # name → module:function. Imported in the worker alone: each brings its own libraries.
 CONTENDERS = {
     "perplexit": "sidebyside.perplexit_ways:evaluating",
@@ -69,7 +70,7 @@ CONTENDERS = {
     "llama.cpp": "sidebyside.llama_cpp_peer:python_binding",
     "one token a call": "sidebyside.decoding:one_token_a_call",
     "perplexit cached, 64 windows": "sidebyside.decoding:windows_together",
-    "gemm": "sidebyside.gemm:GemmCeiling",
+    CEILING: "sidebyside.gemm:GemmCeiling",
 }
 # program → the quantization that `perplexit compile` is given for it.
 PROGRAMS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import PerplexitError
-from sidebyside.contenders import Setting
+from sidebyside.contenders import CEILING, Setting
 from sidebyside.figures import turns
 from sidebyside.machine import load_average
 from sidebyside.pool import Pool, WorkerError, prepare_turn
@@ -96,7 +96,8 @@ class Alternation:
             prepare_turn(worker, self._check())
             found["check"] = worker.ask(do="memory")
         found |= prepare_turn(worker, workload)
-        found["memory"] = worker.ask(do="memory")
+        if name != CEILING:
+            found["memory"] = worker.ask(do="memory")
         return found
 
     def _check(self) -> Workload:
@@ -109,9 +110,9 @@ class Alternation:
         return lists | {k: reply[k] for k in ("nll_sum", "num_tokens", "own_perplexity")}
 
     def _flops(self, found: dict[str, dict[str, Any]]) -> dict[str, float] | None:
-        if "gemm" not in self._sound(found):
+        if CEILING not in self._sound(found):
             return None
-        return self.pool.worker("gemm", self._setting("gemm")).ask(do="flops")
+        return self.pool.worker(CEILING, self._setting(CEILING)).ask(do="flops")
 
     def _setting(self, name: str) -> Setting:
         model = self.bench.models[self.section.model]

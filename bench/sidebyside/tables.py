@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sidebyside.contenders import CEILING
 from sidebyside.figures import (
     ForwardFlops,
     Spread,
@@ -13,7 +14,6 @@ from sidebyside.figures import (
 
 Record = Mapping[str, Any]
 MIB = 2**20
-GEMM = "gemm"
 
 
 def ratio_to(record: Record, name: str, base: str) -> Spread | None:
@@ -31,7 +31,7 @@ def ratio_to(record: Record, name: str, base: str) -> Spread | None:
 
 def shares(record: Record, name: str) -> tuple[Spread, Spread] | None:
     """Shares of the GEMM ceiling: weight products alone, and with attention counted."""
-    ours, gemm = timed(record, name), timed(record, GEMM)
+    ours, gemm = timed(record, name), timed(record, CEILING)
     if ours is None or gemm is None or record.get("flops") is None:
         return None
     return share_of_ceiling(gemm["seconds"], ours["seconds"], ForwardFlops(**record["flops"]))
