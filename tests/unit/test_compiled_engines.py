@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from perplexit.compilation.compile_model import compile
-from perplexit.errors import CapabilityError, ModelError, QuantizationError
+from perplexit.errors import CapabilityError, ModelError, QuantizationError, UsageError
 from perplexit.sessions.base import DetailedSession, LogitsSession
 from perplexit.sessions.registry import load_session
 from tests.oracles import oracle_details, random_window
@@ -170,6 +170,14 @@ def test_without_a_cpp_compiler_pt2_says_so(tiny_llama_dir, tmp_path, monkeypatc
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(CapabilityError, match=r"C\+\+ compiler"):
         compile(tiny_llama_dir, to="pt2", output=tmp_path / "p")
+
+
+@pytest.mark.parametrize("to", ["tvm", "pt2"])
+def test_a_window_longer_than_the_model_was_made_for_is_refused(tiny_llama_dir, tmp_path, to):
+    pytest.importorskip({"pt2": "torch"}.get(to, to))
+    with pytest.raises(UsageError, match="at most 256 ids"):
+        compile(tiny_llama_dir, to=to, output=tmp_path / "p", max_length=100_000)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("to", ["openvino", "tvm", "pt2"])

@@ -96,6 +96,14 @@ def test_a_folder_without_a_program_says_how_to_make_one(tmp_path, engine) -> No
         load_session(f"{engine}:{tmp_path}")
 
 
+def test_llamacpps_address_of_a_file_is_not_a_checkpoint(programs) -> None:
+    from perplexit.checkpoints.sources import find_checkpoint  # noqa: PLC0415 - imports torch
+
+    file = programs["gguf"] / "model.gguf"
+    with pytest.raises(ModelError, match=f"write hf:{file}"):
+        find_checkpoint(f"gguf:{file}")
+
+
 def test_the_command_says_it_in_one_message_without_a_traceback(programs, tmp_path) -> None:
     folder = shutil.copytree(programs["onnx"], tmp_path / "model")
     text = tmp_path / "text.txt"

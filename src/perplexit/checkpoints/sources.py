@@ -49,6 +49,12 @@ def find_checkpoint(address: str | Path) -> CheckpointSource:
     A path that exists wins over a hub id of the same name. Raises ModelError.
     """
     name = str(address).removeprefix("hf:")
+    if name.startswith("gguf:"):
+        file = name.removeprefix("gguf:")
+        raise ModelError(
+            f"expected a checkpoint, got {name}, which is how llama.cpp is given a file; for its "
+            f"weights dequantized write hf:{file}"
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return CheckpointSource(f"hf:{name}", path, path)

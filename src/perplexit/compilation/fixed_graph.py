@@ -12,14 +12,22 @@ from torch import Tensor, nn
 
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.compilation.model_parts import LogitsHead, rows_at_a_time
-from perplexit.errors import CompilationError
+from perplexit.errors import CompilationError, UsageError
 from perplexit.programs import ProgramShapes
 
 DEFAULT_BATCH_SIZE, DEFAULT_LENGTH = 1, 512
 
 
 def fixed_shapes(asked: ProgramShapes, longest: int | None) -> ProgramShapes:
-    """The sizes asked for; one window of 512 ids (or of all that the model takes) otherwise."""
+    """The sizes asked for; one window of 512 ids (or of all that the model takes) otherwise.
+
+    Raises UsageError for windows longer than the model was made for.
+    """
+    if longest is not None and (asked.length or 0) > longest:
+        raise UsageError(
+            f"expected windows of at most {longest} ids, which is what the model was made for, got "
+            f"--max-length {asked.length}"
+        )
     length = asked.length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
     batch = asked.batch_size or DEFAULT_BATCH_SIZE
     return ProgramShapes(batch, length, batch * (length - 1))
