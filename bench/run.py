@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sidebyside.aims import aims_table
-from sidebyside.machine import machine
+from sidebyside.machine import machine, usable_cores
 from sidebyside.measuring import Alternation, Bench, in_own_process
 from sidebyside.pool import Pool, WorkerError, worker_environment
 from sidebyside.scripts import Job, run_script
@@ -56,7 +56,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--only", action="append", default=[], help="part of a section's name")
     parser.add_argument("--contenders", help="only these, by name, separated by commas")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=None, help="5, or 3 with --quick")
     parser.add_argument("--windows", type=int, nargs="+", default=None, help="window lengths")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER of your own")

@@ -15,7 +15,7 @@ from typing import Any
 
 from sidebyside.growth import AXES, measure_axis
 from sidebyside.growth_plot import draw_growth
-from sidebyside.machine import machine
+from sidebyside.machine import machine, usable_cores
 from sidebyside.measuring import in_own_process
 from sidebyside.pool import worker_environment
 from sidebyside.scripts import Job, run_script
@@ -62,7 +62,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "bench" / "scaling")
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--draw", action="store_true")
     parser.add_argument("--again", action="store_true")
     return parser.parse_args()

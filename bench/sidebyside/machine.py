@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,20 @@ def machine() -> dict[str, Any]:
     """Processor, cores, memory, system, Python, and the versions of what is compared."""
     return {
         "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "cores": usable_cores(),
         "instructions": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags()],
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
     }
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def load_average() -> float:
