@@ -11,11 +11,11 @@ WORKERS ?= 2
 # One thread a worker: two workers with two threads each would fight over two cores.
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := src tests bench docs
-# Every extra of pyproject.toml; those of the second line come without a wheel.
+# Every extra of pyproject.toml but liger (CUDA kernels); those of the second line have no wheel.
 EXTRAS  := pytorch,onnx,openvino,tvm,sentencepiece,datasets,completions,report,igf,quantization,adapters
 COMPILED_EXTRAS := llamacpp ngram
 
-.PHONY: setup demo test test-vllm check bench bench-quick docs clean
+.PHONY: setup demo test test-vllm test-cuda test-liger check bench bench-quick docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.setup-done
@@ -31,6 +31,18 @@ test: setup
 test-vllm: setup .venv-vllm/.setup-done
 	PERPLEXIT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python \
 		$(BIN)/python -m pytest -s tests/contract/test_completions_vllm.py
+
+# Needs a CUDA device and a PyTorch build for it; without one it fails rather than skips.
+test-cuda:
+	PERPLEXIT_REQUIRE_CUDA=1 $(BIN)/python -m pytest -m cuda tests/cuda
+
+# Liger's Triton kernels on the CPU, in Triton's interpreter; beside the environment, not in it.
+test-liger: setup build/liger/.setup-done
+	TRITON_INTERPRET=1 PYTHONPATH=build/liger $(BIN)/python -m pytest tests/unit/test_fused_head.py
+
+build/liger/.setup-done:
+	$(PIP) --no-deps --target build/liger liger-kernel==0.8.5 triton==3.9.0
+	touch $@
 
 check: setup
 	$(BIN)/ruff format --check $(SOURCES)
