@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,8 @@ def machine() -> dict[str, Any]:
 
 def usable_cores() -> int:
     """Cores that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def load_average() -> float:
