@@ -123,14 +123,10 @@ def head_device(module: nn.Module) -> torch.device:
     head = get() if get is not None else None
     hook = getattr(head, "_hf_hook", None)  # accelerate's: it fetches weights that are elsewhere
     if hook is not None and hook.execution_device is not None:
-        return torch.device(hook.execution_device)
+        place = hook.execution_device
+        return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
     tensors = (*(head or module).parameters(), *module.parameters())
     return next((x.device for x in tensors if x.device.type != "meta"), torch.device("cpu"))
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether the module's weights are fetched anew for each call (accelerate's offloading)."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
 class GatheredForward:
