@@ -149,6 +149,14 @@ def test_no_adapter_in_the_folder(tiny_llama_dir, lora_dir, tmp_path):
         load_session(f"hf:{tiny_llama_dir}", adapter=tmp_path)
 
 
+def test_an_adapter_that_was_cut_short_is_refused(tiny_llama_dir, lora_dir, tmp_path):
+    folder = shutil.copytree(lora_dir, tmp_path / "lora")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ModelError, match="is the copy complete"):
+        load_session(tiny_llama_dir, adapter=folder)
+
+
 def test_an_adapter_of_another_base_model_is_refused(tiny_gpt2_dir, tiny_llama_dir, lora_dir):
     with pytest.raises(ModelError, match="trained on"):
         load_session(f"hf:{tiny_gpt2_dir}", adapter=lora_dir)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from perplexit.checkpoints.cache import file_digest
@@ -66,7 +66,19 @@ def find_adapter(folder: str | Path) -> Adapter:
             f"in {path}, which adds tokens or depends on them; its perplexity on the input's own "
             "windows is not defined here"
         )
+    _check_readable(weights)
     return Adapter(path, kind, config.get("base_model_name_or_path"), _fingerprint(config, weights))
+
+
+def _check_readable(weights: Path) -> None:
+    try:
+        with safe_open(str(weights), framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"expected the adapter's weights in {weights}, which cannot be read ({error}); is the "
+            "copy complete?"
+        ) from error
 
 
 def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Module:
