@@ -52,6 +52,11 @@ class Worker:
             raise WorkerError(f"{self.contender}: {reply['error']}")
         return reply
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the process is still there."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """End the process and wait for it."""
         for pipe in (self._process.stdin, self._process.stdout):
@@ -74,9 +79,9 @@ class Pool:
         logs.mkdir(parents=True, exist_ok=True)
 
     def worker(self, contender: str, setting: Setting) -> Worker:
-        """The worker of that contender, started where it is not there."""
+        """The worker of that contender, started where it is not there (any more)."""
         key = contender, setting
-        if key not in self._workers:
+        if key not in self._workers or not self._workers[key].is_running:
             name = contender.replace(" ", "-").replace("'", "")
             self._workers[key] = Worker(contender, setting, self._logs / f"{name}.log")
         return self._workers[key]
