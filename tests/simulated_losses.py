@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import signal, special
 
-from perplexit.metrics.intervals import Clusters, clusters_for, mean_interval
+from perplexit.metrics.bootstrap import bootstrap_check
+from perplexit.metrics.intervals import clusters_for, mean_interval, ratio_interval
 
 _SPREAD, _SHIFT = 0.8, 0.3
 MEAN = float(np.exp(_SPREAD**2 / 2 + _SHIFT))
@@ -25,6 +26,33 @@ def autoregressive(shape: tuple[int, int], rho: float, random: np.random.Generat
     return signal.lfilter([np.sqrt(1 - rho**2)], [1, -rho], noise, axis=1)
 
 
+def smooth_drift(shape: tuple[int, int], length: float, random: np.random.Generator) -> np.ndarray:
+    """Standard normal in every place, without a kink: correlation exp(-(lag / length)² / 2)."""
+    reach = round(4 * length)
+    kernel = np.exp(-((np.arange(-reach, reach + 1) / length) ** 2))
+    noise = random.standard_normal((shape[0], shape[1] + 2 * reach))
+    return signal.fftconvolve(
+        noise, (kernel / np.sqrt(kernel @ kernel))[None], mode="valid", axes=1
+    )
+
+
+def sections(shape: tuple[int, int], length: float, random: np.random.Generator) -> np.ndarray:
+    """Standard normal in every place, the same within a section of `length` on average."""
+    begins_RM = random.random(shape) < 1 / length
+    section_RM = np.cumsum(begins_RM, axis=1)
+    levels = random.standard_normal((shape[0], int(section_RM.max()) + 1))
+    return np.take_along_axis(levels, section_RM, axis=1)
+
+
+DRIFTS = {
+    "autoregressive": lambda shape, length, random: autoregressive(
+        shape, float(np.exp(-1 / length)), random
+    ),
+    "smooth": smooth_drift,
+    "sections": sections,
+}
+
+
 def losses(
     shape: tuple[int, int],
     random: np.random.Generator,
@@ -32,11 +60,12 @@ def losses(
     rho: float,
     drift_share: float = 0.0,
     drift_length: float = 400.0,
+    drift_shape: str = "autoregressive",
 ) -> np.ndarray:
     """Lognormal AR(1) losses of mean MEAN; a share of their variance drifts over many tokens."""
     nll_RM = np.exp(_SPREAD * autoregressive(shape, rho, random) + _SHIFT)
     if drift_share:
-        drift_RM = autoregressive(shape, float(np.exp(-1 / drift_length)), random)
+        drift_RM = DRIFTS[drift_shape](shape, drift_length, random)
         nll_RM += np.sqrt(drift_share * _VARIANCE) * drift_RM
     return nll_RM
 
@@ -62,7 +91,7 @@ def coverage(samples: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Co
 
 
 def one_text(
-    repetitions: int, num_tokens: int, window: int, seed: int, **options: float
+    repetitions: int, num_tokens: int, window: int, seed: int, **options: float | str
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """One document in windows of `window` targets."""
     random = np.random.default_rng(seed)
@@ -102,28 +131,56 @@ def with_fewer_corrections(
     return float(np.mean(linear)), float(np.mean(leverage))
 
 
-def with_blocks(
-    samples: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], num_blocks: int
-) -> float:
-    """Coverage with so many equal blocks."""
-    hits = []
-    for nll, _, _ in samples:
-        labels = np.arange(len(nll)) * num_blocks // len(nll)
-        interval = mean_interval(nll, Clusters(labels, "window-block", num_blocks))
-        hits.append(interval.low <= MEAN <= interval.high)  # type: ignore[operator]
-    return float(np.mean(hits))
+def bootstrap_notes(
+    samples: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> tuple[float, float]:
+    """(how often the bootstrap check has something to say, its mean relative width)."""
+    notes, widths = [], []
+    for nll, document, window in samples:
+        clusters = clusters_for(document, window)
+        counts = np.bincount(clusters.labels)
+        sums = np.bincount(clusters.labels, weights=nll)
+        found = bootstrap_check(sums, counts, ratio_interval(sums, counts, clusters.method, 0.95))
+        assert found is not None
+        notes.append(not found.agrees)
+        widths.append(found.width_ratio)
+    return float(np.mean(notes)), float(np.mean(widths))
 
 
-def main() -> None:
-    print("one text: tokens, window, rho, share of drift, its length: 95 % covers (independent)")
-    for num_tokens, window in ((4096, 256), (4096, 512), (12_000, 512), (48_000, 1024)):
-        for rho, share, length in ((0.0, 0, 1), (0.5, 0, 1), (0.9, 0, 1), (0.3, 0.003, 400)):
-            options = {"rho": rho, "drift_share": share, "drift_length": length}
-            found = coverage(one_text(1000, num_tokens, window, 1, **options))
+def _print_one_text() -> None:
+    print("one text: tokens, window, rho, drift: 95 % covers (independent)")
+    drifts = [
+        {"drift_share": share, "drift_length": length, "drift_shape": shape}
+        for share, length, shape in (
+            (0.003, 400, "autoregressive"),
+            (0.006, 200, "autoregressive"),
+            (0.0015, 800, "autoregressive"),
+            (0.003, 400, "smooth"),
+            (0.003, 400, "sections"),
+        )
+    ]
+    for num_tokens, window in (
+        (2048, 256),
+        (4096, 256),
+        (4096, 512),
+        (12_000, 512),
+        (48_000, 1024),
+    ):
+        for options in (
+            {"rho": 0.0},
+            {"rho": 0.5},
+            {"rho": 0.9},
+            *({"rho": 0.3, **x} for x in drifts),
+        ):
+            found = coverage(one_text(2000, num_tokens, window, 1, **options))
             print(
-                f"  {num_tokens:6} {window:5} {rho:4} {share:6} {length:4}: "
-                f"{found.clustered:.1%} ({found.independent:.1%}), ± {found.half_width:.3f}"
+                f"  {num_tokens:6} {window:5} {' '.join(map(str, options.values())):30}: "
+                f"{found.clustered:.1%} ({found.independent:.1%}), ± {found.half_width:.3f}",
+                flush=True,
             )
+
+
+def _print_documents() -> None:
     print("documents: number, spread of lengths, effect: 95 % covers (independent)")
     for num_documents in (20, 40, 200):
         for spread in (0.0, 0.5, 1.0, 1.5):
@@ -131,17 +188,30 @@ def main() -> None:
                 found = coverage(many_documents(1000, num_documents, spread, effect, 2))
                 print(
                     f"  {num_documents:4} {spread:4} {effect:4}: {found.clustered:.1%} "
-                    f"({found.independent:.1%})"
+                    f"({found.independent:.1%})",
+                    flush=True,
                 )
     print("the same without leverage correction, and with C - 1 degrees of freedom")
     for spread in (0.5, 1.0, 1.5):
         linear, leverage = with_fewer_corrections(many_documents(1000, 20, spread, 0.4, 2))
         print(f"    20 {spread:4}  0.4: {linear:.1%}, {leverage:.1%}")
-    print("blocks of one text of 4096 tokens with the drift above")
-    for num_blocks in (4, 6, 8, 16, 32):
-        drift = {"rho": 0.3, "drift_share": 0.003, "drift_length": 400}
-        found = with_blocks(one_text(1000, 4096, 128, 1, **drift), num_blocks)
-        print(f"  {num_blocks:3}: {found:.1%}")
+
+
+def _print_bootstrap() -> None:
+    print("how often the bootstrap has something to say, and its relative width")
+    for num_documents in (20, 40, 200):
+        for spread in (0.0, 0.5, 1.0, 1.5):
+            notes, width = bootstrap_notes(many_documents(500, num_documents, spread, 0.4, 9))
+            print(f"  {num_documents:4} documents {spread:4}: {notes:.1%}, {width:.2f}", flush=True)
+    for num_tokens, window in ((4096, 256), (12_000, 512), (48_000, 1024)):
+        notes, width = bootstrap_notes(one_text(500, num_tokens, window, 4, rho=0.5))
+        print(f"  one text of {num_tokens:6}: {notes:.1%}, {width:.2f}", flush=True)
+
+
+def main() -> None:
+    _print_one_text()
+    _print_documents()
+    _print_bootstrap()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import perplexit as px
 from perplexit.metrics.bootstrap import bootstrap_check
 from perplexit.metrics.intervals import ratio_interval
-from tests.simulated_losses import MEAN, many_documents, one_text
+from tests.simulated_losses import MEAN, bootstrap_notes, many_documents, one_text
 from tests.toy_sessions import BigramSession
 
 
@@ -48,12 +48,50 @@ def test_it_is_the_same_every_time_and_follows_its_seed() -> None:
     assert of_many.agrees
 
 
+@pytest.mark.trap(29)
+@pytest.mark.parametrize("length_spread", [0.0, 0.5])
+def test_trap_29_it_has_nothing_to_say_where_all_is_well(length_spread: float) -> None:
+    notes, _ = bootstrap_notes(many_documents(200, 30, length_spread, 0.4, 9))
+    assert notes <= 0.02
+    assert bootstrap_notes(one_text(200, 12_000, 512, 4, rho=0.5))[0] <= 0.02
+
+
+def test_unequal_documents_alone_are_no_reason_for_a_note() -> None:
+    """The bootstrap of unequal clusters is too narrow: that it differs says nothing."""
+    notes, width = bootstrap_notes(many_documents(200, 40, 1.0, 0.4, 9))
+    assert width < 0.97
+    assert notes <= 0.05
+
+
+def test_one_document_that_decides_is_noticed() -> None:
+    random = np.random.default_rng(3)
+    counts = np.full(40, 50)
+    sums = counts * (2 + random.normal(0, 0.3, 40))
+    plain = bootstrap_check(sums, counts, ratio_interval(sums, counts, "document", 0.95))
+    assert plain.agrees
+    sums[7] += 400.0  # eight nats a token more in one document
+    found = bootstrap_check(sums, counts, ratio_interval(sums, counts, "document", 0.95))
+    assert not found.agrees
+    assert found.decisive_share > 0.8
+    assert found.decisive_token_share == pytest.approx(1 / 40)
+
+
 def test_one_document_that_holds_nearly_everything_is_noticed() -> None:
     sums = np.array([400.0, *np.ones(25)])
     counts = np.array([200, *np.ones(25)]).astype(int)
     sums[1:] += np.random.default_rng(3).normal(0, 0.5, 25)
     interval = ratio_interval(sums, counts, "document", 0.95)
-    assert not bootstrap_check(sums, counts, interval).agrees
+    found = bootstrap_check(sums, counts, interval)
+    assert not found.agrees
+    assert found.decisive_token_share == pytest.approx(200 / 225)
+
+
+def test_blocks_of_one_text_are_drawn_in_pairs() -> None:
+    sums, counts = np.random.default_rng(0).normal(100, 3, 16), np.full(16, 50)
+    found = bootstrap_check(sums, counts, ratio_interval(sums, counts, "window-block", 0.95))
+    pairs, pair_counts = sums[::2] + sums[1::2], counts[::2] * 2
+    same = bootstrap_check(pairs, pair_counts, ratio_interval(pairs, pair_counts, "document", 0.95))
+    assert found == same
 
 
 def test_a_comparison_carries_it_and_its_text_tells_of_a_disagreement(
@@ -70,7 +108,7 @@ def test_a_comparison_carries_it_and_its_text_tells_of_a_disagreement(
         found = px.compare(*(px.evaluate(BigramSession(seed=n), tokens) for n in (0, 1)))
         record = found.to_json()["bootstrap"]
         assert record["low"] < found.log_perplexity_difference < record["high"]
-        assert ("block bootstrap" in str(found)) == (not record["agrees"])
+        assert ("drawn anew (bootstrap)" in str(found)) == (not record["agrees"])
         assert record["agrees"] == (name == "even")
     same = px.compare(*(px.evaluate(BigramSession(seed=0), tokens) for _ in range(2)))
     assert same.bootstrap is None

@@ -134,12 +134,7 @@ class Comparison:
         ]
         if self.divergences is not None:
             lines += _divergence_lines(self.figures(), self.divergences)
-        if self.bootstrap is not None and not self.bootstrap.agrees:
-            ends = math.exp(self.bootstrap.low), math.exp(self.bootstrap.high)
-            lines.append(
-                f"note:       the block bootstrap puts the ratio in {_range(*ends, '.6f')}, "
-                f"{self.bootstrap.width_ratio:.2f} times as wide: clusters are few or unequal"
-            )
+        lines += _bootstrap_lines(self.bootstrap, self.interval_method)
         lines += [f"note:       {text}" for text in (*self.reasons.values(), *self.warnings)]
         for row in self.domains:
             interval = _range(row.ppl_ratio_low, row.ppl_ratio_high, ".5f")
@@ -151,6 +146,19 @@ class Comparison:
             for t in self.most_changed
         ]
         return "\n".join([*lines, *_flip_lines(self.flips)])
+
+
+def _bootstrap_lines(bootstrap: Bootstrap | None, method: str) -> list[str]:
+    if bootstrap is None or bootstrap.agrees:
+        return []
+    ends = _range(math.exp(bootstrap.low), math.exp(bootstrap.high), ".6f")
+    one, more = ("document", "documents") if method == "document" else ("stretch", "text")
+    part, share = bootstrap.decisive_share, bootstrap.decisive_token_share
+    return [
+        f"note:       one {one} with {share:.1%} of the tokens makes {part:.0%} of the variance; "
+        f"drawn anew (bootstrap) the ratio lies in {ends}. The interval may be too narrow: look "
+        f"at the most changed tokens, or take more {more}"
+    ]
 
 
 def _flip_lines(flips: Flips | None) -> list[str]:

@@ -1,6 +1,6 @@
 """Intervals around a mean loss that do not pretend tokens to be independent.
 
-Shape suffixes: M = scored tokens of a run, in window order; C = clusters.
+Shape suffixes: M = scored tokens of a run, in window order; C = clusters; Q = cosines.
 """
 
 import math
@@ -14,11 +14,14 @@ from perplexit.errors import EmptyScoreError, UsageError
 from perplexit.metrics.totals import require_finite
 
 MIN_DOCUMENTS = 20  # fewer documents than this are too few clusters to trust
-# Measured: docs/decisions, on intervals. Losses of real text drift over some hundred tokens, so a
-# block must hold many of them; below 8 blocks Student's t makes every interval far wider.
-BLOCK_TOKENS = 1500
-MIN_BLOCKS = 8
-MAX_BLOCKS = 32
+# Measured: docs/decisions, on intervals. Losses of real text drift over some hundred tokens; blocks
+# need only be short against that, since the cosines over them leave out what is faster.
+BLOCK_TOKENS = 500
+MIN_BLOCKS = 16
+MAX_BLOCKS = 96
+MIN_COSINES = 4  # fewer are wide by Student's t alone
+BLOCKS_A_COSINE = 4
+DOCUMENT, WINDOW_BLOCK = "document", "window-block"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +52,9 @@ def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer])
     """The clusters of a run's tokens: documents, or blocks of windows where documents are few.
 
     From 20 documents on, each is a cluster. Below, the windows in their order are cut into
-    contiguous blocks of about equal token counts: as many as hold 1,500 tokens each, but at least
-    8 and at most 32, and never more than there are windows. Neighbouring windows share their topic
-    (and, in some protocols, their tokens), which is why they fall into the same block.
+    contiguous blocks of about equal token counts: as many as hold 500 tokens each, but at least
+    16 and at most 96, and never more than there are windows. Blocks are not taken for independent:
+    `mean_interval` measures how they move together.
     """
     if len(document_M) != len(window_M):
         raise UsageError(
@@ -61,10 +64,10 @@ def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer])
     document_index = _dense(document_M)
     num_documents = _count(document_index)
     if num_documents >= MIN_DOCUMENTS:
-        return Clusters(document_index, "document", num_documents)
+        return Clusters(document_index, DOCUMENT, num_documents)
     max_blocks = min(MAX_BLOCKS, max(MIN_BLOCKS, len(window_M) // BLOCK_TOKENS))
     block_index = _blocks(_dense(window_M), max_blocks)
-    return Clusters(block_index, "window-block", _count(block_index))
+    return Clusters(block_index, WINDOW_BLOCK, _count(block_index))
 
 
 def mean_interval(
@@ -72,17 +75,30 @@ def mean_interval(
 ) -> Interval:
     """The mean of `nll_M` with its cluster-robust interval.
 
-    The mean is the ratio of two sums over clusters, Σ y_c / Σ n_c. Its variance is linearised and
-    corrected for each cluster's leverage h_c, which is the delete-one-cluster jackknife; unequal
-    clusters also leave fewer degrees of freedom than their number says:
+    The mean is the ratio of two sums over clusters, Σ y_c / Σ n_c, with e_c = (y_c - mean · n_c) /
+    Σ n and each cluster's share h_c = n_c / Σ n.
 
-        h_c = n_c / Σ n,   e_c = (y_c - mean · n_c) / Σ n
+    Documents are independent. The variance is linearised and corrected for each cluster's leverage,
+    which is the delete-one-cluster jackknife; unequal clusters also leave fewer degrees of freedom
+    than their number says:
+
         variance = (C - 1) / C · Σ (e_c / (1 - h_c))²
         degrees of freedom = 1 / Σ h_c² - 1        (C - 1 for equal clusters; never below 1)
-        mean ± t(confidence, degrees of freedom) · √variance
+
+    Blocks of one text are not. The mean's variance is the long-run variance, the spectrum of the
+    losses at frequency 0, and is estimated from the slowest movements: the q = max(4, C / 4)
+    cosines cos(π j p_c), p_c being the place of the block's middle in the text and j = 1 … q,
+    made orthonormal under the weights h_c and against a constant (v_j). Slower ones weigh more,
+    by w_j ∝ 1 - (j / (q + 1))² with Σ w_j = 1:
+
+        variance = Σ_j w_j · (Σ_c v_jc · e_c)²
+        degrees of freedom = 1 / Σ w_j²            (Satterthwaite; 3.6 for q = 4)
+
+    interval = mean ± t(confidence, degrees of freedom) · √variance
 
     Sources: Cochran, Sampling Techniques, ch. 6 (the ratio); Bell & McCaffrey 2002 (CR3); Carter,
-    Schnepel & Steigerwald 2017 (effective number of clusters); coverage: docs/decisions.
+    Schnepel & Steigerwald 2017 (effective number of clusters); Müller 2007 and Lazarus, Lewis,
+    Stock & Watson 2018 (cosines and Student's t); coverage: docs/decisions.
     Below two clusters there is no interval, and the reason is given.
     Raises EmptyScoreError without tokens, NonFiniteError for NaN or infinite values.
     """
@@ -138,15 +154,45 @@ def ratio_interval(
     if num_clusters < 2:
         reason = f"no interval: {num_clusters} cluster ({method}), and at least 2 are needed"
         return Interval(mean, None, None, None, None, num_clusters, method, confidence, reason)
-    leverage_C = counts_C / num_tokens
-    residuals_C = (sums_C - mean * counts_C) / num_tokens / (1 - leverage_C)
-    variance = (num_clusters - 1) / num_clusters * float(residuals_C @ residuals_C)
-    degrees = max(1.0, 1 / float(leverage_C @ leverage_C) - 1)
+    residuals_C = (sums_C - mean * counts_C) / num_tokens
+    estimate = _slow_variance if method == WINDOW_BLOCK else _jackknife_variance
+    variance, degrees = estimate(residuals_C, counts_C / num_tokens)
     error = math.sqrt(variance)
     half = float(special.stdtrit(degrees, 0.5 + confidence / 2)) * error
     return Interval(
         mean, mean - half, mean + half, error, degrees, num_clusters, method, confidence
     )
+
+
+def _jackknife_variance(
+    residuals_C: NDArray[np.float64], share_C: NDArray[np.float64]
+) -> tuple[float, float]:
+    """(variance of the mean, degrees of freedom) of independent clusters."""
+    num_clusters = len(share_C)
+    left_out_C = residuals_C / (1 - share_C)
+    variance = (num_clusters - 1) / num_clusters * float(left_out_C @ left_out_C)
+    return variance, max(1.0, 1 / float(share_C @ share_C) - 1)
+
+
+def _slow_variance(
+    residuals_C: NDArray[np.float64], share_C: NDArray[np.float64]
+) -> tuple[float, float]:
+    """(variance of the mean, degrees of freedom) of consecutive clusters of one text.
+
+    Under independent tokens each projection has exactly the variance of the mean.
+    """
+    kept_C = share_C > 0
+    residuals_C, share_C = residuals_C[kept_C], share_C[kept_C]
+    num_blocks = len(share_C)
+    num_cosines = max(1, min(max(MIN_COSINES, num_blocks // BLOCKS_A_COSINE), num_blocks - 1))
+    place_C = np.cumsum(share_C) - share_C / 2
+    waves_CQ = np.cos(np.pi * np.arange(num_cosines + 1) * place_C[:, None])
+    root_C = np.sqrt(share_C)
+    basis_CQ = np.linalg.qr(waves_CQ * root_C[:, None])[0][:, 1:]
+    projections_Q = (residuals_C / root_C) @ basis_CQ
+    weight_Q = 1 - (np.arange(1, num_cosines + 1) / (num_cosines + 1)) ** 2
+    weight_Q /= weight_Q.sum()
+    return float(weight_Q @ projections_Q**2), 1 / float(weight_Q @ weight_Q)
 
 
 def _blocks(window_index_M: NDArray[np.int64], max_blocks: int) -> NDArray[np.int64]:
