@@ -94,17 +94,6 @@ class LogitsHead(nn.Module):
         return self.head(inputs_embeds=hidden_BTD, use_cache=False).logits.float()  # type: ignore[no-any-return]
 
 
-class LossHead(LogitsHead):
-    """Some rows of hidden states and their targets → the nll of each target, in nats."""
-
-    def forward(self, hidden_CD: Tensor, target_ids_C: Tensor) -> Tensor:  # type: ignore[override]
-        """(C, D), (C) → (C)."""
-        logits_CV = super().forward(hidden_CD[None])[0]
-        shifted_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
-        own_C = shifted_CV.gather(-1, target_ids_C[:, None])[:, 0]
-        return shifted_CV.exp().sum(-1).log() - own_C
-
-
 def describe_model(model: Any, *, address: str, fingerprint: str) -> ProgramModel:
     """What a program's record says of the checkpoint that it was made from."""
     config = model.config.get_text_config()

@@ -47,37 +47,41 @@ def compress_weights(
             "figures would be full-precision ones; compile without a quantization"
         )
     companions = [x for x in others if x.get_friendly_name().endswith(("/scale", "/zero_point"))]
-    large = [x for x in others if _size(x) >= _LARGE_SHARE * num_parameters]
+    sizes = _sizes(others, head_prefix)
+    large = [name for name, size in sizes.items() if size >= _LARGE_SHARE * num_parameters]
     record = ProgramQuantization(
         name=recipe.precision,
         library=f"nncf {metadata.version('nncf')}",
         num_modules=len(codes),
         num_bytes=sum(_num_bytes(x) for x in (*codes, *companions)),
         effective_bits=8 * sum(_num_bytes(x) for x in (*codes, *others)) / num_parameters,
-        unquantized=tuple(x.get_friendly_name() for x in sorted(large, key=_size, reverse=True)),
+        unquantized=tuple(sorted(large, key=sizes.__getitem__, reverse=True)),
         settings={**settings, "head": "float32, left as it was"},
     )
     return compressed, record
 
 
+def _sizes(constants: list[Any], head_prefix: str) -> dict[str, int]:
+    """The numbers of each constant by its name; the head's blocks are one."""
+    sizes: dict[str, int] = {}
+    for constant in constants:
+        name = constant.get_friendly_name()
+        name = head_prefix if name.startswith(f"{head_prefix}.") else name
+        sizes[name] = sizes.get(name, 0) + _size(constant)
+    return sizes
+
+
 def _constants(graph: ov.Model) -> tuple[list[Any], list[Any]]:
-    """(the integer matrices, all other constants), inside loops too."""
+    """(the integer matrices, all other constants)."""
     codes: list[Any] = []
     others: list[Any] = []
-    for op in _ops_of(graph):
+    for op in graph.get_ops():
         if op.get_type_name() != "Constant":
             continue
         small = op.get_element_type().to_string() in ("u8", "i8", "u4", "i4")
         is_code = small and not op.get_friendly_name().endswith("/zero_point") and _size(op) > 1
         (codes if is_code else others).append(op)
     return codes, others
-
-
-def _ops_of(graph: Any) -> Iterator[Any]:
-    for op in graph.get_ops():
-        yield op
-        if op.get_type_name() == "Loop":
-            yield from _ops_of(op.get_function())
 
 
 def _size(constant: Any) -> int:

@@ -155,6 +155,7 @@ class ProgramSession(ABC):
             **opened.settings,
             "perplexity_head": metadata.perplexity,
             "head_rows": metadata.head_rows,
+            "head_columns": metadata.head_columns,
             "shapes": asdict(metadata.shapes),
             "program_files": {file.name: file.sha256 for file in metadata.files},
             "made_by": dict(metadata.made_by),
