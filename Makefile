@@ -15,7 +15,7 @@ SOURCES := src tests bench docs
 EXTRAS  := pytorch,onnx,openvino,tvm,sentencepiece,datasets,completions,report,igf,quantization,adapters
 COMPILED_EXTRAS := llamacpp ngram
 
-.PHONY: setup demo test test-vllm test-cuda test-liger check bench bench-quick docs clean
+.PHONY: setup demo test test-vllm test-cuda test-liger check bench bench-quick bench-cuda docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.setup-done
@@ -59,6 +59,10 @@ bench: setup
 
 bench-quick: setup
 	$(BIN)/python bench/run.py --quick -o build/bench-quick $(BENCH_FLAGS)
+
+# Where a CUDA device is. Anywhere else: bench/on_cuda.py --tiny --device cpu proves the script.
+bench-cuda:
+	$(BIN)/python bench/on_cuda.py $(BENCH_FLAGS)
 
 docs: setup
 	$(BIN)/python docs/generate.py
