@@ -136,6 +136,14 @@ def test_in_bfloat16_packed_and_plain_are_equally_far_from_float32(name, request
     assert errors["packed"] > 0
 
 
+@pytest.mark.real_model
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_real_model_is_packed(real_model_dir, dtype):
+    settings = PytorchInferenceSession(real_model_dir, dtype=dtype).description.settings
+    assert settings["kernels"] == "packed"
+    assert settings["packed_linears"] == 7 * settings["fused_mlps"] == 210
+
+
 def test_plain_kernels_are_transformers_own_to_the_last_bit(tiny_llama_dir, monkeypatch):
     monkeypatch.setenv("PERPLEXIT_KERNELS", "plain")
     session = PytorchInferenceSession(tiny_llama_dir)
