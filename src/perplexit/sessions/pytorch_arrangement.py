@@ -11,7 +11,7 @@ from perplexit.sessions.pytorch_compiled import CompiledForward, with_head
 from perplexit.sessions.pytorch_forward import ForwardPass, find_forward
 from perplexit.sessions.pytorch_loading import OpenedModule
 from perplexit.sessions.pytorch_module import dtype_name
-from perplexit.sessions.pytorch_placement import GatheredForward, places_of
+from perplexit.sessions.pytorch_placement import GatheredForward, embedding_device, places_of
 from perplexit.sessions.tensor_parallel import LeadingForward
 
 
@@ -41,7 +41,7 @@ def arranged(
     if opened.group is not None:
         forward = LeadingForward(forward, opened.group)
     elif opened.spread:
-        forward = GatheredForward(forward, opened.device)
+        forward = GatheredForward(forward, embedding_device(opened.module), opened.device)
     if compile_mode is not None:
         forward = CompiledForward(forward, compile_mode, opened.device)
     return with_head(forward, head, opened.module, opened.device)

@@ -79,7 +79,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text
+        "can't allocate memory" in text
+        or "out of memory" in text
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text  # its workspace, which torch does not allocate
     )
 
 

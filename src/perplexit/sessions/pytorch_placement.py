@@ -120,20 +120,32 @@ def read_device_map(given: DeviceMap | str | Path) -> dict[str, str | int]:
 def head_device(module: nn.Module) -> torch.device:
     """Where the logits come out of a module whose layers may be spread over devices."""
     get = getattr(module, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    hook = getattr(head, "_hf_hook", None)  # accelerate's: it fetches weights that are elsewhere
+    return _computing_device(get() if get is not None else None, module)
+
+
+def embedding_device(module: nn.Module) -> torch.device:
+    """Where ids are looked up in a module whose layers may be spread over devices."""
+    get = getattr(module, "get_input_embeddings", None)
+    return _computing_device(get() if get is not None else None, module)
+
+
+def _computing_device(part: nn.Module | None, module: nn.Module) -> torch.device:
+    hook = getattr(part, "_hf_hook", None)  # accelerate's: it fetches weights that are elsewhere
     if hook is not None and hook.execution_device is not None:
         place = hook.execution_device
         return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-    tensors = (*(head or module).parameters(), *module.parameters())
+    tensors = (*(part or module).parameters(), *module.parameters())
     return next((x.device for x in tensors if x.device.type != "meta"), torch.device("cpu"))
 
 
 class GatheredForward:
-    """A forward pass over spread layers whose rows and logits come back to one device."""
+    """A forward pass over spread layers, fed where they begin; all of it comes back to one device.
 
-    def __init__(self, inner: ForwardPass, device: torch.device) -> None:
-        self._inner, self._device = inner, device
+    start: where the ids are looked up; device: the session's own.
+    """
+
+    def __init__(self, inner: ForwardPass, start: torch.device, device: torch.device) -> None:
+        self._inner, self._start, self._device = inner, start, device
         self.kind, self.keeps_logits = inner.kind, inner.keeps_logits
         self.takes_mask, self.takes_cache = inner.takes_mask, inner.takes_cache
 
@@ -141,7 +153,8 @@ class GatheredForward:
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
         """The inner rows, on the session's device."""
-        return self._inner.rows(ids_BT, mask_BT, cache).to(self._device)
+        mask_BT = None if mask_BT is None else mask_BT.to(self._start)
+        return self._inner.rows(ids_BT.to(self._start), mask_BT, cache).to(self._device)
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """The inner logits, on the session's device."""
