@@ -266,6 +266,13 @@ def test_nothing_overflows_at_any_width(page: Any, width: int) -> None:
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
+        if width == 360:  # rows become cards: no table of the page itself is cut off
+            hidden = page.execute_script(
+                "return [...document.querySelectorAll('main section > .scroll')]"
+                ".filter(box => box.scrollWidth > box.clientWidth + 1)"
+                ".map(box => box.querySelector('table').className)"
+            )
+            assert hidden == []
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
         assert the(page, "#paper").size["width"] > width * 0.5
     finally:

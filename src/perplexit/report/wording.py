@@ -128,7 +128,7 @@ def _detail(comparison: Comparison) -> str:
     way = "higher" if difference > 0 else "lower"
     return (
         f"Each token costs it {quantity(abs(difference))} nats {side} on average, which makes the "
-        f"perplexity {percent:.2g} % {way}."
+        f"perplexity {percent:.2g}\N{NO-BREAK SPACE}% {way}."
     )
 
 
