@@ -39,6 +39,13 @@ def runs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
                 weight.add_(torch.randn_like(weight) * 0.2)
     model.save_pretrained(noisy)
     px.evaluate(noisy, tokens, reference=folder / "reference", run=folder / "noisy")
+    px.evaluate(
+        tiny_llama_dir,
+        tokens,
+        reference=folder / "reference",
+        run=folder / "int8",
+        quantization="int8",
+    )
     return folder
 
 
@@ -95,6 +102,19 @@ def test_gates_pass_and_fail_by_exit_code_and_name_gate_figure_interval(
     assert int(root[0].get("failures")) >= 2
     assert "**FAIL**" in (tmp_path / "gates.md").read_text()
     assert invoke("compare", runs / "reference", runs / "same", "--gate", "mean_kl=1")[0] == 2
+
+
+def test_a_quantized_model_within_bounds_passes_the_gates_that_a_damaged_one_fails(
+    runs: Path,
+) -> None:
+    assert px.Run.open(runs / "int8").session["quantization"]["num_modules"] > 0
+    gates = ["--gate", "mx", "--gate", "mean_kl<=0.001", "--gate", "top1_agreement>=0.9"]
+    code, out, err = invoke("compare", runs / "reference", runs / "int8", *gates, "--json")
+    assert code == 0, err
+    assert [gate["passed"] for gate in json.loads(out)["gates"]] == [True] * 3
+    kl = px.Run.open(runs / "int8").tokens.kl
+    assert 0 < kl.mean() < 0.001  # something was quantized, and little was lost
+    assert invoke("compare", runs / "reference", runs / "noisy", *gates)[0] == 3
 
 
 def test_candidates_are_ranked_and_ties_are_ties(runs: Path) -> None:

@@ -1,5 +1,6 @@
 """KL from stored hidden states and from two sessions in step, against whole logits in float64."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,22 @@ def test_trap_16_the_floor_of_the_storage_is_measured_and_reported(
         assert low <= again.tokens.kl.mean() <= high
         assert again.tokens.same_top1.mean() > 0.99
         assert ReferenceStates(folder).windows == set(range(tokens.num_windows))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2)])
+def test_a_reference_is_its_states_and_nothing_like_its_logits(
+    tiny_llama_dir: Path, tokens: TokenFile, tmp_path: Path, dtype: str, width: int
+) -> None:
+    """Bytes a token are the hidden size's: of 576 against 49,152 logits, 1/43 and 1/85 of fp16."""
+    saved = px.evaluate(
+        tiny_llama_dir, tokens, save_reference=True, reference_dtype=dtype, run=tmp_path / "run"
+    )
+    hidden_size = json.loads((tiny_llama_dir / "config.json").read_text())["hidden_size"]
+    files = [x for x in (tmp_path / "run" / "reference").rglob("*") if x.is_file()]
+    assert not [x for x in files if "head" in x.name]  # kept by fingerprint
+    stored = sum(x.stat().st_size for x in files)
+    payload = saved.num_tokens * hidden_size * width
+    assert payload <= stored <= payload + 4096 * len(files)
 
 
 @pytest.mark.trap(18)
