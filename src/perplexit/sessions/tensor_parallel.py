@@ -54,6 +54,7 @@ class ProcessGroup:
         self._port = _free_port()
         self._followers: list[subprocess.Popen[bytes]] = []
         self._open = False
+        self.in_step = False  # still so after a step that was interrupted: nobody listens then
         # A session that failed to open, or was forgotten, must not leave processes behind.
         self._abandoned = weakref.finalize(self, _end, self._followers, 0.0)
 
@@ -66,6 +67,7 @@ class ProcessGroup:
                     [sys.executable, "-c", _FOLLOWER, json.dumps({**told, **loading})],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is the leader's to answer
                     env={**os.environ, "LOCAL_RANK": str(rank)},
                 )
             )
@@ -95,10 +97,10 @@ class ProcessGroup:
 
     def stop(self) -> None:
         """Let the followers go; harmless once they have gone."""
-        if self._open:
+        if self._open and not self.in_step:
             with suppress(RuntimeError):  # one that has ended needs no word
                 self.announce(_STOP)
-        self.close()
+        self.close(at_once=self.in_step)
 
     def close(self, *, at_once: bool = False) -> None:
         """End the followers and leave the process group; harmless when repeated."""
@@ -200,24 +202,30 @@ class LeadingForward:
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
         """The inner rows, whole in every process."""
+        self._group.in_step = True
         try:
             self._group.announce(_ROWS, *ids_BT.shape, mask_BT is not None)
             for tensor in (ids_BT, mask_BT):
                 if tensor is not None:
                     dist.broadcast(tensor.contiguous(), 0)
-            return self._inner.rows(ids_BT, mask_BT, cache)
+            whole_BTX = self._inner.rows(ids_BT, mask_BT, cache)
         except RuntimeError as error:
             raise self._group.failure(error) from error
+        self._group.in_step = False
+        return whole_BTX
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """The inner logits, whole in every process."""
+        self._group.in_step = True
         try:
             self._group.announce(_HEAD, *rows_NX.shape)
             rows_NX = rows_NX.contiguous()
             dist.broadcast(rows_NX, 0)
-            return self._inner.head(rows_NX)
+            logits_NV = self._inner.head(rows_NX)
         except RuntimeError as error:
             raise self._group.failure(error) from error
+        self._group.in_step = False
+        return logits_NV
 
 
 def take_steps(forward: ForwardPass, device: torch.device, dtype: torch.dtype) -> None:
