@@ -6,7 +6,8 @@ Shape suffixes: D = documents.
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from perplexit.inputs.token_file_writer import TokenFileWriter
 from perplexit.inputs.tokenizer import Tokenizer, load
 
 Progress = Callable[[int, int], None]  # documents and tokens written so far
+_Numbered = list[tuple[int, Document]]  # documents with their numbers in the corpus
 
 _BATCH_CHARACTERS = 2_000_000
 _BATCH_DOCUMENTS = 4096
@@ -62,8 +64,10 @@ def prepare(
     try:
         with TokenFileWriter(target, masked=prompt_key is not None, has_text=True) as writer:
             preparation = _Preparation(loaded, plan, writer)
-            for batch in _batches(_joined(documents(corpus, keys), plan, preparation)):
-                preparation.add(batch)
+            batches = _batches(_joined(documents(corpus, keys), plan, preparation))
+            chosen = filter(len, map(preparation.choose, batches))
+            for kept, encoded in _one_ahead(preparation.encode, chosen):
+                preparation.add(kept, encoded)
                 if progress is not None:
                     progress(writer.num_documents, writer.num_ids)
             result = writer.finish(preparation.spec(), tokenizer_fingerprint=loaded.fingerprint)
@@ -101,15 +105,19 @@ class _Preparation:
         self.num_special = 0
         self.num_own_bos = 0
 
-    def add(self, batch: Sequence[Document]) -> None:
-        """Encode documents and write those that have tokens."""
+    def choose(self, batch: Sequence[Document]) -> _Numbered:
+        """The documents that have text, with their numbers in the corpus; others are counted."""
         numbers = range(self.num_read, self.num_read + len(batch))
         self.num_read += 0 if self.plan.joined_with is not None else len(batch)
-        kept = [entry for entry in zip(numbers, batch, strict=True) if self._keep(*entry)]
-        if not kept:
-            return
+        return [entry for entry in zip(numbers, batch, strict=True) if self._keep(*entry)]
+
+    def encode(self, kept: _Numbered) -> EncodedBatch:
+        """The tokens of documents. It counts nothing, so that it may run in another thread."""
         texts = [(document.prompt or "") + (document.text or "") for _, document in kept]
-        encoded = self.tokenizer.encode_batch(texts, first_document=kept[0][0])
+        return self.tokenizer.encode_batch(texts, first_document=kept[0][0])
+
+    def add(self, kept: _Numbered, encoded: EncodedBatch) -> None:
+        """Write the documents that have tokens."""
         lengths_D = np.diff(encoded.document_starts)
         for index in np.flatnonzero(lengths_D == 0).tolist():
             self._skip("blank, no tokens", kept[index][0])
@@ -231,6 +239,25 @@ def _batches(found: Iterator[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _one_ahead(
+    work: Callable[[_Numbered], EncodedBatch], items: Iterable[_Numbered]
+) -> Iterator[tuple[_Numbered, EncodedBatch]]:
+    """Each item with what `work` makes of it, the next one under way while one is used.
+
+    The tokenizer leaves the interpreter to others while it works, so that reading, hashing and
+    writing cost no time of their own where there is a second core.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="perplexit-encode") as pool:
+        waiting: tuple[_Numbered, Future[EncodedBatch]] | None = None
+        for item in items:
+            started = item, pool.submit(work, item)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = started
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def _without_empty(encoded: EncodedBatch, present_D: NDArray[np.bool_]) -> EncodedBatch:

@@ -30,6 +30,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _COPY_BYTES = 1 << 18
+_HASH_BYTES = 1 << 20
 _LARGEST_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
 
 
@@ -166,6 +167,26 @@ def read_container(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]
             f"added to. Prepare the input again."
         )
     return metadata, _views(data, body_start, entries)
+
+
+def content_hashes(path: Path, tensors: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """SHA-256 of each tensor of the container, of which `read_container` gave the views.
+
+    Read as a file: a page of the map counts as the process's memory once it was touched, and a
+    token file may be larger than that.
+    """
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    buffer = memoryview(bytearray(_HASH_BYTES))
+    hashes = {}
+    with path.open("rb", buffering=0) as file:
+        file.seek(path.stat().st_size - sum(tensor.nbytes for tensor in tensors.values()))
+        for name in ordered:
+            digest, left = hashlib.sha256(), tensors[name].nbytes
+            while left and (count := file.readinto(buffer[: min(left, _HASH_BYTES)])):
+                digest.update(buffer[:count])
+                left -= count
+            hashes[name] = digest.hexdigest()
+    return hashes
 
 
 def _file_order(entry: TensorEntry) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import TokenFileError
-from perplexit.inputs.tensor_container import canonical_json, read_container
+from perplexit.inputs.tensor_container import canonical_json, content_hashes, read_container
 from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowIds, WindowTable
 
 FORMAT = "perplexit-token-file"
@@ -208,14 +208,11 @@ def _check_fingerprint(
         raise TokenFileError(
             f"{path} holds the tensors {sorted(tensors)}, expected {sorted(recorded)}."
         )
+    found = content_hashes(path, tensors)
     for name, tensor in tensors.items():
         dtype = layout[name][0]
-        found = hashlib.sha256(tensor.data).hexdigest() if tensor.size else _EMPTY_SHA256
-        if recorded[name] != tensor_identity(dtype, tensor.shape, found):
+        if recorded[name] != tensor_identity(dtype, tensor.shape, found[name]):
             raise TokenFileError(
                 f"{path} is damaged: the tensor {name!r} is not what was written. "
                 f"Prepare the input again."
             )
-
-
-_EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
