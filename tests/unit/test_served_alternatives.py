@@ -180,6 +180,17 @@ def test_the_command_makes_of_a_server_a_reference_with_bounds_around_the_true_k
     assert "top1_agreement" in comparison.figures()
 
 
+def test_what_a_served_model_cannot_be_says_what_it_can(
+    tokens: px.TokenFile, tiny_llama_dir: Path
+) -> None:
+    with serving(MarkovServer()) as server:
+        address = f"completions:{server.url}#chain"
+        for options in ({"reference": f"hf:{tiny_llama_dir}"}, {"save_reference": True}):
+            with pytest.raises(CapabilityError, match=r"Let it be the reference.*--top-k 20"):
+                px.evaluate(address, tokens, **options)
+        assert not [request for request in server.requests if "prompt" in request]
+
+
 def _record(path: Path, windows: list[WindowIds], k: int, *, edit=None, base: float = 1.0) -> Path:
     """A recording of the chain with its k most likely ids, the least likely first."""
     lines, rows = [{"log_base": 2 if base != 1.0 else "e"}], []

@@ -20,6 +20,7 @@ from perplexit.inputs.windows import WindowIds
 from perplexit.reference.partial import PartialReference
 from perplexit.reference.states import ReferenceStates, StatesWriter
 from perplexit.sessions.base import (
+    AlternativesSession,
     HiddenStateSession,
     InferenceSession,
     LogitsChunk,
@@ -103,6 +104,20 @@ class LiveLogits:
         return rows_NV
 
 
+_AS_REFERENCE = (
+    "Let it be the reference: evaluate it with --top-k 20 --run RUN, then the other model with "
+    "--reference RUN, which puts the KL between two bounds"
+)
+_WITHOUT_THE_LOSS_INSIDE = (
+    "Compile it with --no-perplexity, or leave --reference out (perplexities are compared without "
+    "it)"
+)
+_OF_A_MODEL = (
+    "Use the PyTorch session (hf:), or compare two models in one process: eval CANDIDATE "
+    "--reference MODEL"
+)
+
+
 class ReferenceScoring:
     """Scores a candidate, with each token's divergence from the reference beside it."""
 
@@ -110,10 +125,12 @@ class ReferenceScoring:
         self, session: InferenceSession, reference: ReferenceLogits | PartialReference
     ) -> None:
         if not isinstance(session, LogitsSession):
+            some = isinstance(session, AlternativesSession)
+            gives = "at most its likeliest tokens" if some else "the loss of each target alone"
             raise CapabilityError(
-                f"a KL divergence needs whole distributions, but {session.model.address} gives "
-                "the loss of each target alone; compile it with --no-perplexity, or leave "
-                "--reference out (perplexities are compared without it)"
+                f"a KL divergence needs the candidate's whole distributions, but "
+                f"{session.model.address} gives {gives}. "
+                + (_AS_REFERENCE if some else _WITHOUT_THE_LOSS_INSIDE)
             )
         self._session, self._reference = session, reference
         self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, session.model.vocab_size)
@@ -163,10 +180,10 @@ class SavingScoring:
 
     def __init__(self, session: InferenceSession, writer: StatesWriter) -> None:
         if not isinstance(session, HiddenStateSession):
+            instead = _AS_REFERENCE if isinstance(session, AlternativesSession) else ""
             raise CapabilityError(
                 f"--save-reference keeps final hidden states, which {session.model.address} does "
-                "not give; use the PyTorch session (hf:), or compare two models in one process: "
-                "eval CANDIDATE --reference MODEL"
+                f"not give. {instead or _OF_A_MODEL}"
             )
         self._session, self._writer = session, writer
         self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, session.model.vocab_size)
