@@ -60,12 +60,14 @@ def test_on_the_cpu_there_is_no_device_memory(tiny_llama_dir) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "rows"),
-    [(80 << 30, 512), (8 << 30, 256), (1 << 30, 128)],
-    ids=["80 GB", "8 GB", "1 GB"],
+    ("total", "rows"),
+    [(80 << 30, 512), (16 << 30, 256), (4 << 30, 128)],
+    ids=["80 GB", "16 GB", "4 GB"],
 )
-def test_chunks_on_cuda_grow_with_the_free_memory_in_whole_tiles(monkeypatch, free, rows) -> None:
-    monkeypatch.setattr(pytorch_cuda, "free_bytes", lambda device: free)
+def test_chunks_on_cuda_grow_with_the_devices_memory_in_whole_tiles(
+    monkeypatch, total, rows
+) -> None:
+    monkeypatch.setattr(pytorch_cuda, "total_bytes", lambda device: total)
     assert chunk_rows_for(CUDA, 128_256, None) == rows
 
 

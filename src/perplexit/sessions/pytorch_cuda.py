@@ -14,24 +14,25 @@ from torch import Tensor
 from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
 from perplexit.functional.nll import TokenStatistics
 from perplexit.resources.memory import CUDA_PEAKS
-from perplexit.sessions.pytorch_device import free_bytes
+from perplexit.sessions.pytorch_device import total_bytes
 
 _MOST_CUDA_LOGITS_BYTES = 256 * 2**20  # some 500 rows at V = 128k: enough to fill the card
-_SHARE_OF_FREE_MEMORY = 64
+_SHARE_OF_MEMORY = 128
 _ROWS_A_TILE = 64
 
 
 def chunk_rows_for(device: torch.device, num_logits: int, max_logits_bytes: int | None) -> int:
     """How many rows of logits to make at a time: `max_logits_bytes` of float32 ones.
 
-    None: 64 MiB on the CPU; on CUDA a 64th of the free memory, from 64 to 256 MiB, since a product
-    of fewer rows is bound by reading the head's weights; whole tiles of rows.
+    None: 64 MiB on the CPU; on CUDA a 128th of the device's memory, from 64 to 256 MiB, since a
+    product of fewer rows is bound by reading the head's weights; whole tiles of rows. Not of the
+    free memory: a resumed run must find the same.
     """
     if max_logits_bytes is not None:
         return rows_within(max_logits_bytes, num_logits)
     if device.type != "cuda":
         return rows_within(DEFAULT_LOGITS_BYTES, num_logits)
-    budget = free_bytes(device) // _SHARE_OF_FREE_MEMORY
+    budget = total_bytes(device) // _SHARE_OF_MEMORY
     budget = min(max(budget, DEFAULT_LOGITS_BYTES), _MOST_CUDA_LOGITS_BYTES)
     rows = rows_within(budget, num_logits)
     return max(1, rows - rows % _ROWS_A_TILE) if rows > _ROWS_A_TILE else rows

@@ -73,6 +73,11 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_bytes(device: torch.device) -> int:
+    """Bytes that a CUDA device has, taken or not."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an engine's exception says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
