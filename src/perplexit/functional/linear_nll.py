@@ -57,6 +57,21 @@ def statistics_of_hidden_states(
         return head.statistics(
             hidden_ND, targets_N, chunk_rows=chunk_rows, with_details=with_details, top_k=top_k
         )
+    return statistics_by_chunks(
+        hidden_ND, targets_N, head, chunk_rows=chunk_rows, with_details=with_details, top_k=top_k
+    )
+
+
+def statistics_by_chunks(
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    chunk_rows: int,
+    with_details: bool,
+    top_k: int,
+) -> TokenStatistics:
+    """The same from the head's logits, whatever else it can do."""
     parts = [
         statistics_in_place(
             head(hidden_ND[start : start + chunk_rows]),

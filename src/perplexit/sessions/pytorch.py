@@ -26,7 +26,7 @@ from perplexit.sessions.pytorch_cached import (
 from perplexit.sessions.pytorch_cuda import DeviceMemory, chunk_rows_for
 from perplexit.sessions.pytorch_device import batch_size_for, is_out_of_memory
 from perplexit.sessions.pytorch_forward import ForwardPass, WholeForward
-from perplexit.sessions.pytorch_kernels import kernels_for, with_kernels
+from perplexit.sessions.pytorch_kernels import chosen_kernels, kernels_for, with_kernels
 from perplexit.sessions.pytorch_loading import ModuleChanges, open_module
 from perplexit.sessions.pytorch_module import (
     activation_bytes_per_id,
@@ -88,7 +88,9 @@ class PytorchInferenceSession:
         num_rows = num_embeddings(self._module)
         with opened.scoring():
             on_kernels = kernels_for(opened, kernels, compiled=compile_mode is not None)
-            forward, self._num_logits = first_forward(opened, num_rows or 2)
+            forward, self._num_logits = first_forward(
+                opened, num_rows or 2, blocked_head=chosen_kernels(kernels) != "plain"
+            )
             forward = arranged(forward, opened, compile_mode=compile_mode, head=head)
         self._forward: ForwardPass = forward
         self._id_limit = min(num_rows or self._num_logits, self._num_logits)
@@ -101,7 +103,7 @@ class PytorchInferenceSession:
             chunk_rows=self._chunk_rows,
             num_logits=self._num_logits,
         )
-        self._description = with_kernels(self._description, on_kernels)
+        self._description = with_kernels(self._description, on_kernels, forward)
         self._model_description: ModelDescription | None = None
         self._closed = False
         self._num_cached_layers: int | None = None

@@ -15,13 +15,17 @@ from perplexit.sessions.pytorch_placement import GatheredForward, embedding_devi
 from perplexit.sessions.tensor_parallel import LeadingForward
 
 
-def first_forward(opened: OpenedModule, id_limit: int) -> tuple[ForwardPass, int]:
+def first_forward(
+    opened: OpenedModule, id_limit: int, *, blocked_head: bool = True
+) -> tuple[ForwardPass, int]:
     """`find_forward` of the module, the first time that it runs; see there.
 
     Raises ModelError too where spread layers cannot run: a tied head that a map puts elsewhere.
     """
     try:
-        return find_forward(opened.module, id_limit, row_by_row=opened.batch_invariant)
+        return find_forward(
+            opened.module, id_limit, row_by_row=opened.batch_invariant, blocked_head=blocked_head
+        )
     except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
         if not opened.spread:
             raise

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.errors import ModelError
+from perplexit.functional.blocked_nll import blocked_statistics
+from perplexit.functional.linear_nll import statistics_by_chunks
+from perplexit.functional.nll import TokenStatistics
 from perplexit.sessions.pytorch_call import CachePlace, ModuleCall, field_of
 
 _PROBE_LENGTH = 8
@@ -71,7 +74,7 @@ class ChunkedForward:
 
     def __init__(self, body: nn.Module, head: Callable[[Tensor], Tensor], kind: str) -> None:
         self._call = ModuleCall(body)
-        self._head = head
+        self.head = head
         self.kind = kind
         self.takes_mask, self.takes_cache = self._call.takes_mask, self._call.takes_cache
 
@@ -81,21 +84,19 @@ class ChunkedForward:
         """The final hidden state of every position."""
         return field_of(self._call(ids_BT, mask_BT, cache), "last_hidden_state")
 
-    def head(self, rows_NX: Tensor) -> Tensor:
-        """The logits that the model's own head makes of hidden states."""
-        return self._head(rows_NX)
-
 
 class LinearHead:
-    """`hidden @ weight.T + bias` into one buffer that every chunk reuses.
+    """`hidden @ weight.T + bias`; on the CPU, results come by blocks that stay in the cache.
 
-    A fresh tensor of this size is fresh memory from the system each time, and its page faults cost
-    a tenth of the matrix product.
+    blocked: False makes whole logits first, into one buffer that every chunk reuses. (A fresh
+    tensor of that size is fresh memory from the system each time, whose page faults cost a tenth of
+    the matrix product.)
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, blocked: bool = True) -> None:
         self._linear = linear
         self._buffer_NV: Tensor | None = None
+        self.blocked = blocked and linear.weight.device.type == "cpu"
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """The logits, valid until the next call."""
@@ -110,15 +111,44 @@ class LinearHead:
             return torch.mm(hidden_ND, weight.t(), out=out_NV)
         return torch.addmm(bias, hidden_ND, weight.t(), out=out_NV)
 
+    def statistics(
+        self,
+        hidden_ND: Tensor,
+        targets_N: Tensor,
+        *,
+        chunk_rows: int,
+        with_details: bool,
+        top_k: int,
+    ) -> TokenStatistics:
+        """The results of the targets; see ScoringHead. Alternatives need whole logits."""
+        if not self.blocked or top_k:
+            return statistics_by_chunks(
+                hidden_ND,
+                targets_N,
+                self,
+                chunk_rows=chunk_rows,
+                with_details=with_details,
+                top_k=top_k,
+            )
+        return blocked_statistics(
+            hidden_ND,
+            targets_N,
+            self._linear.weight,
+            self._linear.bias,
+            with_details=with_details,
+            block_rows=chunk_rows,
+        )
+
 
 def find_forward(
-    model: nn.Module, id_limit: int, *, row_by_row: bool = True
+    model: nn.Module, id_limit: int, *, row_by_row: bool = True, blocked_head: bool = True
 ) -> tuple[ForwardPass, int]:
     """The leanest forward pass that gives the model's own logits, and the number of its logits.
 
     Tried on a few fixed ids below `id_limit`, with and without padding.
     row_by_row: False where the layers round a whole batch's activations together, as LLM.int8()
     does: then later ids change earlier predictions a little even in a causal model.
+    blocked_head: see LinearHead.
     Raises ModelError where they do otherwise: the model is not causal.
     """
     whole = WholeForward(model)
@@ -128,7 +158,8 @@ def find_forward(
         if probe.agrees(chunked):
             linear = _output_linear(model)
             if linear is not None and probe.same_head(chunked, LinearHead(linear)):
-                chunked = ChunkedForward(body, LinearHead(linear), "chunked (linear)")
+                head = LinearHead(linear, blocked=blocked_head)
+                chunked = ChunkedForward(body, head, "chunked (linear)")
             return chunked, probe.vocab_size
     return whole, probe.vocab_size
 

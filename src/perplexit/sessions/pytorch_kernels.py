@@ -18,6 +18,7 @@ from perplexit.sessions.base import SessionDescription
 from perplexit.sessions.fused_mlp import fuse_mlps, unfuse_mlps
 from perplexit.sessions.packed_linear import pack_linears, unpack_linears
 from perplexit.sessions.pytorch_call import ModuleCall, field_of
+from perplexit.sessions.pytorch_forward import ForwardPass, LinearHead
 from perplexit.sessions.pytorch_loading import OpenedModule
 from perplexit.sessions.pytorch_module import num_embeddings
 
@@ -56,9 +57,13 @@ def kernels_for(
     return pack_model(opened.module)
 
 
-def with_kernels(description: SessionDescription, kernels: Mapping[str, Any]) -> SessionDescription:
-    """The description with the kernels among the settings."""
-    return replace(description, settings={**description.settings, **kernels})
+def with_kernels(
+    description: SessionDescription, kernels: Mapping[str, Any], forward: ForwardPass
+) -> SessionDescription:
+    """The description with the kernels among the settings, and whether the head runs in blocks."""
+    blocked = isinstance(forward.head, LinearHead) and forward.head.blocked
+    settings = {**description.settings, **kernels, "head_in_blocks": blocked}
+    return replace(description, settings=settings)
 
 
 def pack_model(model: nn.Module) -> Mapping[str, Any]:
