@@ -113,6 +113,21 @@ def many_documents(
         yield nll + effect * random.standard_normal(num_documents)[document], document, document
 
 
+def few_documents(
+    repetitions: int, num_documents: int, length_spread: float, effect: float, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Documents of lognormal lengths (about 500 tokens) in windows of 256: too few for clusters."""
+    random = np.random.default_rng(seed)
+    for _ in range(repetitions):
+        spread = length_spread * random.standard_normal(num_documents) - length_spread**2 / 2
+        lengths = np.maximum(20, np.round(500 * np.exp(spread))).astype(int)
+        document = np.repeat(np.arange(num_documents), lengths)
+        places = np.concatenate([np.arange(length) // 256 for length in lengths])
+        window = np.unique(document * 10_000 + places, return_inverse=True)[1]
+        nll = losses((1, len(document)), random, rho=0.5)[0]
+        yield nll + effect * random.standard_normal(num_documents)[document], document, window
+
+
 def with_fewer_corrections(
     samples: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> tuple[float, float]:
@@ -191,6 +206,14 @@ def _print_documents() -> None:
                     f"({found.independent:.1%})",
                     flush=True,
                 )
+    print("few documents of about 500 tokens: number, spread of lengths: 95 % covers (independent)")
+    for num_documents in (5, 10, 15, 19):
+        for spread in (0.0, 0.5):
+            found = coverage(few_documents(1500, num_documents, spread, 0.4, 3))
+            print(
+                f"  {num_documents:4} {spread:4}: {found.clustered:.1%} ({found.independent:.1%})",
+                flush=True,
+            )
     print("the same without leverage correction, and with C - 1 degrees of freedom")
     for spread in (0.5, 1.0, 1.5):
         linear, leverage = with_fewer_corrections(many_documents(1000, 20, spread, 0.4, 2))

@@ -20,7 +20,7 @@ from perplexit.metrics.intervals import (
     paired_interval,
     ratio_interval,
 )
-from tests.simulated_losses import MEAN, coverage, losses, many_documents, one_text
+from tests.simulated_losses import MEAN, coverage, few_documents, losses, many_documents, one_text
 
 REPETITIONS = 800  # a coverage of 95 % is then measured to ± 1.5 % (two standard errors)
 
@@ -56,6 +56,13 @@ def test_trap_29_a_slow_drift_is_covered(num_tokens: int, window: int, drift_sha
     found = coverage(one_text(2000, num_tokens, window, seed=7, **drift))
     assert 0.925 <= found.clustered <= 0.97  # 93 %, less a standard error of this simulation
     assert found.independent < 0.75
+
+
+@pytest.mark.trap(29)
+def test_trap_29_too_few_documents_for_clusters_are_covered_by_their_blocks() -> None:
+    found = coverage(few_documents(REPETITIONS, 10, 0.5, effect=0.4, seed=3))
+    assert 0.93 <= found.clustered <= 0.97
+    assert found.independent < 0.4
 
 
 @pytest.mark.trap(29)
