@@ -41,6 +41,9 @@ def test_compiled_layers_run_give_the_same_losses_and_are_recorded(plain, compil
         difference = largest_difference(compiled.token_nll(windows), plain.token_nll(windows))
         assert difference < 1e-4
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+    handed_in = PytorchInferenceSession(compiled.module, compile_mode="default")
+    difference = largest_difference(handed_in.token_nll(WINDOWS), plain.token_nll(WINDOWS))
+    assert difference < 1e-4, "outside inference mode"
     assert compiled.description.settings["compile"] == "default"
     assert "compile" not in plain.description.settings
 

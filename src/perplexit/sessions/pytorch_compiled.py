@@ -57,13 +57,17 @@ class CompiledForward:
         to_rows, to_length = bucket(num_rows), bucket(length)
         if self._graphs:  # what the last replay returned has been copied out of its buffer
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        ids_BT, mask_BT = (
-            _grown(ids_BT, to_rows, to_length),
-            _grown_mask(mask_BT, to_rows, to_length),
-        )
         try:
-            with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
-                rows_BTX: Tensor = self._rows(ids_BT, mask_BT)
+            # A graph that was recorded under inference mode keeps a random state which no graph
+            # outside can use any more: a loaded model's session and a handed-in one's would clash.
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES),
+            ):
+                rows_BTX: Tensor = self._rows(
+                    _grown(ids_BT, to_rows, to_length), _grown_mask(mask_BT, to_rows, to_length)
+                )
         except RuntimeError as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise cannot_compile(error) from error
