@@ -35,16 +35,30 @@ def spell_vocabulary(serialised: Mapping[str, Any], tokens: Mapping[str, int]) -
     added = {entry["id"] for entry in serialised.get("added_tokens", [])}
     byte_level = "ByteLevel" in _step_types(serialised)
     fallback = bool(serialised["model"].get("byte_fallback", False))
-    alphabet = byte_level_alphabet()
+    alphabet = _Translation({ord(c): byte for c, byte in byte_level_alphabet().items()})
     spelled = [b""] * (max(tokens.values(), default=-1) + 1)
     for token, index in tokens.items():
         if index in added:
             spelled[index] = token.encode("utf-8", "replace")
-        elif byte_level and all(character in alphabet for character in token):
-            spelled[index] = bytes(alphabet[character] for character in token)
-        else:
-            spelled[index] = spell_piece(token, fallback=fallback)
+            continue
+        written = _byte_level(token, alphabet) if byte_level else None
+        spelled[index] = spell_piece(token, fallback=fallback) if written is None else written
     return spelled
+
+
+class _Translation(dict[int, int]):
+    """For `str.translate`: characters to bytes, and what is no byte to what Latin-1 has not."""
+
+    def __missing__(self, character: int) -> int:
+        return 0x100
+
+
+def _byte_level(token: str, alphabet: _Translation) -> bytes | None:
+    """The bytes that a token of a byte-level vocabulary spells; None where it is none of those."""
+    try:
+        return token.translate(alphabet).encode("latin-1")
+    except UnicodeEncodeError:
+        return None
 
 
 def spell_piece(piece: str, *, fallback: bool) -> bytes:

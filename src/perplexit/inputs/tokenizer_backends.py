@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from perplexit.inputs.spelling import spell_piece, spell_vocabulary
 from perplexit.inputs.tensor_container import canonical_json
 
+_SET_TYPES = {str, int, float}  # of which no value is null or false; bool is another type
+
 Spans = tuple[list[int], NDArray[np.int64], NDArray[np.int64]]  # ids, first and last + 1 character
 
 
@@ -226,10 +228,23 @@ class SentencePieceBackend:
 
 def _set_values(value: Any) -> Any:
     """The JSON value without the entries of objects that are null or false."""
+    if _is_set_throughout(value):
+        return value
     if isinstance(value, dict):
         entries = ((key, _set_values(entry)) for key, entry in value.items())
         return {key: entry for key, entry in entries if entry is not None and entry is not False}
     return [_set_values(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _is_set_throughout(value: Any) -> bool:
+    """Whether nothing in a vocabulary or a list of merges can be null or false, found quickly."""
+    entries = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list):
+        return True
+    types = set(map(type, entries))
+    if types == {list}:
+        types = set(map(type, chain.from_iterable(entries)))
+    return types <= _SET_TYPES
 
 
 def _spans_of(encoding: tokenizers.Encoding) -> Spans:
