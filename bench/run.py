@@ -22,7 +22,7 @@ from sidebyside.machine import machine, usable_cores
 from sidebyside.measuring import Alternation, Bench, in_own_process
 from sidebyside.pool import Pool, WorkerError, worker_environment
 from sidebyside.scripts import Job, run_script
-from sidebyside.sections import SCRIPTS, Script, Section, quick, sections
+from sidebyside.sections import IDS_A_TURN, SCRIPTS, Script, Section, sections
 from sidebyside.tables import big_table, machine_lines, script_lines
 from sidebyside.telling import Telling
 from sidebyside.texts import ids_of_speeches
@@ -59,6 +59,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=None, help="5, or 3 with --quick")
     parser.add_argument("--windows", type=int, nargs="+", default=None, help="window lengths")
+    parser.add_argument("--ids", type=int, help="scored in a turn: 2048, or 1024 with --quick")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER of your own")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true", help="measure what is there already")
@@ -66,6 +67,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, help="write the tables between its two marks")
     found = parser.parse_args(arguments)
     found.rounds = found.rounds or (3 if found.quick else 5)
+    found.ids = found.ids or (IDS_A_TURN // 2 if found.quick else IDS_A_TURN)
     found.windows = tuple(found.windows or ((512,) if found.quick else (512, 1024, 2048)))
     return found
 
@@ -74,9 +76,9 @@ def _plan(options: argparse.Namespace) -> Iterator[Section | Script]:
     names = [text.partition("=")[0] for text in options.model]
     models = names or (["demo"] if options.quick else ["demo", "gpt2"])
     wanted = options.contenders and options.contenders.split(",")
-    for section in sections(dict.fromkeys(models, Path()), options.windows):
+    for section in sections(dict.fromkeys(models, Path()), options.windows, options.ids):
         if _is_wanted(section.name, options.only):
-            yield _narrowed(quick(section) if options.quick else section, wanted)
+            yield _narrowed(section, wanted)
     for script in SCRIPTS:
         asked = any(part in script.name for part in options.only)
         if asked or not (options.only or script.opt_in or (options.quick and script.name == "igf")):

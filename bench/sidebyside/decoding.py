@@ -22,7 +22,7 @@ from sidebyside.perplexit_ways import Evaluating
 from sidebyside.transformers_loops import load_transformers
 from sidebyside.workloads import Workload
 
-LONGEST_REAL = 256
+LONGEST_REAL = 128
 POSITIONS = 6
 WINDOWS_TOGETHER = 64
 Step = Callable[[], object]

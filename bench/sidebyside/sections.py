@@ -1,7 +1,7 @@
 """What `bench/run.py` measures: each section one model, dtype and window, and who takes turns."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sidebyside.contenders import PROGRAMS
@@ -11,7 +11,6 @@ OTHERS = ("perplexit nll", "hf evaluate", "mlc's hf loop", "llama.cpp")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 GPT2_POSITIONS = 1024
 IDS_A_TURN = 2048
-GPT2_IDS_A_TURN = 1024  # half: the second model says whether the first was an exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,32 +58,41 @@ SCRIPTS = (
 )
 
 
-def sections(models: Mapping[str, Path], lengths: tuple[int, ...]) -> Iterator[Section]:
-    """Every alternation, in an order in which few workers are loaded twice."""
-    for model in models:
+def sections(
+    models: Mapping[str, Path], lengths: tuple[int, ...], ids_a_turn: int = IDS_A_TURN
+) -> Iterator[Section]:
+    """Every alternation, in an order in which few workers are loaded twice.
+
+    The second model's turns have half the ids: it says whether the first was an exception.
+    """
+    for number, model in enumerate(models):
+        first = number == 0
         longest = GPT2_POSITIONS if model == "gpt2" else max(lengths)
         kept = tuple(length for length in lengths if length <= longest)
         middle = kept[min(1, len(kept) - 1)]
+        ids = ids_a_turn if first else ids_a_turn // 2
         for length in kept:
-            full = length == middle and model != "gpt2"
-            yield whole_windows(model, "fp32", length, OTHERS if full else ())
-        yield strided(model, middle)
-        if model != "gpt2":
-            yield openvino(model, middle)
-            yield cached(model, middle)
+            others = OTHERS if first and length == middle else ()
+            yield whole_windows(model, "fp32", length, ids // length, others)
+        yield strided(model, middle, ids_a_turn // middle)
+        if first:
+            yield openvino(model, middle, ids // middle)
+            yield cached(model, middle, ids // middle)
         for length in kept:
-            yield whole_windows(model, "bf16", length)
+            yield whole_windows(model, "bf16", length, ids // length)
 
 
-def whole_windows(model: str, label: str, length: int, others: tuple[str, ...] = ()) -> Section:
+def whole_windows(
+    model: str, label: str, length: int, windows: int, others: tuple[str, ...] = ()
+) -> Section:
     """Full windows, each in one forward pass."""
     *most, gemm = EVERYWHERE
     contenders = (*most, *others, gemm)
-    count = max(1, (GPT2_IDS_A_TURN if model == "gpt2" else IDS_A_TURN) // length)
-    return Section(f"{model}-{label}-{length}", model, DTYPES[label], length, contenders, count)
+    name = f"{model}-{label}-{length}"
+    return Section(name, model, DTYPES[label], length, contenders, max(1, windows))
 
 
-def strided(model: str, length: int) -> Section:
+def strided(model: str, length: int, windows: int) -> Section:
     """Half a window of context before every new half."""
     return Section(
         f"{model}-strided-{length}",
@@ -92,21 +100,21 @@ def strided(model: str, length: int) -> Section:
         "float32",
         length,
         ("perplexit", "hf guide"),
-        max(2, IDS_A_TURN // length),
+        max(2, windows),
         base="hf guide",
         stride=length // 2,
     )
 
 
-def openvino(model: str, length: int) -> Section:
+def openvino(model: str, length: int, windows: int) -> Section:
     """Everything that might be the fastest, against the plain loop and the harness in float32."""
     ours = ("openvino fp32", "openvino bf16", "openvino int8", "openvino int8 bf16")
     contenders = ("perplexit", "perplexit bf16", *ours, "plain loop", "lm-eval")
-    count = max(1, IDS_A_TURN // length)
-    return Section(f"{model}-openvino-{length}", model, "float32", length, contenders, count)
+    name = f"{model}-openvino-{length}"
+    return Section(name, model, "float32", length, contenders, max(1, windows))
 
 
-def cached(model: str, length: int) -> Section:
+def cached(model: str, length: int, windows: int) -> Section:
     """Decode against a cache, as compiled programs are run."""
     ours = ("perplexit cached, 64 windows", "perplexit cached, 128 a call")
     return Section(
@@ -115,13 +123,8 @@ def cached(model: str, length: int) -> Section:
         "float32",
         length,
         (*ours, "one token a call"),
-        max(1, IDS_A_TURN // length),
+        max(1, windows),
         base="one token a call",
         reference="one token a call",
         check=min(128, length // 2),
     )
-
-
-def quick(section: Section) -> Section:
-    """The section with half as many windows, at least one (two where windows overlap)."""
-    return replace(section, windows=max(2 if section.stride else 1, section.windows // 2))

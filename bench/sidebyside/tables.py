@@ -49,6 +49,12 @@ def peak_bytes(record: Record, name: str) -> float | None:
     return None if found is None else float(found)
 
 
+def loaded_bytes(record: Record, name: str) -> float | None:
+    """The resident set before a turn: libraries, weights, and whatever was made of them."""
+    found = record["contenders"].get(name, {}).get("memory", {}).get("loaded_bytes")
+    return None if found is None else float(found)
+
+
 def mean_nll(record: Record, name: str) -> float | None:
     """Nats a token: of the check where there was one, else of the turn that measured memory."""
     entry = record["contenders"].get(name, {})
@@ -60,14 +66,14 @@ def big_table(records: Mapping[str, Record]) -> list[str]:
     """Every contender of every alternation."""
     lines = [
         "| section | | tokens/s | × base | × lm-eval | share of the GEMM ceiling "
-        "| with attention | peak beyond the weights (MiB) | mean nll, nats from the base |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| with attention | loaded (MiB) | peak beyond that (MiB) | mean nll, nats from the base |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for section, record in records.items():
         for name, entry in record["contenders"].items():
             if "error" in entry:
                 lines.append(
-                    f"| {section} | {name} | failed: {_one_line(entry['error'])} |{' |' * 6}"
+                    f"| {section} | {name} | failed: {_one_line(entry['error'])} |{' |' * 7}"
                 )
             else:
                 base = " (the base)" if name == record["base"] else ""
@@ -85,6 +91,7 @@ def _row(record: Record, name: str) -> str:
         _shown(ratio_to(record, name, "lm-eval"), ".2f"),
         _shown(share and share[0], ".2f"),
         _shown(share and share[1], ".2f"),
+        _shown(_mib(loaded_bytes(record, name)), ",.0f"),
         _shown(_mib(peak_bytes(record, name)), ",.0f"),
         _difference(mean_nll(record, name), mean_nll(record, base)),
     ]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from perplexit.resources.freed_memory import return_freed_memory
-from perplexit.resources.host import HostMemory, rss_bytes
+from perplexit.resources.host import HostMemory
 from sidebyside.contenders import Contender, Scored, Setting, open_contender
 from sidebyside.pool import pin_to_cores
 from sidebyside.workloads import Workload
@@ -32,7 +32,6 @@ class Answering:
 
     def __init__(self, contender: str, setting: Setting) -> None:
         began = time.perf_counter()
-        self.before_bytes = rss_bytes()
         self.contender: Contender = open_contender(contender, setting)
         self.load_seconds = time.perf_counter() - began
         self.workload: Workload | None = None
@@ -88,7 +87,6 @@ class Answering:
             scored = turn()
         return dataclasses.asdict(scored) | {
             "loaded_bytes": memory.start_bytes,
-            "before_bytes": self.before_bytes,
             # Where a part of the turn is timed alone, the turn's memory is nobody's.
             "peak_bytes": None if scored.seconds else memory.peak_bytes - memory.start_bytes,
         }

@@ -284,7 +284,7 @@ def test_the_table_has_a_row_a_contender() -> None:
     assert len(rows) == 4
     assert "1.20" in rows[0]
     assert "failed: no such / thing" in rows[2]
-    assert {row.count(" |") for row in rows} == {9}
+    assert {row.count(" |") for row in rows} == {10}
 
 
 def test_the_page_keeps_its_prose(tmp_path: Path) -> None:
