@@ -15,7 +15,7 @@ from perplexit.sessions import pytorch_placement
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.pytorch_placement import check_attention, devices_of, head_device, places_of
-from perplexit.sessions.tensor_parallel import ProcessGroup
+from perplexit.sessions.tensor_parallel import ProcessGroup, check_split
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE
 
@@ -192,6 +192,17 @@ def test_a_process_that_dies_ends_the_step_with_an_error_and_leaves_nothing_behi
     assert not torch.distributed.is_initialized()
     assert follower.poll() is not None
     split.close()
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(tiny_llama_dir) -> None:
+    """Four heads, two of keys and values."""
+    module = PytorchInferenceSession(tiny_llama_dir).module
+    with pytest.raises(CapabilityError, match="num_attention_heads of 4, got 3"):
+        check_split(module, 3)
+    with pytest.raises(CapabilityError, match="num_key_value_heads of 2, got 4"):
+        check_split(module, 4)
+    with pytest.raises(CapabilityError, match="no plan for splitting LlamaForCausalLM"):
+        check_split(module, 2)  # it was loaded whole
 
 
 def test_a_group_that_cannot_be_is_refused() -> None:

@@ -27,6 +27,8 @@ def first_forward(
             opened.module, id_limit, row_by_row=opened.batch_invariant, blocked_head=blocked_head
         )
     except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
+        if opened.group is not None:
+            raise opened.group.failure(error) from error
         if not opened.spread:
             raise
         raise ModelError(

@@ -205,7 +205,7 @@ def _loaded_together(
         checkpoint = load_checkpoint(
             model, dtype=dtype, device=None, options=options, split_over=group.size
         )
-        check_split(checkpoint.model)
+        check_split(checkpoint.model, group.size)
     except BaseException:
         group.close(at_once=True)
         raise

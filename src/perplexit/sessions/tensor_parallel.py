@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.sessions.pytorch_call import CachePlace
 from perplexit.sessions.pytorch_forward import ForwardPass
+from perplexit.sessions.pytorch_module import config_integer
 
 _STOP, _ROWS, _HEAD = range(3)
 _HEADER_LENGTH = 4  # step, two sizes, whether there is a mask
@@ -175,8 +176,18 @@ def join(rank: int, size: int, port: int, device: torch.device) -> None:
     )
 
 
-def check_split(module: nn.Module) -> None:
-    """Raise CapabilityError where no weight was split: every process would do everything."""
+def check_split(module: nn.Module, size: int) -> None:
+    """Raise CapabilityError where `size` processes cannot each have their part of every layer.
+
+    Where no weight was split, every process would do everything.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = config_integer(module, name)
+        if heads is not None and heads % size:
+            raise CapabilityError(
+                f"expected --tensor-parallel to divide the model's {name} of {heads}, got {size}; "
+                "a head is computed by one process"
+            )
     if not any(hasattr(parameter, "placements") for parameter in module.parameters()):
         raise CapabilityError(
             f"transformers has no plan for splitting {type(module).__name__} over processes; "

@@ -38,7 +38,7 @@ def _follow(settings: dict[str, Any]) -> None:
     module = load_checkpoint(
         settings["model"], dtype=dtype, device=None, options=settings["options"], split_over=size
     ).model
-    check_split(module)
+    check_split(module, size)
     with scoring_settings(module, settings["threads"], owned=True):
         # The same probe as the leader's, step by step: it runs the layers too.
         forward, _ = find_forward(module, num_embeddings(module) or 2)
