@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -286,3 +287,27 @@ def test_finishing_replaces_an_older_file_in_one_step(tmp_path, tokenizer):
     assert TokenFile.open(path).input_fingerprint == newer.input_fingerprint
     assert bytes(older.text_bytes) == b"An older text."  # who holds the old one keeps it
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_verifying_a_file_does_not_hold_it_in_memory(tmp_path):
+    """A page of the map that was touched counts as the process's own: none is, until it is used."""
+    ids = np.arange(5_000_000, dtype=np.int32)
+    path = tmp_path / "x.safetensors"
+    rows = np.array([[0, 0, 4, 1, 4, 0, -1]])
+    spec = {"protocol": {"name": "test"}, "domains": [], "tokenizer": {"vocab_size": len(ids)}}
+    with TokenFileWriter(path, masked=False, has_text=False) as writer:
+        batch = EncodedBatch.without_text(ids, [len(ids)])
+        writer.append(batch, domains_D=np.array([-1], np.int32), windows=rows)
+        writer.finish(spec, tokenizer_fingerprint="")
+    assert path.stat().st_size > 64e6
+    before = _mapped_bytes()
+    tokens = TokenFile.open(path)
+    assert _mapped_bytes() - before < 4e6
+    assert int(np.asarray(tokens.token_ids).sum()) == int(ids.sum(dtype=np.int64))
+    assert _mapped_bytes() - before > 16e6  # so they would have been seen
+
+
+def _mapped_bytes():
+    with open("/proc/self/status") as file:
+        return next(int(x.split()[1]) * 1024 for x in file if x.startswith("RssFile"))
