@@ -1,6 +1,8 @@
 """Packed linear layers and fused blocks: the same numbers, the same checkpoint, the way back."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -12,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from perplexit.errors import UsageError
+from perplexit.sessions import causal_attention as causal_attention_module
 from perplexit.sessions import pytorch_kernels
+from perplexit.sessions.causal_attention import causal_attention
 from perplexit.sessions.fused_mlp import fuse_mlps, unfuse_mlps
 from perplexit.sessions.packed_linear import PackedLinear, can_pack, pack_linears, unpack_linears
 from perplexit.sessions.pytorch import PytorchInferenceSession
@@ -235,3 +239,71 @@ def test_unpacking_gives_the_same_bits_back():
     unpack_linears(model)
     state, expected = model.state_dict(), twin.state_dict()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [2, 127, 128, 129, 300])
+@pytest.mark.parametrize("num_kv_heads", [2, 6])
+def test_attention_by_query_blocks_is_causal_attention(dtype, length, num_kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, length, heads, 16, generator=generator).to(dtype).transpose(1, 2)
+        for heads in (6, num_kv_heads, num_kv_heads)
+    )
+    scores = query.double() @ key.double().repeat_interleave(6 // num_kv_heads, 1).transpose(2, 3)
+    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
+    weights = (0.3 * scores).masked_fill(ahead, -torch.inf).softmax(-1)
+    expected = weights @ value.double().repeat_interleave(6 // num_kv_heads, 1)
+    got = causal_attention(query, key, value, 0.3)
+    assert got.dtype == dtype
+    assert (got - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_whole_windows_go_by_query_blocks_and_padded_ones_by_the_model_s_mask(
+    tiny_llama_dir, monkeypatch
+):
+    session = PytorchInferenceSession(tiny_llama_dir)
+    assert session.description.settings["attention"] == causal_attention_module.NAME
+    lengths = []
+    monkeypatch.setattr(
+        causal_attention_module,
+        "causal_attention",
+        lambda query, *rest: lengths.append(query.shape[2]) or causal_attention(query, *rest),
+    )
+    window = random_window(3, 200, VOCAB_SIZE)
+    alone = session.token_nll([window])[0]
+    assert lengths == [199, 199]
+    together = session.token_nll([window, WINDOWS[2]])[0]
+    assert lengths == [199, 199]
+    expected = oracle_details(plain_model("llama"), window).nll_N
+    assert np.abs(alone - expected).max() < 1e-5
+    assert np.abs(together - expected).max() < 1e-5
+
+
+def test_an_attention_that_does_more_keeps_its_own(tiny_gemma2_dir):
+    """Gemma 2 caps the scores, which no kernel here does."""
+    settings = PytorchInferenceSession(tiny_gemma2_dir).description.settings
+    assert settings["attention"] == "eager"
+    assert settings["kernels"] == "packed"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_stays_with_the_process_until_it_is_given_back():
+    """Large blocks freed and asked for again cost page faults by default."""
+    script = (
+        "import resource, torch\n"
+        "from perplexit.resources.allocator import keep_freed_memory, give_freed_memory_back\n"
+        "kept = keep_freed_memory()\n"
+        "blocks = lambda: len([torch.ones(2**20) for _ in range(3)])\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "blocks(); before = faults(); [blocks() for _ in range(20)]; again = faults() - before\n"
+        "give_freed_memory_back(); before = faults(); blocks()\n"
+        "print(kept, again, faults() - before)\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kept, again, after = done.stdout.split()
+    if kept == "False":
+        pytest.skip("another C library")
+    assert int(again) < 6000  # 20 times 12 MiB are 61,440 pages
+    assert int(after) > 1000

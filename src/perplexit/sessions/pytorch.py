@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
 from perplexit.inputs.windows import WindowIds
+from perplexit.resources.allocator import give_freed_memory_back
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
 from perplexit.sessions.pytorch_arrangement import arranged, described, first_forward, refuse_cache
 from perplexit.sessions.pytorch_batch import PaddedBatch, batches_of, check_windows, fed_length
@@ -256,6 +257,8 @@ class PytorchInferenceSession:
         self._forward = WholeForward(self._module)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        elif self._opened.source is not None:
+            give_freed_memory_back()
 
     def _checked_and_scored(
         self, windows: Sequence[WindowIds], with_details: bool, top_k: int

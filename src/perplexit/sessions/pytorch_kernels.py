@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.errors import UsageError
+from perplexit.resources.allocator import keep_freed_memory
 from perplexit.sessions.base import SessionDescription
+from perplexit.sessions.causal_attention import use_causal_blocks, use_sdpa
 from perplexit.sessions.fused_mlp import fuse_mlps, unfuse_mlps
 from perplexit.sessions.packed_linear import pack_linears, unpack_linears
 from perplexit.sessions.pytorch_call import ModuleCall, field_of
@@ -24,7 +26,7 @@ from perplexit.sessions.pytorch_module import num_embeddings
 
 KERNELS = ("packed", "plain")
 _ENVIRONMENT = "PERPLEXIT_KERNELS"
-_PROBE_SHAPE = (2, 33)  # more rows than a kernel's smallest tile, and not a multiple of one
+_PROBE_SHAPE = (2, 133)  # more than one block of queries, and no multiple of a tile
 # Of the logits' spread, as root mean squares: additions in another order, through all layers.
 # In bfloat16 a deep model's own rounding is a twentieth; another computation gives more than one.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
@@ -74,12 +76,19 @@ def pack_model(model: nn.Module) -> Mapping[str, Any]:
     num_linears = pack_linears(model)
     if not num_linears:
         return _PLAIN
-    num_mlps = fuse_mlps(model)
+    num_mlps, blocks = fuse_mlps(model), use_causal_blocks(model)
     if not _close(expected, _logits(model, ids_BT)):
         unfuse_mlps(model)
         unpack_linears(model)
+        if blocks:
+            use_sdpa(model)
         return _PLAIN
-    return {"kernels": "packed", "packed_linears": num_linears, "fused_mlps": num_mlps}
+    return {
+        "kernels": "packed",
+        "packed_linears": num_linears,
+        "fused_mlps": num_mlps,
+        "keeps_freed_memory": keep_freed_memory(),
+    }
 
 
 def _close(expected: Tensor, got: Tensor) -> bool:
