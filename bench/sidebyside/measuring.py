@@ -102,7 +102,8 @@ class Alternation:
 
     def _check(self) -> Workload:
         length = self.section.check or 0
-        return Workload.of_windows(self.bench.ids[self.section.model], 1, length)
+        ids = self.bench.ids[self.section.model]
+        return Workload.of_windows(ids, self.section.check_windows, length)
 
     def _turn(self, name: str, found: dict[str, Any]) -> dict[str, Any]:
         reply = self.pool.worker(name, self._setting(name)).ask(do="turn")

@@ -19,7 +19,8 @@ class Section:
 
     base:      whom the others are held against. reference: whose losses, token by token.
     windows:   full windows a turn; with `stride`, one text of that many windows' ids.
-    check:     a window length at which all must first give the same losses, decoded for real.
+    check, check_windows: windows of which length, and how many, are first scored by all in full,
+               to tell their losses apart; None where a turn's own losses do.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Section:
     reference: str = "perplexit"
     stride: int | None = None
     check: int | None = None
+    check_windows: int = 1
 
     def program_of(self, contender: str) -> tuple[str, str | None] | None:
         """(engine, quantization) of the program that a contender runs; None: the checkpoint."""
@@ -111,7 +113,17 @@ def openvino(model: str, length: int, windows: int) -> Section:
     ours = ("openvino fp32", "openvino bf16", "openvino int8", "openvino int8 bf16")
     contenders = ("perplexit", "perplexit bf16", *ours, "plain loop", "lm-eval")
     name = f"{model}-openvino-{length}"
-    return Section(name, model, "float32", length, contenders, max(1, windows))
+    # Half the ids a turn, and more for the perplexities: bfloat16 takes thousands to tell apart.
+    return Section(
+        name,
+        model,
+        "float32",
+        length,
+        contenders,
+        max(1, windows // 2),
+        check=length,
+        check_windows=max(1, 2 * windows),
+    )
 
 
 def cached(model: str, length: int, windows: int) -> Section:
