@@ -122,9 +122,10 @@ def test_quantizing_the_head_leaves_a_tied_embedding_as_it_was(tiny_gpt2_dir):
 @pytest.mark.parametrize("precision", [*PLAIN, "mxfp4:head"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_saved_after_scoring_and_loaded_again_it_scores_the_same(
-    precision, kind, request, tmp_path
+    precision, kind, request, tmp_path, monkeypatch
 ):
     """Trap 38, where the weights stay plain tensors."""
+    monkeypatch.setenv("PERPLEXIT_KERNELS", "plain")  # as the quantized model's own
     session = load_session(
         f"hf:{request.getfixturevalue(f'tiny_{kind}_dir')}", quantization=precision
     )
