@@ -102,7 +102,7 @@ class ProgramMetadata:
     """Everything a session must know of a program before it runs.
 
     perplexity: True: ids and targets in, one nll a target out. False: ids in, logits out.
-    head_rows:  rows of logits alive at a time inside a perplexity program; None: all of a call's.
+    head_rows:  rows of logits alive at a time inside a perplexity program.
     head_columns: columns of logits alive at a time; None: the whole vocabulary.
     cache:      of a program that can be fed a window in blocks; None: whole windows alone.
     """

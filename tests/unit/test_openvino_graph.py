@@ -62,23 +62,28 @@ def test_the_head_in_blocks_is_the_models_own(name, request, monkeypatch):
     assert np.abs(nll_of(model, SHORT) - exact_nll(model, SHORT)).max() < 1e-4
 
 
-def test_no_more_columns_than_a_blocks_are_ever_made(tiny_llama_dir, monkeypatch):
+def test_no_more_logits_than_a_block_are_ever_made(tiny_llama_dir, monkeypatch):
     monkeypatch.setattr(openvino_head, "_FEWEST_COLUMNS", COLUMNS)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     graph = convert_graph(model, perplexity=True, shapes=ProgramShapes())
-    widths = {
-        int(output.get_partial_shape()[1].get_length())
-        for op in graph.get_ops()
-        if op.get_type_name() == "MatMul" and op.get_friendly_name().startswith("perplexit_head")
-        for output in op.outputs()
-        if output.get_partial_shape().rank.get_length() == 2
-    } | {
-        int(op.get_output_partial_shape(0)[2].get_length())
-        for op in graph.get_ops()
-        if op.get_type_name() == "MatMul" and op.get_output_partial_shape(0).rank.get_length() == 3
-    }
-    assert {COLUMNS, 32} <= widths
-    assert VOCAB_SIZE not in widths
+    (loop,) = (op for op in graph.get_ops() if op.get_type_name() == "Loop")
+    products = [op for op in loop.get_function().get_ops() if op.get_type_name() == "MatMul"]
+    sizes = [int(np.prod(list(op.get_output_shape(0)))) for op in products]
+    assert sorted(sizes) == [32 * openvino_head.ROWS, *[COLUMNS * openvino_head.ROWS] * 3]
+    body = [op for op in graph.get_ops() if op.get_type_name() == "MatMul"]
+    last = [op.get_output_partial_shape(0)[-1] for op in body]
+    assert all(axis.is_dynamic or axis.get_length() != VOCAB_SIZE for axis in last)
+
+
+@pytest.mark.parametrize("num_targets", [127, 128, 129, 257])
+def test_targets_that_fill_the_last_turn_and_those_that_do_not(num_targets, llama_graph):
+    model, program = llama_graph
+    windows = [
+        random_window(seed, n + 1, VOCAB_SIZE) for seed, n in enumerate((99, num_targets - 99))
+    ]
+    nll = np.concatenate(program_nll(program.run, windows, ProgramShapes()))
+    assert len(nll) == num_targets
+    assert np.abs(nll - exact_nll(model, windows)).max() < 1e-4
 
 
 @pytest.mark.parametrize(

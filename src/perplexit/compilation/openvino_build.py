@@ -11,7 +11,7 @@ from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
 from perplexit.compilation.model_parts import describe_model, memory_of
 from perplexit.compilation.openvino_graph import convert_graph
-from perplexit.compilation.openvino_head import HEAD_PREFIX, columns_at_a_time
+from perplexit.compilation.openvino_head import HEAD_PREFIX, ROWS, columns_at_a_time
 from perplexit.compilation.targets import CompileRequest
 from perplexit.compilation.verification import (
     checkpoint_losses,
@@ -38,7 +38,7 @@ def build_openvino_program(
     model: Any = checkpoint.model
     source = checkpoint.source
     described = describe_model(model, address=source.address, fingerprint=source.fingerprint)
-    shapes = replace(request.shapes, num_targets=None)  # the head takes any number
+    shapes = replace(request.shapes, num_targets=None)  # the loop takes any number
     windows = verification_windows(described, shapes)
     path = folder / MODEL_FILE
     graph = convert_graph(model, perplexity=request.perplexity, shapes=shapes)
@@ -68,6 +68,7 @@ def build_openvino_program(
         verification=verification,
         files=files_of(folder),
         quantization=quantization,
+        head_rows=ROWS if request.perplexity else None,
         head_columns=columns_at_a_time(described.vocab_size) if request.perplexity else None,
         made_by=_versions(),
     )

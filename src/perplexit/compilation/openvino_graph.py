@@ -15,7 +15,7 @@ from openvino import opset13 as ops
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.compilation.model_parts import Body, LogitsHead, exportable_attention
 from perplexit.compilation.openvino_attention import skip_future_keys
-from perplexit.compilation.openvino_head import mark_head, nll_in_blocks
+from perplexit.compilation.openvino_head import mark_head, nll_of_targets
 from perplexit.errors import CompilationError
 from perplexit.programs import ProgramShapes
 from perplexit.quantization.openvino_engine import BOUNDARY
@@ -26,8 +26,8 @@ _LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
 def convert_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ov.Model:
     """The graph of a transformers causal language model (left in eager attention and eval mode).
 
-    With `perplexity`: input_ids_BT, target_rows_N, target_ids_N → nll_N, the head block by block
-    of the vocabulary. Without: input_ids_BT → logits_BTV.
+    With `perplexity`: input_ids_BT, target_rows_N, target_ids_N → nll_N, the head in a loop over
+    rows of targets, block by block of the vocabulary. Without: input_ids_BT → logits_BTV.
     Raises CompilationError where the model cannot be traced or converted.
     """
     model.eval().requires_grad_(False)
@@ -96,9 +96,8 @@ def _with_loss_head(model: Any, body: ov.Model) -> ov.Model:
     target_rows_N.output(0).get_tensor().set_names({"target_rows"})
     target_ids_N.output(0).get_tensor().set_names({"target_ids"})
     hidden_size = int(hidden_BTD.get_partial_shape()[2].get_length())
-    flat = ops.reshape(hidden_BTD, _ints(-1, hidden_size), special_zero=False)
-    hidden_ND = ops.gather(flat, target_rows_N, ops.constant(np.int64(0)))
-    nll_N = nll_in_blocks(model, hidden_ND, target_ids_N, _converted)
+    hidden_ND = ops.reshape(hidden_BTD, _ints(-1, hidden_size), special_zero=False)
+    nll_N = nll_of_targets(model, hidden_ND, target_rows_N, target_ids_N, _converted)
     nll_N.output(0).get_tensor().set_names({"nll"})
     inputs = [*_ids_of(body), target_rows_N, target_ids_N]
     return ov.Model([nll_N.output(0)], inputs, "perplexity")

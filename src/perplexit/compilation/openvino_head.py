@@ -1,10 +1,12 @@
-"""The perplexity head of an OpenVINO graph: log-sum-exp over blocks of the vocabulary.
+"""The perplexity head of an OpenVINO graph: a loop over rows of targets, blocks of the vocabulary.
 
-Every block is a node with its own constant slice of the head's matrix, which the engine packs once
-for its matrix product; the rows of a call are never cut, so that no loop and no padding is needed.
+In a turn of the loop every size is fixed, so that the blocks use the same memory one after the
+other (of sizes that the engine does not know, each has its own), and small enough that a block of
+logits is still in the cache when its exponentials are taken. Each block is a node with its own
+constant slice of the head's matrix, which the engine packs once.
 
-Shape suffixes: N = targets over all windows, D = hidden size, V = vocabulary, C = columns of a
-block, K = blocks.
+Shape suffixes: N = targets over all windows, R = rows of a turn, L = turns, D = hidden size,
+V = vocabulary, C = columns of a block, K = blocks.
 """
 
 import copy
@@ -21,9 +23,8 @@ from perplexit.compilation.model_parts import LogitsHead
 from perplexit.errors import CompilationError
 
 HEAD_PREFIX = "perplexit_head"
-# Columns of logits alive at a time. A row of them takes what a hidden state takes; fewer columns
-# leave the matrix product waiting, more fall out of the cache between it and the exponentials.
-_FEWEST_COLUMNS = 1024
+ROWS = 128  # fewer make slower products, more fill up the last turn with rows for nothing
+_FEWEST_COLUMNS = 1024  # with 128 rows half a megabyte: more is not quicker
 _MOST_BLOCKS = 256  # of a very large vocabulary: every block is a handful of nodes to compile
 
 Convert = Callable[..., ov.Model]  # a module and its example inputs → its graph
@@ -35,39 +36,83 @@ def columns_at_a_time(vocab_size: int) -> int:
     return min(vocab_size, max(_FEWEST_COLUMNS, -(-shared // 64) * 64))
 
 
-def nll_in_blocks(model: Any, hidden_ND: Any, target_ids_N: Any, convert: Convert) -> Any:
-    """Nodes that give nll_N of the target ids, float32, by the model's own head.
+def nll_of_targets(
+    model: Any, hidden_ND: Any, target_rows_N: Any, target_ids_N: Any, convert: Convert
+) -> Any:
+    """A node that gives nll_N, float32, by the model's own head.
 
-    nll = log Σ_k s_k·exp(m_k − m) + m − own, with m_k and s_k = Σ exp(logit − m_k) of block k,
-    m = max m_k, and own the target's logit.
+    `hidden_ND` are the states of all windows end to end, of which `target_rows_N` predict.
     Raises CompilationError where the head has no single matrix.
     """
-    vocab_size = len(_output_linear(model)[1].weight)
-    columns = columns_at_a_time(vocab_size)
-    target_N1 = ops.unsqueeze(target_ids_N, _ints(1))
-    column_N1 = ops.floor_mod(target_N1, _ints(columns))
-    largest, sums, own = [], [], []
-    for index, logits_NC in enumerate(_block_logits(model, hidden_ND, columns, convert)):
-        largest_N1 = ops.reduce_max(logits_NC, _ints(1), keep_dims=True)
-        shifted_NC = ops.exp(ops.subtract(logits_NC, largest_N1))
-        largest.append(largest_N1)
-        sums.append(ops.reduce_sum(shifted_NC, _ints(1), keep_dims=True))
-        last = min(columns, vocab_size - index * columns) - 1
-        inside_N1 = ops.minimum(column_N1, _ints(last))  # the last block is narrower
-        own.append(ops.gather_elements(logits_NC, inside_N1, axis=1))
-    largest_NK, sums_NK, own_NK = (ops.concat(each, axis=1) for each in (largest, sums, own))
-    block_N1 = ops.divide(target_N1, _ints(columns))
-    own_N1 = ops.gather_elements(own_NK, block_N1, axis=1)
-    top_N1 = ops.reduce_max(largest_NK, _ints(1), keep_dims=True)
-    scaled_NK = ops.multiply(sums_NK, ops.exp(ops.subtract(largest_NK, top_N1)))
-    log_sum_N1 = ops.log(ops.reduce_sum(scaled_NK, _ints(1), keep_dims=True))
-    return ops.squeeze(ops.add(log_sum_N1, ops.subtract(top_N1, own_N1)), _ints(1))
+    num_targets = ops.shape_of(target_rows_N, output_type="i64")
+    turns = [_in_turns(values, num_targets) for values in (target_rows_N, target_ids_N)]
+    num_turns = ops.gather(ops.shape_of(turns[0], output_type="i64"), _int(0), _int(0))
+    loop = ops.loop(num_turns, ops.constant(True, ov.Type.boolean))
+    body = _turn(model, int(hidden_ND.get_output_partial_shape(0)[1].get_length()), convert)
+    loop.set_function(body)
+    rows_1R, ids_1R, states_ND = body.get_parameters()
+    for inner, outer in ((rows_1R, turns[0]), (ids_1R, turns[1])):
+        loop.set_sliced_input(inner, outer.output(0), 0, 1, 1, -1, 0)
+    loop.set_invariant_input(states_ND, hidden_ND.output(0))
+    goes_on, nll_1R = body.get_results()
+    loop.set_special_body_ports([-1, 0])
+    loop.get_iter_value(goes_on.output(0), -1)
+    nll_LR = loop.get_concatenated_slices(nll_1R.output(0), 0, 1, 1, -1, 0)
+    flat = ops.reshape(nll_LR, _ints(-1), special_zero=False)
+    return ops.slice(flat, _ints(0), num_targets, _ints(1), _ints(0))
 
 
 def mark_head(head: ov.Model) -> None:
     """Name the head's nodes, so that no weight compression takes them."""
     for index, op in enumerate(head.get_ops()):
         op.set_friendly_name(f"{HEAD_PREFIX}.{index}")
+
+
+def _in_turns(values_N: Any, num_targets: Any) -> Any:
+    """(N) → (L, R), filled up with zeros."""
+    missing = ops.floor_mod(ops.negative(num_targets), _ints(ROWS))
+    padded = ops.pad(values_N, _ints(0), missing, "constant", ops.constant(0, ov.Type.i64))
+    return ops.reshape(padded, _ints(-1, ROWS), special_zero=False)
+
+
+def _turn(model: Any, hidden_size: int, convert: Convert) -> ov.Model:
+    """One turn of the loop: (1, R) rows, (1, R) ids and all hidden states → (1, R) losses."""
+    rows_1R = ops.parameter(ov.PartialShape([1, ROWS]), ov.Type.i64)
+    ids_1R = ops.parameter(ov.PartialShape([1, ROWS]), ov.Type.i64)
+    states_ND = ops.parameter(ov.PartialShape([-1, hidden_size]), ov.Type.f32)
+    hidden_RD = ops.gather(states_ND, ops.squeeze(rows_1R, _ints(0)), _int(0))
+    nll_R = _nll_in_blocks(model, hidden_RD, ops.squeeze(ids_1R, _ints(0)), convert)
+    nll_1R = ops.unsqueeze(nll_R, _ints(0))
+    goes_on = ops.constant(True, ov.Type.boolean)
+    return ov.Model([goes_on.output(0), nll_1R.output(0)], [rows_1R, ids_1R, states_ND], "turn")
+
+
+def _nll_in_blocks(model: Any, hidden_RD: Any, target_ids_R: Any, convert: Convert) -> Any:
+    """Nodes that give nll_R of the target ids.
+
+    nll = log Σ_k s_k·exp(m_k − m) + m − own, with m_k and s_k = Σ exp(logit − m_k) of block k,
+    m = max m_k, and own the target's logit.
+    """
+    vocab_size = len(_output_linear(model)[1].weight)
+    columns = columns_at_a_time(vocab_size)
+    target_R1 = ops.unsqueeze(target_ids_R, _ints(1))
+    column_R1 = ops.floor_mod(target_R1, _ints(columns))
+    largest, sums, own = [], [], []
+    for index, logits_RC in enumerate(_block_logits(model, hidden_RD, columns, convert)):
+        largest_R1 = ops.reduce_max(logits_RC, _ints(1), keep_dims=True)
+        shifted_RC = ops.exp(ops.subtract(logits_RC, largest_R1))
+        largest.append(largest_R1)
+        sums.append(ops.reduce_sum(shifted_RC, _ints(1), keep_dims=True))
+        last = min(columns, vocab_size - index * columns) - 1
+        inside_R1 = ops.minimum(column_R1, _ints(last))  # the last block is narrower
+        own.append(ops.gather_elements(logits_RC, inside_R1, axis=1))
+    largest_RK, sums_RK, own_RK = (ops.concat(each, axis=1) for each in (largest, sums, own))
+    block_R1 = ops.divide(target_R1, _ints(columns))
+    own_R1 = ops.gather_elements(own_RK, block_R1, axis=1)
+    top_R1 = ops.reduce_max(largest_RK, _ints(1), keep_dims=True)
+    scaled_RK = ops.multiply(sums_RK, ops.exp(ops.subtract(largest_RK, top_R1)))
+    log_sum_R1 = ops.log(ops.reduce_sum(scaled_RK, _ints(1), keep_dims=True))
+    return ops.squeeze(ops.add(log_sum_R1, ops.subtract(top_R1, own_R1)), _ints(1))
 
 
 class _BlocksInTurn(nn.Module):
@@ -105,19 +150,19 @@ class _LogitsInBlocks(nn.Module):
         self.turns = _BlocksInTurn(linear, columns)
         self.head = LogitsHead(_with_module(model, path.split("."), self.turns))
 
-    def forward(self, hidden_ND: Tensor) -> list[Tensor]:
-        """(N, D) → K times (N, C)."""
-        return [self.head(hidden_ND[None]).flatten(0, 1) for _ in self.turns.blocks]
+    def forward(self, hidden_RD: Tensor) -> list[Tensor]:
+        """(R, D) → K times (R, C)."""
+        return [self.head(hidden_RD[None]).flatten(0, 1) for _ in self.turns.blocks]
 
 
-def _block_logits(model: Any, hidden_ND: Any, columns: int, convert: Convert) -> list[Any]:
-    """The logits_NC of each block as a node that reads `hidden_ND`."""
-    hidden_size = int(hidden_ND.get_output_partial_shape(0)[1].get_length())
-    example_ND = torch.linspace(-1, 1, 16 * hidden_size).reshape(16, hidden_size)
-    head = convert(_LogitsInBlocks(model, columns), example_ND)
+def _block_logits(model: Any, hidden_RD: Any, columns: int, convert: Convert) -> list[Any]:
+    """The logits_RC of each block as a node that reads `hidden_RD`."""
+    hidden_size = int(hidden_RD.get_output_partial_shape(0)[1].get_length())
+    example_RD = torch.linspace(-1, 1, ROWS * hidden_size).reshape(ROWS, hidden_size)
+    head = convert(_LogitsInBlocks(model, columns), example_RD)
     mark_head(head)
     for reader in list(head.get_parameters()[0].output(0).get_target_inputs()):
-        reader.replace_source_output(hidden_ND.output(0))
+        reader.replace_source_output(hidden_RD.output(0))
     return [result.input_value(0) for result in head.get_results()]
 
 
@@ -141,6 +186,10 @@ def _with_module(module: Any, path: list[str], replacement: nn.Module) -> Any:
     inner = _with_module(module._modules[name], rest, replacement) if rest else replacement
     changed._modules = {**module._modules, name: inner}
     return changed
+
+
+def _int(value: int) -> Any:
+    return ops.constant(np.int64(value))
 
 
 def _ints(*values: int) -> Any:

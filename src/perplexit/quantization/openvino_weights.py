@@ -72,16 +72,23 @@ def _sizes(constants: list[Any], head_prefix: str) -> dict[str, int]:
 
 
 def _constants(graph: ov.Model) -> tuple[list[Any], list[Any]]:
-    """(the integer matrices, all other constants)."""
+    """(the integer matrices, all other constants), inside loops too."""
     codes: list[Any] = []
     others: list[Any] = []
-    for op in graph.get_ops():
+    for op in _ops_of(graph):
         if op.get_type_name() != "Constant":
             continue
         small = op.get_element_type().to_string() in ("u8", "i8", "u4", "i4")
         is_code = small and not op.get_friendly_name().endswith("/zero_point") and _size(op) > 1
         (codes if is_code else others).append(op)
     return codes, others
+
+
+def _ops_of(graph: Any) -> Iterator[Any]:
+    for op in graph.get_ops():
+        yield op
+        if op.get_type_name() == "Loop":
+            yield from _ops_of(op.get_function())
 
 
 def _size(constant: Any) -> int:
