@@ -22,7 +22,7 @@ from sidebyside.machine import machine, usable_cores
 from sidebyside.measuring import Alternation, Bench, in_own_process
 from sidebyside.pool import Pool, WorkerError, worker_environment
 from sidebyside.scripts import Job, run_script
-from sidebyside.sections import IDS_A_TURN, SCRIPTS, Script, Section, sections
+from sidebyside.sections import IDS_A_TURN, SCRIPTS, Script, Section, section_order, sections
 from sidebyside.tables import big_table, machine_lines, script_lines
 from sidebyside.telling import Telling
 from sidebyside.texts import ids_of_speeches
@@ -165,12 +165,12 @@ def _known(path: Path, conditions: Mapping[str, Any]) -> bool:
 
 
 def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(alternations, scripts) that were measured, by name, in the order of the plan."""
-    found = {path.stem: path for path in sorted(folder.glob("*.json"))}
-    records = {name: json.loads(path.read_text("utf-8")) for name, path in found.items()}
+    """(alternations, scripts) that were measured, by name: shorter windows first."""
+    records = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
     known = [script.name for script in SCRIPTS]
+    alternations = [name for name, record in records.items() if "contenders" in record]
     return (
-        {name: record for name, record in records.items() if "contenders" in record},
+        {name: records[name] for name in sorted(alternations, key=section_order)},
         {name: records[name] for name in known if name in records},
     )
 

@@ -10,6 +10,7 @@ EVERYWHERE = ("perplexit", "plain loop", "lm-eval", "gemm")
 OTHERS = ("perplexit nll", "hf evaluate", "mlc's hf loop", "llama.cpp")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 GPT2_POSITIONS = 1024
+KINDS = ("fp32", "bf16", "strided", "openvino", "cached")
 IDS_A_TURN = 2048
 
 
@@ -82,6 +83,12 @@ def sections(
             yield cached(model, middle, ids // middle)
         for length in kept:
             yield whole_windows(model, "bf16", length, ids // length)
+
+
+def section_order(name: str) -> tuple[str, int, int]:
+    """Where a section comes in a table: by model, what is measured, and window."""
+    model, kind, length = name.rsplit("-", 2)
+    return model, KINDS.index(kind), int(length)
 
 
 def whole_windows(
