@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from perplexit.errors import UsageError
 from perplexit.sessions import causal_attention as causal_attention_module
 from perplexit.sessions import pytorch_kernels
-from perplexit.sessions.causal_attention import causal_attention
+from perplexit.sessions.cached import cached_session
+from perplexit.sessions.causal_attention import causal_attention, folded_attention
 from perplexit.sessions.fused_mlp import fuse_mlps, unfuse_mlps
 from perplexit.sessions.packed_linear import PackedLinear, can_pack, pack_linears, unpack_linears
 from perplexit.sessions.pytorch import PytorchInferenceSession
@@ -257,6 +258,40 @@ def test_attention_by_query_blocks_is_causal_attention(dtype, length, num_kv_hea
     got = causal_attention(query, key, value, 0.3)
     assert got.dtype == dtype
     assert (got - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_heads_that_share_keys_are_folded_into_queries(length):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, length, 16, generator=generator)
+    key, value = torch.randn(2, 3, 2, 40, 16, generator=generator)
+    mask = torch.ones(3, 1, length, 40, dtype=torch.bool).tril(40 - length)
+    mask[1, :, :, :7] = False
+    scores = 0.3 * query.double() @ key.double().repeat_interleave(3, 1).transpose(2, 3)
+    for given in (mask, None):
+        seen = scores if given is None else scores.masked_fill(~given, -torch.inf)
+        expected = seen.softmax(-1) @ value.double().repeat_interleave(3, 1)
+        got = folded_attention(query, key, value, given, 0.3)
+        assert (got - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_decode_reads_shared_keys_once(tiny_llama_dir, monkeypatch, chunk):
+    calls = []
+    monkeypatch.setattr(
+        causal_attention_module,
+        "folded_attention",
+        lambda *args: calls.append(args[0].shape[2]) or folded_attention(*args),
+    )
+    window = random_window(3, 40, VOCAB_SIZE)
+    cached = cached_session(
+        PytorchInferenceSession(tiny_llama_dir), prompt_len=9, decode_chunk=chunk
+    )
+    calls.clear()  # opening probes the cache
+    nll_N = cached.token_nll([window])[0]
+    assert calls == [chunk] * (30 // chunk) * 2
+    expected = oracle_details(plain_model("llama"), window).nll_N
+    assert np.abs(nll_N - expected).max() < 1e-5
 
 
 def test_whole_windows_go_by_query_blocks_and_padded_ones_by_the_model_s_mask(

@@ -18,6 +18,7 @@ from perplexit.functional.nll import TokenStatistics
 _LOG2_E = 1.0 / math.log(2.0)
 # (rows, columns): 1 MiB of float32 logits; 16-bit ones are widened beside, in longer rows.
 _BLOCK, _HALF_BLOCK = (512, 512), (256, 2048)
+_MORE_COLUMNS = 2  # times as many where rows are few: beyond, the weights leave the cache
 _FEWEST = 64  # columns of the product that gives the targets' own logits
 _ROWS_AGAIN = 16
 
@@ -40,7 +41,7 @@ def blocked_statistics(
     """
     most, fewest = _BLOCK if hidden_ND.element_size() >= 4 else _HALF_BLOCK
     rows = max(1, min(block_rows, most, len(hidden_ND)))
-    columns = min(len(weight_VD), most * fewest // rows)
+    columns = min(len(weight_VD), most * fewest // rows, _MORE_COLUMNS * fewest)
     buffers = _Buffers.like(hidden_ND, rows, columns)
     parts = [
         _rows_statistics(

@@ -1,4 +1,4 @@
-"""Causal attention on the CPU by blocks of queries, each with the keys that it can see.
+"""Causal attention on the CPU: by blocks of queries, each with the keys that it can see.
 
 PyTorch's kernel computes whole blocks of up to 512 keys and masks what lies ahead: half of all
 scores in a window of 512, a quarter at 1024. 16-bit queries, keys and values are widened: its
@@ -51,26 +51,37 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' own `sdpa` gives, of shape BTHD."""
-    if attention_mask is None and _sees_its_window(module, (query, key, value), options):
-        heads_BHTD = causal_attention(query, key, value, options.get("scaling"))
-        return heads_BHTD.transpose(1, 2), None
+    states = query, key, value
+    if _is_plain(module, states, options):
+        scaling = options.get("scaling")
+        if attention_mask is None and 1 < query.shape[2] == key.shape[2] <= _LONGEST:
+            return causal_attention(*states, scaling).transpose(1, 2), None
+        if _can_fold(states, attention_mask):
+            return folded_attention(*states, attention_mask, scaling).transpose(1, 2), None
     heads, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return heads, None
 
 
-def _sees_its_window(
+def _is_plain(
     module: nn.Module, states: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]
 ) -> bool:
-    """Whether this is plain causal attention of a window that is short enough to itself."""
+    """Whether this is causal attention of equal heads on the CPU, without additions."""
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     known = all(options[name] is None for name in set(options) - _KNOWN)
     if not (causal and known) or options.get("dropout"):
         return False
-    query, *others = (states_BHTD.shape[2:] for states_BHTD in states)
-    length = query[0]
-    alike = all(shape == query for shape in others)
-    return alike and 1 < length <= _LONGEST and states[0].device.type == "cpu"
+    sizes = {states_BHTD.shape[3] for states_BHTD in states}
+    return len(sizes) == 1 and states[0].device.type == "cpu"
+
+
+def _can_fold(states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None) -> bool:
+    """Whether heads share keys, and a cache is read by few queries under one mask for all heads."""
+    query, key, _ = states
+    shared = query.shape[1] // key.shape[1]
+    if shared == 1 or query.shape[2] * shared > _QUERIES:
+        return False
+    return query.shape[2] == 1 if mask is None else mask.dim() == 4 and mask.shape[1] == 1
 
 
 # What transformers passes along that does not change plain causal attention.
@@ -79,6 +90,28 @@ _KNOWN = {
     "output_attentions", "output_hidden_states", "output_router_logits", "sliding_window",
     "position_embeddings", "return_dict",
 }  # fmt: skip
+
+
+def folded_attention(
+    query_BHTD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    mask_B1TS: Tensor | None,
+    scaling: float | None = None,
+) -> Tensor:
+    """Attention with heads that share keys as so many more queries: keys are read once for all.
+
+    PyTorch reads them once a head, and transformers copies them for each head where there is a
+    mask; for a few ids against a long cache that is most of the time. Laid out as BHTD.
+    """
+    num_batch, num_heads, length, size = query_BHTD.shape
+    shared = num_heads // key_BGSD.shape[1]
+    mask = None if mask_B1TS is None else mask_B1TS.repeat(1, 1, shared, 1)
+    folded = query_BHTD.reshape(num_batch, key_BGSD.shape[1], shared * length, size)
+    out: Tensor = scaled_dot_product_attention(
+        folded, key_BGSD, value_BGSD, attn_mask=mask, scale=scaling
+    )
+    return out.reshape(num_batch, num_heads, length, size)
 
 
 def causal_attention(

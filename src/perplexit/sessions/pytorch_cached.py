@@ -26,7 +26,7 @@ from perplexit.sessions.pytorch_forward import ForwardPass
 from perplexit.sessions.pytorch_module import config_integer
 
 # Beyond, a decode step gains little: its matrix products are no longer bound by reading weights.
-_MOST_WINDOWS = {"cpu": 64, "cuda": 256, "mps": 64}
+_MOST_WINDOWS = {"cpu": 96, "cuda": 256, "mps": 64}
 _SHARE_OF_FREE_MEMORY = 0.4
 _PROBE_IDS = 8
 _PROBE_TOLERANCE = {"float32": 1e-4, "float64": 1e-4}  # of the largest value; else 3e-2
