@@ -39,7 +39,7 @@ class Finding:
 def findings(records: Mapping[str, Record], scripts: Mapping[str, Record]) -> Iterator[Finding]:
     """Every aim that something was measured for."""
     for section, record in records.items():
-        kind = section.split("-")[1]
+        kind = section.rsplit("-", 2)[1]
         if kind in ("fp32", "bf16"):
             yield from _whole_windows(section, record, kind)
         elif kind == "strided":
