@@ -20,6 +20,7 @@ from typing import Any
 from sidebyside.aims import aims_table
 from sidebyside.machine import machine, usable_cores
 from sidebyside.measuring import Alternation, Bench, in_own_process
+from sidebyside.pages import write_part
 from sidebyside.pool import Pool, WorkerError, worker_environment
 from sidebyside.scripts import Job, run_script
 from sidebyside.sections import IDS_A_TURN, SCRIPTS, Script, Section, section_order, sections
@@ -28,8 +29,6 @@ from sidebyside.telling import Telling
 from sidebyside.texts import ids_of_speeches
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Telling(len(plan)) as told:
         failed = _measure(plan, options, told)
     if options.page and not failed:
-        write_page(options.output, options.page)
+        write_part(options.page, "measured", report(*_records(options.output)))
     for line in report(*_records(options.output)):
         print(line)
     return 1 if failed else 0
@@ -184,17 +183,6 @@ def report(records: Mapping[str, Any], scripts: Mapping[str, Any]) -> Iterator[s
     yield from machine_lines(last["machine"], last["conditions"], last["date"])
     yield from ("", *aims_table(records, scripts), "", *big_table(records), "")
     yield from script_lines(scripts)
-
-
-def write_page(folder: Path, page: Path) -> None:
-    """Put the tables between the page's two marks. Raises ValueError where it has none."""
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"expected the lines {BEGIN} and {END} in {page}")
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    lines = "\n".join(report(*_records(folder)))
-    page.write_text(f"{head}{BEGIN}\n\n{lines}\n\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

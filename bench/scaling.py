@@ -2,6 +2,7 @@
 
     python bench/scaling.py            measures, then draws docs/images/scaling-*.png
     python bench/scaling.py --draw     draws what was measured before
+    python bench/scaling.py --page docs/benchmarks.md     writes the exponents there as well
 
 The figures go to `build/bench/scaling/scaling.json`. An axis that was measured is kept, unless
 `--again` is given.
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sidebyside.growth import AXES, measure_axis
-from sidebyside.growth_plot import draw_growth
+from sidebyside.growth_plot import draw_growth, growth_table
 from sidebyside.machine import machine, usable_cores
 from sidebyside.measuring import in_own_process
+from sidebyside.pages import write_part
 from sidebyside.pool import worker_environment
 from sidebyside.scripts import Job, run_script
 from sidebyside.telling import Telling
@@ -44,8 +46,10 @@ def main() -> None:
                 told.done(name)
     for picture in draw_growth(document, options.images):
         print(picture)
-    for name, axis in document["axes"].items():
-        print(name, json.dumps(axis["exponents"]))
+    table = growth_table(document)
+    print("\n".join(table))
+    if options.page is not None:
+        write_part(options.page, "growth", table)
 
 
 def _measured(name: str, folder: Path, threads: int, told: Telling) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--page", type=Path, help="write the table between its two marks")
     parser.add_argument("--again", action="store_true")
     return parser.parse_args()
 

@@ -1,6 +1,6 @@
-"""The pictures of how time and memory grow."""
+"""The pictures and the table of how time and memory grow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"))
 COSTS = {"seconds": (1.0, "seconds"), "peak_bytes": (2.0**20, "MiB beyond the start")}
 TITLES = {"seconds": "Time", "peak_bytes": "Peak memory"}
+KEYS = ("seconds", "seconds_at_the_end", "peak_bytes", "peak_bytes_at_the_end")
 _FLAT = 0.25
 
 
@@ -25,6 +26,27 @@ def draw_growth(document: Mapping[str, Any], folder: Path) -> list[Path]:
         paths.append(folder / file)
         figure.savefig(paths[-1], dpi=130)
     return paths
+
+
+def growth_table(document: Mapping[str, Any]) -> list[str]:
+    """A row an axis and way: the exponents over all sizes, and over the last two alone."""
+    lines = [
+        "| varied | | time grows as size to the | at the end | memory | at the end "
+        "| at the largest size |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, axis in document["axes"].items():
+        for way, rows in axis["points"].items():
+            found, last = axis["exponents"][way], rows[-1]
+            cells = [found[key] for key in KEYS]
+            figures = " | ".join(f"{cell:.2f}" for cell in cells)
+            largest = f"{last['seconds']:.2f} s, {last['peak_bytes'] / 2**20:,.0f} MiB"
+            lines.append(f"| {name}: {_sizes(rows)} | {way} | {figures} | {largest} |")
+    return lines
+
+
+def _sizes(rows: Sequence[Mapping[str, float]]) -> str:
+    return f"{rows[0]['size']:,} to {rows[-1]['size']:,}"
 
 
 def _draw(axes: Any, name: str, axis: Mapping[str, Any], cost: str) -> None:

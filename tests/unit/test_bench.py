@@ -22,6 +22,7 @@ from sidebyside import (  # noqa: E402
     contenders,
     growth,
     growth_plot,
+    pages,
     sections,
     tables,
     worker,
@@ -287,36 +288,36 @@ def test_the_table_has_a_row_a_contender() -> None:
     assert {row.count(" |") for row in rows} == {10}
 
 
+def test_the_report_says_where_it_was_measured() -> None:
+    machine = dict.fromkeys(("processor", "cores", "memory_gib", "system", "python"), "P")
+    machine |= {"instructions": ["avx2"], "versions": {"torch": "2", "openvino": None}}
+    record = RECORD | {"machine": machine, "date": "2026-01-01"}
+    record["conditions"] = {"threads": 2, "rounds": 5}
+    lines = list(bench_run.report({"demo-fp32-512": record}, {}))
+    assert lines[0].startswith("2026-01-01, P, P cores (avx2)")
+    assert "torch 2" in lines[0]
+    assert "openvino" not in lines[0]
+    assert "2 threads, 5 rounds" in lines[0]
+    assert any(line.startswith("| perplexit × plain loop |") for line in lines)
+    assert list(bench_run.report({}, {})) == []
+
+
 def test_the_page_keeps_its_prose(tmp_path: Path) -> None:
-    (tmp_path / "demo-fp32-512.json").write_text(
-        json.dumps(
-            RECORD
-            | {
-                "machine": {
-                    "processor": "P",
-                    "cores": 1,
-                    "instructions": [],
-                    "memory_gib": 1,
-                    "system": "S",
-                    "python": "3",
-                    "versions": {},
-                },
-                "conditions": {"threads": 1, "rounds": 2},
-                "date": "2026-01-01",
-            }
-        )
-    )
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{bench_run.BEGIN}\nold\n{bench_run.END}\nafter\n")
-    bench_run.write_page(tmp_path, page)
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "demo-fp32-512" in text
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="expected the lines"):
-        bench_run.write_page(tmp_path, page)
+    begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    pages.write_part(page, "measured", ["new", "lines"])
+    assert page.read_text() == f"before\n{begin}\n\nnew\nlines\n\n{end}\nafter\n"
+    with pytest.raises(ValueError, match="expected the lines <!-- growth"):
+        pages.write_part(page, "growth", [])
+
+
+@pytest.mark.parametrize("part", ["measured", "growth"])
+def test_the_benchmark_page_has_the_marks(part: str, tmp_path: Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    page.write_text((ROOT / "docs" / "benchmarks.md").read_text("utf-8"), "utf-8")
+    pages.write_part(page, part, ["found"])
+    assert "\nfound\n" in page.read_text()
 
 
 def test_growth_is_drawn_with_its_exponents(tmp_path: Path) -> None:
@@ -335,6 +336,9 @@ def test_growth_is_drawn_with_its_exponents(tmp_path: Path) -> None:
     pictures = growth_plot.draw_growth(document, tmp_path)
     assert [picture.name for picture in pictures] == ["scaling-time.png", "scaling-memory.png"]
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
+    assert growth_plot.growth_table(document)[3] == (
+        "| window: 128 to 512 | square | 2.00 | 2.00 | 1.00 | 1.00 | 26.21 s, 5 MiB |"
+    )
 
 
 def test_a_worker_measures_a_turn(tiny_llama_dir: Path, ids_file: Path, tmp_path: Path) -> None:
