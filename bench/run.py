@@ -12,6 +12,7 @@ docs/benchmarks.md is written too.
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -119,6 +120,7 @@ def _measure(plan: Sequence[Section | Script], options: argparse.Namespace, told
             record |= {"conditions": conditions, "machine": machine(), "date": f"{date.today()}"}
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             told.done(f"{item.name}: measured")
+    shutil.rmtree(bench.folder / "scratch", ignore_errors=True)
     return failed
 
 
