@@ -28,6 +28,7 @@ class PackedLinear(nn.Module):
         weight_OI, bias = _weight(layer), layer.bias
         self.is_transposed = isinstance(layer, Conv1D)
         self.out_features, self.in_features = weight_OI.shape
+        self.dtype = weight_OI.dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, None)
         self.bias = bias if isinstance(bias, nn.Parameter) else None
 
