@@ -184,6 +184,10 @@ def evaluate(
     """Score a token file with a model: perplexity with its interval, losses, memory and time.
 
     A run that was stopped (Ctrl-C, kill, a crash) continues when the same command names its --run.
+
+    Fastest on a CPU: `perplexit compile MODEL --to openvino -o PROGRAM`, then eval PROGRAM with
+    --dtype bf16 (the head stays in float32). docs/benchmarks.md says by how much, and how near the
+    perplexity stays.
     """
     folder = run or _new_run_folder(tokens)
     again = shlex.join(["perplexit", "eval", model, str(tokens), "--run", str(folder)])
