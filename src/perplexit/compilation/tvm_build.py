@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import tvm
 from safetensors.numpy import save_file
 from tvm import relax
@@ -19,6 +20,7 @@ from perplexit.compilation.fixed_graph import exported_fixed, fixed_shapes
 from perplexit.compilation.group_modules import pack_model, record_of
 from perplexit.compilation.model_parts import describe_model, memory_of, rows_at_a_time
 from perplexit.compilation.targets import CompileRequest
+from perplexit.compilation.tvm_schedule import cpu_pipeline, cpu_target
 from perplexit.compilation.verification import (
     checkpoint_losses,
     program_losses,
@@ -27,12 +29,15 @@ from perplexit.compilation.verification import (
     verified_change,
 )
 from perplexit.errors import CompilationError
-from perplexit.programs import ProgramMetadata, files_of
+from perplexit.programs import ProgramMetadata, ProgramShapes, files_of
 from perplexit.quantization.tvm_engine import (
+    CPU_TARGETS,
     LIBRARY_FILE,
     PARAMETERS_FILE,
     OpenedLibrary,
+    Processor,
     device_of,
+    this_processor,
 )
 
 
@@ -60,8 +65,10 @@ def build_tvm_program(
         full, reference = reference, checkpoint_losses(model, windows)
         verified_change(reference, full, full, name)
         against += f" with the weights that the {name} groups stand for"
-    _build_library(model, folder, request, shapes)
-    run = OpenedLibrary(folder, request.device).run
+    processor = this_processor() if request.device in CPU_TARGETS else None
+    level = processor.level if processor else ""
+    _build_library(model, folder, request, shapes, processor)
+    run = OpenedLibrary(folder, request.device, level).run
     losses = program_losses(run, windows, shapes, perplexity=request.perplexity)
     return ProgramMetadata(
         engine="tvm",
@@ -75,23 +82,29 @@ def build_tvm_program(
         files=files_of(folder),
         quantization=quantization,
         head_rows=rows_at_a_time(described.vocab_size) if request.perplexity else None,
-        made_by={**_versions(), "target": request.device},
+        made_by={**_versions(), "target": request.device, "processor_level": level},
     )
 
 
-def _build_library(model: Any, folder: Path, request: CompileRequest, shapes: Any) -> None:
+def _build_library(
+    model: Any,
+    folder: Path,
+    request: CompileRequest,
+    shapes: ProgramShapes,
+    processor: Processor | None,
+) -> None:
     exported = exported_fixed(model, shapes, perplexity=request.perplexity)
     try:
         with warnings.catch_warnings(), _quiet_stderr():
             warnings.simplefilter("ignore")
             module = from_exported_program(
-                exported.run_decompositions(),
+                exported.run_decompositions(_decompositions()),
                 keep_params_as_input=True,
                 unwrap_unit_return_tuple=True,
             )
             module, parameters = relax.frontend.detach_params(module)
-            target = tvm.target.Target(request.device)
-            relax.build(module, target).export_library(str(folder / LIBRARY_FILE))
+            built = _built(module, request.device, processor)
+            built.export_library(str(folder / LIBRARY_FILE))
     except Exception as error:  # TVM's errors have no common root
         first_line = str(error).strip().partition("\n")[0]
         raise CompilationError(
@@ -100,6 +113,12 @@ def _build_library(model: Any, folder: Path, request: CompileRequest, shapes: An
         ) from error
     arrays = {f"{i:05d}": x.numpy() for i, x in enumerate(parameters["main"])}
     save_file(arrays, folder / PARAMETERS_FILE)
+
+
+def _built(module: Any, device: str, processor: Processor | None) -> Any:
+    if processor is None:
+        return relax.build(module, tvm.target.Target(device))
+    return relax.build(module, cpu_target(processor), relax_pipeline=cpu_pipeline(processor))
 
 
 @contextmanager
@@ -113,6 +132,17 @@ def _quiet_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def _decompositions() -> Any:
+    """PyTorch's own, and squares as products: TVM calls the library's `pow` a number."""
+    table = torch.export.default_decompositions()
+    table[torch.ops.aten.pow.Tensor_Scalar] = _power
+    return table
+
+
+def _power(x: Any, exponent: Any) -> Any:
+    return x * x if exponent == 2 else NotImplemented
 
 
 def _versions() -> dict[str, str]:

@@ -1,11 +1,13 @@
 """Apache TVM: a model library opened on a device, its parameters beside it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
+from archspec import cpu
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tvm import relax
@@ -15,7 +17,36 @@ from perplexit.errors import CapabilityError, ModelError
 LIBRARY_FILE, PARAMETERS_FILE = "model.so", "parameters.safetensors"
 # What the function takes, in order; a program without the head takes the first alone.
 INPUTS = ("input_ids", "target_rows", "target_ids")
+CPU_TARGETS = ("llvm", "cpu")
 _DEVICES = {"llvm": "cpu", "cpu": "cpu", "cuda": "cuda", "opencl": "opencl", "vulkan": "vulkan"}
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """Instructions that a library may use, and the tile that fills their registers.
+
+    level:   of the x86-64 psABI, so that a library runs on every such machine; "" for what every
+             processor of the architecture has.
+    rows:    of the output alive in registers, each `columns` wide.
+    """
+
+    level: str
+    rows: int
+    columns: int
+
+
+_ANY = Processor("", 4, 8)
+_LEVELS = (Processor("x86_64_v4", 8, 32), Processor("x86_64_v3", 4, 16))
+
+
+def this_processor() -> Processor:
+    """The highest level that this machine has."""
+    return next((each for each in _LEVELS if runs_level(each.level)), _ANY)
+
+
+def runs_level(level: str) -> bool:
+    """Whether this machine has all instructions of the level."""
+    return not level or cpu.TARGETS[level] <= cpu.host()
 
 
 def device_of(target: str) -> Any:
@@ -24,7 +55,7 @@ def device_of(target: str) -> Any:
     Raises CapabilityError where this build of TVM or this machine has none.
     """
     device = tvm.device(_DEVICES[target], 0)
-    built = target in ("llvm", "cpu") or tvm.get_global_func(f"device_api.{target}", True)
+    built = target in CPU_TARGETS or tvm.get_global_func(f"device_api.{target}", True)
     if not built or not device.exist:
         reason = "this machine has no such device" if built else "this build of TVM has no support"
         raise CapabilityError(
@@ -35,10 +66,18 @@ def device_of(target: str) -> Any:
 
 
 class OpenedLibrary:
-    """A model library ready to run on `target`'s device. Raises ModelError, CapabilityError."""
+    """A model library ready to run on `target`'s device.
 
-    def __init__(self, folder: Path, target: str) -> None:
+    level: the processor's that it was compiled for. Raises ModelError, CapabilityError.
+    """
+
+    def __init__(self, folder: Path, target: str, level: str = "") -> None:
         self._device = device_of(target)
+        if not runs_level(level):
+            raise CapabilityError(
+                f"expected a processor of level {level}, which the TVM program was compiled for; "
+                f"this one is {cpu.host().generic.name}. Compile the program on this machine"
+            )
         try:
             library = tvm.runtime.load_module(str(folder / LIBRARY_FILE))
             self._main = relax.VirtualMachine(library, self._device)["main"]

@@ -40,9 +40,10 @@ class TvmInferenceSession(ProgramSession):
             )
         if asked.threads is not None:
             _set_threads(asked.threads)
-        library = OpenedLibrary(folder, target)
+        level = self._metadata.made_by.get("processor_level", "")
+        library = OpenedLibrary(folder, target, level)
         device = "cpu" if target == "llvm" else target
-        settings = {"target": target}
+        settings = {"target": target, "processor_level": level}
         return Opened(library.run, "tvm", tvm.__version__, device, asked.threads, settings)
 
 
