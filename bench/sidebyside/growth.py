@@ -1,7 +1,8 @@
 """How time and memory grow: with the window, the vocabulary, the batch, the number of documents.
 
 Models are random Llamas, made for one question each: what is asked for is how a cost grows, and
-not how large it is.
+not how large it is. So time is the processor's, on one thread: other work on the machine does not
+move it.
 """
 
 from collections.abc import Iterator
@@ -73,7 +74,7 @@ def random_llama(folder: Path, vocabulary: int, layers: int) -> Path:
 
 
 def measure_axis(axis: Axis, folder: Path, threads: int, told: Telling) -> dict[str, Any]:
-    """Seconds and peak bytes beyond the weights of both ways, at each size, smallest first."""
+    """Processor seconds and peak bytes beyond the weights of both ways, at each size, smallest first."""
     ids = folder / "random-ids.npy"
     most = max(windows * length for windows, length, _ in map(axis.at, axis.sizes))
     np.save(ids, np.random.default_rng(0).integers(0, 8000, most + 1).astype(np.int32))
@@ -103,8 +104,8 @@ def _points(
         worker = pool.worker(way, setting)
         prepare_turn(worker, workload)
         peak = worker.ask(do="memory")["peak_bytes"]
-        # The least: what disturbs a turn only ever adds to it, and no ratio is taken here.
-        seconds = min(worker.ask(do="turn")["seconds"] for _ in range(TURNS))
+        # The least of the processor's: what disturbs a turn only ever adds to it.
+        seconds = min(worker.ask(do="turn")["cpu_seconds"] for _ in range(TURNS))
         yield way, {"seconds": seconds, "peak_bytes": peak}
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 # Okabe and Ito's colours; the markers tell the lines apart without them.
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"))
-COSTS = {"seconds": (1.0, "seconds"), "peak_bytes": (2.0**20, "MiB beyond the start")}
-TITLES = {"seconds": "Time", "peak_bytes": "Peak memory"}
+COSTS = {"seconds": (1.0, "processor seconds"), "peak_bytes": (2.0**20, "MiB beyond the start")}
+TITLES = {"seconds": "Time, one thread", "peak_bytes": "Peak memory"}
 KEYS = ("seconds", "seconds_at_the_end", "peak_bytes", "peak_bytes_at_the_end")
-_FLAT = 0.25
+_FLAT = 0.15
 
 
 def draw_growth(document: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -22,7 +23,7 @@ def draw_growth(document: Mapping[str, Any], folder: Path) -> list[Path]:
         panels = figure.subplots(2, 2).flat
         for axes, (name, axis) in zip(panels, document["axes"].items(), strict=True):
             _draw(axes, name, axis, cost)
-        figure.suptitle(f"{TITLES[cost]} ({document['threads']} threads)", fontsize=11)
+        figure.suptitle(TITLES[cost], fontsize=11)
         paths.append(folder / file)
         figure.savefig(paths[-1], dpi=130)
     return paths
@@ -60,6 +61,8 @@ def _draw(axes: Any, name: str, axis: Mapping[str, Any], cost: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(x, [f"{size:,}" for size in x], fontsize=8)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
     axes.set_xlabel(axis["label"], fontsize=9)
     axes.set_ylabel(label, fontsize=9)
