@@ -74,7 +74,7 @@ def random_llama(folder: Path, vocabulary: int, layers: int) -> Path:
 
 
 def measure_axis(axis: Axis, folder: Path, threads: int, told: Telling) -> dict[str, Any]:
-    """Processor seconds and peak bytes beyond the weights of both ways, at each size, smallest first."""
+    """Processor seconds and peak bytes of both ways at each size, smallest first."""
     ids = folder / "random-ids.npy"
     most = max(windows * length for windows, length, _ in map(axis.at, axis.sizes))
     np.save(ids, np.random.default_rng(0).integers(0, 8000, most + 1).astype(np.int32))
