@@ -101,11 +101,12 @@ def _log_of_total(logprobs_CV: Tensor) -> Tensor:
     same side: 1.5e-4 nats a token in the log-softmax. Sums of 256 terms lose 1e-6.
     """
     p_CV = logprobs_CV.exp()
-    whole = p_CV.shape[-1] // _SUMMED_AT_ONCE * _SUMMED_AT_ONCE
-    total_C = p_CV[:, :whole].unflatten(-1, (-1, _SUMMED_AT_ONCE)).sum(-1).sum(-1)
+    parts = p_CV.shape[-1] // _SUMMED_AT_ONCE
+    whole = parts * _SUMMED_AT_ONCE
+    total_C = p_CV[:, :whole].reshape(p_CV.shape[0], parts, _SUMMED_AT_ONCE).sum(-1).sum(-1)
     if whole < p_CV.shape[-1]:
         total_C = total_C + p_CV[:, whole:].sum(-1)
-    return total_C.log()
+    return torch.log(total_C)
 
 
 def exported_fixed(model: Any, shapes: ProgramShapes, *, perplexity: bool) -> Any:
