@@ -6,7 +6,8 @@ inside of a word (`##ing`) and does not spell blanks at all.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 _BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -35,30 +36,29 @@ def spell_vocabulary(serialised: Mapping[str, Any], tokens: Mapping[str, int]) -
     added = {entry["id"] for entry in serialised.get("added_tokens", [])}
     byte_level = "ByteLevel" in _step_types(serialised)
     fallback = bool(serialised["model"].get("byte_fallback", False))
-    alphabet = _Translation({ord(c): byte for c, byte in byte_level_alphabet().items()})
+    written = _byte_level_tokens(tokens) if byte_level else {}
     spelled = [b""] * (max(tokens.values(), default=-1) + 1)
     for token, index in tokens.items():
         if index in added:
             spelled[index] = token.encode("utf-8", "replace")
-            continue
-        written = _byte_level(token, alphabet) if byte_level else None
-        spelled[index] = spell_piece(token, fallback=fallback) if written is None else written
+        elif token in written:
+            spelled[index] = written[token]
+        else:
+            spelled[index] = spell_piece(token, fallback=fallback)
     return spelled
 
 
-class _Translation(dict[int, int]):
-    """For `str.translate`: characters to bytes, and what is no byte to what Latin-1 has not."""
-
-    def __missing__(self, character: int) -> int:
-        return 0x100
-
-
-def _byte_level(token: str, alphabet: _Translation) -> bytes | None:
-    """The bytes that a token of a byte-level vocabulary spells; None where it is none of those."""
-    try:
-        return token.translate(alphabet).encode("latin-1")
-    except UnicodeEncodeError:
-        return None
+def _byte_level_tokens(tokens: Iterable[str]) -> dict[str, bytes]:
+    """The bytes of the tokens that are written in the byte-level alphabet, by token."""
+    alphabet = byte_level_alphabet()
+    byte_of = {ord(character): byte for character, byte in alphabet.items()}
+    characters = set(alphabet)
+    spelled = [token for token in tokens if characters.issuperset(token)]
+    data = "".join(spelled).translate(byte_of).encode("latin-1")  # at once: one byte a character
+    stops = accumulate(map(len, spelled))
+    return {
+        token: data[stop - len(token) : stop] for token, stop in zip(spelled, stops, strict=True)
+    }
 
 
 def spell_piece(piece: str, *, fallback: bool) -> bytes:
