@@ -439,3 +439,25 @@ def test_no_option_of_experiment_is_without_a_test() -> None:
     command = typer.main.get_command(app).commands["igf"].commands["experiment"]  # type: ignore[attr-defined]
     options = {param.opts[0] for param in command.params if param.opts[0].startswith("--")}
     assert options - {"--json", "--help"} == {option for option, *_ in EXPERIMENT}
+
+
+@pytest.mark.trap(33)
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("train", "pairs", "-o", "out"), ("--max-epochs", 3)),
+        (("train", "pairs", "-o", "out"), ("--patience", 3)),
+        (("finetune", "old/", "--model", "m/", "-o", "out"), ("--threshold", 0.5)),
+        (("finetune", "old/", "--model", "m/", "-o", "out"), ("--share", 0.5)),
+        (("finetune", "old/", "--model", "m/", "-o", "out"), ("--lora-targets", "q_proj")),
+        (
+            ("experiment", "old/", "--model", "m/", "-o", "out", "--methods", "standard,high-loss"),
+            ("--threshold", 0.5),
+        ),
+    ],
+    ids=lambda given: str(given[0]),
+)
+def test_trap_33_an_option_that_would_change_nothing_is_refused(command, option, tmp_path):
+    said = call(*command, *option, code=2)["error"]
+    assert option[0] in said
+    assert "would change nothing" in said

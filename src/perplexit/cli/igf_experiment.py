@@ -20,6 +20,7 @@ EXAMPLES = examples(
 
 
 def experiment(
+    context: typer.Context,
     corpus: options.Corpus,
     model: options.Model,
     output: Annotated[
@@ -71,6 +72,7 @@ def experiment(
 
     An experiment that was stopped continues when the same command is given again.
     """
+    options.refuse_idle_of_methods(context, options.names(methods))
     with continued_by("the same command"), stdout_kept_clean(), options.bar("Runs") as draw:
         options.use_threads(threads)
         plan = igf.ExperimentPlan(

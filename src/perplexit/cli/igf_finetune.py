@@ -18,6 +18,7 @@ EXAMPLES = examples(
 
 
 def finetune(
+    context: typer.Context,
     corpus: options.Corpus,
     model: options.Model,
     output: Annotated[
@@ -78,6 +79,10 @@ def finetune(
 
     With --checkpoints a run that was stopped continues when the same command is given again.
     """
+    name = method or ("standard" if learner is None else "igf-shifting")
+    options.refuse_idle_of_methods(context, [name])
+    if lora_rank is None:
+        options.refuse_idle(context, "lora_targets", because="no --lora-rank is given")
     with continued_by("the same command"), stdout_kept_clean(), options.bar("Steps") as draw:
         options.use_threads(threads)
         read = {"tokenizer": tokenizer or model, "allow_pickle": allow_pickle}
@@ -93,7 +98,6 @@ def finetune(
         if lora_rank is not None:
             targets = None if lora_targets is None else options.names(lora_targets)
             tuned = igf.with_lora(tuned, rank=lora_rank, targets=targets)
-        name = method or ("standard" if learner is None else "igf-shifting")
         selection = igf.calibrated_selection(
             name,
             tuned,

@@ -43,6 +43,12 @@ Seed = Annotated[int, typer.Option(min=0, help="What is drawn at random follows 
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads. \\[default: the engine's own]")
 ]
+# Which methods read an option of the filter.
+_READERS = {
+    "threshold": {"igf-constant", "igf-shifting"},
+    "share": {"igf-quantile", "random-skip", "high-loss", "perplexity-band"},
+}
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -59,6 +65,25 @@ def clip_norm(text: str) -> float | None:
 def names(text: str) -> list[str]:
     """A list divided by commas, blanks dropped."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def refuse_idle(context: typer.Context, *options: str, because: str) -> None:
+    """Raise UsageError for an option given on the command line that would change nothing."""
+    for name in options:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"expected no --{name.replace('_', '-')}: {because}, so it would change nothing; "
+                "leave it out"
+            )
+
+
+def refuse_idle_of_methods(context: typer.Context, methods: list[str]) -> None:
+    """Raise UsageError for a filter's option that none of the methods reads."""
+    for option, readers in _READERS.items():
+        if not readers & set(methods):
+            readers_named = ", ".join(sorted(readers))
+            refuse_idle(context, option, because=f"only {readers_named} read it")
 
 
 def use_threads(threads: int | None) -> None:

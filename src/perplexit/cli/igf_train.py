@@ -25,6 +25,7 @@ class Kind(StrEnum):
 
 
 def train(
+    context: typer.Context,
     pairs: Annotated[
         Path, typer.Argument(metavar="PAIRS", help="A file made by `perplexit igf collect`.")
     ],
@@ -54,6 +55,9 @@ def train(
     json: options.AsJson = False,
 ) -> None:
     """Train a secondary learner, held out by article; the best by held-out error is kept."""
+    if kind is Kind.RIDGE:
+        idle = ("max_epochs", "batch_size", "learning_rate", "patience")
+        options.refuse_idle(context, *idle, because="ridge is solved in one step")
     with stdout_kept_clean(), options.bar("Training") as draw:
         options.use_threads(threads)
         learner = igf.train_learner(
