@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from perplexit.compilation.compile_model import compile
@@ -120,6 +121,11 @@ def test_tvms_groups_are_those_of_the_q4f16_format(tvm_program, oracle):
         "model.so",
         "parameters.safetensors",
     }
+    stored = load_file(tvm_program.folder / "parameters.safetensors").values()
+    packed = [each for each in stored if each.dtype in (np.uint8, np.float16)]
+    assert len(packed) == 2 * record.num_modules  # codes and scales, not what they unpack to
+    unpacked = 4 * tvm_program.metadata.model.num_parameters
+    assert sum(each.nbytes for each in packed) < unpacked / 6
 
 
 def test_a_window_longer_than_a_fixed_program_is_refused(tvm_program):

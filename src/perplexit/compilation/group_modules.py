@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from perplexit.errors import QuantizationError
@@ -15,18 +16,19 @@ from perplexit.quantization.group_quantization import GROUP_SIZE, MAX_CODE, quan
 
 
 class PackedMatrix(nn.Module):
-    """A matrix (N, K) as 4-bit codes, two a byte, eight a little-endian word; float16 scales."""
+    """A matrix (N, K) as 4-bit codes, two a byte, eight a little-endian word; float16 scales.
 
-    packed_NS: Tensor
-    scales_NG: Tensor
+    Both are parameters, not buffers: compilers take buffers for constants, unpack them beforehand
+    and write float32 weights into the program.
+    """
 
     def __init__(self, weight_NK: Tensor) -> None:
         super().__init__()
         packed = quantize_groups(weight_NK.detach().float().numpy())
         self.num_inputs = packed.num_inputs
         self.num_bytes = packed.num_bytes
-        self.register_buffer("packed_NS", torch.from_numpy(packed.packed_NS.view("uint8").copy()))
-        self.register_buffer("scales_NG", torch.from_numpy(packed.scales_NG.copy()))
+        self.packed_NS = _constant(packed.packed_NS.view("uint8"))
+        self.scales_NG = _constant(packed.scales_NG)
 
     def unpacked(self, packed_NS: Tensor, scales_NG: Tensor) -> Tensor:
         """Float32 rows, (N, K): `(code − 7) · scale`."""
@@ -37,6 +39,10 @@ class PackedMatrix(nn.Module):
         centred = codes.reshape(*scales_NG.shape, GROUP_SIZE) - MAX_CODE
         weight = centred * scales_NG.float()[..., None]
         return weight.reshape(scales_NG.shape[0], -1)[:, : self.num_inputs]
+
+
+def _constant(array: NDArray[Any]) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(array.copy()), requires_grad=False)
 
 
 class PackedLinear(nn.Module):
@@ -96,7 +102,11 @@ def record_of(model: Any, name: str, packed: tuple[int, int], num_parameters: in
     """The quantization's record, counted on the packed model."""
     stored = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
     num_bytes = sum(x.numel() * x.element_size() for x in stored)
-    large = sorted({n for n, x in model.named_parameters() if x.numel() >= 0.01 * num_parameters})
+    large = sorted(
+        name
+        for name, x in model.named_parameters()
+        if x.is_floating_point() and x.numel() >= 0.01 * num_parameters and "scales_" not in name
+    )
     return ProgramQuantization(
         name=name,
         library="perplexit (MLC-LLM's format), unpacked inside the program",
