@@ -70,7 +70,7 @@ def test_a_record_survives_its_folder(program):
 
 
 def test_a_folder_without_a_record_is_refused_with_the_command_that_makes_one(tmp_path):
-    with pytest.raises(ModelError, match="perplexit compile MODEL --to onnx"):
+    with pytest.raises(ModelError, match="perplexit compile MODEL --to ENGINE"):
         ProgramMetadata.read(tmp_path)
 
 
