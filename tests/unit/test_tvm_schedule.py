@@ -15,8 +15,6 @@ from tvm import te  # noqa: E402
 from perplexit.compilation.tvm_schedule import cpu_target, scheduled  # noqa: E402
 from perplexit.quantization import tvm_engine  # noqa: E402
 
-PROCESSORS = [tvm_engine._ANY, *tvm_engine._LEVELS]
-
 
 def product(batch, rows, columns, summed, *, transposed):
     """X · W or X · Wᵀ as TVM's own legalization writes them."""
@@ -35,7 +33,7 @@ def product(batch, rows, columns, summed, *, transposed):
     return te.create_prim_func([x, w, result])
 
 
-@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda each: each.level or "any")
+@pytest.mark.parametrize("processor", tvm_engine.PROCESSORS, ids=lambda each: each.level or "any")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("sizes", [(0, 64, 96, 64), (0, 51, 101, 37), (3, 17, 65, 64)], ids=str)
 def test_a_tiled_product_is_the_product(processor, transposed, sizes):

@@ -21,7 +21,7 @@ def cpu_target(processor: Processor) -> Any:
     """TVM's target for the processor."""
     kind: dict[str, Any] = {"kind": "llvm"}
     if processor.level:
-        kind["mcpu"] = processor.level.replace("_v", "-v").replace("x86_64", "x86-64")
+        kind["mcpu"] = processor.level.replace("_", "-")  # as LLVM spells it
         # LLVM's x86-64-v4 has 512-bit registers and leaves them idle unless told
         kind["mattr"] = ["-prefer-256-bit"]
     return tvm.target.Target(kind)
