@@ -9,9 +9,9 @@ vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, VocabularyError
@@ -31,27 +31,31 @@ def program_nll(
     """
     if not windows:
         return []
-    nll_N = [_part_nll(run, part, shapes) for part in _parts(windows, shapes)]
-    stops = np.cumsum([len(window.targets_N) for window in windows])
-    return np.split(np.concatenate(nll_N), stops[:-1])
+    nll_N = [_part_nll(run, part, shapes) for part in parts_of(windows, shapes)]
+    return split_by_window(np.concatenate(nll_N), windows)
 
 
 def target_logit_rows(
     run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes
 ) -> Iterator[NDArray[np.float32]]:
     """For each window the logits that predict its targets, (targets, V); see `program_nll`."""
-    for part in _parts(windows, shapes):
+    for part in parts_of(windows, shapes):
         logits_BTV = run({"input_ids": padded_ids(part, shapes)})
         for row, window in enumerate(part):
-            yield _rows_before(logits_BTV[row], window.targets_N)
+            yield rows_before(logits_BTV[row], window.targets_N)
 
 
-def padded_ids(windows: Sequence[WindowIds], shapes: ProgramShapes) -> NDArray[np.int64]:
-    """The ids (B, T), each row filled up with its own last id, missing rows with the first."""
+def padded_ids(
+    windows: Sequence[WindowIds], shapes: ProgramShapes, *, program: str = "the program"
+) -> NDArray[np.int64]:
+    """The ids (B, T), each row filled up with its own last id, missing rows with the first.
+
+    Raises CapabilityError where a window is longer than the program's.
+    """
     longest = max(len(window.ids_T) for window in windows)
     if shapes.length is not None and longest > shapes.length:
         raise CapabilityError(
-            f"the program was compiled for windows of {shapes.length} ids, got one of {longest}; "
+            f"{program} was compiled for windows of {shapes.length} ids, got one of {longest}; "
             f"prepare the input with --max-length {shapes.length}, or compile the program for "
             "longer ones"
         )
@@ -76,28 +80,53 @@ def check_vocabulary(windows: Sequence[WindowIds], vocab_size: int) -> None:
             )
 
 
-def _parts(windows: Sequence[WindowIds], shapes: ProgramShapes) -> Iterator[Sequence[WindowIds]]:
+def parts_of(windows: Sequence[WindowIds], shapes: ProgramShapes) -> Iterator[Sequence[WindowIds]]:
+    """The windows, as many at a time as one call takes."""
     size = shapes.batch_size or max(1, len(windows))
     for start in range(0, len(windows), size):
         yield windows[start : start + size]
 
 
-def _part_nll(
-    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes
+def windows_at_once(
+    window_length: int, shapes: ProgramShapes, *, window_bytes: int, most_ids: int
+) -> int:
+    """How many windows a call should take: those of a fixed program, else half of the free memory.
+
+    window_bytes: what one window needs. most_ids: of a batch; beyond, a CPU gains no speed.
+    """
+    if shapes.length is not None and window_length > shapes.length:
+        return 1  # it will be refused
+    if shapes.batch_size is not None:
+        return shapes.batch_size
+    free = int(psutil.virtual_memory().available) // 2
+    return max(1, min(most_ids // window_length, free // max(1, window_bytes)))
+
+
+def split_by_window(
+    nll_N: NDArray[np.float32], windows: Sequence[WindowIds]
+) -> list[NDArray[np.float32]]:
+    """Results of all targets, window by window."""
+    stops = np.cumsum([len(window.targets_N) for window in windows])
+    return np.split(nll_N, stops[:-1])
+
+
+def nll_of_feeds(
+    run: RunProgram, windows: Sequence[WindowIds], *, length: int, num_targets: int | None
 ) -> NDArray[np.float32]:
-    ids_BT = padded_ids(windows, shapes)
-    length = ids_BT.shape[1]
+    """The nll of all targets (N), from `run` of their `target_rows` and `target_ids`.
+
+    length: of the padded windows. num_targets: of one call of a fixed program; None: any.
+    """
     rows_N = np.concatenate([row * length + w.targets_N - 1 for row, w in enumerate(windows)])
     ids_N = np.concatenate([window.ids_T[window.targets_N] for window in windows])
     if not len(rows_N):
         return np.empty(0, np.float32)
-    most = shapes.num_targets or len(rows_N)
+    most = num_targets or len(rows_N)
     results = []
     for start in range(0, len(rows_N), most):  # targets may outnumber those of a fixed program
         part = slice(start, start + most)
         padding = (0, most - len(rows_N[part]))
-        feed: dict[str, Any] = {
-            "input_ids": ids_BT,
+        feed: Feed = {
             "target_rows": np.pad(rows_N[part].astype(np.int64), padding),
             "target_ids": np.pad(ids_N[part].astype(np.int64), padding),
         }
@@ -105,7 +134,19 @@ def _part_nll(
     return np.concatenate(results)
 
 
-def _rows_before(
+def _part_nll(
+    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes
+) -> NDArray[np.float32]:
+    ids: Feed = {"input_ids": padded_ids(windows, shapes)}
+    return nll_of_feeds(
+        lambda targets: run(ids | targets),
+        windows,
+        length=ids["input_ids"].shape[1],
+        num_targets=shapes.num_targets,
+    )
+
+
+def rows_before(
     logits_TV: NDArray[np.float32], targets_N: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """The rows that predict the targets; a view, not a copy, where the targets are consecutive."""

@@ -31,6 +31,7 @@ from perplexit.sessions.base import (
     SessionDescription,
     TokenDetails,
 )
+from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.cached_blocks import Take, WindowBlock, window_blocks
 from perplexit.sessions.on_device import MeasuresWorkingMemory
 
@@ -61,7 +62,7 @@ def cached_session(
     return kind(session, prompt_len=prompt_len, decode_chunk=decode_chunk)
 
 
-class CachedInferenceSession:
+class CachedInferenceSession(ScoresByDetails):
     """The losses of a caching session's model, by one prefill and a teacher-forced decode."""
 
     def __init__(self, session: CachingSession, *, prompt_len: int, decode_chunk: int) -> None:
@@ -85,14 +86,6 @@ class CachedInferenceSession:
     def description(self) -> SessionDescription:
         """The engine's settings, with the mode and its sizes."""
         return self._description
-
-    def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target; see InferenceSession."""
-        return [details.nll_N for details in self._details(windows, with_details=False, top_k=0)]
-
-    def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """The nll with entropy, rank and alternatives; see DetailedSession."""
-        return self._details(windows, with_details=True, top_k=top_k)
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int

@@ -29,6 +29,7 @@ from perplexit.sessions.base import (
     SessionDescription,
     TokenDetails,
 )
+from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.llamacpp_settings import (
     EffectiveSettings,
     checked_device,
@@ -45,7 +46,7 @@ _FLASH_ATTENTION_OFF = 0
 _CHUNK_ELEMENTS = 1 << 24  # logits computed at a time: 64 MiB of float32
 
 
-class LlamaCppInferenceSession:
+class LlamaCppInferenceSession(ScoresByDetails):
     """A GGUF model on llama.cpp; the logits exist for one chunk of targets at a time.
 
     path:   a `.gguf` file, or a folder with `model.gguf` (as `perplexit compile --to gguf` makes).
@@ -92,14 +93,6 @@ class LlamaCppInferenceSession:
             max_length=int(llama_cpp.llama_model_n_ctx_train(self._model)) or None,
         )
         self.description = self._describe(header, effective)
-
-    def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target, window by window; see InferenceSession."""
-        return [details.nll_N for details in self._details(windows, with_details=False, top_k=0)]
-
-    def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """The nll with entropy, rank and alternatives; see DetailedSession."""
-        return self._details(windows, with_details=True, top_k=top_k)
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int

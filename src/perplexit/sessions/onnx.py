@@ -15,6 +15,15 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.inputs.windows import WindowIds
+from perplexit.program_calls import (
+    check_vocabulary,
+    nll_of_feeds,
+    padded_ids,
+    parts_of,
+    rows_before,
+    split_by_window,
+    windows_at_once,
+)
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import (
     MOST_CACHED_IDS,
@@ -23,18 +32,12 @@ from perplexit.sessions.base import (
     SessionDescription,
     TokenDetails,
 )
+from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.logit_rows import details_of_rows
 from perplexit.sessions.onnx_cached import OnnxCache, cache_bytes, with_logits_probed
 from perplexit.sessions.onnx_engine import num_cores, open_session, provider_of, translated
 from perplexit.sessions.onnx_io import ports_of
 from perplexit.sessions.onnx_program import check_asked, describe, find_program
-from perplexit.sessions.onnx_windows import (
-    check_vocabulary,
-    fed_targets,
-    padded_windows,
-    rows_before,
-    split_by_window,
-)
 
 _MOST_WINDOWS = 32  # decoded together: beyond, copying caches costs what batching gains
 _MOST_IDS = 4096  # ids a batch: beyond, a CPU gains no speed and only pays memory
@@ -98,18 +101,18 @@ class OnnxInferenceSession:
         """The nll of each target, from the head inside the program; see InferenceSession."""
         if not windows:
             return []
-        nll_N = [self._program_nll(windows[part]) for part in self._parts(len(windows))]
+        parts = parts_of(windows, self._metadata.shapes)
+        nll_N = [self._program_nll(part) for part in parts]
         return split_by_window(np.concatenate(nll_N), windows)
 
     def max_batch_size(self, window_length: int) -> int:
         """How many windows of that many ids take half of the free memory, at most 4096 ids."""
-        shapes = self._metadata.shapes
-        if shapes.length is not None and window_length > shapes.length:
-            return 1  # it will be refused
-        if shapes.batch_size is not None:
-            return shapes.batch_size
-        free = int(psutil.virtual_memory().available) // 2
-        return max(1, min(_MOST_IDS // window_length, free // self._window_bytes(window_length)))
+        return windows_at_once(
+            window_length,
+            self._metadata.shapes,
+            window_bytes=self._window_bytes(window_length),
+            most_ids=_MOST_IDS,
+        )
 
     def close(self) -> None:
         """Release the program."""
@@ -120,22 +123,23 @@ class OnnxInferenceSession:
         memory = self._metadata.memory
         return length * (memory.bytes_per_id + length * memory.bytes_per_id_pair)
 
-    def _parts(self, num_windows: int) -> list[slice]:
-        size = self._metadata.shapes.batch_size or max(1, num_windows)
-        return [slice(start, start + size) for start in range(0, num_windows, size)]
-
     def _program_nll(self, windows: Sequence[WindowIds]) -> NDArray[np.float32]:
         feed = self._feed(windows)
-        length, most = feed["input_ids"].shape[1], self._metadata.shapes.num_targets
-        targets, num_targets = fed_targets(windows, length=length, num_targets=most)
-        if num_targets == 0:
-            return np.empty(0, np.float32)
-        nll_N: NDArray[np.float32] = self._run(feed | targets)
-        return nll_N[:num_targets]
+        return nll_of_feeds(
+            lambda targets: self._run(feed | targets),
+            windows,
+            length=feed["input_ids"].shape[1],
+            num_targets=self._metadata.shapes.num_targets,
+        )
 
     def _feed(self, windows: Sequence[WindowIds]) -> dict[str, NDArray[Any]]:
         self._check_vocabulary(windows)
-        return self._named(*padded_windows(windows, self._metadata.shapes, self._model.address))
+        ids_BT = padded_ids(windows, self._metadata.shapes, program=self._model.address)
+        mask_BT = np.zeros_like(ids_BT)
+        for row, window in enumerate(windows):
+            mask_BT[row, : len(window.ids_T)] = 1
+        mask_BT[len(windows) :] = mask_BT[0]
+        return self._named(ids_BT, mask_BT)
 
     def _named(
         self, ids_BT: NDArray[np.int64], mask_BT: NDArray[np.int64]
@@ -167,16 +171,8 @@ class OnnxInferenceSession:
         return self._session
 
 
-class OnnxLogitsSession(OnnxInferenceSession):
+class OnnxLogitsSession(ScoresByDetails, OnnxInferenceSession):
     """A program that gives logits (`--no-perplexity`): it tells whole distributions too."""
-
-    def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target; see InferenceSession."""
-        return [details.nll_N for details in self._details(windows, with_details=False, top_k=0)]
-
-    def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """The nll with entropy, rank and alternatives; see DetailedSession."""
-        return self._details(windows, with_details=True, top_k=top_k)
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
@@ -195,11 +191,9 @@ class OnnxLogitsSession(OnnxInferenceSession):
         self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int
     ) -> list[TokenDetails]:
         results = []
-        for part in self._parts(len(windows)):
-            logits_BTV = self._logits(windows[part])
-            for window, logits_TV in zip(
-                windows[part], logits_BTV, strict=False
-            ):  # rows of padding
+        for part in parts_of(windows, self._metadata.shapes):
+            logits_BTV = self._logits(part)
+            for window, logits_TV in zip(part, logits_BTV, strict=False):  # rows of padding
                 results.append(
                     details_of_rows(
                         rows_before(logits_TV, window.targets_N),

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.inputs.windows import WindowIds
-from perplexit.program_calls import Feed, RunProgram, check_vocabulary, program_nll
+from perplexit.program_calls import (
+    Feed,
+    RunProgram,
+    check_vocabulary,
+    program_nll,
+    windows_at_once,
+)
 from perplexit.program_calls import target_logit_rows as logit_rows
 from perplexit.programs import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
@@ -28,6 +33,7 @@ from perplexit.sessions.base import (
     SessionDescription,
     TokenDetails,
 )
+from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.logit_rows import details_of_rows
 
 _MOST_IDS = 2048  # ids a batch: beyond, a CPU gains no speed and only pays memory
@@ -105,13 +111,12 @@ class ProgramSession(ABC):
 
     def max_batch_size(self, window_length: int) -> int:
         """How many windows of that many ids take half of the free memory, at most 2048 ids."""
-        shapes = self._metadata.shapes
-        if shapes.length is not None and window_length > shapes.length:
-            return 1  # it will be refused
-        if shapes.batch_size is not None:
-            return shapes.batch_size
-        free = int(psutil.virtual_memory().available) // 2
-        return max(1, min(_MOST_IDS // window_length, free // self._window_bytes(window_length)))
+        return windows_at_once(
+            window_length,
+            self._metadata.shapes,
+            window_bytes=self._window_bytes(window_length),
+            most_ids=_MOST_IDS,
+        )
 
     def close(self) -> None:
         """Release the program."""
@@ -120,7 +125,7 @@ class ProgramSession(ABC):
 
     def _window_bytes(self, length: int) -> int:
         memory = self._metadata.memory
-        return max(1, length * (memory.bytes_per_id + length * memory.bytes_per_id_pair))
+        return length * (memory.bytes_per_id + length * memory.bytes_per_id_pair)
 
     def _run(self, feed: Feed) -> NDArray[np.float32]:
         if self._opened is None:
@@ -176,16 +181,8 @@ class ProgramSession(ABC):
         )
 
 
-class ProgramLogits(ProgramSession):
+class ProgramLogits(ScoresByDetails, ProgramSession):
     """A program that gives logits (`--no-perplexity`): it tells whole distributions too."""
-
-    def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target; see InferenceSession."""
-        return [details.nll_N for details in self._details(windows, with_details=False, top_k=0)]
-
-    def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """The nll with entropy, rank and alternatives; see DetailedSession."""
-        return self._details(windows, with_details=True, top_k=top_k)
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
