@@ -243,7 +243,7 @@ def test_unpacking_gives_the_same_bits_back():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("length", [2, 127, 128, 129, 300])
+@pytest.mark.parametrize("length", [2, 127, 128, 129, 420])
 @pytest.mark.parametrize("num_kv_heads", [2, 6])
 def test_attention_by_query_blocks_is_causal_attention(dtype, length, num_kv_heads):
     generator = torch.Generator().manual_seed(0)
@@ -258,6 +258,19 @@ def test_attention_by_query_blocks_is_causal_attention(dtype, length, num_kv_hea
     got = causal_attention(query, key, value, 0.3)
     assert got.dtype == dtype
     assert (got - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_large_scores_are_not_rounded_to_bfloat16():
+    """A score of 400 nats in bfloat16 is off by up to 1, and its probability by a factor of e."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 200, 16, generator=generator).bfloat16()
+    query[..., 0], key[..., 0] = 20.0, 20.0  # the same large term in every score
+    scores = (query.double() @ key.double().transpose(2, 3)).tril()
+    ahead = torch.ones(200, 200, dtype=torch.bool).triu(1)
+    expected = scores.masked_fill(ahead, -torch.inf).softmax(-1) @ value.double()
+    rounded = scores.bfloat16().double().masked_fill(ahead, -torch.inf).softmax(-1) @ value.double()
+    assert (rounded - expected).abs().max() > 0.3
+    assert (causal_attention(query, key, value, 1.0) - expected).abs().max() < 2e-2
 
 
 @pytest.mark.parametrize("length", [1, 5])

@@ -1,12 +1,14 @@
 """Causal attention on the CPU: by blocks of queries, each with the keys that it can see.
 
 PyTorch's kernel computes whole blocks of up to 512 keys and masks what lies ahead: half of all
-scores in a window of 512, a quarter at 1024. 16-bit queries, keys and values are widened: its
-float32 kernel is the faster one, and its sums are better.
+scores in a window of 512, a quarter at 1024. And in 16 bits its products are no faster than in
+float32. Here both are plain matrix products, over query heads that share keys together.
 
-Shape suffixes: B = batch, H = query heads, G = key/value heads, T = ids, S = keys, D = head size.
+Shape suffixes: B = batch, H = query heads, G = key/value heads, R = query heads that share keys,
+T = ids, S = keys, D = head size, Q = queries of a block, X = R · Q rows of scores.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,8 +19,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_by_query_blocks"
-_QUERIES = 128
-_LONGEST = 1024  # of windows that gain; longer ones spend their time in whole blocks of keys
+_ROWS = 384  # of scores at a time: many make products fast, few waste little on what lies ahead
+_QUERIES = 192  # of one head at most in float32, whose products are as fast with fewer rows
+_LONGEST = 8192  # ids; the scores of longer windows leave the caches
+# A score of 64 nats is rounded to bfloat16 by 0.125 at most; rows beyond are made in float32.
+_LARGEST_ROUNDED = 64.0 / math.log(2.0)
+_FOLDED_QUERIES = 128
 
 
 def use_causal_blocks(model: nn.Module) -> bool:
@@ -54,7 +60,8 @@ def _attention(
     states = query, key, value
     if _is_plain(module, states, options):
         scaling = options.get("scaling")
-        if attention_mask is None and 1 < query.shape[2] == key.shape[2] <= _LONGEST:
+        alone = torch.get_num_threads() == 1  # such products are too small for more threads
+        if alone and attention_mask is None and 1 < query.shape[2] == key.shape[2] <= _LONGEST:
             return causal_attention(*states, scaling).transpose(1, 2), None
         if _can_fold(states, attention_mask):
             return folded_attention(*states, attention_mask, scaling).transpose(1, 2), None
@@ -79,7 +86,7 @@ def _can_fold(states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None) -> boo
     """Whether heads share keys, and a cache is read by few queries under one mask for all heads."""
     query, key, _ = states
     shared = query.shape[1] // key.shape[1]
-    if shared == 1 or query.shape[2] * shared > _QUERIES:
+    if shared == 1 or query.shape[2] * shared > _FOLDED_QUERIES:
         return False
     return query.shape[2] == 1 if mask is None else mask.dim() == 4 and mask.shape[1] == 1
 
@@ -117,21 +124,65 @@ def folded_attention(
 def causal_attention(
     query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scaling: float | None = None
 ) -> Tensor:
-    """softmax(Q Kᵀ · scaling + causal mask) V, in the query's dtype, laid out as BTHD."""
+    """softmax(Q Kᵀ · scaling + causal mask) V, in the query's dtype, laid out as BTHD.
+
+    In bfloat16 the scores are rounded once, as in transformers' eager attention, but where they
+    are large: there, and in softmax and its sums everywhere, float32. Products add up in float32.
+    """
     num_batch, num_heads, length, size = query_BHTD.shape
-    key, value = key_BGTD.float(), value_BGTD.float()
-    out_BHTD = query_BHTD.new_empty(num_batch, length, num_heads, size).transpose(1, 2)
-    ahead_TT = torch.full((_QUERIES, _QUERIES), -torch.inf).triu_(1)
-    for start in range(0, length, _QUERIES):
-        stop = min(start + _QUERIES, length)
-        mask_TS = torch.zeros(stop - start, stop)
-        mask_TS[:, start:] = ahead_TT[: stop - start, : stop - start]
-        out_BHTD[:, :, start:stop] = scaled_dot_product_attention(
-            query_BHTD[:, :, start:stop].float(),
-            key[:, :, :stop],
-            value[:, :, :stop],
-            attn_mask=mask_TS,
-            scale=scaling,
-            enable_gqa=num_heads != key.shape[1],
-        )
-    return out_BHTD
+    num_groups = key_BGTD.shape[1]
+    shared = num_heads // num_groups
+    queries = min(max(32, _ROWS // shared), length)
+    if query_BHTD.dtype == torch.float32:
+        queries = min(_QUERIES, queries)
+    block = _ScoreBlock(query_BHTD, shared * queries, size**-0.5 if scaling is None else scaling)
+    ahead_QQ = torch.full((queries, queries), -torch.inf).triu_(1)
+    out_BTHD = query_BHTD.new_empty(num_batch, length, num_heads, size)
+    for batch in range(num_batch):
+        for group in range(num_groups):
+            heads = slice(group * shared, (group + 1) * shared)
+            key_TD, value_TD = key_BGTD[batch, group], value_BGTD[batch, group]
+            for start in range(0, length, queries):
+                stop = min(start + queries, length)
+                rows_RQD = query_BHTD[batch, heads, start:stop]
+                ahead = ahead_QQ[: stop - start, : stop - start]
+                heads_RQD = block.attend(rows_RQD, key_TD[:stop], value_TD[:stop], ahead)
+                out_BTHD[batch, start:stop, heads] = heads_RQD.transpose(0, 1)
+    return out_BTHD.transpose(1, 2)
+
+
+class _ScoreBlock:
+    """Room for one block of scores, in the dtype of its products and in float32."""
+
+    def __init__(self, query_BHTD: Tensor, rows: int, scaling: float) -> None:
+        num_scores = rows * query_BHTD.shape[2]
+        self._wide = query_BHTD.new_empty(num_scores, dtype=torch.float32)
+        self._rounds = query_BHTD.dtype != torch.float32
+        self._raw = query_BHTD.new_empty(num_scores) if self._rounds else self._wide
+        self._scaling = scaling / math.log(2.0)  # of exponents of two, which are faster
+
+    def attend(
+        self, query_RQD: Tensor, key_SD: Tensor, value_SD: Tensor, ahead_QQ: Tensor
+    ) -> Tensor:
+        """The heads' outputs, RQD; the last Q keys are the queries' own."""
+        rows_XD = query_RQD.reshape(-1, query_RQD.shape[-1])
+        size = len(rows_XD) * len(key_SD)
+        raw_XS, odds_XS = (x[:size].view(len(rows_XD), -1) for x in (self._raw, self._wide))
+        if self._rounds:
+            torch.mm(rows_XD, key_SD.t(), out=raw_XS)
+            odds_XS.copy_(raw_XS).mul_(self._scaling)
+            largest_X1 = _largest_seen(odds_XS, ahead_QQ)
+        if not self._rounds or bool((largest_X1.abs() > _LARGEST_ROUNDED).any()):
+            torch.mm(rows_XD.float() * self._scaling, key_SD.float().t(), out=odds_XS)
+            largest_X1 = _largest_seen(odds_XS, ahead_QQ)
+        sums_X1 = odds_XS.sub_(largest_X1).exp2_().sum(-1, keepdim=True)
+        if self._rounds:
+            raw_XS.copy_(odds_XS)
+        return torch.mm(raw_XS, value_SD).div_(sums_X1).view(query_RQD.shape)
+
+
+def _largest_seen(scores_XS: Tensor, ahead_QQ: Tensor) -> Tensor:
+    """The largest score of each row (X, 1), after masking what lies ahead, in place."""
+    num_queries = len(ahead_QQ)
+    scores_XS.view(-1, num_queries, scores_XS.shape[1])[:, :, -num_queries:] += ahead_QQ
+    return scores_XS.amax(-1, keepdim=True)

@@ -17,7 +17,7 @@ from perplexit.inputs.windows import WindowIds
 from perplexit.resources.allocator import give_freed_memory_back
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
 from perplexit.sessions.pytorch_arrangement import arranged, described, first_forward, refuse_cache
-from perplexit.sessions.pytorch_batch import PaddedBatch, batches_of, check_windows, fed_length
+from perplexit.sessions.pytorch_batch import PaddedBatch, check_windows, fed_length
 from perplexit.sessions.pytorch_cached import (
     CacheRoom,
     PytorchCache,
@@ -36,7 +36,8 @@ from perplexit.sessions.pytorch_module import (
     position_limit,
 )
 from perplexit.sessions.pytorch_placement import DeviceMap, Placement, devices_of
-from perplexit.sessions.pytorch_scoring import Launched, Scoring, launch
+from perplexit.sessions.pytorch_scoring import Launched, Scoring, by_parts, launch
+from perplexit.sessions.pytorch_threads import WindowThreads
 
 _T = TypeVar("_T")
 
@@ -105,6 +106,8 @@ class PytorchInferenceSession:
             num_logits=self._num_logits,
         )
         self._description = with_kernels(self._description, on_kernels, forward)
+        aside = on_kernels.get("windows_side_by_side") and opened.threads > 1
+        self._threads = WindowThreads(opened.threads) if aside else None
         self._model_description: ModelDescription | None = None
         self._closed = False
         self._num_cached_layers: int | None = None
@@ -186,14 +189,15 @@ class PytorchInferenceSession:
 
     def _gathered_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
         results = [torch.empty(0, 0)] * len(windows)
-        for places in batches_of(windows, padded=self._forward.takes_mask):
+
+        def gather(places: list[int]) -> None:
             batch = PaddedBatch.of([windows[place] for place in places], self._device)
             rows_BTX = self._forward.rows(batch.ids_BT, batch.mask_BT)
             rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
-            start = 0
-            for place, count in zip(places, batch.counts, strict=True):
-                results[place] = rows_NX[start : start + count]
-                start += count
+            for place, rows in zip(places, torch.split(rows_NX, list(batch.counts)), strict=True):
+                results[place] = rows
+
+        by_parts(windows, gather, padded=self._forward.takes_mask, threads=self._threads)
         return results
 
     def max_batch_size(self, window_length: int) -> int:
@@ -201,7 +205,9 @@ class PytorchInferenceSession:
         num_logits = self._num_logits if self._forward.keeps_logits else 0
         num_bytes = activation_bytes_per_id(self._module, window_length, num_logits)
         devices = devices_of(self._module, self._device)
-        return min(batch_size_for(device, max(1, window_length), num_bytes) for device in devices)
+        parts = self._threads.size if self._threads is not None else 1
+        length = max(1, window_length)
+        return min(batch_size_for(device, length, num_bytes, parts=parts) for device in devices)
 
     cache_rows: int | None = None  # a cache takes any number of windows; see CachingSession
 
@@ -252,6 +258,8 @@ class PytorchInferenceSession:
         self._closed = True
         if self._opened.group is not None:
             self._opened.group.stop()
+        if self._threads is not None:
+            self._threads.close()
         self._memory.close()
         self._module = nn.Identity()
         self._forward = WholeForward(self._module)
@@ -290,7 +298,9 @@ class PytorchInferenceSession:
         )
 
     def _launched(self, windows: Sequence[WindowIds], with_details: bool, top_k: int) -> Launched:
-        scoring = Scoring(self._forward, self._device, self._chunk_rows, with_details, top_k)
+        scoring = Scoring(
+            self._forward, self._device, self._chunk_rows, with_details, top_k, self._threads
+        )
         return launch(windows, scoring, self._num_logits)
 
     def _check_open(self) -> None:

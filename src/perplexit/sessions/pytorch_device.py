@@ -13,7 +13,8 @@ from perplexit.errors import UsageError
 
 # Larger batches than this many ids gain nothing: the matrix products already fill the machine.
 # On the CPU they lose: activations of more ids no longer fit into its caches.
-_IDS_A_BATCH = {"cpu": 1024, "cuda": 65_536, "mps": 8192}
+CPU_IDS = 1024
+_IDS_A_BATCH = {"cpu": CPU_IDS, "cuda": 65_536, "mps": 8192}
 _SHARE_OF_FREE_MEMORY = 0.5
 
 
@@ -58,10 +59,15 @@ def chosen_threads(threads: int | None) -> int:
     return os.cpu_count() or 1
 
 
-def batch_size_for(device: torch.device, window_length: int, bytes_per_id: int) -> int:
-    """How many windows fit into half of the free memory, at least one."""
+def batch_size_for(
+    device: torch.device, window_length: int, bytes_per_id: int, *, parts: int = 1
+) -> int:
+    """How many windows fit into half of the free memory, at least one.
+
+    parts: of a batch that run side by side, each as large as a batch would otherwise be.
+    """
     by_memory = int(_SHARE_OF_FREE_MEMORY * free_bytes(device)) // (bytes_per_id * window_length)
-    return max(1, min(by_memory, _IDS_A_BATCH[device.type] // window_length))
+    return max(1, min(by_memory, parts * max(1, _IDS_A_BATCH[device.type] // window_length)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ V = vocabulary, X = D or V.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -95,17 +96,17 @@ class LinearHead:
 
     def __init__(self, linear: nn.Linear, *, blocked: bool = True) -> None:
         self._linear = linear
-        self._buffer_NV: Tensor | None = None
+        self._room = threading.local()  # windows may be scored side by side
         self.blocked = blocked and linear.weight.device.type == "cpu"
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """The logits, valid until the next call."""
         weight: Tensor = self._linear.weight
         bias: Tensor | None = self._linear.bias
-        buffer = self._buffer_NV
+        buffer: Tensor | None = getattr(self._room, "buffer_NV", None)
         if buffer is None or len(buffer) < len(hidden_ND) or buffer.dtype != hidden_ND.dtype:
             buffer = hidden_ND.new_empty(len(hidden_ND), len(weight))
-            self._buffer_NV = buffer
+            self._room.buffer_NV = buffer
         out_NV = buffer[: len(hidden_ND)]
         if bias is None:
             return torch.mm(hidden_ND, weight.t(), out=out_NV)

@@ -23,6 +23,7 @@ from perplexit.sessions.pytorch_call import ModuleCall, field_of
 from perplexit.sessions.pytorch_forward import ForwardPass, LinearHead
 from perplexit.sessions.pytorch_loading import OpenedModule
 from perplexit.sessions.pytorch_module import num_embeddings
+from perplexit.sessions.pytorch_threads import ForwardTrace
 
 KERNELS = ("packed", "plain")
 _ENVIRONMENT = "PERPLEXIT_KERNELS"
@@ -77,6 +78,7 @@ def pack_model(model: nn.Module) -> Mapping[str, Any]:
     if not num_linears:
         return _PLAIN
     num_mlps, blocks = fuse_mlps(model), use_causal_blocks(model)
+    trace = ForwardTrace(model)
     if not _close(expected, _logits(model, ids_BT)):
         unfuse_mlps(model)
         unpack_linears(model)
@@ -87,6 +89,7 @@ def pack_model(model: nn.Module) -> Mapping[str, Any]:
         "kernels": "packed",
         "packed_linears": num_linears,
         "fused_mlps": num_mlps,
+        "windows_side_by_side": trace.leaves_nothing(),
         "keeps_freed_memory": keep_freed_memory(),
     }
 

@@ -4,8 +4,9 @@ On CUDA a launch queues copies, layers and head, and returns; the next one may b
 the first is collected, so that the device never waits for the host's statistics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -15,17 +16,24 @@ from perplexit.sessions.base import TokenDetails
 from perplexit.sessions.pytorch_batch import PaddedBatch, batches_of, details_by_window, no_details
 from perplexit.sessions.pytorch_cuda import ComingStatistics, to_host
 from perplexit.sessions.pytorch_forward import ForwardPass
+from perplexit.sessions.pytorch_threads import WindowThreads
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a session scores: its forward pass, its device, and what is asked of it."""
+    """How a session scores: its forward pass, its device, and what is asked of it.
+
+    threads: that score windows side by side; None where all threads work inside the products.
+    """
 
     forward: ForwardPass
     device: torch.device
     chunk_rows: int
     with_details: bool
     top_k: int
+    threads: WindowThreads | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +56,27 @@ def launch(windows: Sequence[WindowIds], scoring: Scoring, num_logits: int) -> L
     """The windows' results on their way; windows without targets have theirs."""
     k = min(scoring.top_k, num_logits)
     empty = no_details(with_details=scoring.with_details, num_alternatives=k)
-    parts = [
-        (places, *_part([windows[place] for place in places], scoring))
-        for places in batches_of(windows, padded=scoring.forward.takes_mask)
-    ]
+    parts = by_parts(
+        windows,
+        lambda places: (places, *_part([windows[place] for place in places], scoring)),
+        padded=scoring.forward.takes_mask,
+        threads=scoring.threads,
+    )
     return Launched(tuple(parts), [empty] * len(windows))
+
+
+def by_parts(
+    windows: Sequence[WindowIds],
+    work: Callable[[list[int]], _T],
+    *,
+    padded: bool,
+    threads: WindowThreads | None,
+) -> list[_T]:
+    """What `work` gives for the places of windows that run together; see `batches_of`."""
+    batches = batches_of(windows, padded=padded)
+    if threads is None:
+        return [work(places) for places in batches]
+    return threads.map(work, [part for batch in batches for part in threads.split(batch, windows)])
 
 
 def _part(

@@ -1,0 +1,111 @@
+"""Windows scored side by side on the CPU: each thread runs a forward pass of its own.
+
+Several threads inside one product wait for each other after each of a thousand small steps of a
+forward pass; threads that each have their windows wait once a batch. The model must be one whose
+forward leaves nothing behind on its modules.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perplexit.inputs.windows import WindowIds
+from perplexit.sessions.pytorch_batch import fed_length
+from perplexit.sessions.pytorch_device import CPU_IDS
+
+_T = TypeVar("_T")
+# Kinds of rotary embedding that keep on the module what the last window's length asked for.
+_CHANGING_ROPE = {"dynamic", "longrope"}
+
+
+class WindowThreads:
+    """Runs work on parts of a batch, a thread each; PyTorch itself uses one thread meanwhile.
+
+    size: threads. Where parts are fewer than threads, the rest is run one after the other, with
+    all threads inside the products.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._pool: ThreadPoolExecutor | None = None
+
+    def split(self, places: Sequence[int], windows: Sequence[WindowIds]) -> list[list[int]]:
+        """The places of windows (longest first) as parts of about equal numbers of ids.
+
+        As many parts as threads, or a multiple; a part holds about 1024 ids at most, or one window.
+        """
+        lengths = np.array([fed_length(windows[place]) for place in places])
+        rounds = -(-int(lengths.sum()) // (self.size * CPU_IDS))
+        count = min(len(places), rounds * self.size)
+        middles = np.cumsum(lengths) - lengths / 2
+        part_of = np.minimum(middles * count // lengths.sum(), count - 1)
+        parts = [[p for p, n in zip(places, part_of, strict=True) if n == k] for k in range(count)]
+        return [part for part in parts if part]
+
+    def map(self, work: Callable[[list[int]], _T], parts: Sequence[list[int]]) -> list[_T]:
+        """`work` of each part, in order; what it raises is raised here."""
+        side_by_side = len(parts) - len(parts) % self.size
+        results = self._run(work, parts[:side_by_side]) if side_by_side else []
+        return results + [work(part) for part in parts[side_by_side:]]
+
+    def _run(self, work: Callable[[list[int]], _T], parts: Sequence[list[int]]) -> list[_T]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(
+                self.size, "perplexit", initializer=torch.set_num_threads, initargs=(1,)
+            )
+
+        def alone(part: list[int]) -> _T:
+            with torch.inference_mode():  # a thread's own setting
+                return work(part)
+
+        torch.set_num_threads(1)  # MKL has one number for all threads of a process
+        try:
+            return list(self._pool.map(alone, parts))
+        finally:
+            torch.set_num_threads(self.size)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+class ForwardTrace:
+    """What a model's modules held before a forward pass, to see whether one leaves anything behind.
+
+    A model of code outside transformers may keep what this one pass does not show: not trusted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = list(_held(model))
+
+    def leaves_nothing(self) -> bool:
+        """Whether forward passes of this model may run in several threads at a time."""
+        if not type(self._model).__module__.startswith("transformers."):
+            return False
+        if any(_CHANGING_ROPE & _rope_types(module) for module in self._model.modules()):
+            return False
+        after = list(_held(self._model))
+        return len(after) == len(self._before) and all(
+            held is was and version == versioned
+            for (held, version), (was, versioned) in zip(after, self._before, strict=True)
+        )
+
+
+def _held(model: nn.Module) -> Iterator[tuple[object, int]]:
+    """Everything on the modules, and how often it was written to where that is counted."""
+    for module in model.modules():
+        for held in (*module.__dict__.values(), *module._buffers.values()):
+            counted = isinstance(held, Tensor) and not held.is_inference()
+            yield held, held._version if counted else 0
+
+
+def _rope_types(module: nn.Module) -> set[object]:
+    rope_type = getattr(module, "rope_type", None)
+    return set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type}
