@@ -9,29 +9,42 @@ vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, VocabularyError
+from perplexit.inputs.parts import balanced_parts
 from perplexit.inputs.windows import WindowIds
 from perplexit.programs import ProgramShapes
 
 Feed = dict[str, NDArray[np.int64]]
 RunProgram = Callable[[Feed], NDArray[np.float32]]
+MOST_IDS_A_CALL = 1024  # where calls run side by side: more lose the caches and gain nothing
 
 
 def program_nll(
-    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes
+    run: RunProgram,
+    windows: Sequence[WindowIds],
+    shapes: ProgramShapes,
+    *,
+    calls_at_a_time: int = 1,
 ) -> list[NDArray[np.float32]]:
     """The nll of each window's targets, from a program with the head inside.
 
+    calls_at_a_time: threads that may call `run` side by side; then a part has about 1024 ids.
     Raises CapabilityError where a window is longer than the program's.
     """
     if not windows:
         return []
-    nll_N = [_part_nll(run, part, shapes) for part in parts_of(windows, shapes)]
+    parts = parts_of(windows, shapes, calls_at_a_time=calls_at_a_time)
+    if calls_at_a_time == 1:
+        nll_N = [_part_nll(run, part, shapes) for part in parts]
+    else:
+        with ThreadPoolExecutor(calls_at_a_time, "perplexit") as pool:
+            nll_N = list(pool.map(lambda part: _part_nll(run, part, shapes), parts))
     return split_by_window(np.concatenate(nll_N), windows)
 
 
@@ -80,26 +93,39 @@ def check_vocabulary(windows: Sequence[WindowIds], vocab_size: int) -> None:
             )
 
 
-def parts_of(windows: Sequence[WindowIds], shapes: ProgramShapes) -> Iterator[Sequence[WindowIds]]:
+def parts_of(
+    windows: Sequence[WindowIds], shapes: ProgramShapes, *, calls_at_a_time: int = 1
+) -> Iterator[Sequence[WindowIds]]:
     """The windows, as many at a time as one call takes."""
+    if calls_at_a_time > 1 and shapes.batch_size is None:
+        lengths = [len(window.ids_T) for window in windows]
+        for part in balanced_parts(lengths, workers=calls_at_a_time, most_ids=MOST_IDS_A_CALL):
+            yield windows[part[0] : part[-1] + 1]
+        return
     size = shapes.batch_size or max(1, len(windows))
     for start in range(0, len(windows), size):
         yield windows[start : start + size]
 
 
 def windows_at_once(
-    window_length: int, shapes: ProgramShapes, *, window_bytes: int, most_ids: int
+    window_length: int,
+    shapes: ProgramShapes,
+    *,
+    window_bytes: int,
+    most_ids: int,
+    calls_at_a_time: int = 1,
 ) -> int:
-    """How many windows a call should take: those of a fixed program, else half of the free memory.
+    """How many windows a batch should take: those of a fixed program, else half of the free memory.
 
     window_bytes: what one window needs. most_ids: of a batch; beyond, a CPU gains no speed.
     """
     if shapes.length is not None and window_length > shapes.length:
         return 1  # it will be refused
     if shapes.batch_size is not None:
-        return shapes.batch_size
+        return calls_at_a_time * shapes.batch_size
     free = int(psutil.virtual_memory().available) // 2
-    return max(1, min(most_ids // window_length, free // max(1, window_bytes)))
+    most = max(calls_at_a_time, most_ids // window_length)
+    return max(1, min(most, free // max(1, window_bytes)))
 
 
 def split_by_window(

@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 
 from perplexit.errors import MemoryBoundError, UsageError
+from perplexit.resources.allocator import give_freed_memory_back
 from perplexit.resources.host import HostMemory, lifetime_peak_bytes, rss_bytes
 from perplexit.resources.memory import MemoryTracker
 from perplexit.resources.shared_peak import SharedPeak
 
 MB = 1 << 20
 SLACK = 4096  # bytes of `with` itself that an enclosing tracker's tracing sees
+
+
+@pytest.fixture(autouse=True)
+def no_freed_memory_kept():
+    """Sessions of earlier tests may have left memory with the process, which hides what is new."""
+    gc.collect()
+    give_freed_memory_back()
 
 
 def held(num_bytes: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import nn
 from perplexit.errors import EngineOutOfMemoryError
 from perplexit.sessions.packed_linear import can_pack
 from perplexit.sessions.pytorch import PytorchInferenceSession
-from perplexit.sessions.pytorch_threads import ForwardTrace, WindowThreads
+from perplexit.sessions.pytorch_threads import ForwardTrace
 from tests.oracles import oracle_details, random_window
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
@@ -88,28 +88,6 @@ def test_plain_kernels_keep_transformers_own_batches(tiny_llama_dir, monkeypatch
     seen = threads_of_forwards(session, monkeypatch)
     session.token_nll(WINDOWS)
     assert [threads for _, threads in seen] == [2]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "expected"),
-    [
-        ([1024], [1]),
-        ([1024, 1024], [1, 1]),
-        ([1024] * 3, [1, 1, 1]),
-        ([1024] * 4, [1, 1, 1, 1]),
-        ([256] * 8, [4, 4]),
-        ([256] * 9, [2, 2, 3, 2]),
-        ([4096, 4096], [1, 1]),
-        ([900, 300, 300, 300], [1, 3]),
-        ([3], [1]),
-        ([9, 3, 3, 3], [1, 3]),
-    ],
-)
-def test_parts_have_about_the_same_number_of_ids(lengths, expected):
-    windows = [random_window(0, length + 1, VOCAB_SIZE) for length in lengths]
-    parts = WindowThreads(2).split(range(len(windows)), windows)
-    assert [len(part) for part in parts] == expected
-    assert [place for part in parts for place in part] == list(range(len(windows)))
 
 
 def test_batches_are_as_large_as_the_threads_can_share(tiny_llama_dir):

@@ -1,8 +1,9 @@
 """OpenVINO made to compute in the precision that was asked for, and asked what it really does."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -39,33 +40,54 @@ class OpenedProgram:
     """
 
     graphs: tuple[Any, ...]
-    properties: Mapping[str, Any]
+    properties: Mapping[str, Mapping[str, str]]
+    _idle: SimpleQueue[tuple[Any, ...]] = field(default_factory=SimpleQueue)
 
     def run(self, feed: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         """The program's output. Raises EngineOutOfMemoryError, ModelError."""
+        requests: tuple[Any, ...] = ()
         try:
-            if len(self.graphs) == 1:
-                result = self.graphs[0](dict(feed))[0]
+            requests = self._requests()
+            if len(requests) == 1:
+                result = requests[0].infer(dict(feed))[0]
             else:
-                body, head = self.graphs
+                body, head = requests
                 rest = {name: value for name, value in feed.items() if name != "input_ids"}
-                hidden_BTD = body({"input_ids": feed["input_ids"]})[0]
-                result = head({"hidden_states": hidden_BTD, **rest})[0]
+                hidden_BTD = body.infer({"input_ids": feed["input_ids"]})[0]
+                result = head.infer({"hidden_states": hidden_BTD, **rest})[0]
         except (RuntimeError, MemoryError) as error:
             raise _translated(error, "running the program") from error
+        finally:
+            if requests:
+                self._idle.put(requests)
         return np.asarray(result)
+
+    @property
+    def streams(self) -> int:
+        """How many threads may call `run` at a time: the engine takes no more than it has cores."""
+        return min(int(says["NUM_STREAMS"]) for says in self.properties.values())
+
+    def _requests(self) -> tuple[Any, ...]:
+        """One call's own place in each graph: one that is idle, or a new one."""
+        try:
+            return self._idle.get_nowait()
+        except Empty:
+            return tuple(graph.create_infer_request() for graph in self.graphs)
 
 
 def open_program(
-    model: Path | ov.Model, *, dtype: str = "float32", threads: int | None = None
+    model: Path | ov.Model, *, dtype: str = "float32", threads: int | None = None, streams: int = 1
 ) -> OpenedProgram:
     """The program on this machine's processor with its body in `dtype`; the head is float32.
 
-    dtype: `float32` or `bfloat16`. Raises CapabilityError where the processor or the engine does
+    dtype: `float32` or `bfloat16`. streams: calls to run at a time, which share the threads.
+    Raises CapabilityError where the processor or the engine does
     something else, ModelError where the program cannot be read.
     """
     core = ov.Core()
-    counted = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    counted: dict[str, Any] = {"NUM_STREAMS": streams}
+    if threads is not None:
+        counted["INFERENCE_NUM_THREADS"] = threads
     try:
         graph = core.read_model(model) if isinstance(model, Path) else model
         if dtype == "float32":

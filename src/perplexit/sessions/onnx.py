@@ -24,6 +24,7 @@ from perplexit.program_calls import (
     split_by_window,
     windows_at_once,
 )
+from perplexit.resources.cores import num_cores
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import (
     MOST_CACHED_IDS,
@@ -35,7 +36,7 @@ from perplexit.sessions.base import (
 from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.logit_rows import details_of_rows
 from perplexit.sessions.onnx_cached import OnnxCache, cache_bytes, with_logits_probed
-from perplexit.sessions.onnx_engine import num_cores, open_session, provider_of, translated
+from perplexit.sessions.onnx_engine import open_session, provider_of, translated
 from perplexit.sessions.onnx_io import ports_of
 from perplexit.sessions.onnx_program import check_asked, describe, find_program
 

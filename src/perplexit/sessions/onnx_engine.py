@@ -1,6 +1,5 @@
 """ONNX Runtime itself: opening a graph on a device, its memory arena, its errors."""
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,6 @@ from perplexit.resources.freed_memory import return_freed_memory
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate memory", "out of memory", "bad allocation")
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def provider_of(device: str) -> str:

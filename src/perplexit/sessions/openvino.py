@@ -7,6 +7,7 @@ import openvino
 
 from perplexit.errors import CapabilityError
 from perplexit.quantization.openvino_engine import effective_threads, open_program
+from perplexit.resources.cores import num_cores
 from perplexit.sessions.program_session import (
     Asked,
     Opened,
@@ -16,6 +17,8 @@ from perplexit.sessions.program_session import (
 )
 
 _MODEL_FILE = "model.xml"
+# Calls at a time. A stream's threads wait for each other less; but one window runs on one stream.
+_MOST_STREAMS = 4
 
 
 class OpenVinoInferenceSession(ProgramSession):
@@ -23,7 +26,7 @@ class OpenVinoInferenceSession(ProgramSession):
 
     folder:  made by `perplexit compile --to openvino`.
     dtype:   float32 (the default), or bfloat16: the body in bfloat16, the head in float32.
-    device:  "cpu". threads: None: as many as the engine takes.
+    device:  "cpu". threads: None: the cores that this process may use.
     quantization: what the program must be; it was settled when it was compiled.
     The effective properties are in `description.settings["properties"]`.
     """
@@ -42,7 +45,13 @@ class OpenVinoInferenceSession(ProgramSession):
                 f"expected device cpu for OpenVINO, got {asked.device!r}: its other devices do not "
                 "compute in float32; leave it out"
             )
-        program = open_program(folder / _MODEL_FILE, dtype=asked.dtype, threads=asked.threads)
+        threads = asked.threads or num_cores()
+        program = open_program(
+            folder / _MODEL_FILE,
+            dtype=asked.dtype,
+            threads=threads,
+            streams=min(threads, _MOST_STREAMS),
+        )
         settings = {
             "properties": {graph: dict(says) for graph, says in program.properties.items()},
             "head_dtype": "float32",
@@ -50,7 +59,13 @@ class OpenVinoInferenceSession(ProgramSession):
         }
         threads = effective_threads(program)
         return Opened(
-            program.run, "openvino", openvino.__version__, "cpu", threads or None, settings
+            program.run,
+            "openvino",
+            openvino.__version__,
+            "cpu",
+            threads or None,
+            settings,
+            program.streams,
         )
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.program_calls import (
+    MOST_IDS_A_CALL,
     Feed,
     RunProgram,
     check_vocabulary,
@@ -36,7 +37,7 @@ from perplexit.sessions.base import (
 from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.logit_rows import details_of_rows
 
-_MOST_IDS = 2048  # ids a batch: beyond, a CPU gains no speed and only pays memory
+_MOST_IDS = 2048  # ids of a call at a time: beyond, a CPU gains no speed and only pays memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Opened:
     device: str
     threads: int | None
     settings: Mapping[str, Any]
+    calls_at_a_time: int = 1
 
 
 class ProgramSession(ABC):
@@ -88,6 +90,7 @@ class ProgramSession(ABC):
         made_from = asdict(self._metadata.model)
         made_from["address"] = address or f"{self._engine}:{folder}"
         self._model = ModelDescription(**made_from)
+        self._calls_at_a_time = self._opened.calls_at_a_time
         self._description = self._described(self._opened, asked.dtype)
 
     @abstractmethod
@@ -107,15 +110,18 @@ class ProgramSession(ABC):
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """The nll of each target, from the head inside the program; see InferenceSession."""
         check_vocabulary(windows, self._model.vocab_size)
-        return program_nll(self._run, windows, self._metadata.shapes)
+        return program_nll(
+            self._run, windows, self._metadata.shapes, calls_at_a_time=self._calls_at_a_time
+        )
 
     def max_batch_size(self, window_length: int) -> int:
-        """How many windows of that many ids take half of the free memory, at most 2048 ids."""
+        """How many windows of that many ids half of the free memory and the engine's calls take."""
         return windows_at_once(
             window_length,
             self._metadata.shapes,
             window_bytes=self._window_bytes(window_length),
-            most_ids=_MOST_IDS,
+            most_ids=max(_MOST_IDS, self._calls_at_a_time * MOST_IDS_A_CALL),
+            calls_at_a_time=self._calls_at_a_time,
         )
 
     def close(self) -> None:

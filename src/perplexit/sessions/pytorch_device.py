@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from perplexit.errors import UsageError
+from perplexit.resources.cores import num_cores
 
 # Larger batches than this many ids gain nothing: the matrix products already fill the machine.
 # On the CPU they lose: activations of more ids no longer fit into its caches.
@@ -54,9 +55,7 @@ def chosen_threads(threads: int | None) -> int:
     from_environment = os.environ.get("OMP_NUM_THREADS", "")
     if from_environment.isdecimal() and int(from_environment) > 0:
         return int(from_environment)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return num_cores()
 
 
 def batch_size_for(

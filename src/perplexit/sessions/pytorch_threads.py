@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perplexit.inputs.parts import balanced_parts
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch_batch import fed_length
 from perplexit.sessions.pytorch_device import CPU_IDS
@@ -34,17 +34,10 @@ class WindowThreads:
         self._pool: ThreadPoolExecutor | None = None
 
     def split(self, places: Sequence[int], windows: Sequence[WindowIds]) -> list[list[int]]:
-        """The places of windows (longest first) as parts of about equal numbers of ids.
-
-        As many parts as threads, or a multiple; a part holds about 1024 ids at most, or one window.
-        """
-        lengths = np.array([fed_length(windows[place]) for place in places])
-        rounds = -(-int(lengths.sum()) // (self.size * CPU_IDS))
-        count = min(len(places), rounds * self.size)
-        middles = np.cumsum(lengths) - lengths / 2
-        part_of = np.minimum(middles * count // lengths.sum(), count - 1)
-        parts = [[p for p, n in zip(places, part_of, strict=True) if n == k] for k in range(count)]
-        return [part for part in parts if part]
+        """The places of windows, a part for a forward pass each; see `balanced_parts`."""
+        lengths = [fed_length(windows[place]) for place in places]
+        parts = balanced_parts(lengths, workers=self.size, most_ids=CPU_IDS)
+        return [[places[n] for n in part] for part in parts]
 
     def map(self, work: Callable[[list[int]], _T], parts: Sequence[list[int]]) -> list[_T]:
         """`work` of each part, in order; what it raises is raised here."""
