@@ -18,7 +18,8 @@ from perplexit.sessions import causal_attention as causal_attention_module
 from perplexit.sessions import pytorch_kernels
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.causal_attention import causal_attention, folded_attention
-from perplexit.sessions.fused_mlp import fuse_mlps, unfuse_mlps
+from perplexit.sessions.fused_mlp import fuse_mlps, restore_forwards
+from perplexit.sessions.fused_norm import fuse_norms
 from perplexit.sessions.packed_linear import PackedLinear, can_pack, pack_linears, unpack_linears
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.oracles import oracle_details, random_window
@@ -202,7 +203,7 @@ def test_fused_blocks_give_what_the_blocks_own_forward_gives(name):
         expected = model(ids_BT).logits
         assert fuse_mlps(model) == 2
         assert torch.allclose(model(ids_BT).logits, expected, atol=2e-4)
-        unfuse_mlps(model)
+        restore_forwards(model)
         assert torch.equal(model(ids_BT).logits, expected)
 
 
@@ -356,3 +357,23 @@ def test_freed_memory_stays_with_the_process_until_it_is_given_back():
     # 20 times 12 MiB are 61,440 pages; where blocks land in the arenas varies between runs
     assert int(again) < 30_000
     assert int(after) > 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_as_one_operator_give_the_same_bits(dtype):
+    model = plain_model("llama").to(dtype)
+    ids_BT = torch.randint(VOCAB_SIZE, (3, 50), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(ids_BT).logits
+        assert fuse_norms(model) == 2 * 2 + 1
+        assert torch.equal(model(ids_BT).logits, expected)
+        restore_forwards(model)
+        assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_norms_that_do_more_keep_their_own_forward():
+    assert fuse_norms(plain_model("gemma2")) == 0  # its weight is an offset from one
+    model = plain_model("llama")
+    model.model.norm.register_forward_hook(lambda *_: None)
+    model.model.layers[0].input_layernorm.variance_epsilon = torch.tensor(1e-5)
+    assert fuse_norms(model) == 5 - 2

@@ -48,8 +48,8 @@ def fuse_mlps(model: nn.Module) -> int:
     return count
 
 
-def unfuse_mlps(model: nn.Module) -> None:
-    """Take the fused forwards away again."""
+def restore_forwards(model: nn.Module) -> None:
+    """Give every block its own forward back."""
     for block in model.modules():
         block.__dict__.pop("forward", None)
 

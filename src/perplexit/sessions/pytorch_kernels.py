@@ -17,7 +17,8 @@ from perplexit.errors import UsageError
 from perplexit.resources.allocator import keep_freed_memory
 from perplexit.sessions.base import SessionDescription
 from perplexit.sessions.causal_attention import use_causal_blocks, use_sdpa
-from perplexit.sessions.fused_mlp import fuse_mlps, unfuse_mlps
+from perplexit.sessions.fused_mlp import fuse_mlps, restore_forwards
+from perplexit.sessions.fused_norm import fuse_norms
 from perplexit.sessions.packed_linear import pack_linears, unpack_linears
 from perplexit.sessions.pytorch_call import ModuleCall, field_of
 from perplexit.sessions.pytorch_forward import ForwardPass, LinearHead
@@ -77,10 +78,10 @@ def pack_model(model: nn.Module) -> Mapping[str, Any]:
     num_linears = pack_linears(model)
     if not num_linears:
         return _PLAIN
-    num_mlps, blocks = fuse_mlps(model), use_causal_blocks(model)
+    num_mlps, num_norms, blocks = fuse_mlps(model), fuse_norms(model), use_causal_blocks(model)
     trace = ForwardTrace(model)
     if not _close(expected, _logits(model, ids_BT)):
-        unfuse_mlps(model)
+        restore_forwards(model)
         unpack_linears(model)
         if blocks:
             use_sdpa(model)
@@ -89,6 +90,7 @@ def pack_model(model: nn.Module) -> Mapping[str, Any]:
         "kernels": "packed",
         "packed_linears": num_linears,
         "fused_mlps": num_mlps,
+        "fused_norms": num_norms,
         "windows_side_by_side": trace.leaves_nothing(),
         "keeps_freed_memory": keep_freed_memory(),
     }
