@@ -59,7 +59,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=None, help="5, or 3 with --quick")
     parser.add_argument("--windows", type=int, nargs="+", default=None, help="window lengths")
-    parser.add_argument("--ids", type=int, help="scored in a turn: 2048, or 1024 with --quick")
+    parser.add_argument(
+        "--ids", type=int, help="in a turn, and a window a thread: 2048 (quick: 1024)"
+    )
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER of your own")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true", help="measure what is there already")
@@ -76,7 +78,8 @@ def _plan(options: argparse.Namespace) -> Iterator[Section | Script]:
     names = [text.partition("=")[0] for text in options.model]
     models = names or (["demo"] if options.quick else ["demo", "gpt2"])
     wanted = options.contenders and options.contenders.split(",")
-    for section in sections(dict.fromkeys(models, Path()), options.windows, options.ids):
+    paths = dict.fromkeys(models, Path())
+    for section in sections(paths, options.windows, options.ids, options.threads):
         if _is_wanted(section.name, options.only):
             yield _narrowed(section, wanted)
     for script in SCRIPTS:

@@ -62,11 +62,15 @@ SCRIPTS = (
 
 
 def sections(
-    models: Mapping[str, Path], lengths: tuple[int, ...], ids_a_turn: int = IDS_A_TURN
+    models: Mapping[str, Path],
+    lengths: tuple[int, ...],
+    ids_a_turn: int = IDS_A_TURN,
+    fewest: int = 2,
 ) -> Iterator[Section]:
     """Every alternation, in an order in which few workers are loaded twice.
 
     The second model's turns have half the ids: it says whether the first was an exception.
+    fewest: windows a turn, however long they are: threads, since Perplexit gives each its own.
     """
     for number, model in enumerate(models):
         first = number == 0
@@ -76,13 +80,13 @@ def sections(
         ids = ids_a_turn if first else ids_a_turn // 2
         for length in kept:
             others = OTHERS if first and length == middle else ()
-            yield whole_windows(model, "fp32", length, ids // length, others)
-        yield strided(model, middle, ids_a_turn // middle)
+            yield whole_windows(model, "fp32", length, max(fewest, ids // length), others)
+        yield strided(model, middle, max(2 * fewest, ids_a_turn // middle))
         if first:
-            yield openvino(model, middle, ids // middle)
+            yield openvino(model, middle, max(fewest, ids // middle))
             yield cached(model, middle, ids // middle)
         for length in kept:
-            yield whole_windows(model, "bf16", length, ids // length)
+            yield whole_windows(model, "bf16", length, max(fewest, ids // length))
 
 
 def section_order(name: str) -> tuple[str, int, int]:
@@ -98,7 +102,7 @@ def whole_windows(
     *most, gemm = EVERYWHERE
     contenders = (*most, *others, gemm)
     name = f"{model}-{label}-{length}"
-    return Section(name, model, DTYPES[label], length, contenders, max(1, windows))
+    return Section(name, model, DTYPES[label], length, contenders, windows)
 
 
 def strided(model: str, length: int, windows: int) -> Section:
@@ -109,7 +113,7 @@ def strided(model: str, length: int, windows: int) -> Section:
         "float32",
         length,
         ("perplexit", "hf guide"),
-        max(2, windows),
+        windows,
         base="hf guide",
         stride=length // 2,
     )
@@ -120,16 +124,16 @@ def openvino(model: str, length: int, windows: int) -> Section:
     ours = ("openvino fp32", "openvino bf16", "openvino int8", "openvino int8 bf16")
     contenders = ("perplexit", "perplexit bf16", *ours, "plain loop", "lm-eval")
     name = f"{model}-openvino-{length}"
-    # Half the ids a turn, and more for the perplexities: bfloat16 takes thousands to tell apart.
+    # More ids for the perplexities than a turn has: bfloat16 takes thousands to tell apart.
     return Section(
         name,
         model,
         "float32",
         length,
         contenders,
-        max(1, windows // 2),
+        windows,
         check=length,
-        check_windows=max(1, 2 * windows),
+        check_windows=2 * windows,
     )
 
 

@@ -228,6 +228,7 @@ def test_sections_have_known_contenders_and_their_base() -> None:
     assert len(set(names)) == len(names)
     assert "gpt2-fp32-2048" not in names  # it has 1024 positions
     for section in found:
+        assert section.windows >= 2  # one a thread
         assert set(section.contenders) <= contenders.CONTENDERS.keys()
         assert {section.base, section.reference} <= set(section.contenders)
     ordered = sorted(names, key=sections.section_order)
