@@ -14,7 +14,7 @@ from perplexit.resources.cores import num_cores
 
 # Larger batches than this many ids gain nothing: the matrix products already fill the machine.
 # On the CPU they lose: activations of more ids no longer fit into its caches.
-CPU_IDS = 1024
+CPU_IDS = 512
 _IDS_A_BATCH = {"cpu": CPU_IDS, "cuda": 65_536, "mps": 8192}
 _SHARE_OF_FREE_MEMORY = 0.5
 
