@@ -12,7 +12,7 @@ from tokenizers import processors
 
 from perplexit.errors import CorpusError, EmptyScoreError, TokenizerError, UsageError
 from perplexit.inputs.id_lines import export_id_lines, import_id_lines
-from perplexit.inputs.prepare import _one_ahead, prepare
+from perplexit.inputs.prepare import _ahead, prepare
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import load
@@ -346,13 +346,13 @@ def test_the_next_batch_is_encoded_while_one_is_written():
         begun[item].set()
         return -item
 
-    for item, made in _one_ahead(work, range(3)):
+    for item, made in _ahead(work, range(3)):
         assert made == -item
         assert item == 2 or begun[item + 1].wait(10)
 
 
 def test_a_failing_batch_is_raised_in_its_turn():
-    turns = _one_ahead(lambda item: 1 / (2 - item), range(5))
+    turns = _ahead(lambda item: 1 / (2 - item), range(5))
     assert [next(turns), next(turns)] == [(0, 0.5), (1, 1.0)]
     with pytest.raises(ZeroDivisionError):
         next(turns)

@@ -185,9 +185,9 @@ def evaluate(
 
     A run that was stopped (Ctrl-C, kill, a crash) continues when the same command names its --run.
 
-    Fastest on a CPU: `perplexit compile MODEL --to openvino -o PROGRAM`, then eval PROGRAM with
-    --dtype bf16 (the head stays in float32). docs/benchmarks.md says by how much, and how near the
-    perplexity stays.
+    Fastest on a CPU that has bfloat16: --dtype bf16, with the model itself or with a program made
+    by `perplexit compile MODEL --to openvino -o PROGRAM` (its head stays in float32).
+    docs/benchmarks.md says by how much, and how near the perplexity stays.
     """
     folder = run or _new_run_folder(tokens)
     again = shlex.join(["perplexit", "eval", model, str(tokens), "--run", str(folder)])

@@ -6,6 +6,7 @@ Shape suffixes: D = documents.
 import shutil
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,9 +28,10 @@ from perplexit.inputs.tokenizer import Tokenizer, load
 Progress = Callable[[int, int], None]  # documents and tokens written so far
 _Numbered = list[tuple[int, Document]]  # documents with their numbers in the corpus
 
-_BATCH_CHARACTERS = 2_000_000
+_BATCH_CHARACTERS = 1_000_000
 _BATCH_DOCUMENTS = 4096
 _NUM_EXAMPLES = 5
+_AT_A_TIME = 2
 
 
 def prepare(
@@ -62,15 +64,19 @@ def prepare(
     _check_joining(plan, keys)
     target, cleanup = _target(output)
     try:
-        with TokenFileWriter(target, masked=prompt_key is not None, has_text=True) as writer:
+        with (
+            TokenFileWriter(target, masked=prompt_key is not None, has_text=True) as writer,
+            ThreadPoolExecutor(1) as aside,
+        ):
+            fingerprint = aside.submit(lambda: loaded.fingerprint)  # wanted at the end
             preparation = _Preparation(loaded, plan, writer)
             batches = _batches(_joined(documents(corpus, keys), plan, preparation))
             chosen = filter(len, map(preparation.choose, batches))
-            for kept, encoded in _one_ahead(preparation.encode, chosen):
+            for kept, encoded in _ahead(preparation.encode, chosen):
                 preparation.add(kept, encoded)
                 if progress is not None:
                     progress(writer.num_documents, writer.num_ids)
-            result = writer.finish(preparation.spec(), tokenizer_fingerprint=loaded.fingerprint)
+            result = writer.finish(preparation.spec(), tokenizer_fingerprint=fingerprint.result())
     except BaseException:
         cleanup()
         raise
@@ -241,23 +247,24 @@ def _batches(found: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _one_ahead(
+def _ahead(
     work: Callable[[_Numbered], EncodedBatch], items: Iterable[_Numbered]
 ) -> Iterator[tuple[_Numbered, EncodedBatch]]:
-    """Each item with what `work` makes of it, the next one under way while one is used.
+    """Each item with its work, in order.
 
-    The tokenizer leaves the interpreter to others while it works, so that reading, hashing and
-    writing cost no time of their own where there is a second core.
+    While a batch is tokenised, which takes the library's own threads, the bytes of another are
+    counted and a third is written.
     """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="perplexit-encode") as pool:
-        waiting: tuple[_Numbered, Future[EncodedBatch]] | None = None
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        under_way: deque[tuple[_Numbered, Future[EncodedBatch]]] = deque()
         for item in items:
-            started = item, pool.submit(work, item)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = started
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+            under_way.append((item, pool.submit(work, item)))
+            if len(under_way) > _AT_A_TIME:
+                first, future = under_way.popleft()
+                yield first, future.result()
+        while under_way:
+            first, future = under_way.popleft()
+            yield first, future.result()
 
 
 def _without_empty(encoded: EncodedBatch, present_D: NDArray[np.bool_]) -> EncodedBatch:

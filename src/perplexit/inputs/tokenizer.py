@@ -33,7 +33,6 @@ class Tokenizer:
         self.bos_id = loaded.bos_id
         self.eos_id = loaded.eos_id
         self.library = loaded.backend.library
-        self.fingerprint = loaded.backend.fingerprint
         self.vocab_size = loaded.backend.vocab_size
         self.is_special: NDArray[np.bool_] = loaded.backend.is_special
         self.added_prefix, self.added_suffix = loaded.backend.added
@@ -50,6 +49,11 @@ class Tokenizer:
             f"Tokenizer(library={self.library!r}, vocab_size={self.vocab_size}, "
             f"bos_id={self.bos_id}, eos_id={self.eos_id}, fingerprint='{self.fingerprint[:12]}…')"
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """What the tokenizer is known by; made when first asked for, which takes a while."""
+        return self._backend.fingerprint
 
     def encode_batch(self, texts: Sequence[str], *, first_document: int = 0) -> EncodedBatch:
         """The ids of each text with the bytes and words of each id; bytes sum to the text's.
