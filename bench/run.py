@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sidebyside.aims import aims_table
-from sidebyside.machine import machine, usable_cores
+from sidebyside.machine import machine
 from sidebyside.measuring import Alternation, Bench, in_own_process
 from sidebyside.pages import write_part
 from sidebyside.pool import Pool, WorkerError, worker_environment
@@ -28,6 +28,8 @@ from sidebyside.sections import IDS_A_TURN, SCRIPTS, Script, Section, section_or
 from sidebyside.tables import big_table, machine_lines, script_lines
 from sidebyside.telling import Telling
 from sidebyside.texts import ids_of_speeches
+
+from perplexit.resources.cores import num_cores
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,7 +58,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--only", action="append", default=[], help="part of a section's name")
     parser.add_argument("--contenders", help="only these, by name, separated by commas")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--rounds", type=int, default=None, help="5, or 3 with --quick")
     parser.add_argument("--windows", type=int, nargs="+", default=None, help="window lengths")
     parser.add_argument(

@@ -1,6 +1,5 @@
 """The conditions of a measurement: machine, versions, load."""
 
-import os
 import platform
 import re
 from importlib import metadata
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from perplexit.resources.cores import num_cores
 
 PACKAGES = (
     "perplexit",
@@ -25,19 +26,13 @@ def machine() -> dict[str, Any]:
     """Processor, cores, memory, system, Python, and the versions of what is compared."""
     return {
         "processor": processor_name(),
-        "cores": usable_cores(),
+        "cores": num_cores(),
         "instructions": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags()],
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
     }
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def load_average() -> float:

@@ -100,7 +100,7 @@ def parts_of(
     if calls_at_a_time > 1 and shapes.batch_size is None:
         lengths = [len(window.ids_T) for window in windows]
         for part in balanced_parts(lengths, workers=calls_at_a_time, most_ids=MOST_IDS_A_CALL):
-            yield windows[part[0] : part[-1] + 1]
+            yield windows[part.start : part.stop]
         return
     size = shapes.batch_size or max(1, len(windows))
     for start in range(0, len(windows), size):

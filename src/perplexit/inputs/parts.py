@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def balanced_parts(lengths: Sequence[int], *, workers: int, most_ids: int) -> list[list[int]]:
+def balanced_parts(lengths: Sequence[int], *, workers: int, most_ids: int) -> list[range]:
     """Places 0, 1, … of windows as runs of about equal numbers of ids, in order.
 
     lengths: the windows' ids, longest first. There are as many parts as workers, or a multiple, so
@@ -21,4 +21,4 @@ def balanced_parts(lengths: Sequence[int], *, workers: int, most_ids: int) -> li
     part_of = np.minimum(middles * count // ids.sum(), count - 1).astype(np.int64)
     stops = np.searchsorted(part_of, np.arange(count), side="right").tolist()
     starts = [0, *stops[:-1]]
-    return [list(range(a, b)) for a, b in zip(starts, stops, strict=True) if a < b]
+    return [range(a, b) for a, b in zip(starts, stops, strict=True) if a < b]

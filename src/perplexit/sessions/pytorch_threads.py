@@ -33,11 +33,11 @@ class WindowThreads:
         self.size = size
         self._pool: ThreadPoolExecutor | None = None
 
-    def split(self, places: Sequence[int], windows: Sequence[WindowIds]) -> list[list[int]]:
+    def split(self, places: list[int], windows: Sequence[WindowIds]) -> list[list[int]]:
         """The places of windows, a part for a forward pass each; see `balanced_parts`."""
         lengths = [fed_length(windows[place]) for place in places]
         parts = balanced_parts(lengths, workers=self.size, most_ids=CPU_IDS)
-        return [[places[n] for n in part] for part in parts]
+        return [places[part.start : part.stop] for part in parts]
 
     def map(self, work: Callable[[list[int]], _T], parts: Sequence[list[int]]) -> list[_T]:
         """`work` of each part, in order; what it raises is raised here."""
