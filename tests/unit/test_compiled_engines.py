@@ -1,5 +1,6 @@
 """Programs of OpenVINO, TVM and AOTInductor: what they hold, and what is refused."""
 
+import os
 import shutil
 
 import numpy as np
@@ -132,6 +133,16 @@ def test_a_window_longer_than_a_fixed_program_is_refused(tvm_program):
     session = load_session(tvm_program.folder, threads=1)
     with pytest.raises(CapabilityError, match="--max-length 96"):
         session.token_nll([random_window(0, 97, VOCAB_SIZE)])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no cores to be bound to here")
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_tvm_leaves_its_caller_every_core(tvm_program, threads):
+    """By itself it binds the calling thread to one core, and later engines share that core."""
+    cores = os.sched_getaffinity(0)
+    session = load_session(tvm_program.folder, threads=threads)
+    session.token_nll(WINDOWS)
+    assert os.sched_getaffinity(0) == cores
 
 
 def test_a_perplexity_program_offers_neither_logits_nor_details(openvino_program):

@@ -1,5 +1,6 @@
 """Apache TVM: a model library opened on a device, its parameters beside it."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ LIBRARY_FILE, PARAMETERS_FILE = "model.so", "parameters.safetensors"
 INPUTS = ("input_ids", "target_rows", "target_ids")
 CPU_TARGETS = ("llvm", "cpu")
 _DEVICES = {"llvm": "cpu", "cpu": "cpu", "cuda": "cuda", "opencl": "opencl", "vulkan": "vulkan"}
+
+# TVM would bind the thread that calls it to one core, for good: every engine used afterwards in
+# the process would have that core alone, and two processes of one thread each would share it.
+os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 
 @dataclass(frozen=True, slots=True)
