@@ -42,6 +42,7 @@ def letters_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Measure:
     """A stored run of the tiny Llama (or `model`) over texts under the options given."""
     made: dict[str, Run] = {}
+    alive: list[object] = []  # a session is known by its address, which no other may have later
 
     def run(
         texts: object = TEXTS,
@@ -56,6 +57,7 @@ def measure(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> M
             options = {"tokenizer": tiny_llama_dir, "max_length": 64, "stride": 32} | options
             options = {name: value for name, value in options.items() if value != "default"}
             tokens = px.prepare(texts, output=folder / "in.safetensors", **options)
+            alive.append(model)
             made[key] = px.evaluate(model, tokens, dtype=dtype, run=folder / "run")
         return made[key]
 
