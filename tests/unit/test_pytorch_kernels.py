@@ -341,12 +341,12 @@ def test_freed_memory_stays_with_the_process_until_it_is_given_back():
     """Large blocks freed and asked for again cost page faults by default."""
     script = (
         "import resource, torch\n"
-        "from perplexit.resources.allocator import keep_freed_memory, give_freed_memory_back\n"
+        "from perplexit.resources.freed_memory import keep_freed_memory, return_freed_memory\n"
         "kept = keep_freed_memory()\n"
         "blocks = lambda: len([torch.ones(2**20) for _ in range(3)])\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "blocks(); before = faults(); [blocks() for _ in range(20)]; again = faults() - before\n"
-        "give_freed_memory_back(); before = faults(); blocks()\n"
+        "return_freed_memory(); before = faults(); blocks()\n"
         "print(kept, again, faults() - before)\n"
     )
     command = [sys.executable, "-c", script]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from perplexit.functional.nll import TokenStatistics
+from perplexit.functional.row_blocks import equal_blocks
 
 _LOG2_E = 1.0 / math.log(2.0)
 # (rows, columns): 1 MiB of float32 logits; 16-bit ones are widened beside, in longer rows.
@@ -40,19 +41,15 @@ def blocked_statistics(
     small product first, and where the block then gives other bits, the row is ranked again.
     """
     most, fewest = _BLOCK if hidden_ND.element_size() >= 4 else _HALF_BLOCK
-    rows = max(1, min(block_rows, most, len(hidden_ND)))
+    blocks = equal_blocks(len(hidden_ND), max(1, min(block_rows, most)))
+    rows = max(1, blocks[0].stop)
     columns = min(len(weight_VD), most * fewest // rows, _MORE_COLUMNS * fewest)
     buffers = _Buffers.like(hidden_ND, rows, columns)
-    parts = [
-        _rows_statistics(
-            hidden_ND[start : start + rows],
-            targets_N[start : start + rows],
-            _Head(weight_VD, bias_V, columns),
-            buffers,
-            with_details,
-        )
-        for start in range(0, max(1, len(hidden_ND)), rows)
-    ]
+    head, parts, done = _Head(weight_VD, bias_V, columns), [], 0
+    for block in blocks:
+        found = _rows_statistics(hidden_ND[block], targets_N[block], head, buffers, with_details)
+        parts.append(found.without_first(done - block.start))
+        done = block.stop
     return TokenStatistics.joined(parts)
 
 

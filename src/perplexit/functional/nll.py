@@ -12,7 +12,7 @@ The naive equivalent of everything here is a float64 log-softmax:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class TokenStatistics:
             _cat([part.top_ids_NK for part in parts]),
             _cat([part.top_logprobs_NK for part in parts]),
         )
+
+    def without_first(self, count: int) -> "TokenStatistics":
+        """The statistics of the targets after the first `count`."""
+        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{n: x[count:] for n, x in columns.items() if x is not None})
 
 
 def _cat(columns: Sequence[Tensor | None]) -> Tensor | None:

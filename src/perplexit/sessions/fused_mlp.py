@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from perplexit.functional.row_blocks import equal_blocks
 from perplexit.sessions.packed_linear import PackedLinear
 
 _BLOCK_BYTES = 3 << 19  # of one activation, of which two exist at a time
@@ -95,8 +96,8 @@ def _ungated(
 
 def _row_blocks(x: Tensor, out: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
     rows_ND, out_ND = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-    size = max(64, _BLOCK_BYTES // (width * x.element_size()) // 64 * 64)
-    return zip(torch.split(rows_ND, size), torch.split(out_ND, size), strict=True)
+    most = max(64, _BLOCK_BYTES // (width * x.element_size()) // 64 * 64)
+    return ((rows_ND[block], out_ND[block]) for block in equal_blocks(len(rows_ND), most))
 
 
 def _named_activation(activation: Any) -> tuple[str, str] | None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from perplexit.resources.mapped_files import MappedFiles
+
 
 class PackedLinear(nn.Module):
     """As the `nn.Linear` or transformers `Conv1D` that it is made of, with the weight packed.
@@ -92,9 +94,10 @@ def can_pack(dtype: torch.dtype) -> bool:
 def pack_linears(model: nn.Module) -> int:
     """Replace the linear layers inside a model by packed ones; how many there are.
 
-    The plain weights are freed one by one. Left as they are: the output embedding (which the
-    scoring head reads itself, and which is often the input embedding), shared weights, layers with
-    hooks, and whatever is not exactly a linear layer with a plain weight.
+    The plain weights go one by one, freed or, where they are pages of a mapped file, let go of.
+    Left as they are: the output embedding (which the scoring head reads itself, and which is often
+    the input embedding), shared weights, layers with hooks, and whatever is not exactly a linear
+    layer with a plain weight.
     """
     get = getattr(model, "get_output_embeddings", None)
     output = get() if get is not None else None
@@ -105,10 +108,13 @@ def pack_linears(model: nn.Module) -> int:
         for module in model.modules()
         if (weight := module._parameters.get("weight")) is not None
     )
-    packed = 0
-    for parent, name, layer in places:
-        if shares[id(layer.weight)] == 1:
+    files, packed = MappedFiles.of_this_process(), 0
+    while places:
+        parent, name, layer = places.pop()
+        plain: Any = layer.weight
+        if shares[id(plain)] == 1:
             setattr(parent, name, PackedLinear(layer))
+            files.forget(plain.data_ptr(), plain.nbytes if plain.is_contiguous() else 0)
             packed += 1
     return packed
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
 from perplexit.inputs.windows import WindowIds
-from perplexit.resources.allocator import give_freed_memory_back
+from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
 from perplexit.sessions.pytorch_arrangement import arranged, described, first_forward, refuse_cache
 from perplexit.sessions.pytorch_batch import PaddedBatch, check_windows, fed_length
@@ -266,7 +266,7 @@ class PytorchInferenceSession:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         elif self._opened.source is not None:
-            give_freed_memory_back()
+            return_freed_memory()
 
     def _checked_and_scored(
         self, windows: Sequence[WindowIds], with_details: bool, top_k: int

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.errors import UsageError
-from perplexit.resources.allocator import keep_freed_memory
+from perplexit.resources.freed_memory import keep_freed_memory, return_freed_memory
 from perplexit.sessions.base import SessionDescription
 from perplexit.sessions.causal_attention import use_causal_blocks, use_sdpa
 from perplexit.sessions.fused_mlp import fuse_mlps, restore_forwards
@@ -86,6 +86,7 @@ def pack_model(model: nn.Module) -> Mapping[str, Any]:
         if blocks:
             use_sdpa(model)
         return _PLAIN
+    return_freed_memory()  # the plain weights
     return {
         "kernels": "packed",
         "packed_linears": num_linears,
