@@ -19,7 +19,7 @@ import pytest
 import perplexit as px
 from perplexit.errors import CapabilityError
 from perplexit.inputs.token_file import TokenFile
-from perplexit.sessions import completions_probe
+from perplexit.sessions.completions import probe as completions_probe
 from perplexit.sessions.registry import load_session
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]

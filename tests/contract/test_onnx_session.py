@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from perplexit.compilation.compile_model import compile
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError, UsageError
 from perplexit.sessions.base import DetailedSession, InferenceSession
-from perplexit.sessions.onnx import OnnxCachingSession, OnnxInferenceSession
+from perplexit.sessions.onnx.session import OnnxCachingSession, OnnxInferenceSession
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE
 
@@ -81,7 +81,7 @@ def test_dtype_and_quantization_cannot_be_changed_afterwards(loss_folder):
 
 def test_a_device_that_this_build_lacks_is_refused(loss_folder, monkeypatch):
     monkeypatch.setattr(
-        "perplexit.sessions.onnx_engine.onnxruntime.get_available_providers",
+        "perplexit.sessions.onnx.engine.onnxruntime.get_available_providers",
         lambda: ["CPUExecutionProvider"],
     )
     with pytest.raises(CapabilityError, match="onnxruntime-gpu"):

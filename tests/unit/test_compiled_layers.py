@@ -11,7 +11,7 @@ from perplexit.functional.linear_nll import statistics_of_hidden_states
 from perplexit.functional.nll import token_statistics
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
-from perplexit.sessions.pytorch_compiled import CompiledForward, bucket
+from perplexit.sessions.pytorch.compiled import CompiledForward, bucket
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE
 

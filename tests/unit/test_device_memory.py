@@ -8,10 +8,10 @@ import perplexit as px
 from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES
 from perplexit.functional.nll import token_statistics
 from perplexit.resources.shared_peak import SharedPeak
-from perplexit.sessions import pytorch_cuda
 from perplexit.sessions.pytorch import PytorchInferenceSession
-from perplexit.sessions.pytorch_cuda import DeviceMemory, chunk_rows_for, to_device, to_host
-from perplexit.sessions.pytorch_device import is_out_of_memory
+from perplexit.sessions.pytorch import cuda as pytorch_cuda
+from perplexit.sessions.pytorch.cuda import DeviceMemory, chunk_rows_for, to_device, to_host
+from perplexit.sessions.pytorch.device import is_out_of_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -14,14 +14,19 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from perplexit.errors import UsageError
-from perplexit.sessions import causal_attention as causal_attention_module
-from perplexit.sessions import pytorch_kernels
 from perplexit.sessions.cached import cached_session
-from perplexit.sessions.causal_attention import causal_attention, folded_attention
-from perplexit.sessions.fused_mlp import fuse_mlps, restore_forwards
-from perplexit.sessions.fused_norm import fuse_norms
-from perplexit.sessions.packed_linear import PackedLinear, can_pack, pack_linears, unpack_linears
 from perplexit.sessions.pytorch import PytorchInferenceSession
+from perplexit.sessions.pytorch import causal_attention as causal_attention_module
+from perplexit.sessions.pytorch import kernels as pytorch_kernels
+from perplexit.sessions.pytorch.causal_attention import causal_attention, folded_attention
+from perplexit.sessions.pytorch.fused_mlp import fuse_mlps, restore_forwards
+from perplexit.sessions.pytorch.fused_norm import fuse_norms
+from perplexit.sessions.pytorch.packed_linear import (
+    PackedLinear,
+    can_pack,
+    pack_linears,
+    unpack_linears,
+)
 from tests.oracles import oracle_details, random_window
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from perplexit.errors import EngineOutOfMemoryError
-from perplexit.sessions.packed_linear import can_pack
 from perplexit.sessions.pytorch import PytorchInferenceSession
-from perplexit.sessions.pytorch_threads import ForwardTrace
+from perplexit.sessions.pytorch.packed_linear import can_pack
+from perplexit.sessions.pytorch.threads import ForwardTrace
 from tests.oracles import oracle_details, random_window
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 

@@ -11,11 +11,11 @@ import torch
 
 import perplexit as px
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
-from perplexit.sessions import pytorch_placement
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
-from perplexit.sessions.pytorch_placement import check_attention, devices_of, head_device, places_of
-from perplexit.sessions.tensor_parallel import ProcessGroup, check_split
+from perplexit.sessions.pytorch import placement as pytorch_placement
+from perplexit.sessions.pytorch.placement import check_attention, devices_of, head_device, places_of
+from perplexit.sessions.pytorch.tensor_parallel import ProcessGroup, check_split
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE
 

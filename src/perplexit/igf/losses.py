@@ -18,7 +18,7 @@ from perplexit.functional.linear_nll import (
     rows_within,
     statistics_of_hidden_states,
 )
-from perplexit.sessions.pytorch_forward import find_forward
+from perplexit.sessions.pytorch.forward import find_forward
 
 DEFAULT_BATCH_IDS = 1024
 

@@ -9,7 +9,7 @@ import openai
 import tenacity
 
 from perplexit.errors import CapabilityError, ModelError, UsageError
-from perplexit.sessions.completions_answers import (
+from perplexit.sessions.completions.answers import (
     NUM_GENERATED,
     PromptAnswer,
     PromptAnswerError,

@@ -35,10 +35,10 @@ from perplexit.sessions.base import (
 )
 from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.logit_rows import details_of_rows
-from perplexit.sessions.onnx_cached import OnnxCache, cache_bytes, with_logits_probed
-from perplexit.sessions.onnx_engine import open_session, provider_of, translated
-from perplexit.sessions.onnx_io import ports_of
-from perplexit.sessions.onnx_program import check_asked, describe, find_program
+from perplexit.sessions.onnx.cached import OnnxCache, cache_bytes, with_logits_probed
+from perplexit.sessions.onnx.engine import open_session, provider_of, translated
+from perplexit.sessions.onnx.io import ports_of
+from perplexit.sessions.onnx.program import check_asked, describe, find_program
 
 _MOST_WINDOWS = 32  # decoded together: beyond, copying caches costs what batching gains
 _MOST_IDS = 4096  # ids a batch: beyond, a CPU gains no speed and only pays memory

@@ -7,12 +7,12 @@ import transformers
 
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.sessions.base import SessionDescription
-from perplexit.sessions.pytorch_compiled import CompiledForward, with_head
-from perplexit.sessions.pytorch_forward import ForwardPass, find_forward
-from perplexit.sessions.pytorch_loading import OpenedModule
-from perplexit.sessions.pytorch_module import dtype_name
-from perplexit.sessions.pytorch_placement import GatheredForward, embedding_device, places_of
-from perplexit.sessions.tensor_parallel import LeadingForward
+from perplexit.sessions.pytorch.compiled import CompiledForward, with_head
+from perplexit.sessions.pytorch.forward import ForwardPass, find_forward
+from perplexit.sessions.pytorch.loading import OpenedModule
+from perplexit.sessions.pytorch.module import dtype_name
+from perplexit.sessions.pytorch.placement import GatheredForward, embedding_device, places_of
+from perplexit.sessions.pytorch.tensor_parallel import LeadingForward
 
 
 def first_forward(

@@ -13,10 +13,10 @@ import torch
 from perplexit.functional.linear_nll import statistics_of_hidden_states
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import TokenDetails
-from perplexit.sessions.pytorch_batch import PaddedBatch, batches_of, details_by_window, no_details
-from perplexit.sessions.pytorch_cuda import ComingStatistics, to_host
-from perplexit.sessions.pytorch_forward import ForwardPass
-from perplexit.sessions.pytorch_threads import WindowThreads
+from perplexit.sessions.pytorch.batch import PaddedBatch, batches_of, details_by_window, no_details
+from perplexit.sessions.pytorch.cuda import ComingStatistics, to_host
+from perplexit.sessions.pytorch.forward import ForwardPass
+from perplexit.sessions.pytorch.threads import WindowThreads
 
 _T = TypeVar("_T")
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from perplexit.errors import UsageError
 from perplexit.resources.freed_memory import keep_freed_memory, return_freed_memory
 from perplexit.sessions.base import SessionDescription
-from perplexit.sessions.causal_attention import use_causal_blocks, use_sdpa
-from perplexit.sessions.fused_mlp import fuse_mlps, restore_forwards
-from perplexit.sessions.fused_norm import fuse_norms
-from perplexit.sessions.packed_linear import pack_linears, unpack_linears
-from perplexit.sessions.pytorch_call import ModuleCall, field_of
-from perplexit.sessions.pytorch_forward import ForwardPass, LinearHead
-from perplexit.sessions.pytorch_loading import OpenedModule
-from perplexit.sessions.pytorch_module import num_embeddings
-from perplexit.sessions.pytorch_threads import ForwardTrace
+from perplexit.sessions.pytorch.call import ModuleCall, field_of
+from perplexit.sessions.pytorch.causal_attention import use_causal_blocks, use_sdpa
+from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
+from perplexit.sessions.pytorch.fused_mlp import fuse_mlps, restore_forwards
+from perplexit.sessions.pytorch.fused_norm import fuse_norms
+from perplexit.sessions.pytorch.loading import OpenedModule
+from perplexit.sessions.pytorch.module import num_embeddings
+from perplexit.sessions.pytorch.packed_linear import pack_linears, unpack_linears
+from perplexit.sessions.pytorch.threads import ForwardTrace
 
 KERNELS = ("packed", "plain")
 _ENVIRONMENT = "PERPLEXIT_KERNELS"

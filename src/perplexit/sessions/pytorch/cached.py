@@ -19,11 +19,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.functional.linear_nll import statistics_of_hidden_states
 from perplexit.sessions.base import MOST_CACHED_IDS, FedRows, TokenDetails
-from perplexit.sessions.pytorch_batch import details_by_window
-from perplexit.sessions.pytorch_call import CachePlace
-from perplexit.sessions.pytorch_device import free_bytes
-from perplexit.sessions.pytorch_forward import ForwardPass
-from perplexit.sessions.pytorch_module import config_integer
+from perplexit.sessions.pytorch.batch import details_by_window
+from perplexit.sessions.pytorch.call import CachePlace
+from perplexit.sessions.pytorch.device import free_bytes
+from perplexit.sessions.pytorch.forward import ForwardPass
+from perplexit.sessions.pytorch.module import config_integer
 
 # Beyond, a decode step gains little: its matrix products are no longer bound by reading weights.
 _MOST_WINDOWS = {"cpu": 96, "cuda": 256, "mps": 64}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from perplexit.inputs.parts import balanced_parts
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.pytorch_batch import fed_length
-from perplexit.sessions.pytorch_device import CPU_IDS
+from perplexit.sessions.pytorch.batch import fed_length
+from perplexit.sessions.pytorch.device import CPU_IDS
 
 _T = TypeVar("_T")
 # Kinds of rotary embedding that keep on the module what the last window's length asked for.

@@ -26,8 +26,8 @@ from perplexit.programs import (
 )
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.sessions.base import QuantizationDescription, SessionDescription
-from perplexit.sessions.onnx_engine import has_shared_arena
-from perplexit.sessions.onnx_io import takes_cache
+from perplexit.sessions.onnx.engine import has_shared_arena
+from perplexit.sessions.onnx.io import takes_cache
 
 OUR_FILE = "model.onnx"
 # Where exporters put the graph, best first: one file for prefill and decode before one for either.

@@ -16,8 +16,8 @@ The fourth is what finds logits taken one position late: they pass all the other
 from collections.abc import Sequence
 
 from perplexit.errors import CapabilityError
-from perplexit.sessions.completions_answers import STYLES, PromptAnswer, PromptAnswerError, Style
-from perplexit.sessions.completions_client import CompletionsClient, RequestRefusedError
+from perplexit.sessions.completions.answers import STYLES, PromptAnswer, PromptAnswerError, Style
+from perplexit.sessions.completions.client import CompletionsClient, RequestRefusedError
 
 PROBE_LENGTH = 24
 _FEWEST_IDS = 3

@@ -22,7 +22,7 @@ from perplexit.errors import ModelError
 from perplexit.functional.blocked_nll import blocked_statistics
 from perplexit.functional.linear_nll import statistics_by_chunks
 from perplexit.functional.nll import TokenStatistics
-from perplexit.sessions.pytorch_call import CachePlace, ModuleCall, field_of
+from perplexit.sessions.pytorch.call import CachePlace, ModuleCall, field_of
 
 _PROBE_LENGTH = 8
 

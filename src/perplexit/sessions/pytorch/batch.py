@@ -15,7 +15,7 @@ from perplexit.errors import ModelError, VocabularyError
 from perplexit.functional.nll import TokenStatistics
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import TokenDetails
-from perplexit.sessions.pytorch_cuda import to_device
+from perplexit.sessions.pytorch.cuda import to_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, ModelError, UsageError
-from perplexit.sessions.pytorch_call import CachePlace
-from perplexit.sessions.pytorch_forward import ForwardPass
-from perplexit.sessions.pytorch_module import config_integer
+from perplexit.sessions.pytorch.call import CachePlace
+from perplexit.sessions.pytorch.forward import ForwardPass
+from perplexit.sessions.pytorch.module import config_integer
 
 _STOP, _ROWS, _HEAD = range(3)
 _HEADER_LENGTH = 4  # step, two sizes, whether there is a mask
@@ -35,7 +35,7 @@ _GRACE_SECONDS = 10.0
 
 # What a follower process runs; it is told the rest as JSON.
 _FOLLOWER = (
-    "import sys; from perplexit.sessions.tensor_parallel_follower import follow; "
+    "import sys; from perplexit.sessions.pytorch.tensor_parallel_follower import follow; "
     "follow(sys.argv[1])"
 )
 

@@ -16,28 +16,28 @@ from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
-from perplexit.sessions.pytorch_arrangement import arranged, described, first_forward, refuse_cache
-from perplexit.sessions.pytorch_batch import PaddedBatch, check_windows, fed_length
-from perplexit.sessions.pytorch_cached import (
+from perplexit.sessions.pytorch.arrangement import arranged, described, first_forward, refuse_cache
+from perplexit.sessions.pytorch.batch import PaddedBatch, check_windows, fed_length
+from perplexit.sessions.pytorch.cached import (
     CacheRoom,
     PytorchCache,
     cached_windows_for,
     check_cache,
 )
-from perplexit.sessions.pytorch_cuda import DeviceMemory, chunk_rows_for
-from perplexit.sessions.pytorch_device import batch_size_for, is_out_of_memory
-from perplexit.sessions.pytorch_forward import ForwardPass, WholeForward
-from perplexit.sessions.pytorch_kernels import chosen_kernels, kernels_for, with_kernels
-from perplexit.sessions.pytorch_loading import ModuleChanges, open_module
-from perplexit.sessions.pytorch_module import (
+from perplexit.sessions.pytorch.cuda import DeviceMemory, chunk_rows_for
+from perplexit.sessions.pytorch.device import batch_size_for, is_out_of_memory
+from perplexit.sessions.pytorch.forward import ForwardPass, WholeForward
+from perplexit.sessions.pytorch.kernels import chosen_kernels, kernels_for, with_kernels
+from perplexit.sessions.pytorch.loading import ModuleChanges, open_module
+from perplexit.sessions.pytorch.module import (
     activation_bytes_per_id,
     dtype_name,
     num_embeddings,
     position_limit,
 )
-from perplexit.sessions.pytorch_placement import DeviceMap, Placement, devices_of
-from perplexit.sessions.pytorch_scoring import Launched, Scoring, by_parts, launch
-from perplexit.sessions.pytorch_threads import WindowThreads
+from perplexit.sessions.pytorch.placement import DeviceMap, Placement, devices_of
+from perplexit.sessions.pytorch.scoring import Launched, Scoring, by_parts, launch
+from perplexit.sessions.pytorch.threads import WindowThreads
 
 _T = TypeVar("_T")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
-from perplexit.sessions.pytorch_call import CachePlace
-from perplexit.sessions.pytorch_device import chosen_device
-from perplexit.sessions.pytorch_forward import ForwardPass
+from perplexit.sessions.pytorch.call import CachePlace
+from perplexit.sessions.pytorch.device import chosen_device
+from perplexit.sessions.pytorch.forward import ForwardPass
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 DeviceMap = Mapping[str, str | int]

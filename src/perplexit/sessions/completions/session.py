@@ -1,7 +1,7 @@
 """A model behind an OpenAI-compatible `/v1/completions`: ids as the prompt, log-probabilities back.
 
 Nothing is scored before the server has given the right answer to a known question (see
-completions_probe), and every later answer is checked for its length and, where the server gives
+`probe`), and every later answer is checked for its length and, where the server gives
 ids, for each id.
 
 Shape suffixes: T = ids of a window, N = its targets, K = alternatives a target.
@@ -21,9 +21,9 @@ from perplexit.errors import CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.alternatives import contradiction, most_likely_first
 from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
-from perplexit.sessions.completions_answers import PromptAnswer, PromptAnswerError, Style
-from perplexit.sessions.completions_client import CompletionsClient
-from perplexit.sessions.completions_probe import check_alternatives, working_style
+from perplexit.sessions.completions.answers import PromptAnswer, PromptAnswerError, Style
+from perplexit.sessions.completions.client import CompletionsClient
+from perplexit.sessions.completions.probe import check_alternatives, working_style
 
 _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-3  # of one answer's own numbers, which are of one computation

@@ -19,10 +19,10 @@ from perplexit.quantization.pytorch_quantization import (
     quantize_model,
 )
 from perplexit.sessions.base import AdapterDescription, ModelDescription, QuantizationDescription
-from perplexit.sessions.pytorch_device import chosen_device, chosen_threads, scoring_settings
-from perplexit.sessions.pytorch_module import config_integer, dtype_name, module_fingerprint
-from perplexit.sessions.pytorch_placement import Placement, head_device
-from perplexit.sessions.tensor_parallel import ProcessGroup, check_split
+from perplexit.sessions.pytorch.device import chosen_device, chosen_threads, scoring_settings
+from perplexit.sessions.pytorch.module import config_integer, dtype_name, module_fingerprint
+from perplexit.sessions.pytorch.placement import Placement, head_device
+from perplexit.sessions.pytorch.tensor_parallel import ProcessGroup, check_split
 
 
 @dataclass(frozen=True)
