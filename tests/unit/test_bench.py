@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from perplexit.resources.host import HostMemory
+from tests.resident import mapped
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -364,7 +365,7 @@ def test_memory_is_the_turns_own_peak() -> None:
     def held(megabytes: int) -> int:
         worker.reset_high_water_mark()
         with HostMemory() as memory:
-            np.ones(megabytes * 2**17).sum()
+            mapped(megabytes * 2**20)
         return memory.peak_bytes - memory.start_bytes
 
     assert 190 * 2**20 < held(200) < 260 * 2**20

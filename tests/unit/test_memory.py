@@ -1,7 +1,6 @@
 """MemoryTracker and HostMemory: each kind of memory seen, nesting, bounds, cost."""
 
 import gc
-import mmap
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.resources.host import HostMemory, lifetime_peak_bytes, rss_bytes
 from perplexit.resources.memory import MemoryTracker
 from perplexit.resources.shared_peak import SharedPeak
+from tests.resident import mapped
 
 MB = 1 << 20
 SLACK = 4096  # bytes of `with` itself that an enclosing tracker's tracing sees
@@ -30,13 +30,6 @@ def no_freed_memory_kept():
 def held(num_bytes: int) -> np.ndarray:
     """Memory that is touched, so that it is resident."""
     return np.ones(num_bytes, dtype=np.uint8)
-
-
-def mapped(num_bytes: int) -> np.ndarray:
-    """Memory that is touched and, once deleted, with the system: no allocator keeps it."""
-    block = np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
-    block.fill(1)
-    return block
 
 
 def test_the_seeds_example() -> None:
