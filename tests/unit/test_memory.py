@@ -23,7 +23,6 @@ SLACK = 4096  # bytes of `with` itself that an enclosing tracker's tracing sees
 @pytest.fixture(autouse=True)
 def no_freed_memory_kept():
     """Sessions of earlier tests may have left memory with the process, which hides what is new."""
-    gc.collect()
     return_freed_memory()
 
 

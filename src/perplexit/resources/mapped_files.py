@@ -29,7 +29,8 @@ class MappedFiles:
             return cls()
         found = []
         for each in psutil.Process().memory_maps(grouped=False):
-            if each.path.startswith("/") and not each.anonymous:
+            written_to = each.anonymous or each.swap  # in memory, or moved out of it
+            if each.path.startswith("/") and not written_to:
                 start, _, end = each.addr.partition("-")
                 found.append((int(start, 16), int(end, 16)))
         return cls(tuple(sorted(found)))
