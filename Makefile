@@ -15,7 +15,10 @@ SOURCES := src tests bench docs
 EXTRAS  := pytorch,onnx,openvino,tvm,sentencepiece,datasets,completions,report,igf,quantization,adapters
 COMPILED_EXTRAS := llamacpp ngram
 
-.PHONY: setup demo test test-vllm test-cuda test-liger check bench bench-quick bench-cuda docs clean
+# Long proofs; `make test` runs a seeded tenth of each.
+PROOFS := fuzz sweep kills watch coverage
+
+.PHONY: setup demo test test-vllm test-cuda test-liger check $(PROOFS) bench bench-quick bench-cuda docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.setup-done
@@ -25,6 +28,10 @@ demo: $(VENV)/.demo-done
 
 test: setup
 	$(PYTEST)
+
+# The whole of a long proof: every case, in the order of tests/proofs/test_NAME*.py.
+$(PROOFS): setup
+	PERPLEXIT_PROOFS=all $(PYTEST) tests/proofs/test_$@*.py
 
 # A real completions server that answers right. vLLM wants another transformers, so it has an
 # environment of its own (2.6 GB).
