@@ -1,0 +1,155 @@
+"""JSON from disk, checked before anything uses it: size, depth, digits, keys, text and types.
+
+The standard library's parser accepts more than JSON means (a key twice, NaN, half of a surrogate
+pair, integers of any length) and says nothing of types. Here a document is bounded while it is
+parsed, and then converted to a declared type by msgspec: a dataclass, a TypedDict, `dict[str,
+float]`, … A wrong value is named by its path, such as `$.model.address`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+
+from perplexit.reading import Expected, read_bytes, stated
+
+T = TypeVar("T")
+
+# A byte of JSON becomes at most about 24 bytes of Python objects (`{},{},…`).
+LARGEST_RECORD = 8 << 20
+LARGEST_TABLE = 512 << 20  # tokenizer.json and the index of a checkpoint's files
+_DEPTH = 64
+_DIGITS = 40  # tokenizers write 10**30 for "no limit"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_AT = re.compile(r" - at `(.*)`$", re.DOTALL)
+
+
+def read_json(
+    path: str | Path,
+    expected: Expected,
+    schema: type[T],
+    *,
+    largest: int = LARGEST_RECORD,
+    non_finite: bool = False,
+) -> T:
+    """The document in a regular file, as `schema`.
+
+    largest:    bytes that the file may have.
+    non_finite: whether NaN and Infinity (which JSON does not have) are allowed.
+    Raises `expected.error`, whatever is wrong.
+    """
+    data = read_bytes(path, expected, largest=largest)
+    return parse_json(data, expected, schema, place=path, non_finite=non_finite)
+
+
+def parse_json(
+    text: str | bytes,
+    expected: Expected,
+    schema: type[T],
+    *,
+    place: str | Path,
+    non_finite: bool = False,
+) -> T:
+    """The document in `text`, as `schema`; `place` names it in errors. Raises as `read_json`."""
+    with stated(place, expected):
+        content = text.decode("utf-8") if isinstance(text, bytes) else text
+        hooks = _Hooks(place, expected, non_finite)
+        try:
+            value = json.loads(
+                content,
+                object_pairs_hook=hooks.unique,
+                parse_int=hooks.integer,
+                parse_float=hooks.number,
+                parse_constant=hooks.constant,
+            )
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno}, column {error.colno}"
+            expected.refuse(place, f"text that is no JSON ({error.msg}: {where})", error)
+        _check_tree(value, place, expected, halves=_SURROGATE.search(content) is not None)
+    return typed(value, expected, schema, place=place)
+
+
+def typed(value: object, expected: Expected, schema: type[T], *, place: str | Path) -> T:
+    """A parsed document as `schema`, without conversions: a string is no number, true no 1.
+
+    Raises `expected.error` with the key's path, the type expected there and the one found.
+    """
+    try:
+        return msgspec.convert(value, schema)
+    except msgspec.ValidationError as error:
+        expected.refuse(place, _mismatch(str(error)), error)
+
+
+class _Hooks:
+    """What the parser calls for each object and number."""
+
+    def __init__(self, place: str | Path, expected: Expected, non_finite: bool) -> None:
+        self._refuse: Callable[[str], NoReturn] = lambda got: expected.refuse(place, got)
+        self._non_finite = non_finite
+
+    def unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            self._refuse(f"the key {_short(twice)} twice in one object")
+        return found
+
+    def integer(self, digits: str) -> int:
+        if len(digits) > _DIGITS:
+            self._refuse(f"an integer of {len(digits):,} digits (at most {_DIGITS})")
+        return int(digits)
+
+    def number(self, digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            self._refuse(f"the number {_short(digits)}, which is too large")
+        return value
+
+    def constant(self, name: str) -> float:
+        if not self._non_finite:
+            self._refuse(f"{name}, which JSON does not have")
+        return float(name.replace("Infinity", "inf"))
+
+
+def _check_tree(value: Any, place: str | Path, expected: Expected, *, halves: bool) -> None:
+    """Refuse a document that is nested too deep; where there may be any, halves of surrogates."""
+    level, depth = [value], 0
+    while level:
+        if depth > _DEPTH:
+            expected.refuse(place, f"values nested deeper than {_DEPTH} levels")
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                if halves:
+                    _check_text("".join(item), place, expected)
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+            elif halves and isinstance(item, str):
+                _check_text(item, place, expected)
+        level, depth = below, depth + 1
+
+
+def _check_text(text: str, place: str | Path, expected: Expected) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        expected.refuse(place, f"half of a surrogate pair ({half}), which is no text", error)
+
+
+def _mismatch(message: str) -> str:
+    """The message of a failed conversion, as it follows "got"."""
+    at = _AT.search(message)
+    path = at[1] if at else "$"
+    return f"a document that differs at `{path}`: {_AT.sub('', message)}"
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "…"
