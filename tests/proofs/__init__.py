@@ -1,1 +1,1 @@
-"""Long proofs. `make test` runs a seeded tenth of each; `make fuzz`, `make sweep`, … run them whole."""
+"""Long proofs. `make test` runs a seeded tenth of each; `make fuzz` and its like run all."""
