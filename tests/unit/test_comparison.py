@@ -15,7 +15,7 @@ from perplexit.comparison.comparing import verdict_of
 from perplexit.errors import EmptyScoreError, FingerprintMismatchError, RunError, UsageError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
-from perplexit.metrics.intervals import Interval
+from perplexit.metrics.estimate import Estimate
 from perplexit.runs.run import Run
 from tests.toy_sessions import BigramSession
 
@@ -122,7 +122,7 @@ def test_noise_around_zero_is_distinguished_as_rarely_as_promised(reference: Run
     ],
 )
 def test_verdicts(low: float | None, high: float | None, expected: str) -> None:
-    interval = Interval(0.0, low, high, None, None, 8, "window-block", 0.95)
+    interval = Estimate(0.0, low, high, "window-block", 8, 0.95)
     assert verdict_of(interval, 1e-5) == expected
 
 

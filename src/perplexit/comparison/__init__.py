@@ -4,14 +4,13 @@ from perplexit.comparison.comparing import compare
 from perplexit.comparison.gates import Gate, GateResult, judge, junit_xml, markdown, parse_gate
 from perplexit.comparison.many import ComparedRuns, compare_runs
 from perplexit.comparison.ranking import RankedRun, ranked
-from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Figure, Verdict
+from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Verdict
 
 __all__ = [
     "ChangedToken",
     "ComparedRuns",
     "Comparison",
     "DomainRatio",
-    "Figure",
     "Gate",
     "GateResult",
     "RankedRun",

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from perplexit.comparison.byte_segments import Segments, common_segments, scored_bytes
 from perplexit.comparison.comparing import verdict_of
 from perplexit.comparison.noise import SMALLEST_DIFFERENCE
-from perplexit.comparison.record import Figure, Verdict, plain_json
+from perplexit.comparison.record import Verdict, plain_json, recorded_estimate
 from perplexit.errors import FingerprintMismatchError, UsageError
-from perplexit.metrics.intervals import Clusters, Interval, clusters_for, ratio_interval
+from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.intervals import Clusters, clusters_for, ratio_interval
 from perplexit.metrics.likelihood import exp_or_inf
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
@@ -88,13 +89,12 @@ class ByteComparison:
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Estimate]:
         """The figures by the names that gates use."""
         paired = ("bits_per_byte_ratio", "bits_per_byte_difference", "byte_ratio", "log_difference")
-        return {
-            name: Figure(*(getattr(self, f"{name}{end}") for end in ("", "_low", "_high")))
-            for name in paired
-        } | {"bits_per_byte_candidate": Figure(self.bits_per_byte_candidate)}
+        return {name: recorded_estimate(self, name) for name in paired} | {
+            "bits_per_byte_candidate": Estimate(self.bits_per_byte_candidate)
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values, every number finite or null."""
@@ -183,8 +183,8 @@ def compare_bytes(
         num_unaligned_bytes_reference=texts[0].num_bytes - num_bytes,
         num_unaligned_bytes_candidate=texts[1].num_bytes - num_bytes,
         confidence=confidence,
-        interval_method=interval.method,
-        num_clusters=interval.num_clusters,
+        interval_method=clusters.method,
+        num_clusters=clusters.num_clusters,
         margin=margin,
         text_fingerprint=runs[0].text_fingerprint,
         same_tokenizer=runs[0].tokenizer_fingerprint == runs[1].tokenizer_fingerprint,
@@ -196,7 +196,7 @@ def compare_bytes(
     )
 
 
-def _loss_ratio(segments: Segments, clusters: Clusters, confidence: float) -> Interval:
+def _loss_ratio(segments: Segments, clusters: Clusters, confidence: float) -> Estimate:
     """Σ candidate / Σ reference losses, with the interval of a ratio of two sums over clusters."""
     sums_C, counts_C = (
         np.bincount(clusters.labels, weights=losses_S, minlength=clusters.num_clusters).astype(

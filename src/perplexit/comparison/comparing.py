@@ -17,7 +17,8 @@ from perplexit.comparison.pairing import Pairs, paired, require_same_input
 from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Verdict
 from perplexit.errors import UsageError
 from perplexit.metrics.bootstrap import Bootstrap, bootstrap_check
-from perplexit.metrics.intervals import Clusters, Interval, paired_interval
+from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.intervals import Clusters, paired_interval
 from perplexit.metrics.likelihood import exp_or_inf, json_figure, mean_nll
 from perplexit.metrics.totals import NllTotals
 from perplexit.runs.run import Run
@@ -65,8 +66,8 @@ def compare(
         max_abs_nll_difference=float(np.abs(delta_M).max()),
         mean_abs_nll_difference=float(np.abs(delta_M).mean()),
         confidence=confidence,
-        interval_method=interval.method,
-        num_clusters=interval.num_clusters,
+        interval_method=pairs.clusters.method,
+        num_clusters=pairs.clusters.num_clusters,
         margin=margin,
         noise_floor=noise,
         bootstrap=_bootstrap(pairs, interval),
@@ -83,7 +84,7 @@ def compare(
     )
 
 
-def verdict_of(interval: Interval, margin: float) -> Verdict:
+def verdict_of(interval: Estimate, margin: float) -> Verdict:
     """What an interval of candidate - reference says; without an interval, nothing is claimed."""
     low, high = interval.low, interval.high
     if low is None or high is None or low <= 0 <= high or (-margin <= low and high <= margin):
@@ -91,7 +92,7 @@ def verdict_of(interval: Interval, margin: float) -> Verdict:
     return "worse" if low > 0 else "better"
 
 
-def _bootstrap(pairs: Pairs, interval: Interval) -> Bootstrap | None:
+def _bootstrap(pairs: Pairs, interval: Estimate) -> Bootstrap | None:
     labels, count = pairs.clusters.labels, pairs.clusters.num_clusters
     sums_C = np.bincount(labels, weights=pairs.delta, minlength=count).astype(np.float64)
     return bootstrap_check(sums_C, np.bincount(labels, minlength=count), interval)

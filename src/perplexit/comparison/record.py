@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from perplexit.comparison.divergences import Divergences
 from perplexit.comparison.flips import Flip, Flips
 from perplexit.metrics.bootstrap import Bootstrap
 from perplexit.metrics.divergence import Distribution
+from perplexit.metrics.estimate import Estimate
 
 Verdict = Literal["better", "worse", "not distinguishable"]
 
@@ -35,14 +36,6 @@ class DomainRatio:
     ppl_ratio: float
     ppl_ratio_low: float | None
     ppl_ratio_high: float | None
-
-
-class Figure(NamedTuple):
-    """A figure that a gate can bound; `low` and `high` are None where it has no interval."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,25 +84,21 @@ class Comparison:
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Estimate]:
         """The figures by the names that gates use."""
-        figures = {
-            "ppl_ratio": Figure(self.ppl_ratio, self.ppl_ratio_low, self.ppl_ratio_high),
-            "log_perplexity_difference": Figure(
-                self.log_perplexity_difference,
-                self.log_perplexity_difference_low,
-                self.log_perplexity_difference_high,
-            ),
-            "mean_abs_nll_difference": Figure(self.mean_abs_nll_difference),
-            "max_abs_nll_difference": Figure(self.max_abs_nll_difference),
+        paired = ("ppl_ratio", "log_perplexity_difference")
+        figures = {name: recorded_estimate(self, name) for name in paired} | {
+            "mean_abs_nll_difference": Estimate(self.mean_abs_nll_difference),
+            "max_abs_nll_difference": Estimate(self.max_abs_nll_difference),
         }
         if self.divergences is not None:
             for name, found in self.divergences.columns.items():
                 figures |= _divergence_figures(name, found)
         if "mean_kl_high" in figures:  # a gate must hold for the upper bound
-            figures["mean_kl"] = figures["mean_kl"]._replace(high=figures["mean_kl_high"].high)
+            high = figures["mean_kl_high"].high
+            figures["mean_kl"] = replace(figures["mean_kl"], high=high)
         if self.flips is not None and self.flips.complete and "top1_agreement" not in figures:
-            figures["top1_agreement"] = Figure(1 - self.flips.count / self.flips.num_tokens)
+            figures["top1_agreement"] = Estimate(1 - self.flips.count / self.flips.num_tokens)
         return figures
 
     def to_json(self) -> dict[str, Any]:
@@ -185,22 +174,20 @@ def _flip_line(flip: Flip) -> str:
 _FIGURE_NAMES = {"same_top1": "top1_agreement", "top_k_agreement": "top10_agreement"}
 
 
-def _divergence_figures(name: str, found: Distribution) -> dict[str, Figure]:
+def _divergence_figures(name: str, found: Distribution) -> dict[str, Estimate]:
     """A column's figures: `mean_kl`, `median_kl`, `p99.9_kl`, `max_kl`, or a share."""
-    mean = Figure(found.mean.value, found.mean.low, found.mean.high)
     if name in _FIGURE_NAMES:
-        return {_FIGURE_NAMES[name]: mean}
-    figures = {f"mean_{name}": mean, f"median_{name}": Figure(found.median)}
-    figures |= {f"p{percent:g}_{name}": Figure(value) for percent, value in found.percentiles}
-    figures[f"rms_{name}"] = Figure(found.root_mean_square)
-    figures[f"max_{name}"] = Figure(found.maximum)
+        return {_FIGURE_NAMES[name]: found.mean}
+    figures = {f"mean_{name}": found.mean, f"median_{name}": Estimate(found.median)}
+    figures |= {f"p{percent:g}_{name}": Estimate(value) for percent, value in found.percentiles}
+    figures[f"rms_{name}"] = Estimate(found.root_mean_square)
+    figures[f"max_{name}"] = Estimate(found.maximum)
     return figures
 
 
-def _divergence_lines(figures: Mapping[str, Figure], divergences: Divergences) -> list[str]:
+def _divergence_lines(figures: Mapping[str, Estimate], divergences: Divergences) -> list[str]:
     if "kl" in divergences.columns:  # with its own interval, where it is a lower bound
-        own = divergences.columns["kl"].mean
-        figures = {**figures, "mean_kl": Figure(own.value, own.low, own.high)}
+        figures = {**figures, "mean_kl": divergences.columns["kl"].mean}
     floor, lines = divergences.floor, []
     for label, name in (
         ("KL:", "mean_kl"),
@@ -235,6 +222,14 @@ def _name(conditions: Mapping[str, Any]) -> str:
     quantization = session.get("quantization") or {}
     parts = (session.get("engine"), session.get("dtype"), quantization.get("name"))
     return " ".join([*(str(p) for p in parts if p), str(conditions["model"].get("address"))])
+
+
+def recorded_estimate(comparison: Any, name: str) -> Estimate:
+    """Return the field `name` of a comparison with its `_low` and `_high` as an Estimate."""
+    value, low, high = (getattr(comparison, f"{name}{end}") for end in ("", "_low", "_high"))
+    reason = None if low is not None else next(iter(comparison.reasons.values()), None)
+    method, count = comparison.interval_method, comparison.num_clusters
+    return Estimate(value, low, high, method, count, comparison.confidence, reason=reason)
 
 
 def plain_json(value: Any) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from perplexit.metrics.intervals import DOCUMENT, WINDOW_BLOCK, Interval, ratio_interval
+from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.intervals import DOCUMENT, WINDOW_BLOCK, ratio_interval
 
 SEED = 20_240_229
 NUM_RESAMPLES = 4000
@@ -47,7 +48,7 @@ class Bootstrap:
 def bootstrap_check(
     sums_C: NDArray[np.float64],
     counts_C: NDArray[np.int64],
-    interval: Interval,
+    interval: Estimate,
     *,
     seed: int = SEED,
 ) -> Bootstrap | None:
@@ -60,10 +61,13 @@ def bootstrap_check(
     what is checked is skewness and dominance, not how far blocks move together.
     None where the reported interval does not exist or has no width.
     """
-    if interval.method == WINDOW_BLOCK and interval.low is not None:
+    confidence = interval.confidence
+    if interval.low is None or confidence is None:
+        return None
+    if interval.method == WINDOW_BLOCK:
         starts = np.arange(0, len(counts_C), 2 if len(counts_C) >= 2 * _FEWEST_PAIRS else 1)
         sums_C, counts_C = np.add.reduceat(sums_C, starts), np.add.reduceat(counts_C, starts)
-        interval = ratio_interval(sums_C, counts_C, DOCUMENT, interval.confidence)
+        interval = ratio_interval(sums_C, counts_C, DOCUMENT, confidence)
     if interval.low is None or interval.high is None or interval.degrees_of_freedom is None:
         return None
     width = interval.high - interval.low
@@ -72,7 +76,7 @@ def bootstrap_check(
     num_clusters = len(counts_C)
     count = NUM_RESAMPLES if num_clusters <= MANY_CLUSTERS else NUM_RESAMPLES_OF_MANY
     means_B = _resampled_means(sums_C, counts_C, count, np.random.default_rng(seed))
-    quantile = special.stdtrit(interval.degrees_of_freedom, 0.5 + interval.confidence / 2)
+    quantile = special.stdtrit(interval.degrees_of_freedom, 0.5 + confidence / 2)
     edge = float(special.ndtr(math.sqrt(num_clusters / (num_clusters - 1)) * quantile))
     low, high = (float(x) for x in np.quantile(means_B, (1 - edge, edge)))
     allowed = NOTABLE * width / 2

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import EmptyScoreError
-from perplexit.metrics.intervals import Clusters, Interval, mean_interval
+from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.intervals import Clusters, mean_interval
 
 PERCENTILES = (0.1, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -23,7 +24,7 @@ class Distribution:
         (inverted empirical distribution), so that the 99.9th of few tokens is not an invention.
     """
 
-    mean: Interval
+    mean: Estimate
     root_mean_square: float
     percentiles: tuple[tuple[float, float], ...]
     minimum: float

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from perplexit.errors import EmptyScoreError, UsageError
+from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.totals import require_finite
 
 MIN_DOCUMENTS = 20  # fewer documents than this are too few clusters to trust
@@ -31,21 +32,6 @@ class Clusters:
     labels: NDArray[np.int64]
     method: str  # "document" or "window-block"
     num_clusters: int
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean in nats with its confidence interval. `low` and `high` are None with a `reason`."""
-
-    value: float
-    low: float | None
-    high: float | None
-    standard_error: float | None
-    degrees_of_freedom: float | None
-    num_clusters: int
-    method: str
-    confidence: float
-    reason: str | None = None
 
 
 def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer]) -> Clusters:
@@ -72,7 +58,7 @@ def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer])
 
 def mean_interval(
     nll_M: NDArray[np.floating], clusters: Clusters, confidence: float = 0.95
-) -> Interval:
+) -> Estimate:
     """The mean of `nll_M` with its cluster-robust interval.
 
     The mean is the ratio of two sums over clusters, Σ y_c / Σ n_c, with e_c = (y_c - mean · n_c) /
@@ -123,7 +109,7 @@ def paired_interval(
     nll_candidate_M: NDArray[np.floating],
     clusters: Clusters,
     confidence: float = 0.95,
-) -> Interval:
+) -> Estimate:
     """The mean of `candidate - reference` over the same tokens, with its interval, in nats.
 
     It is the log of the ratio of the two perplexities. Pairing takes out what makes a token hard
@@ -143,7 +129,7 @@ def ratio_interval(
     counts_C: NDArray[np.int64] | NDArray[np.float64],
     method: str,
     confidence: float,
-) -> Interval:
+) -> Estimate:
     """`Σ sums / Σ counts` over clusters with its interval; `mean_interval` gives the formulas.
 
     The counts may be of tokens, or of bytes where a sum stands for several of them, or be sums of
@@ -153,14 +139,14 @@ def ratio_interval(
     mean = float(sums_C.sum() / num_tokens)
     if num_clusters < 2:
         reason = f"no interval: {num_clusters} cluster ({method}), and at least 2 are needed"
-        return Interval(mean, None, None, None, None, num_clusters, method, confidence, reason)
+        return Estimate(mean, None, None, method, num_clusters, confidence, reason=reason)
     residuals_C = (sums_C - mean * counts_C) / num_tokens
     estimate = _slow_variance if method == WINDOW_BLOCK else _jackknife_variance
     variance, degrees = estimate(residuals_C, counts_C / num_tokens)
     error = math.sqrt(variance)
     half = float(special.stdtrit(degrees, 0.5 + confidence / 2)) * error
-    return Interval(
-        mean, mean - half, mean + half, error, degrees, num_clusters, method, confidence
+    return Estimate(
+        mean, mean - half, mean + half, method, num_clusters, confidence, error, degrees
     )
 
 

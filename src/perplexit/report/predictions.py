@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from perplexit.comparison import Comparison, Figure
+from perplexit.comparison import Comparison
 from perplexit.comparison.byte_aligned import ByteComparison, ChangedSegment
 from perplexit.comparison.flips import Flip, Flips
+from perplexit.metrics.estimate import Estimate
 from perplexit.report.subject import Subject
 from perplexit.report.wording import DASH, figure, interval
 
@@ -76,12 +77,11 @@ def prediction_rows(subject: Subject) -> list[PredictionRow]:
     ]
 
 
-def _figures(comparison: Comparison) -> dict[str, Figure]:
+def _figures(comparison: Comparison) -> dict[str, Estimate]:
     """The figures, a KL that is a lower bound with its own interval (gates take the upper one)."""
     figures = comparison.figures()
     if comparison.divergences is not None and "kl" in comparison.divergences.columns:
-        own = comparison.divergences.columns["kl"].mean
-        figures["mean_kl"] = Figure(own.value, own.low, own.high)
+        figures["mean_kl"] = comparison.divergences.columns["kl"].mean
     return figures
 
 
@@ -115,11 +115,11 @@ def _aligned(label: str, found: ByteComparison) -> AlignedRow:
     )
 
 
-def _signed(found: Figure) -> str:
+def _signed(found: Estimate) -> str:
     return ("+" if found.value > 0 else "") + figure(found.value, found.low, found.high)
 
 
-def _cell(found: Figure | None) -> Measured:
+def _cell(found: Estimate | None) -> Measured:
     if found is None:
         return Measured(DASH)
     if 0 < abs(found.value) < 1e-3:
@@ -128,7 +128,7 @@ def _cell(found: Figure | None) -> Measured:
     return Measured(figure(found.value, found.low, found.high), shown)
 
 
-def _small_interval(found: Figure) -> str:
+def _small_interval(found: Estimate) -> str:
     if found.low is None or found.high is None:
         return ""
     return f"[{found.low:.2e}, {found.high:.2e}]"

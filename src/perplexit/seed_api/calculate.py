@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import EmptyScoreError, UsageError
-from perplexit.metrics.intervals import Interval, clusters_for, mean_interval
+from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.intervals import clusters_for, mean_interval
 from perplexit.metrics.likelihood import exp_or_inf, mean_nll, perplexity
 from perplexit.metrics.totals import NllTotals
 from perplexit.resources.timer import Timer
@@ -35,7 +36,7 @@ class LoaderResult:
 
     totals: NllTotals
     num_samples: int
-    interval: Interval  # of the mean loss, nats
+    interval: Estimate  # of the mean loss, nats
 
 
 def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's order
@@ -173,10 +174,7 @@ def _final_block(result: LoaderResult, conditions: dict[str, Any], seconds: floa
     bounds = f"none ({interval.reason})"
     if interval.low is not None and interval.high is not None:
         low, high = exp_or_inf(interval.low), exp_or_inf(interval.high)
-        bounds = (
-            f"{low:.6f} to {high:.6f} ({100 * interval.confidence:g} %, "
-            f"{interval.num_clusters} clusters: {interval.method})"
-        )
+        bounds = f"{low:.6f} to {high:.6f} ({interval.basis})"
     lines = ["", *(f"{name}: {setting}" for name, setting in conditions.items())]
     lines += [
         f"num_samples: {result.num_samples}",

@@ -1,0 +1,76 @@
+"""Estimate: a figure with its confidence interval, or with the reason why it has none."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure, the ends of its confidence interval, and where they come from.
+
+    low, high:      None where there is no interval.
+    method:         what the clusters are, "document" or "window-block"; None where the figure has
+                    no interval by its nature (a median, a maximum).
+    num_clusters:   how many clusters the interval rests on.
+    standard_error: of `value`, in its unit; None after a map that is not a change of unit.
+    reason:         why an interval that could exist (`method` is given) does not.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    method: str | None = None
+    num_clusters: int | None = None
+    confidence: float | None = None
+    standard_error: float | None = None
+    degrees_of_freedom: float | None = None
+    reason: str | None = None
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether both ends are known."""
+        return self.low is not None and self.high is not None
+
+    @property
+    def should_have_interval(self) -> bool:
+        """Whether an interval belongs to this figure, known or not."""
+        return self.method is not None
+
+    @property
+    def basis(self) -> str:
+        """What the interval rests on: `95 %, 24 clusters: document`; empty without an interval."""
+        if not self.has_interval or self.confidence is None:
+            return ""
+        plural = "" if self.num_clusters == 1 else "s"
+        return f"{100 * self.confidence:g} %, {self.num_clusters} cluster{plural}: {self.method}"
+
+    def mapped(self, function: Callable[[float], float]) -> "Estimate":
+        """Return the estimate of `function(figure)`, for an increasing function such as exp.
+
+        Order is kept, so the ends of the interval are the images of the ends.
+        """
+        return replace(
+            self,
+            value=function(self.value),
+            low=None if self.low is None else function(self.low),
+            high=None if self.high is None else function(self.high),
+            standard_error=None,
+        )
+
+    def scaled(self, factor: float) -> "Estimate":
+        """Return the estimate in another unit: everything times `factor`, which is above 0."""
+        found = self.mapped(lambda value: value * factor)
+        error = None if self.standard_error is None else self.standard_error * factor
+        return replace(found, standard_error=error)
+
+    def clamped(self, lowest: float = -math.inf, highest: float = math.inf) -> "Estimate":
+        """Return the estimate with the ends of its interval inside what is possible.
+
+        The value stays as it was measured.
+        """
+        return replace(
+            self,
+            low=None if self.low is None else min(max(self.low, lowest), highest),
+            high=None if self.high is None else min(max(self.high, lowest), highest),
+        )
