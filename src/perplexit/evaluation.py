@@ -128,9 +128,10 @@ def evaluate(
             top_k=top_k, confidence=confidence, on_non_finite=on_non_finite, batch_size=batch_size
         )
         recorded = None if store is None else store.record()
-        if recorded is not None:
+        if store is not None and recorded is not None:
             check_same_conditions(recorded, wanted, batch_size)
             if recorded.status == "complete":
+                store.remove_parts()  # a kill may have come between the record and this
                 missing = measure_noise_floor and recorded.noise_floor is None
                 return recording.with_noise_floor(recorded) if missing else recorded
             wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)

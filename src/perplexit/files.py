@@ -1,23 +1,43 @@
-"""Files and folders that are whole or absent after a crash, their hashes, and the cache."""
+"""Files and folders that are whole or absent after a crash, their hashes, and the cache.
 
+Whatever is being written lies under a hidden name that says which process owns it:
+`.NAME.HOST-PID-STARTED.RANDOM.perplexit-tmp`. A process that is killed cannot remove its own; the
+next one that writes to the same folder does (`remove_leftovers`).
+"""
+
+import contextlib
+import functools
 import hashlib
 import os
+import platform
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
+import psutil
+
+TEMPORARY, RETIRED = ".perplexit-tmp", ".perplexit-old"
+_LEFTOVER = re.compile(
+    r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)\.[^.]+"
+    rf"(?P<kind>{re.escape(TEMPORARY)}|{re.escape(RETIRED)})"
+)
+_CLOCK_SECONDS = 60  # two readings of one process's start may differ by a correction of the clock
+_LONGEST_NAME = 150  # of the 255 bytes that file systems allow; the rest says whose it is
+_swept: set[tuple[int, Path]] = set()
 
 
 def cache_folder() -> Path:
-    """$PERPLEXIT_CACHE, or the user's cache folder of perplexit. Safe to delete at any time."""
+    """Return $PERPLEXIT_CACHE, or the user's cache folder. It is safe to delete at any time."""
     chosen = os.environ.get("PERPLEXIT_CACHE")
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("perplexit"))
 
 
 def kept_folder(folder: Path, proof: str, fill: Callable[[Path], None]) -> Path:
-    """`folder`, made by `fill` once and then kept; it appears whole or not at all.
+    """Return `folder`, made by `fill` once and then kept; it appears whole or not at all.
 
     proof: a file that every whole one has. Of two processes that make it at once, the first wins:
     the content is the same.
@@ -25,10 +45,8 @@ def kept_folder(folder: Path, proof: str, fill: Callable[[Path], None]) -> Path:
     if (folder / proof).is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-    try:
+    with temporary_folder(folder) as staging:
         fill(staging)
-        staging.chmod(0o755)  # mkdtemp makes it private
         if folder.exists() and not (folder / proof).is_file():
             shutil.rmtree(folder, ignore_errors=True)  # left incomplete by something else
         try:
@@ -36,9 +54,64 @@ def kept_folder(folder: Path, proof: str, fill: Callable[[Path], None]) -> Path:
         except OSError:
             if not (folder / proof).is_file():  # else another process was faster
                 raise
+    return folder
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, and put it in its place where the block ends well.
+
+    After a kill `folder` is what it was, or what it should become; a kill between the two renames
+    leaves the old one under a hidden name, from which the next call brings it back.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(folder) as staging:
+        yield staging
+        retired = staging.with_suffix(RETIRED)
+        if folder.exists():
+            folder.rename(retired)
+        staging.rename(folder)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`, removed at the end whatever happens.
+
+    It has the permissions that any new folder of this process would have.
+    """
+    staging = new_temporary_folder(target)
+    try:
+        staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private; a result is no secret
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return folder
+
+
+def new_temporary_folder(target: Path) -> Path:
+    """Return a new private folder beside `target`, which the caller removes.
+
+    Where this process is killed first, the next one that writes to the same place removes it.
+    """
+    remove_leftovers(target.parent)
+    prefix = f".{target.name[:_LONGEST_NAME]}.{_owner(os.getpid())}."
+    return Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=target.parent))
+
+
+def scratch_folder(name: str) -> Path:
+    """Return a new private folder in the system's temporary folder, which the caller removes."""
+    return new_temporary_folder(Path(tempfile.gettempdir()) / f"perplexit-{name}")
+
+
+class TemporaryFolder(tempfile.TemporaryDirectory[str]):
+    """A folder of the system's temporary folder that goes when this object goes."""
+
+    def __init__(self, name: str) -> None:
+        place = Path(tempfile.gettempdir())
+        remove_leftovers(place)
+        super().__init__(
+            prefix=f".perplexit-{name}.{_owner(os.getpid())}.", suffix=TEMPORARY, dir=place
+        )
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -47,22 +120,81 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     The content is on the disk before its name is: after a kill or a power cut, `path` is whole
     or absent (or what it was before).
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    remove_leftovers(path.parent)
+    prefix = f".{path.name[:_LONGEST_NAME]}.{_owner(os.getpid())}."
+    descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=TEMPORARY, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a result is not a secret
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private; a result is no secret
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of this machine left in `folder`; bring back what they retired.
+
+    Looks at each folder once per process. What belongs to a process that still runs, or to one on
+    another machine, stays.
+    """
+    place = (os.getpid(), folder.absolute())
+    if place in _swept or not folder.is_dir():
+        return
+    _swept.add(place)
+    for path in list(folder.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or _still_owned(match):
+            continue
+        target = folder / match["name"]
+        with contextlib.suppress(OSError):  # another process may be removing it too
+            if match["kind"] == RETIRED and not target.exists():
+                path.rename(target)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file of this name is one that is being written, or was when a kill came."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 def sha256_of_file(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal, read in pieces."""
+    """Return the SHA-256 of a file's content, in hexadecimal, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def _owner(pid: int) -> str:
+    return f"{_host()}-{pid}-{int(psutil.Process(pid).create_time())}"
+
+
+@functools.cache
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _still_owned(match: re.Match[str]) -> bool:
+    if match["host"] != _host():
+        return True
+    try:
+        process = psutil.Process(int(match["pid"]))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return bool(abs(process.create_time() - int(match["started"])) <= _CLOCK_SECONDS)
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, OverflowError):
+        return True
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

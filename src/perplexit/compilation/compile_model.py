@@ -1,16 +1,12 @@
 """The verb `compile`: a checkpoint → a folder with a program of another engine."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perplexit.compilation.targets import load_builder, request_for
 from perplexit.errors import UsageError
+from perplexit.files import replaced_folder
 from perplexit.programs import PROGRAM_FILE, ProgramMetadata
 
 
@@ -61,7 +57,7 @@ def compile(
     folder = Path(output)
     _check_replaceable(folder)
     load_checkpoint, build_program = load_builder(to)
-    with _in_place_at_once(folder) as temporary:
+    with replaced_folder(folder) as temporary:
         metadata = build_program(load_checkpoint(model), temporary, request)
         metadata.write(temporary)
     return CompiledProgram(folder, metadata)
@@ -75,22 +71,3 @@ def _check_replaceable(folder: Path) -> None:
             f"expected a new folder or one with a compiled program, got {folder}, which holds "
             "something else; name another output"
         )
-
-
-@contextmanager
-def _in_place_at_once(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, put in its place when the block ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)  # mkdtemp makes it private; a program is not a secret
-    retired = temporary.with_name(f"{temporary.name}.old")
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(retired)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)

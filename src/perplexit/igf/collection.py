@@ -196,15 +196,22 @@ class _Parts:
             write_stored(path, PART_KIND, {"gain_nats": gains}, record)
 
     def finish(self, pairs: Pairs, seconds: float, num_measured: int) -> None:
-        """Write the file and drop the parts."""
-        if self._output is None or self._folder is None or self._output.exists():
+        """Write the file and drop the parts.
+
+        The file comes last but for them: where it exists, everything that belongs to it does.
+        """
+        if self._output is None or self._folder is None:
             return
-        pairs.save(self._output)
+        if not self._output.exists():
+            self._write(self._output, pairs, seconds, num_measured)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @staticmethod
+    def _write(output: Path, pairs: Pairs, seconds: float, num_measured: int) -> None:
         note = {"seconds": seconds, "num_pairs_measured": num_measured}
         text = json.dumps({**note, "pairs_per_second": num_measured / max(seconds, 1e-9)}, indent=2)
-        side = self._output.with_suffix(".seconds.json")
-        write_text(side, text)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        write_text(output.with_suffix(".seconds.json"), text)
+        pairs.save(output)
 
 
 def weights_fingerprint(model: nn.Module) -> str:

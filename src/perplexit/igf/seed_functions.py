@@ -7,6 +7,7 @@ of the test are disjoint; nothing is pickled (a name ending in `.jbl` or `.pt` i
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.errors import UsageError
+from perplexit.files import temporary_folder
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
 from perplexit.igf.contexts import ContextStream
@@ -272,9 +274,19 @@ def _reached(learner: Learner, threshold: float, train: Articles, context_len: i
 
 
 def save_model(model: nn.Module, path: str | Path) -> Path:
-    """Write the model as a Hugging Face folder (safetensors); a pickle's suffix is dropped."""
+    """Write the model as a Hugging Face folder (safetensors); a pickle's suffix is dropped.
+
+    A new folder appears whole or not at all; in one that exists, each file does.
+    """
     folder = Path(path)
     folder = folder.with_suffix("") if folder.suffix in PICKLE_SUFFIXES else folder
-    with quiet_transformers():
-        model.save_pretrained(folder)  # type: ignore[operator]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(folder) as staging:
+        with quiet_transformers():
+            model.save_pretrained(staging)  # type: ignore[operator]
+        if not folder.exists():
+            staging.rename(folder)
+        else:
+            for file in staging.iterdir():
+                os.replace(file, folder / file.name)
     return folder

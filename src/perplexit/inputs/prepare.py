@@ -4,7 +4,6 @@ Shape suffixes: D = documents.
 """
 
 import shutil
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, TokenizerError, UsageError
+from perplexit.files import scratch_folder
 from perplexit.inputs.corpus import Document, Keys, documents
 from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.protocol_table import PROTOCOLS
@@ -289,5 +289,5 @@ def _target(output: str | Path | None) -> tuple[Path, Callable[[], None]]:
     """(where to write, what removes it again): without `output`, a folder of its own."""
     if output is not None:
         return Path(output), lambda: None
-    folder = Path(tempfile.mkdtemp(prefix="perplexit-"))
+    folder = scratch_folder("input")
     return folder / "input.safetensors", lambda: shutil.rmtree(folder, ignore_errors=True)

@@ -6,11 +6,11 @@ one is aligned), the header's keys are sorted, and it is padded with blanks to 8
 that differs from its canonical form in a single bit is therefore an error.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import TokenFileError
+from perplexit.files import new_temporary_folder
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
@@ -83,7 +84,7 @@ class TensorSpool:
         """`layout` gives each tensor's dtype and the shape of one row."""
         self._output = output
         self._layout = dict(layout)
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        self._folder = new_temporary_folder(output)
         self._files: dict[str, IO[bytes]] = {}
         self._hashes = {name: hashlib.sha256() for name in layout}
         self._num_rows = dict.fromkeys(layout, 0)
@@ -100,7 +101,8 @@ class TensorSpool:
         traceback: TracebackType | None,
     ) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which was reported when it was met
+                file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def num_rows(self, name: str) -> int:

@@ -1,6 +1,5 @@
 """What `evaluate` is asked for with `save_reference` and `reference`, opened and checked."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perplexit.errors import CapabilityError, FingerprintMismatchError, RunError, UsageError
+from perplexit.files import TemporaryFolder
 from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
 from perplexit.inputs.token_file import TokenFile
 from perplexit.reference.partial import KlBaseReference, TopKReference, floor_of_file
@@ -92,7 +92,7 @@ def _saving(session: InferenceSession, save_in: Path | str, dtype: StatesDtype) 
         raise UsageError(f"reference_dtype must be float32 or float16, got {dtype!r}")
     scratch = None
     if save_in == "memory":
-        scratch = tempfile.TemporaryDirectory(prefix="perplexit-reference-")
+        scratch = TemporaryFolder("reference")
         save_in = scratch.name
     writer = StatesWriter(Path(save_in) / FOLDER, dtype)
     scoring = SavingScoring(session, writer)

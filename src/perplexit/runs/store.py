@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from perplexit.errors import RunError
-from perplexit.files import sha256_of_file, write_atomically
+from perplexit.files import is_temporary, remove_leftovers, sha256_of_file, write_atomically
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.run_tokens import RunTokens
 
@@ -88,7 +88,7 @@ class RunStore:
     def _is_ours(self) -> bool:
         ours = {RUN_FILE, PARTS_FOLDER, LOCK_FILE}
         names = {path.name for path in self.folder.iterdir()}
-        return RUN_FILE in names or all(n in ours or n.startswith(f".{RUN_FILE}.") for n in names)
+        return RUN_FILE in names or all(name in ours or is_temporary(name) for name in names)
 
     def __enter__(self) -> "RunStore":
         try:
@@ -101,6 +101,8 @@ class RunStore:
             ) from None
         except OSError as error:
             raise RunError(f"the run folder {self.folder} cannot be made: {error}") from None
+        for folder in (self.folder, self.folder / PARTS_FOLDER):
+            remove_leftovers(folder)
         return self
 
     def __exit__(self, *_: object) -> None:
