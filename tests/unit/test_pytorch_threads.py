@@ -153,6 +153,7 @@ class TestForwardTrace:
     def test_a_rotary_embedding_that_changes_with_the_length(self):
         model = TINY_MODELS["llama"]().eval()
         model.model.rotary_emb.rope_type = "dynamic"
+        model.config.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
         assert not self.trusted(model)
 
     def test_code_from_outside_transformers(self):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import transformers
 
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.sessions.base import SessionDescription
 from perplexit.sessions.pytorch.compiled import CompiledForward, with_head
@@ -66,6 +67,23 @@ def _check_compilable(opened: OpenedModule) -> None:
         )
 
 
+def length_dependent_rope(opened: OpenedModule, *, compiled: bool) -> LengthDependentRope | None:
+    """The module's rotary embeddings that depend on a window's length; None without any.
+
+    Raises CapabilityError where the layers run elsewhere than in this process's own forward.
+    """
+    with opened.scoring():
+        rope = LengthDependentRope.of(opened.module)
+    if rope is not None and (compiled or opened.group is not None):
+        what = "--compile" if compiled else "--tensor-parallel"
+        raise CapabilityError(
+            f"expected a model whose layers {what} can run, but the RoPE of "
+            f"{type(opened.module).__name__} ({rope.kinds}) depends on each window's length, "
+            f"which must be set between calls; leave {what} out"
+        )
+    return rope
+
+
 def refuse_cache(forward: ForwardPass) -> None:
     """Raise CapabilityError with the reason where an arrangement rules a key/value cache out."""
     reason = getattr(forward, "why_no_cache", None)
@@ -80,6 +98,7 @@ def described(
     compile_mode: str | None,
     chunk_rows: int,
     num_logits: int,
+    rope: LengthDependentRope | None = None,
 ) -> SessionDescription:
     """PyTorch, and the settings in effect; what was not arranged has no entry."""
     config = getattr(opened.module, "config", None)
@@ -91,6 +110,8 @@ def described(
         "num_logits": num_logits,
         "float32_matmul_precision": "highest",
     }
+    if rope is not None:
+        settings["rope_by_window_length"] = rope.kinds
     if opened.quantization is not None:
         settings["weights"] = dict(opened.quantization.settings)
     if compile_mode is not None:

@@ -3,7 +3,7 @@
 Shape suffixes: B = windows, T = longest fed length, N = targets of all windows of the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import ModelError, VocabularyError
 from perplexit.functional.nll import TokenStatistics
 from perplexit.inputs.windows import WindowIds
@@ -60,18 +61,21 @@ class PaddedBatch:
         )
 
 
-def batches_of(windows: Sequence[WindowIds], *, padded: bool) -> list[list[int]]:
+def batches_of(
+    windows: Sequence[WindowIds], *, padded: bool, rope: LengthDependentRope | None
+) -> list[list[int]]:
     """Places of the windows that have targets, as batches to run one after the other.
 
     padded: whether windows of unequal length may share one, which takes a mask.
+    rope:   windows share a batch only where it has equal frequencies for them.
     """
-    places = [place for place, window in enumerate(windows) if len(window.targets_N)]
-    if padded:
-        return [places] if places else []
-    by_length: dict[int, list[int]] = {}
-    for place in places:
-        by_length.setdefault(fed_length(windows[place]), []).append(place)
-    return list(by_length.values())
+    batches: dict[Hashable, list[int]] = {}
+    for place, window in enumerate(windows):
+        if len(window.targets_N):
+            length = None if padded else fed_length(window)
+            frequencies = None if rope is None else rope.key(len(window.ids_T))
+            batches.setdefault((length, frequencies), []).append(place)
+    return list(batches.values())
 
 
 def check_windows(

@@ -6,8 +6,9 @@ Shape suffixes: B = rows fed, T = ids fed, H = key/value heads, S = ids in the c
 size, N = picked positions, X = what the forward pass gives a position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.functional.linear_nll import statistics_of_hidden_states
 from perplexit.sessions.base import MOST_CACHED_IDS, FedRows, TokenDetails
@@ -36,11 +38,27 @@ Run = Callable[[Callable[[], Any]], Any]
 
 @dataclass(frozen=True, slots=True)
 class CacheRoom:
-    """What a cache is made for."""
+    """What a cache is made for: a row for each window, of whole length `lengths[row]`.
+
+    num_ids: the most that are fed. rope: rotary embeddings that depend on a window's length.
+    """
 
     num_layers: int
-    num_rows: int
+    lengths: tuple[int, ...]
     num_ids: int
+    rope: LengthDependentRope | None = None
+
+    def parts(self, first: int, stop: int) -> Iterator[tuple[slice, int]]:
+        """The rows from `first` to `stop` (counted from `first`) that run together, and a length.
+
+        All rows at once, unless their windows' lengths ask for different frequencies.
+        """
+        keys = [self.rope.key(n) if self.rope else b"" for n in self.lengths[first:stop]]
+        start = 0
+        for _, same in groupby(keys):
+            size = len(list(same))
+            yield slice(start, start + size), max(self.lengths[first + start :][:size])
+            start += size
 
 
 class PytorchCache:
@@ -72,11 +90,17 @@ class PytorchCache:
         picked: tuple[NDArray[np.int64], NDArray[np.int64]],
     ) -> FedRows:
         """Feed a block of ids; the hidden states of the picked places. See KeyValueCache."""
-        self._rows.first_row, self._rows.start = first_row, start
+        room = self._rows.room
+        self._rows.start = start
 
         def work() -> Tensor:
-            ids = torch.from_numpy(ids_BT).to(self._device)
-            rows_BTX = self._forward.rows(ids, None, CachePlace(self._layers, start))
+            ids, parts = torch.from_numpy(ids_BT).to(self._device), []
+            for rows, length in room.parts(first_row, first_row + len(ids_BT)):
+                self._rows.first_row = first_row + rows.start
+                with held_at(room.rope, length):
+                    place = CachePlace(self._layers, start)
+                    parts.append(self._forward.rows(ids[rows], None, place))
+            rows_BTX = parts[0] if len(parts) == 1 else torch.cat(parts)
             row_N, column_N = (torch.from_numpy(x).to(self._device) for x in picked)
             return rows_BTX[row_N, column_N]
 
@@ -140,7 +164,7 @@ class _AllocatedLayer(DynamicLayer):
         room = self._rows.room
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            states.new_empty(room.num_rows, states.shape[1], room.num_ids, states.shape[3])
+            states.new_empty(len(room.lengths), states.shape[1], room.num_ids, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -168,7 +192,13 @@ class _AllocatedLayer(DynamicLayer):
 
 
 def check_cache(
-    forward: ForwardPass, module: nn.Module, device: torch.device, id_limit: int, run: Run
+    forward: ForwardPass,
+    module: nn.Module,
+    device: torch.device,
+    id_limit: int,
+    run: Run,
+    *,
+    rope: LengthDependentRope | None = None,
 ) -> int:
     """The number of cached layers, after a probe: cached in three blocks as in one pass.
 
@@ -183,12 +213,12 @@ def check_cache(
         )
     layers: int = num_layers
     ids_BT = np.random.default_rng(0).integers(0, id_limit, (2, _PROBE_IDS))
-    whole_BTX = run(lambda: forward.rows(torch.from_numpy(ids_BT).to(device), None))
+    with held_at(rope, _PROBE_IDS):
+        whole_BTX = run(lambda: forward.rows(torch.from_numpy(ids_BT).to(device), None))
     tolerance = _PROBE_TOLERANCE.get(str(whole_BTX.dtype).removeprefix("torch."), 3e-2)
     try:
-        cache = PytorchCache(
-            forward, CacheRoom(layers, 2, _PROBE_IDS), device=device, chunk_rows=1, run=run
-        )
+        room = CacheRoom(layers, (_PROBE_IDS, _PROBE_IDS), _PROBE_IDS, rope)
+        cache = PytorchCache(forward, room, device=device, chunk_rows=1, run=run)
         rows = [_all_rows(cache, ids_BT, slice(a, b)) for a, b in ((0, 3), (3, 4), (4, _PROBE_IDS))]
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]

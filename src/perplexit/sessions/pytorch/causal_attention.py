@@ -64,7 +64,8 @@ def _attention(
         if alone and attention_mask is None and 1 < query.shape[2] == key.shape[2] <= _LONGEST:
             return causal_attention(*states, scaling).transpose(1, 2), None
         if _can_fold(states, attention_mask):
-            return folded_attention(*states, attention_mask, scaling).transpose(1, 2), None
+            heads = folded_attention(*states, attention_mask, scaling)
+            return heads.transpose(1, 2).contiguous(), None  # some models take a view of it
     heads, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return heads, None
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.functional.linear_nll import statistics_of_hidden_states
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import TokenDetails
@@ -26,6 +28,7 @@ class Scoring:
     """How a session scores: its forward pass, its device, and what is asked of it.
 
     threads: that score windows side by side; None where all threads work inside the products.
+    rope: the model's rotary embeddings where they depend on a window's length.
     """
 
     forward: ForwardPass
@@ -34,6 +37,7 @@ class Scoring:
     with_details: bool
     top_k: int
     threads: WindowThreads | None = None
+    rope: LengthDependentRope | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,7 @@ def launch(windows: Sequence[WindowIds], scoring: Scoring, num_logits: int) -> L
     parts = by_parts(
         windows,
         lambda places: (places, *_part([windows[place] for place in places], scoring)),
-        padded=scoring.forward.takes_mask,
-        threads=scoring.threads,
+        scoring,
     )
     return Launched(tuple(parts), [empty] * len(windows))
 
@@ -68,24 +71,28 @@ def launch(windows: Sequence[WindowIds], scoring: Scoring, num_logits: int) -> L
 def by_parts(
     windows: Sequence[WindowIds],
     work: Callable[[list[int]], _T],
-    *,
-    padded: bool,
-    threads: WindowThreads | None,
+    scoring: Scoring,
 ) -> list[_T]:
     """What `work` gives for the places of windows that run together; see `batches_of`."""
-    batches = batches_of(windows, padded=padded)
+    batches = batches_of(windows, padded=scoring.forward.takes_mask, rope=scoring.rope)
+    threads = scoring.threads
     if threads is None:
         return [work(places) for places in batches]
     return threads.map(work, [part for batch in batches for part in threads.split(batch, windows)])
 
 
+def target_rows(windows: Sequence[WindowIds], scoring: Scoring) -> tuple[PaddedBatch, Tensor]:
+    """The windows as one batch, and what the head is given for each of its targets, NX."""
+    batch = PaddedBatch.of(windows, scoring.device)
+    with held_at(scoring.rope, max(len(window.ids_T) for window in windows)):
+        rows_BTX = scoring.forward.rows(batch.ids_BT, batch.mask_BT)
+    return batch, rows_BTX[batch.rows_N, batch.positions_N]
+
+
 def _part(
     windows: Sequence[WindowIds], scoring: Scoring
 ) -> tuple[tuple[int, ...], ComingStatistics]:
-    batch = PaddedBatch.of(windows, scoring.device)
-    rows_BTX = scoring.forward.rows(batch.ids_BT, batch.mask_BT)
-    rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
-    del rows_BTX
+    batch, rows_NX = target_rows(windows, scoring)
     statistics = statistics_of_hidden_states(
         rows_NX,
         batch.targets_N,

@@ -16,8 +16,14 @@ from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
-from perplexit.sessions.pytorch.arrangement import arranged, described, first_forward, refuse_cache
-from perplexit.sessions.pytorch.batch import PaddedBatch, check_windows, fed_length
+from perplexit.sessions.pytorch.arrangement import (
+    arranged,
+    described,
+    first_forward,
+    length_dependent_rope,
+    refuse_cache,
+)
+from perplexit.sessions.pytorch.batch import check_windows, fed_length
 from perplexit.sessions.pytorch.cached import (
     CacheRoom,
     PytorchCache,
@@ -36,7 +42,7 @@ from perplexit.sessions.pytorch.module import (
     position_limit,
 )
 from perplexit.sessions.pytorch.placement import DeviceMap, Placement, devices_of
-from perplexit.sessions.pytorch.scoring import Launched, Scoring, by_parts, launch
+from perplexit.sessions.pytorch.scoring import Launched, Scoring, by_parts, launch, target_rows
 from perplexit.sessions.pytorch.threads import WindowThreads
 
 _T = TypeVar("_T")
@@ -87,6 +93,7 @@ class PytorchInferenceSession:
             model, dtype=dtype, placement=placement, threads=threads, changes=changes
         )
         self._opened, self._module, self._device = opened, opened.module, opened.device
+        self._rope = length_dependent_rope(opened, compiled=compile_mode is not None)
         num_rows = num_embeddings(self._module)
         with opened.scoring():
             on_kernels = kernels_for(opened, kernels, compiled=compile_mode is not None)
@@ -104,6 +111,7 @@ class PytorchInferenceSession:
             compile_mode=compile_mode,
             chunk_rows=self._chunk_rows,
             num_logits=self._num_logits,
+            rope=self._rope,
         )
         self._description = with_kernels(self._description, on_kernels, forward)
         aside = on_kernels.get("windows_side_by_side") and opened.threads > 1
@@ -189,15 +197,14 @@ class PytorchInferenceSession:
 
     def _gathered_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
         results = [torch.empty(0, 0)] * len(windows)
+        scoring = self._scoring_of(False, 0)
 
         def gather(places: list[int]) -> None:
-            batch = PaddedBatch.of([windows[place] for place in places], self._device)
-            rows_BTX = self._forward.rows(batch.ids_BT, batch.mask_BT)
-            rows_NX = rows_BTX[batch.rows_N, batch.positions_N]
+            batch, rows_NX = target_rows([windows[place] for place in places], scoring)
             for place, rows in zip(places, torch.split(rows_NX, list(batch.counts)), strict=True):
                 results[place] = rows
 
-        by_parts(windows, gather, padded=self._forward.takes_mask, threads=self._threads)
+        by_parts(windows, gather, scoring)
         return results
 
     def max_batch_size(self, window_length: int) -> int:
@@ -221,7 +228,12 @@ class PytorchInferenceSession:
         self._check_open()
         refuse_cache(self._forward)
         self._num_cached_layers = check_cache(
-            self._forward, self._module, self._device, self._id_limit, self._scoring
+            self._forward,
+            self._module,
+            self._device,
+            self._id_limit,
+            self._scoring,
+            rope=self._rope,
         )
         return {"dtype": dtype_name(self._module), "kind": "allocated once, sliding layers whole"}
 
@@ -231,9 +243,10 @@ class PytorchInferenceSession:
         if self._num_cached_layers is None:
             self.caching()
         longest = max(fed_length(window) for window in windows)
+        lengths = tuple(len(window.ids_T) for window in windows)
         return PytorchCache(
             self._forward,
-            CacheRoom(self._num_cached_layers or 0, len(windows), longest),
+            CacheRoom(self._num_cached_layers or 0, lengths, longest, self._rope),
             device=self._device,
             chunk_rows=self._chunk_rows,
             run=lambda work: self._within_memory(windows, work),
@@ -298,10 +311,18 @@ class PytorchInferenceSession:
         )
 
     def _launched(self, windows: Sequence[WindowIds], with_details: bool, top_k: int) -> Launched:
-        scoring = Scoring(
-            self._forward, self._device, self._chunk_rows, with_details, top_k, self._threads
+        return launch(windows, self._scoring_of(with_details, top_k), self._num_logits)
+
+    def _scoring_of(self, with_details: bool, top_k: int) -> Scoring:
+        return Scoring(
+            self._forward,
+            self._device,
+            self._chunk_rows,
+            with_details,
+            top_k,
+            threads=self._threads,
+            rope=self._rope,
         )
-        return launch(windows, scoring, self._num_logits)
 
     def _check_open(self) -> None:
         if self._closed:

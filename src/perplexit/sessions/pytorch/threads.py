@@ -12,14 +12,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.inputs.parts import balanced_parts
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch.batch import fed_length
 from perplexit.sessions.pytorch.device import CPU_IDS
 
 _T = TypeVar("_T")
-# Kinds of rotary embedding that keep on the module what the last window's length asked for.
-_CHANGING_ROPE = {"dynamic", "longrope"}
 
 
 class WindowThreads:
@@ -82,8 +81,8 @@ class ForwardTrace:
         """Whether forward passes of this model may run in several threads at a time."""
         if not type(self._model).__module__.startswith("transformers."):
             return False
-        if any(_CHANGING_ROPE & _rope_types(module) for module in self._model.modules()):
-            return False
+        if LengthDependentRope.of(self._model) is not None:
+            return False  # held at one length for all threads
         after = list(_held(self._model))
         return len(after) == len(self._before) and all(
             held is was and version == versioned
@@ -97,8 +96,3 @@ def _held(model: nn.Module) -> Iterator[tuple[object, int]]:
         for held in (*module.__dict__.values(), *module._buffers.values()):
             counted = isinstance(held, Tensor) and not held.is_inference()
             yield held, held._version if counted else 0
-
-
-def _rope_types(module: nn.Module) -> set[object]:
-    rope_type = getattr(module, "rope_type", None)
-    return set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type}
