@@ -93,6 +93,7 @@ class WindowResults:
 
     def run_tokens(self) -> RunTokens:
         """Everything as the rows of a run. Raises ValueError where a window is not done."""
+        self._tokens.require_unchanged()  # its text is read from the file now
         if not self.done.all():
             raise ValueError(f"{int((~self.done).sum())} windows are not scored")
         tokens, counts = self._tokens, self._counts

@@ -61,6 +61,8 @@ class Protocol:
     prefix:       what `auto` puts in front: what the tokenizer adds by itself, the BOS token, or
                   the BOS token and, where a tokenizer has none, its EOS token.
     aggregate:    how the tool it is named after turns losses into its perplexity.
+    scores_repeatedly: a target where windows overlap counts once in each of them.
+    beyond_max_length: ids that its longest window feeds beyond max_length.
     """
 
     name: str
@@ -74,6 +76,8 @@ class Protocol:
     bos: tuple[BosPolicy, ...] = ("none", "first", "every")
     prefix: Prefix = "tokenizer"
     aggregate: Aggregate = "tokens"
+    scores_repeatedly: bool = False
+    beyond_max_length: int = 0
 
 
 def _half(max_length: int) -> int:
@@ -121,6 +125,7 @@ _SEEDS = (
         max_length=2048,
         stride=_half,
         bos=("none", "first"),
+        scores_repeatedly=True,
     ),
     Protocol(
         name="mlc",
@@ -134,6 +139,7 @@ _SEEDS = (
         stride=_half,
         bos=("none", "first"),
         aggregate="window-means",
+        scores_repeatedly=True,
     ),
 )
 
@@ -171,6 +177,7 @@ _TOOLS = (
         max_length=2048,
         bos=("first",),
         prefix="bos-or-eos",
+        beyond_max_length=1,
     ),
     Protocol(
         name="llama-cpp",

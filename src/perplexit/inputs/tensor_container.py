@@ -9,9 +9,10 @@ that differs from its canonical form in a single bit is therefore an error.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 
 from perplexit.errors import TokenFileError
 from perplexit.files import new_temporary_folder
+from perplexit.json_reader import parse_json
+from perplexit.reading import Expected, check_regular, stated
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
@@ -31,8 +34,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _COPY_BYTES = 1 << 18
-_HASH_BYTES = 1 << 20
+_PIECE_BYTES = 1_048_320  # whole rows of every tensor: a multiple of 56 bytes (a window) and of 8
 _LARGEST_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
+_EXPECTED = Expected("a token file", TokenFileError, "`perplexit prepare` makes one from text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         """Bytes that the tensor takes in the file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def canonical_json(value: object) -> str:
@@ -148,10 +152,10 @@ def read_container(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]
 
     Checks the layout to the last byte, not the tensors' content. Raises TokenFileError.
     """
-    try:
+    if check_regular(path, _EXPECTED) == 0:
+        _EXPECTED.refuse(path, "an empty file")
+    with stated(path, _EXPECTED):
         data = np.memmap(path, dtype=np.uint8, mode="r")
-    except (OSError, ValueError) as error:
-        raise TokenFileError(f"{path} cannot be read as a token file: {error}.") from error
     header, body_start = _parse_header(path, data)
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -172,22 +176,37 @@ def read_container(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]
     return metadata, _views(np.asarray(data), body_start, entries)
 
 
-def content_hashes(path: Path, tensors: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+def content_hashes(
+    path: Path,
+    tensors: Mapping[str, NDArray[Any]],
+    *,
+    first: Sequence[str] = (),
+    look: Callable[[str, int, NDArray[Any]], None] = lambda name, row, piece: None,
+) -> dict[str, str]:
     """SHA-256 of each tensor of the container, of which `read_container` gave the views.
 
     Read as a file: a page of the map counts as the process's memory once it was touched, and a
-    token file may be larger than that.
+    token file may be larger than that. `look` is shown every piece on the way, with the tensor's
+    name and the piece's first row; the tensors named in `first` come before the others.
     """
     ordered = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    buffer = memoryview(bytearray(_HASH_BYTES))
+    starts, position = {}, path.stat().st_size - sum(each.nbytes for each in tensors.values())
+    for name in ordered:
+        starts[name], position = position, position + tensors[name].nbytes
+    buffer = memoryview(bytearray(_PIECE_BYTES))
     hashes = {}
     with path.open("rb", buffering=0) as file:
-        file.seek(path.stat().st_size - sum(tensor.nbytes for tensor in tensors.values()))
-        for name in ordered:
-            digest, left = hashlib.sha256(), tensors[name].nbytes
-            while left and (count := file.readinto(buffer[: min(left, _HASH_BYTES)])):
+        for name in [*first, *(name for name in ordered if name not in first)]:
+            tensor, digest, row = tensors[name], hashlib.sha256(), 0
+            file.seek(starts[name])
+            left = tensor.nbytes
+            while left and (count := file.readinto(buffer[: min(left, _PIECE_BYTES)])):
                 digest.update(buffer[:count])
                 left -= count
+                piece = np.frombuffer(buffer[:count], dtype=tensor.dtype)
+                rows = piece.reshape(-1, *tensor.shape[1:])
+                look(name, row, rows)
+                row += len(rows)
             hashes[name] = digest.hexdigest()
     return hashes
 
@@ -203,23 +222,15 @@ def _parse_header(path: Path, data: NDArray[np.uint8]) -> tuple[dict[str, Any], 
             f"{path} is no token file, or is cut short: its header should be {length} bytes long, "
             f"the file has {len(data)} bytes."
         )
-    try:
-        header = json.loads(data[8 : 8 + length].tobytes().decode("utf-8"))
-    except ValueError as error:
-        raise TokenFileError(
-            f"{path} is no token file, or has a damaged header ({error}). `perplexit prepare` "
-            f"makes one from text."
-        ) from error
-    if not isinstance(header, dict):
-        raise TokenFileError(f"{path} is no token file: its header is no JSON object.")
-    return header, 8 + length
+    text = data[8 : 8 + length].tobytes()
+    return parse_json(text, _EXPECTED, dict[str, Any], place=path), 8 + length
 
 
 def _entry(path: Path, name: str, value: Any) -> TensorEntry:
     try:
         dtype, shape = value["dtype"], tuple(value["shape"])
-        known = dtype in DTYPES and all(type(size) is int and size >= 0 for size in shape)
-    except (KeyError, TypeError):
+        known = dtype in DTYPES and all(type(size) is int and 0 <= size < 1 << 48 for size in shape)
+    except (KeyError, TypeError):  # TypeError: a list is no key of DTYPES
         known = False
     if not known:
         raise TokenFileError(f"{path} has a damaged header: the entry of tensor {name!r} is wrong.")

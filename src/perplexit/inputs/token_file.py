@@ -16,8 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import TokenFileError
-from perplexit.inputs.tensor_container import canonical_json, content_hashes, read_container
+from perplexit.inputs.tensor_container import (
+    DTYPES,
+    canonical_json,
+    content_hashes,
+    read_container,
+)
+from perplexit.inputs.token_file_checks import EXPECTED, SenseChecks
 from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowIds, WindowTable
+from perplexit.json_reader import parse_json
 
 FORMAT = "perplexit-token-file"
 FORMAT_VERSION = "1"
@@ -64,6 +71,7 @@ class TokenFile:
         """Use `TokenFile.open`, which verifies what it reads."""
         self.path = path
         self.spec: dict[str, Any] = json.loads(metadata["spec"])
+        self._stat = path.stat()
         self.text_fingerprint = metadata["text_fingerprint"]
         self.tokenizer_fingerprint = metadata["tokenizer_fingerprint"]
         self.input_fingerprint = metadata["input_fingerprint"]
@@ -86,8 +94,28 @@ class TokenFile:
         place = Path(path)
         metadata, tensors = read_container(place)
         _check_version(place, metadata)
-        _check_fingerprint(place, metadata, tensors)
+        _check_content(place, metadata, tensors)
         return cls(place, metadata, tensors)
+
+    def require_unchanged(self) -> None:
+        """Raise TokenFileError where the file was cut short or rewritten since it was opened.
+
+        Its pages are mapped: one that was cut off would end the process with a bus error, and one
+        that was rewritten would be scored. A file that was replaced or removed as a whole does no
+        harm, for this one keeps what it opened.
+        """
+        try:
+            now = self.path.stat()
+        except FileNotFoundError:
+            return
+        opened = self._stat
+        same_file = (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)
+        if same_file and (now.st_size, now.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns):
+            raise TokenFileError(
+                f"expected {self.path} to stay as it was opened, but it was changed meanwhile "
+                f"({opened.st_size:,} bytes then, {now.st_size:,} now); put the file back, then "
+                "give the same command again: what was committed is kept"
+            )
 
     def __repr__(self) -> str:
         return (
@@ -154,7 +182,8 @@ class TokenFile:
         return counts_W
 
     def window_ids(self, index: int) -> WindowIds:
-        """Window `index` as an engine is fed it."""
+        """Window `index` as an engine is fed it. Raises TokenFileError where the file changed."""
+        self.require_unchanged()
         row = self.windows.array[index].tolist()
         document, start, stop, target_start, target_stop, mode, prefix_id = row
         base = int(self.document_starts[document])
@@ -193,26 +222,31 @@ def _check_version(path: Path, metadata: dict[str, str]) -> None:
         )
 
 
-def _check_fingerprint(
-    path: Path, metadata: dict[str, str], tensors: dict[str, NDArray[Any]]
-) -> None:
-    """Raise TokenFileError unless metadata and tensors are what was fingerprinted."""
+def _check_content(path: Path, metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> None:
+    """Raise TokenFileError unless all is what was fingerprinted, and makes sense."""
     if metadata.get("input_fingerprint") != input_fingerprint(metadata):
         raise TokenFileError(
             f"{path} has damaged metadata: its spec and fingerprints do not hash to its "
             f"input_fingerprint. Prepare the input again."
         )
+    missing = {"spec", "tensors", "text_fingerprint", "tokenizer_fingerprint"} - set(metadata)
+    if missing:
+        EXPECTED.refuse(path, f"metadata without {', '.join(sorted(missing))}")
     layout = LAYOUT | MASK_LAYOUT
-    recorded = json.loads(metadata["tensors"])
+    recorded = parse_json(metadata["tensors"], EXPECTED, dict[str, str], place=path)
     if set(recorded) != set(tensors) or not set(LAYOUT) <= set(tensors) <= set(layout):
         raise TokenFileError(
             f"{path} holds the tensors {sorted(tensors)}, expected {sorted(recorded)}."
         )
-    found = content_hashes(path, tensors)
     for name, tensor in tensors.items():
-        dtype = layout[name][0]
-        if recorded[name] != tensor_identity(dtype, tensor.shape, found[name]):
+        if tensor.dtype != DTYPES[layout[name][0]]:
+            EXPECTED.refuse(path, f"the tensor {name} of dtype {tensor.dtype}")
+    checks = SenseChecks(path, metadata["spec"], tensors)
+    found = content_hashes(path, tensors, first=checks.ORDER, look=checks.look)
+    for name, tensor in tensors.items():
+        if recorded[name] != tensor_identity(layout[name][0], tensor.shape, found[name]):
             raise TokenFileError(
                 f"{path} is damaged: the tensor {name!r} is not what was written. "
                 f"Prepare the input again."
             )
+    checks.finish()

@@ -24,7 +24,8 @@ from perplexit.inputs.token_file import (
     input_fingerprint,
     tensor_identity,
 )
-from perplexit.inputs.windows import PrefixMode, WindowArray
+from perplexit.inputs.token_file_checks import impossible_windows
+from perplexit.inputs.windows import WindowArray
 
 _LARGEST_WORD_COUNT = np.iinfo(np.uint16).max
 
@@ -146,15 +147,7 @@ class TokenFileWriter:
 
 def _check_windows(windows: WindowArray, lengths_D: NDArray[np.int64], first: int) -> None:
     """Raise TokenFileError where a window leaves its document or scores what it cannot."""
-    document, start, stop, target_start, target_stop, mode, prefix_id = windows.T
-    inside = (document >= first) & (document < first + len(lengths_D))
-    length_W = lengths_D[np.where(inside, document - first, 0)] if len(lengths_D) else stop * 0
-    ordered = (start >= 0) & (start <= target_start) & (target_start < target_stop)
-    # the id fed first is predicted by nothing, so only an inserted prefix lets `start` be scored
-    ordered &= (target_stop <= stop) & (stop <= length_W)
-    ordered &= (mode == PrefixMode.INSERT) | (target_start > start)
-    prefixed = np.isin(mode, list(PrefixMode)) & ((prefix_id >= 0) == (mode != PrefixMode.NONE))
-    wrong = np.flatnonzero(~(inside & ordered & prefixed))
+    wrong = np.flatnonzero(impossible_windows(windows, lengths_D, first))
     if len(wrong):
         raise TokenFileError(
             f"Window {windows[wrong[0]].tolist()} (document, start, stop, target_start, "
