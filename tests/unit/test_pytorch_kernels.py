@@ -23,15 +23,15 @@ from perplexit.sessions.pytorch.fused_mlp import fuse_mlps, restore_forwards
 from perplexit.sessions.pytorch.fused_norm import fuse_norms
 from perplexit.sessions.pytorch.packed_linear import (
     PackedLinear,
-    can_pack,
     pack_linears,
     unpack_linears,
+    why_no_packing,
 )
 from tests.oracles import oracle_details, random_window
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 WINDOWS = [random_window(seed, length, VOCAB_SIZE) for seed, length in ((0, 90), (1, 2), (2, 33))]
-DTYPES = [d for d in (torch.float32, torch.bfloat16) if can_pack(d)]
+DTYPES = [d for d in (torch.float32, torch.bfloat16) if why_no_packing(d) is None]
 pytestmark = pytest.mark.skipif(not DTYPES, reason="this PyTorch has no oneDNN")
 
 

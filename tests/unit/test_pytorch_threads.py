@@ -9,12 +9,14 @@ from torch import nn
 
 from perplexit.errors import EngineOutOfMemoryError
 from perplexit.sessions.pytorch import PytorchInferenceSession
-from perplexit.sessions.pytorch.packed_linear import can_pack
+from perplexit.sessions.pytorch.packed_linear import why_no_packing
 from perplexit.sessions.pytorch.threads import ForwardTrace
 from tests.oracles import oracle_details, random_window
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
-pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(
+    why_no_packing(torch.float32) is not None, reason="this PyTorch has no oneDNN"
+)
 # Longest first, as runs score them; three parts for two threads, so that one is left over.
 WINDOWS = [random_window(seed, length, VOCAB_SIZE) for seed, length in enumerate((90, 60, 60, 2))]
 PLAIN_IDS = torch.arange(12)[None]

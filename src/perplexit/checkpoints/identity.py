@@ -75,14 +75,19 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file, as an index of sharded weights says. Raises ModelError where it cannot."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(tensor): str(file) for tensor, file in found.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"expected a weight_map in {index}, could not read one: {error!r}") from (
             error
         )
-    files = [index.parent / name for name in names]
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    files = [index.parent / name for name in sorted(set(weight_map(index).values()))]
     for file in files:
         if not file.is_file():
             raise ModelError(

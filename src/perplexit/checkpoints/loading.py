@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from perplexit.checkpoints.identity import read_config, weight_files
+from perplexit.checkpoints.configuration import checked_config
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.checkpoints.sources import CheckpointSource, find_checkpoint
+from perplexit.checkpoints.stored_tensors import StoredTensors
 from perplexit.errors import ModelError
 
 
@@ -38,23 +39,16 @@ def load_checkpoint(
     device: None leaves it where transformers puts it. options: more for `from_pretrained`.
     split_over: processes that load it together, each a part of every layer.
     Remote code is off and pickles are not read. Raises ModelError where the folder is not a causal
-    language model that transformers knows, or where weights are missing: transformers would fill
-    them with random numbers.
+    language model that transformers knows, where weights are missing (transformers would fill
+    them with random numbers), and where a tensor or a field of config.json would go unused.
     """
     source = find_checkpoint(address)
-    config = read_config(source.folder)
-    weight_files(source.folder)
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
-        raise ModelError(
-            f"{source.address} holds weights that are already quantized ({method}), which this "
-            "version does not load; name the checkpoint that they were made from"
-        )
+    stored = StoredTensors.of(source)
     options = dict(options or {})
     if split_over is not None:
         options["distributed_config"] = DistributedConfig(tp_size=split_over, tp_plan="auto")
     model, loading_info = _loaded(source, getattr(torch, dtype), options)
-    _check_complete(source, loading_info)
+    stored.check_used(model, loading_info)
     return Checkpoint(source, (model if device is None else model.to(device)).eval())
 
 
@@ -63,17 +57,9 @@ def _loaded(
 ) -> tuple[nn.Module, dict[str, Any]]:
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(
-                source.folder, trust_remote_code=False, local_files_only=True
-            )
-            if config.is_encoder_decoder:
-                raise ModelError(
-                    f"expected a causal language model in {source.folder}, got the "
-                    f"encoder-decoder {config.model_type}"
-                )
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
-                config=config,
+                config=checked_config(source),
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -93,17 +79,6 @@ def _loaded(
         ) from error
     model, loading_info = loaded
     return model, loading_info
-
-
-def _check_complete(source: CheckpointSource, loading_info: dict[str, Any]) -> None:
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        problems = sorted(str(problem) for problem in loading_info.get(kind, ()))
-        if problems:
-            raise ModelError(
-                f"expected every weight of the model in {source.folder}, but {len(problems)} are "
-                f"not there or of another shape ({', '.join(problems[:3])}, …); is it a causal "
-                "language model, and the download complete?"
-            )
 
 
 def _first_lines(error: Exception) -> str:

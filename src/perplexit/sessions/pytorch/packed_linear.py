@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from perplexit.resources.mapped_files import MappedFiles
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear(nn.Module):
@@ -82,13 +85,35 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this CPU and this build of PyTorch have packed products of a dtype."""
+def why_no_packing(dtype: torch.dtype) -> str | None:
+    """Why this CPU and this build of PyTorch have no packed products of a dtype; None: they do.
+
+    The operators are PyTorch's own and not promised, so a small layer is tried: an operator that
+    is gone, takes other arguments or gives other products rules packing out.
+    """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if dtype == torch.bfloat16:  # without its instructions oneDNN would compute it in software
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+        return "this build of PyTorch has no oneDNN"
+    generator = torch.Generator().manual_seed(0)
+    rows_XI = torch.randn(3, 16, generator=generator).to(dtype)
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "this CPU has no instructions for bfloat16"  # oneDNN would do it in software
+        layer = nn.Linear(16, 8, dtype=dtype).requires_grad_(False)
+        packed = PackedLinear(layer)
+        plain = layer(rows_XI)
+        pairs = [
+            (packed(rows_XI), plain),
+            (packed.product(rows_XI, "swish"), functional.silu(plain)),
+            (packed.product(rows_XI, "gelu", "tanh"), functional.gelu(plain, approximate="tanh")),
+            (packed.product_times(rows_XI, plain), plain * plain),
+        ]
+        same = torch.equal(packed.weight, layer.weight)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+        return f"PyTorch's packed products are not the ones known here ({type(error).__name__})"
+    near = 1e-4 if dtype == torch.float32 else 3e-2
+    if not same or not all(torch.allclose(x, y, rtol=near, atol=near) for x, y in pairs):
+        return "PyTorch's packed products give other values than plain ones"
+    return None
 
 
 def pack_linears(model: nn.Module) -> int:
@@ -136,7 +161,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 def _is_plain(layer: nn.Module) -> bool:
     weight: object = layer.weight
-    if type(weight) is not nn.Parameter or not can_pack(weight.dtype):
+    if type(weight) is not nn.Parameter or weight.dtype not in PACKED_DTYPES:
         return False
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     return weight.device.type == "cpu" and min(weight.shape) > 0 and not hooked
