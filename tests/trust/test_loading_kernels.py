@@ -92,9 +92,7 @@ def test_b6_bfloat16_kernels_that_are_farther_are_put_back(plain, monkeypatch):
     session = PytorchInferenceSession(plain, dtype="bfloat16")
     assert settings(session)["kernels"] == "plain"
     assert "farther from float32 than 1.25" in settings(session)["kernels_reason"]
-    own = losses(plain, dtype="bfloat16", kernels="plain")
-    windows = [random_window(seed, 24 + 5 * seed, VOCAB_SIZE, index=seed) for seed in range(4)]
-    assert np.array_equal(np.concatenate(session.token_nll(windows)), own)
+    assert not any(isinstance(module, PackedLinear) for module in session.module.modules())
 
 
 @pytest.mark.parametrize("name", ["_reorder_linear_weight", "_linear_pointwise"])

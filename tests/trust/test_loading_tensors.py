@@ -256,7 +256,8 @@ def test_b1_harmless_extras_stay_silent(plain, expected, tmp_path, caplog, capfd
 
 def test_b1_harmless_masks_of_gpt2(tmp_path, caplog):
     torch.manual_seed(2)
-    config = GPT2Config(vocab_size=257, n_positions=128, n_embd=64, n_layer=2, n_head=4)
+    sizes = {"vocab_size": 257, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)
     folder = saved(GPT2LMHeadModel(config), tmp_path / "gpt2")
     right = oracle_of(folder)
 

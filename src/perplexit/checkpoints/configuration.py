@@ -5,8 +5,10 @@ the file which attention to run. Here a field that decides the arithmetic is rea
 the load is refused, and attention, kernels and code are chosen on the command line alone.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from inspect import getmodule, getsource
 from typing import Any
 
 from transformers import AutoConfig
@@ -51,11 +53,9 @@ _QUANTIZED = ("quantization_config", "compression_config")
 def checked_config(source: CheckpointSource) -> Any:
     """The configuration object of a checkpoint, with nothing in it that chooses code to run.
 
-    Raises ModelError for weights that are quantized already, an encoder-decoder, another file of
-    weights than the folder's, and a field that the model's class does not read.
+    Raises ModelError for an encoder-decoder and a field that the model's class does not read.
     """
     written = read_config(source.folder)
-    _check_weights_are_plain(source, written)
     config = AutoConfig.from_pretrained(
         source.folder, trust_remote_code=False, local_files_only=True
     )
@@ -71,7 +71,9 @@ def checked_config(source: CheckpointSource) -> Any:
     return config
 
 
-def _check_weights_are_plain(source: CheckpointSource, written: Mapping[str, Any]) -> None:
+def check_weights_are_plain(source: CheckpointSource) -> None:
+    """Raise ModelError for weights that are quantized already, and where two sets may be meant."""
+    written = read_config(source.folder)
     nested = [value for value in written.values() if isinstance(value, Mapping)]
     for part in (written, *nested):
         for name in _QUANTIZED:
@@ -137,7 +139,7 @@ def _check_read(source: CheckpointSource, written: Mapping[str, Any], config: An
     unread = [
         name
         for name in _DECIDING
-        if name not in known and not hasattr(type(config), name) and _says(written, name)
+        if name not in known and _says(written, name) and not _mentioned(config, name)
     ]
     if unread:
         raise ModelError(
@@ -147,6 +149,14 @@ def _check_read(source: CheckpointSource, written: Mapping[str, Any], config: An
         )
     if "rope_parameters" in known:
         _check_rope(source, written, config)
+
+
+def _mentioned(config: Any, name: str) -> bool:
+    """Whether a configuration class takes the field in some way of its own (older spellings)."""
+    home = getmodule(type(config))
+    if name in _ROPE_NAMES or home is None:
+        return False  # every class has a property of that name
+    return hasattr(type(config), name) or bool(re.search(rf"\b{name}\b", getsource(home)))
 
 
 def _says(written: Mapping[str, Any], name: str) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from perplexit.checkpoints.configuration import checked_config
+from perplexit.checkpoints.configuration import check_weights_are_plain, checked_config
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.checkpoints.sources import CheckpointSource, find_checkpoint
 from perplexit.checkpoints.stored_tensors import StoredTensors
@@ -43,6 +43,7 @@ def load_checkpoint(
     them with random numbers), and where a tensor or a field of config.json would go unused.
     """
     source = find_checkpoint(address)
+    check_weights_are_plain(source)
     stored = StoredTensors.of(source)
     options = dict(options or {})
     if split_over is not None:

@@ -59,7 +59,8 @@ def _widen(parts: list[nn.Module]) -> _Kept:
     """Put float32 copies in place of narrow tensors; what was there before."""
     kept: _Kept = []
     for part in parts:
-        for tensors in (part._parameters, part._buffers):
+        places: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in places:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
                     kept.append((tensors, name, tensor))
