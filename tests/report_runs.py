@@ -1,6 +1,7 @@
 """Run folders for tests of the report: toy models over any text, one of them a little damaged."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +51,29 @@ def toy_runs(
         px.evaluate(session, tokens, run=folder / name, top_k=top_k)
         for session, name in zip(sessions, names, strict=True)
     ]
+
+
+def with_kl(candidate: Run, reference: Run, *, scale: float = 0.01, seed: int = 0) -> Run:
+    """The candidate as if it had been scored against `reference`, with made-up divergences."""
+    random = np.random.default_rng(seed)
+    rows = len(candidate.tokens)
+    columns = {
+        "kl": np.abs(random.normal(0, scale, rows)).astype(np.float32),
+        "same_top1": random.random(rows) > scale,
+        "reference_top_p": random.random(rows).astype(np.float32),
+    }
+    return replace(
+        candidate,
+        loaded_tokens=replace(candidate.tokens, **columns),
+        reference=reference_record(reference),
+    )
+
+
+def reference_record(reference: Run) -> dict[str, object]:
+    """What a run that was scored against `reference` records of it."""
+    return {
+        "address": reference.model["address"],
+        "weights_fingerprint": reference.model["weights_fingerprint"],
+        "input_fingerprint": reference.input_fingerprint,
+        "measurement_fingerprint": getattr(reference, "measurement_fingerprint", None),
+    }

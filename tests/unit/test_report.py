@@ -16,18 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import perplexit as px
+from perplexit.comparison.compared_tokens import exceedance
 from perplexit.errors import FingerprintMismatchError, MissingPackageError, RunError, UsageError
 from perplexit.report import extra
 from perplexit.report import token_data as token_data_module
 from perplexit.report.chapter import charts_of
+from perplexit.report.chart_rows import agreement_rows
 from perplexit.report.conditions_table import conditions_of, notes_of
-from perplexit.report.distributions import agreement_rows, exceedance
 from perplexit.report.page import json_block
 from perplexit.report.subject import Subject, labels_of
 from perplexit.report.token_data import CONTINUATION, GAP, PLAIN, packed, token_data
 from perplexit.report.wording import decimals, figure, findings_of, headline, interval, quantity
 from perplexit.runs.run import Run
-from tests.report_runs import toy_runs
+from tests.report_runs import toy_runs, with_kl
 
 TEXTS = ["The loss of a token. " * 120, "日本語 🙂 Maß.\n" * 20, "Short, and scored."]
 KINDS = {"u1": "<u1", "u2": "<u2", "u4": "<u4", "i2": "<i2", "i4": "<i4", "f4": "<f4", "f8": "<f8"}
@@ -201,16 +202,13 @@ def test_which_charts_there_are(subject: Subject, runs: list[Run]) -> None:
 
 
 def test_a_kl_column_gets_its_chart_and_its_place_in_the_text(runs: list[Run]) -> None:
-    kl = np.abs(np.random.default_rng(0).normal(0, 0.01, len(runs[1].tokens)))
-    subject = Subject.of(runs[:2])
-    object.__setattr__(subject.runs[1].tokens, "kl", kl.astype(np.float32))
-    try:
-        assert "kl" in [chart.name for chart in charts_of(subject)]
-        data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
-        assert np.nansum(unpacked(data["runs"][1]["kl"])) == pytest.approx(kl.sum(), rel=1e-5)
-        assert data["runs"][0]["kl"] is None
-    finally:
-        object.__delattr__(subject.runs[1].tokens, "kl")
+    candidate = with_kl(runs[1], runs[0])
+    subject = Subject.of([runs[0], candidate])
+    assert "kl" in [chart.name for chart in charts_of(subject)]
+    data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
+    total = candidate.tokens.kl.sum(dtype=np.float64)
+    assert np.nansum(unpacked(data["runs"][1]["kl"])) == pytest.approx(total, rel=1e-5)
+    assert data["runs"][0]["kl"] is None
 
 
 def test_charts_take_their_colours_from_the_page_and_escape_names(runs: list[Run]) -> None:

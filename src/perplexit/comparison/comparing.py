@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perplexit.comparison.compared_tokens import compared_tokens
 from perplexit.comparison.divergences import buckets_of, divergences_of
-from perplexit.comparison.flips import CONTEXT_TOKENS, flips_of, text_around
+from perplexit.comparison.flips import CONTEXT_TOKENS, first_choices, flips_of, text_around
 from perplexit.comparison.noise import margin_of
 from perplexit.comparison.pairing import Pairs, paired, require_same_input
 from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Verdict
@@ -50,6 +51,7 @@ def compare(
     margin, noise = margin_of(reference_run, candidate_run, noise_floor)
     delta_M = pairs.delta
     divergences, why_not = divergences_of(reference_run, candidate_run, pairs, confidence)
+    choices = first_choices(reference_run, candidate_run, pairs)
     reasons = {} if interval.reason is None else {"ppl_ratio_low": interval.reason}
     return Comparison(
         verdict=verdict_of(interval, margin),
@@ -76,11 +78,21 @@ def compare(
         candidate=_conditions(candidate_run),
         domains=_domain_ratios(pairs, confidence),
         most_changed=_most_changed(pairs, delta_M, num_most_changed),
-        flips=flips_of(reference_run, candidate_run, pairs, num_most_changed),
+        flips=flips_of(
+            reference_run,
+            candidate_run,
+            pairs,
+            choices,
+            limit=num_most_changed,
+            confidence=confidence,
+        ),
         divergences=divergences,
         buckets=buckets_of(candidate_run, pairs, with_kl=divergences is not None),
         reasons=reasons,
         warnings=(*_warnings(pairs), *why_not),
+        tokens=compared_tokens(
+            candidate_run, pairs, divergences=divergences, choices=choices, confidence=confidence
+        ),
     )
 
 

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from perplexit.comparison.pairing import Pairs
 from perplexit.comparison.vocabulary import spell
+from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.intervals import mean_interval
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import RunTokens
 
@@ -45,24 +47,55 @@ class Flips:
 
     complete: false where only ranks are known: a change from one wrong choice to another is then
               not seen, and `count` is a lower bound.
+    agreement: the share of tokens with the same first choice, with its interval; None where
+              `complete` is false.
     """
 
     count: int
     num_tokens: int
     complete: bool
     listed: tuple[Flip, ...]
+    agreement: Estimate | None = None
 
 
-def flips_of(reference: Run, candidate: Run, pairs: Pairs, limit: int) -> Flips | None:
-    """The changed first choices of two runs over one input; None where neither run tells."""
-    ours, theirs = reference.tokens, candidate.tokens
+@dataclass(frozen=True, slots=True)
+class FirstChoices:
+    """At which tokens the first choices differ, and how sure the reference was of its own.
+
+    changed:  M; true where the two models' most likely tokens are known to differ.
+    complete: whether that is all of them; else only ranks are known.
+    sureness: M probabilities that the reference gave to its first choice; None if not recorded.
+    """
+
+    changed: NDArray[np.bool_]
+    complete: bool
+    sureness: NDArray[np.float64] | None
+
+
+def first_choices(reference: Run, candidate: Run, pairs: Pairs) -> FirstChoices | None:
+    """Where two runs over one input have other first choices; None where neither run tells."""
     changed = _changed_rows(reference, candidate)
     if changed is None:
         return None
     changed_R, complete = changed
-    changed_M = changed_R[pairs.rows]
+    return FirstChoices(changed_R[pairs.rows], complete, _sureness(reference, candidate, pairs))
+
+
+def flips_of(
+    reference: Run,
+    candidate: Run,
+    pairs: Pairs,
+    choices: FirstChoices | None,
+    *,
+    limit: int,
+    confidence: float,
+) -> Flips | None:
+    """The changed first choices, with the `limit` of which the reference was surest."""
+    if choices is None:
+        return None
+    ours, theirs = reference.tokens, candidate.tokens
+    changed_M, sureness_M = choices.changed, choices.sureness
     places = np.flatnonzero(changed_M)
-    sureness_M = _sureness(reference, candidate, pairs)
     if sureness_M is None:
         order = np.argsort(-np.abs(pairs.delta[places]), kind="stable")
     else:
@@ -87,7 +120,10 @@ def flips_of(reference: Run, candidate: Run, pairs: Pairs, limit: int) -> Flips 
             zip(chosen.tolist(), pairs.rows[chosen].tolist(), strict=True)
         )
     )
-    return Flips(len(places), len(changed_M), complete, listed)
+    agreement = None
+    if choices.complete:
+        agreement = mean_interval((~changed_M).astype(np.float64), pairs.clusters, confidence)
+    return Flips(len(places), len(changed_M), choices.complete, listed, agreement)
 
 
 def text_around(tokens: RunTokens, row: int, count: int) -> str:

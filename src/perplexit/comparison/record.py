@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from perplexit.comparison.compared_tokens import ComparedTokens
 from perplexit.comparison.divergences import Divergences
 from perplexit.comparison.flips import Flip, Flips
 from perplexit.metrics.bootstrap import Bootstrap
@@ -52,6 +53,7 @@ class Comparison:
     bootstrap:   the block bootstrap of the same difference, as a check of the interval.
     flips:       tokens at which the models' first choices differ; None where no run tells.
     num_unpaired: tokens left out because a loss was not finite; `warnings` says so.
+    tokens:      the per-token columns that belong to this comparison, for drawings; not in JSON.
     """
 
     verdict: Verdict
@@ -83,6 +85,7 @@ class Comparison:
     buckets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    tokens: ComparedTokens | None = field(default=None, repr=False, compare=False)
 
     def figures(self) -> dict[str, Estimate]:
         """The figures by the names that gates use."""
@@ -97,13 +100,14 @@ class Comparison:
         if "mean_kl_high" in figures:  # a gate must hold for the upper bound
             high = figures["mean_kl_high"].high
             figures["mean_kl"] = replace(figures["mean_kl"], high=high)
-        if self.flips is not None and self.flips.complete and "top1_agreement" not in figures:
-            figures["top1_agreement"] = Estimate(1 - self.flips.count / self.flips.num_tokens)
+        if self.flips is not None and self.flips.agreement is not None:
+            figures.setdefault("top1_agreement", self.flips.agreement)
         return figures
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values, every number finite or null."""
-        record: dict[str, Any] = plain_json(asdict(self))
+        record: dict[str, Any] = plain_json(asdict(replace(self, tokens=None)))
+        del record["tokens"]
         return record
 
     def __str__(self) -> str:

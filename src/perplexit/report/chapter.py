@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from perplexit.report import charts
-from perplexit.report.charts import Chart
-from perplexit.report.distributions import (
+from perplexit.report.chart_rows import (
     Row,
     agreement_rows,
     change_rows,
@@ -12,6 +11,7 @@ from perplexit.report.distributions import (
     loss_rows,
     position_rows,
 )
+from perplexit.report.charts import Chart
 from perplexit.report.subject import Subject, peak_bytes_of
 from perplexit.report.wording import DASH, figure, interval, quantity, ratio_of
 
@@ -129,7 +129,8 @@ def _agreement(subject: Subject) -> Iterator[Chart]:
             f"{row['run']}, confidence {row['confidence']}: {_percent(row['share'])} of "
             f"{row['tokens']} tokens"
         )
-    order = list(dict.fromkeys(row["confidence"] for row in rows))
+    by_confidence = sorted(rows, key=lambda row: float(row["bucket"] or 0))
+    order = list(dict.fromkeys(row["confidence"] for row in by_confidence))
     yield Chart(
         "agreement",
         f"Agreement with {subject.labels[0]}, by its confidence",

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perplexit.report.distributions import Row
+from perplexit.report.chart_rows import Row
 from perplexit.report.drawing import Spec, drawn
 
 WIDTH = 400
@@ -28,26 +28,32 @@ class Chart:
     rows: tuple[tuple[str, ...], ...]
 
 
-def run_colours(labels: Sequence[str], first: int = 0) -> Spec:
-    """The colour of each run, the same in every chart and in the text."""
-    colours = [f"var(--run{first + index})" for index in range(len(labels))]
-    return {"domain": list(labels), "range": colours}
+def shown_in(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
+    """The runs that have rows, in the order of the report."""
+    present = {row["run"] for row in rows}
+    return [label for label in labels if label in present]
+
+
+def run_colours(shown: Sequence[str], labels: Sequence[str]) -> Spec:
+    """The colours of the runs in a chart: each has its own, the same in every chart and table."""
+    return {
+        "domain": list(shown),
+        "range": [f"var(--run{labels.index(label)})" for label in shown],
+    }
 
 
 def intervals_chart(
     rows: Sequence[Row], labels: Sequence[str], *, title: str, mark_at: float | None = None
 ) -> str:
     """A point with its interval for each run, one below the other; `mark_at` draws a line."""
-    present = {row["run"] for row in rows}
-    shown = [label for label in labels if label in present]
-    colours = [f"var(--run{labels.index(label)})" for label in shown]
+    shown = shown_in(rows, labels)
     x: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}, "title": title}
     y: Spec = {"field": "run", "type": "nominal", "sort": shown, "title": None}
     y["axis"] = {"ticks": False, "domain": False, "labelColor": "var(--ink)", "labelPadding": 8}
     colour = {
         "field": "run",
         "type": "nominal",
-        "scale": {"domain": shown, "range": colours},
+        "scale": run_colours(shown, labels),
         "legend": None,
     }
     said = {"field": "said", "type": "nominal"}
@@ -86,7 +92,6 @@ def curves_chart(
     directions: bool = False,
 ) -> str:
     """Share of tokens above x, both axes logarithmic: a line a run, dashed for improvements."""
-    first = len(labels) - len({row["run"] for row in rows} & set(labels))
     encoding: Spec = {
         "x": {
             "field": x[0],
@@ -103,7 +108,7 @@ def curves_chart(
             "axis": {"format": "~%", "values": _decades([row["share"] for row in rows])},
         },
     }
-    encoding |= by_run(list(labels)[first:], first, dashes=not directions)
+    encoding |= by_run(rows, labels, dashes=not directions)
     if directions:
         encoding["strokeDash"] = {
             "field": "direction",
@@ -123,14 +128,18 @@ def _decades(values: Sequence[str | float | int | None]) -> list[float]:
     return [10.0**power for power in range(first, last + 1)]
 
 
-def by_run(labels: Sequence[str], first: int, *, dashes: bool) -> Spec:
-    """Colour (and, where it is free, dash) by run, with a legend where there are several."""
+def by_run(rows: Sequence[Row], labels: Sequence[str], *, dashes: bool) -> Spec:
+    """Colour (and, where it is free, dash) by run, with a legend of the runs that have rows.
+
+    A chart of one run of several has a legend too: it says which one.
+    """
+    shown = shown_in(rows, labels)
     legend: Spec | None = {} if len(labels) > 1 else None
     encoding: Spec = {
         "color": {
             "field": "run",
             "type": "nominal",
-            "scale": run_colours(labels, first),
+            "scale": run_colours(shown, labels),
             "legend": legend,
         }
     }
@@ -138,7 +147,10 @@ def by_run(labels: Sequence[str], first: int, *, dashes: bool) -> Spec:
         encoding["strokeDash"] = {
             "field": "run",
             "type": "nominal",
-            "scale": {"domain": list(labels), "range": DASHES[: len(labels)]},
+            "scale": {
+                "domain": shown,
+                "range": [DASHES[labels.index(label)] for label in shown],
+            },
             "legend": legend,
         }
     return encoding
@@ -165,14 +177,14 @@ def position_chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
             "scale": {"zero": False},
         },
     }
-    encoding |= by_run(labels, 0, dashes=True)
+    encoding |= by_run(rows, labels, dashes=True)
     mark = {"type": "line", "strokeWidth": 2, "point": {"size": 22, "opacity": 1}}
     return drawn(_plot(rows, mark, encoding))
 
 
 def agreement_chart(rows: Sequence[Row], labels: Sequence[str], order: Sequence[str]) -> str:
     """Share with the same first choice against the reference's confidence, with intervals."""
-    shown = list(labels)[1:]
+    shown = shown_in(rows, labels)
     x = {
         "field": "confidence",
         "type": "ordinal",
@@ -183,7 +195,7 @@ def agreement_chart(rows: Sequence[Row], labels: Sequence[str], order: Sequence[
     scale = {"zero": False, "domainMax": 1}
     y = {"type": "quantitative", "scale": scale, "axis": {"format": "~%"}}
     y["title"] = "same first choice"
-    colour = by_run(shown, 1, dashes=False)
+    colour = by_run(rows, labels, dashes=False)
     offset = {"xOffset": {"field": "run", "sort": shown}} if len(shown) > 1 else {}
     said = {"description": {"field": "said", "type": "nominal"}}
     common: Spec = {"x": x, **colour, **offset, **said}
@@ -213,7 +225,7 @@ def trade_off_chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
     colour = {
         "field": "run",
         "type": "nominal",
-        "scale": run_colours(labels),
+        "scale": run_colours(shown_in(rows, labels), labels),
         "legend": None,
     }
     layers = [

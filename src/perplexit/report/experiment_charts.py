@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from perplexit.igf.experiment_file import Experiment, MethodOutcome
 from perplexit.report import charts
+from perplexit.report.chart_rows import Row
 from perplexit.report.charts import Chart
-from perplexit.report.distributions import Row
 from perplexit.report.drawing import Spec, drawn
 from perplexit.report.wording import DASH, figure, interval
 
@@ -60,7 +60,7 @@ def _curves_spec(rows: Sequence[Row], names: Sequence[str]) -> Spec:
     x = {"field": "step", "type": "quantitative", "title": "optimizer steps"}
     scale = {"zero": False, "nice": True}
     y = {"type": "quantitative", "title": "test perplexity", "scale": scale}
-    by_method = charts.by_run(names, 0, dashes=True)
+    by_method = charts.by_run(rows, names, dashes=True)
     colour = {**by_method["color"], "legend": None}
     layers: list[Spec] = [
         {

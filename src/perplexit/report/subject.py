@@ -3,11 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from perplexit.comparison import Comparison, compare
 from perplexit.comparison.byte_aligned import ByteComparison, compare_bytes
@@ -80,12 +76,6 @@ class Subject:
     def candidates(self) -> list[tuple[str, Run, Comparison]]:
         """(label, run, comparison with the reference) of every other run."""
         return list(zip(self.labels[1:], self.runs[1:], self.comparisons, strict=True))
-
-    @cached_property
-    def deltas(self) -> tuple[NDArray[np.float64], ...]:
-        """Candidate - reference nll of each row, in nats, for each candidate; NaN possible."""
-        base = self.reference.tokens.nll.astype(np.float64)
-        return tuple(run.tokens.nll - base for run in self.runs[1:])
 
 
 def labels_of(runs: Sequence[Run]) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perplexit.comparison import Comparison
 from perplexit.inputs.token_file import TokenFile
-from perplexit.report.distributions import column_of
 from perplexit.report.subject import Subject
 from perplexit.report.vocabulary import vocabulary_of
 from perplexit.runs.run import Run
@@ -41,9 +41,11 @@ def token_data(
     max_alternatives = min(max_alternatives, _affordable(subject, num_shown))
     scored = rows_M >= 0
     position_M = np.where(scored, subject.reference.tokens.position[rows_M], -1)
+    comparisons = (None, *subject.comparisons)
     runs = [
-        _run_columns(run, rows_M, max_alternatives) | {"label": label}
-        for label, run in zip(subject.labels, subject.runs, strict=True)
+        _run_columns(run, rows_M, max_alternatives)
+        | {"label": label, "kl": _kl_column(comparison, rows_M)}
+        for label, run, comparison in zip(subject.labels, subject.runs, comparisons, strict=True)
     ]
     used = [np.asarray(run.pop("alternatives")) for run in runs]
     vocabulary = vocabulary_of(
@@ -113,8 +115,6 @@ def _run_columns(run: Run, rows_M: NDArray[np.int64], max_alternatives: int) -> 
         "top": None,
         "alternatives": np.empty(0, dtype=np.int64),
     }
-    kl = column_of(rows, "kl")
-    columns["kl"] = None if kl is None else packed(_taken(kl, rows_M))
     if rows.top_ids is not None and rows.top_logprobs is not None and max_alternatives > 0:
         count = min(rows.top_ids.shape[1], max_alternatives)
         ids_MK = np.where(rows_M[:, None] < 0, 0, rows.top_ids[rows_M, :count])
@@ -126,6 +126,14 @@ def _run_columns(run: Run, rows_M: NDArray[np.int64], max_alternatives: int) -> 
         }
         columns["alternatives"] = np.unique(ids_MK)
     return columns
+
+
+def _kl_column(comparison: Comparison | None, rows_M: NDArray[np.int64]) -> Packed | None:
+    """The KL of a candidate's comparison; None for the reference, and where it was refused."""
+    kl_R = None
+    if comparison is not None and comparison.tokens is not None:
+        kl_R = comparison.tokens.kl_of_rows()
+    return None if kl_R is None else packed(_taken(kl_R, rows_M))
 
 
 def _taken(column: NDArray[Any], rows_M: NDArray[np.int64]) -> NDArray[np.float64]:
