@@ -13,7 +13,7 @@ import perplexit as px
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
 from tests.report_experiments import GAINS, document_of, experiment_folder
-from tests.report_runs import toy_runs
+from tests.report_runs import toy_runs, with_kl
 
 pytestmark = pytest.mark.browser
 pytest.importorskip("selenium")
@@ -42,6 +42,13 @@ def runs(byte_tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory) ->
     texts = [prose(900), prose(200, 1), "日本語 🙂 Maß\u00a0und Überraschung.\n"]
     folder = tmp_path_factory.mktemp("report")
     return toy_runs(folder / "runs", texts, byte_tokenizer_json, noises=(1.5, 0.01))
+
+
+@pytest.fixture(scope="module")
+def eight_runs(byte_tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    noises = [0.1 * (n + 1) for n in range(7)]
+    folder = tmp_path_factory.mktemp("eight")
+    return toy_runs(folder / "runs", [prose(500)], byte_tokenizer_json, noises=noises)
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +372,45 @@ def test_50000_tokens_open_fast_and_stay_small(
     assert report.num_bytes < 15e6
     assert milliseconds < 3000
     assert len(every(page, ".paper .t")) < 2000  # a page of them, not all
+
+
+@pytest.mark.parametrize("chosen", [(1, 2, 3), (5, 7), (1, 4, 6)])
+def test_with_eight_runs_a_curve_has_the_name_and_colour_of_its_run(
+    chromium: Any,
+    eight_runs: list[Run],
+    chosen: tuple[int, ...],
+    tmp_path: Path,
+) -> None:
+    """The chart's legend against the dots of the table, as the browser paints both."""
+    runs = [with_kl(r, eight_runs[0]) if n in chosen else r for n, r in enumerate(eight_runs)]
+    page = opened(chromium, px.write_report(runs, tmp_path / "r.html").path)
+    dots = page.execute_script(
+        "return Object.fromEntries([...document.querySelectorAll('.runs th[scope=row]')].map(th =>"
+        "[th.childNodes[1].textContent.trim(),"
+        " getComputedStyle(th.querySelector('.swatch')).backgroundColor]))"
+    )
+    for name in ("kl", "agreement", "change"):
+        legend = page.execute_script(
+            "return Object.fromEntries([...document.querySelectorAll("
+            "`#chart-${arguments[0]} .role-legend-symbol path`)].map((path, n) =>"
+            "[document.querySelectorAll(`#chart-${arguments[0]} .role-legend-label text`)[n]"
+            ".textContent, getComputedStyle(path).stroke]).filter(([, c]) => c !== 'none'))",
+            name,
+        )
+        legend.pop("worse", None)
+        legend.pop("better", None)
+        labels = list(dots) if name != "kl" else ["", *[list(dots)[n] for n in chosen]]
+        assert legend == {label: dots[label] for label in labels[1:]}, name
+    lines = page.execute_script(
+        "return [...document.querySelectorAll('#chart-kl .mark-line path')]"
+        ".map(path => getComputedStyle(path).stroke)"
+    )
+    assert set(lines) == {dots[list(dots)[n]] for n in chosen}
+    offered = page.execute_script(
+        "return [...document.querySelectorAll('#colour option')].map(o => o.textContent)"
+        ".filter(text => text.startsWith('KL'))"
+    )
+    assert [text.rpartition(", ")[2] for text in offered] == [list(dots)[n] for n in chosen]
 
 
 def test_several_candidates_and_one_run_alone(
