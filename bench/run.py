@@ -2,7 +2,7 @@
 
     python bench/run.py                     every section; a second call goes on where it was
     python bench/run.py --only fp32-1024    sections whose name holds that
-    python bench/run.py --quick             less of everything, in three minutes
+    python bench/run.py --quick             less of everything (3 minutes; 7 where all is new)
     python bench/run.py --list              the sections' names
 
 Each section is a JSON in `build/bench/`. Where all were asked for, the generated part of

@@ -13,7 +13,8 @@ the message alone and exits with `exit_code`; a traceback means a bug in Perplex
     │   └── VocabularyError        ids outside the model's vocabulary
     ├── CapabilityError            a session is asked for something it cannot do
     │   └── CacheMismatchError     other figures with a key/value cache than without
-    ├── QuantizationError          a precision that is unknown, or that quantized nothing
+    ├── QuantizationError          a precision that the engine lacks, or that quantized nothing
+    │   └── UnknownPrecisionError  one that no engine knows (also a UsageError)
     ├── CompilationError           an export that failed or does not give the checkpoint's numbers
     ├── EngineOutOfMemoryError     one window does not fit
     ├── NonFiniteError             a NaN or infinite loss, with its window and position
@@ -44,6 +45,7 @@ __all__ = [
     "RunError",
     "TokenFileError",
     "TokenizerError",
+    "UnknownPrecisionError",
     "UsageError",
     "VocabularyError",
 ]
@@ -94,7 +96,13 @@ class CacheMismatchError(CapabilityError):
 
 
 class QuantizationError(PerplexitError):
-    """A precision that is unknown to the engine, or that would have quantized nothing."""
+    """A precision that the engine does not have, or that would have quantized nothing."""
+
+
+class UnknownPrecisionError(QuantizationError, UsageError):
+    """A precision that no engine knows by that name (exit code 2, as for a dtype)."""
+
+    exit_code = 2
 
 
 class CompilationError(PerplexitError):

@@ -20,6 +20,8 @@ from pathlib import Path
 import platformdirs
 import psutil
 
+from perplexit.errors import PerplexitError
+
 TEMPORARY, RETIRED = ".perplexit-tmp", ".perplexit-old"
 _LEFTOVER = re.compile(
     r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)\.[^.]+"
@@ -84,6 +86,9 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     try:
         staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private; a result is no secret
         yield staging
+    except PerplexitError as error:
+        error.args = tuple(str(part).replace(str(staging), str(target)) for part in error.args)
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -182,9 +182,17 @@ class Recording:
                     f"expected a finite loss for every token, got {float(details.nll_N[bad[0]])} "
                     f"in window {row} at position {position} (token id "
                     f"{int(ids.ids_T[position])}, document {window.document}); what was scored "
-                    "before is kept. Score in float32, or with on_non_finite='count' to leave "
-                    "such tokens out and count them"
+                    f"before is kept. {_wider(self.session.description.dtype)}or leave such tokens "
+                    "out and count them with --on-non-finite count (on_non_finite='count' in "
+                    "Python)"
                 )
+
+
+def _wider(dtype: str) -> str:
+    """Return what to do about numbers that are too small for a loss, where that is the cause."""
+    if "float32" in dtype:
+        return "The model itself gives it in float32: look at its weights (`perplexit doctor`), "
+    return f"Score in float32 (this was {dtype}), "
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def find_adapter(folder: str | Path) -> Adapter:
     if not weights.is_file():
         raise ModelError(
             f"expected the adapter's weights in {weights}, which is not there (pickled weights are "
-            "not read); save the adapter with safe_serialization=True"
+            "not read); save the adapter again as safetensors"
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))

@@ -23,7 +23,8 @@ def demo(
     """Score a State of the Union address with SmolLM2-135M four ways, and compare.
 
     PyTorch fp32 is the reference; PyTorch bf16, ONNX Runtime fp32 and ONNX Runtime with 4-bit
-    weights are the candidates. It takes a few minutes on two cores and needs no network.
+    weights are the candidates. It takes two to eight minutes on two cores, most of them for the
+    compilation, and needs no network.
     """
     with continued_by(f"perplexit demo --out {out}"), stdout_kept_clean():
         scored = demo_story.score_four_ways(out)

@@ -1,21 +1,40 @@
 """Where a command's words go: people read stderr, programs read one JSON document on stdout."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
-PLAIN_WIDTH = 120  # columns of a log file, where no terminal gives a width
+PLAIN_WIDTH = 100_000  # a pipe or a log file gives no width, so that no line is broken there
+
+
+class _Unpadded:
+    """A text stream that writes each line without the blanks with which tables end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(re.sub(r" +(?=\n|$)", "", text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def people() -> Console:
-    """The console on stderr, made when it is needed (stderr may have been replaced since)."""
+    """Return the console on stderr, made when it is needed (stderr may have been replaced since).
+
+    A terminal's lines are broken between words; where stderr is no terminal, no line is broken.
+    """
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        console = Console(stderr=True, highlight=False, width=PLAIN_WIDTH)
+        plain: Any = _Unpadded(sys.stderr)
+        console = Console(file=plain, highlight=False, width=PLAIN_WIDTH)
     return console
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from perplexit.compilation.gguf_tensors import architecture_of, gguf_tensors
 from perplexit.compilation.gguf_vocabulary import add_vocabulary
 from perplexit.errors import CompilationError, QuantizationError
+from perplexit.quantization.llamacpp_library import last_words, library_log
 
 # precision -> (type of the matrices, type of the file) that the gguf package writes itself
 WRITTEN_TYPES = {
@@ -76,19 +77,23 @@ def llamacpp_nll(path: Path, ids: NDArray[np.int32]) -> NDArray[np.float64]:
 
     Raises CompilationError where llama.cpp cannot load the file.
     """
-    try:
-        model = llama_cpp.Llama(
-            str(path),
-            n_ctx=len(ids),
-            n_batch=len(ids),
-            logits_all=True,
-            type_k=0,
-            type_v=0,
-            flash_attn=False,
-            verbose=False,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise CompilationError(f"llama.cpp cannot load the compiled {path}: {error}") from error
+    with library_log() as log:
+        try:
+            model = llama_cpp.Llama(
+                str(path),
+                n_ctx=len(ids),
+                n_batch=len(ids),
+                logits_all=True,
+                type_k=0,
+                type_v=0,
+                flash_attn=False,
+                verbose=True,  # or it would take the log from us, and its reason with it
+            )
+        except (ValueError, RuntimeError) as error:
+            raise CompilationError(
+                f"expected llama.cpp to load the GGUF file made of this checkpoint, but it did "
+                f"not: {last_words(log)} ({error}). Evaluate the checkpoint with hf: instead"
+            ) from error
     try:
         model.eval(ids.tolist())
         logits_TV = np.asarray(model.scores[: len(ids) - 1], dtype=np.float64)

@@ -64,8 +64,15 @@ def differences(first: Run, second: Run, inputs: Inputs) -> list[Difference]:
 
 
 def plain(sentence: str, aspect: str, first: Any, second: Any) -> Difference:
-    """A Difference whose sentence ends in both values."""
-    return Difference(aspect, first, second, f"{sentence}: {first} and {second}")
+    """Return a Difference whose sentence ends in both values."""
+    return Difference(aspect, first, second, f"{sentence}: {_shown(first)} and {_shown(second)}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as people write it: four digits of a fraction, `not set` for None."""
+    if value is None:
+        return "not set"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _of_text(first: Run, second: Run, inputs: Inputs) -> Iterator[Difference]:
@@ -257,4 +264,6 @@ def _batch_size(run: Run) -> Any:
 def _quantization(entry: Mapping[str, Any] | None) -> str:
     if not entry:
         return "none"
-    return f"{entry.get('name')} by {entry.get('library')} ({entry.get('effective_bits')} bits)"
+    bits = entry.get("effective_bits")
+    size = "" if bits is None else f" ({bits:.3g} bits per parameter)"
+    return f"{entry.get('name')} by {entry.get('library')}{size}"

@@ -60,7 +60,8 @@ class Articles:
             longest = max((len(ids) for ids in self.ids), default=0)
             raise CorpusError(
                 f"expected articles longer than {min_len} ids, got {len(self)} of which the "
-                f"longest has {longest}; give longer texts, or a smaller minimum length"
+                f"longest has {longest} ids; give longer texts, or a smaller --min-length "
+                "(min_len in Python)"
             )
         return chosen
 

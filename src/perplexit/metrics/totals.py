@@ -146,7 +146,8 @@ def require_finite(
     if found is not None:
         raise NonFiniteError(
             f"expected a finite loss for every scored token, got {found}. Score in a wider dtype "
-            "(float32), or count such tokens and leave them out with on_non_finite='count'"
+            "(float32), or count such tokens and leave them out with --on-non-finite count "
+            "(on_non_finite='count' in Python)"
         )
 
 

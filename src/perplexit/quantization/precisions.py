@@ -6,7 +6,7 @@ The one table of what can be quantized where: the engines, `--help` and the erro
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from perplexit.errors import QuantizationError, UsageError
+from perplexit.errors import QuantizationError, UnknownPrecisionError, UsageError
 
 _DTYPE_SYNONYMS = {
     "float32": "float32",
@@ -160,6 +160,18 @@ def precisions_by_engine() -> str:
     return "; ".join(parts)
 
 
+def require_known_precision(name: str) -> None:
+    """Do nothing for a precision that some engine has, with or without `:head`.
+
+    Raises UnknownPrecisionError that lists what each engine has.
+    """
+    base = canonical_precision(name.partition(":")[0])
+    if all(known != base for _, known in _RECIPES) and base not in _DTYPE_SYNONYMS:
+        raise UnknownPrecisionError(
+            f"expected the name of a precision ({precisions_by_engine()}), got {name!r}"
+        )
+
+
 def recipe_for(precision: str, *, engine: str) -> Recipe:
     """Who makes `precision` on `engine`, and how.
 
@@ -171,7 +183,7 @@ def recipe_for(precision: str, *, engine: str) -> Recipe:
     except KeyError:
         elsewhere = sorted(home for home, known in _RECIPES if known == name)
         hint = f", which {_listed(elsewhere)} can make" if elsewhere else ""
-        raise QuantizationError(
+        raise (QuantizationError if elsewhere else UnknownPrecisionError)(
             f"expected a precision that the engine {engine!r} can make: "
             f"{_listed(known_precisions(engine))}; got {precision!r}{hint}"
         ) from None

@@ -187,7 +187,10 @@ def _stored(
     scratch = run.states_folder
     folder = Path(scratch.name) if scratch is not None else run.folder
     if folder is None:
-        raise UsageError("the reference run keeps no hidden states; use save_reference=True")
+        raise UsageError(
+            "the reference run keeps no hidden states; evaluate it with --save-reference "
+            "(save_reference=True in Python)"
+        )
     states = ReferenceStates(folder)
     scoring = ReferenceScoring(session, StoredLogits(states, head))
     return Opened(scoring.details, reference=_identity("stored states", run.model, run.session))

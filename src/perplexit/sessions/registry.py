@@ -16,6 +16,7 @@ from typing import Any
 
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
 from perplexit.programs import PROGRAM_FILE
+from perplexit.quantization.precisions import canonical_dtype, require_known_precision
 from perplexit.sessions.base import InferenceSession
 
 
@@ -115,6 +116,10 @@ def load_session(
         "tensor_parallel": tensor_parallel,
         "address": f"{prefix}:{location}",
     }
+    if dtype is not None:
+        canonical_dtype(dtype)
+    if quantization is not None:
+        require_known_precision(quantization)
     session_class = _session_class(prefix)
     session: InferenceSession = session_class(location, **_accepted(session_class, prefix, options))
     return session

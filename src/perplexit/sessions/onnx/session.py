@@ -175,6 +175,11 @@ class OnnxInferenceSession:
 class OnnxLogitsSession(ScoresByDetails, OnnxInferenceSession):
     """A program that gives logits (`--no-perplexity`): it tells whole distributions too."""
 
+    _last_position_alone = (
+        "it gives the last position alone and keeps no keys and values, so no window can be scored "
+        "with it. Export it with the logits of every position, or with past keys and values"
+    )
+
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
     ) -> Iterator[LogitsChunk]:
@@ -212,7 +217,7 @@ class OnnxLogitsSession(ScoresByDetails, OnnxInferenceSession):
             raise ModelError(
                 f"expected logits of every position from {self._model.address}, got an array of "
                 f"shape {logits_BTV.shape} for ids of {feed[self._ports.ids.name].shape}: "
-                "a program that gives the last position alone needs --mode cached"
+                + self._last_position_alone
             )
         return logits_BTV
 
@@ -220,6 +225,7 @@ class OnnxLogitsSession(ScoresByDetails, OnnxInferenceSession):
 class OnnxCachingSession(OnnxLogitsSession):
     """A program that takes and gives keys and values: whole windows, or prefill and decode."""
 
+    _last_position_alone = "it gives the last position alone, so score it with --mode cached"
     rows_are_logits = True
 
     @property
