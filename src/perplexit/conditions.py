@@ -1,10 +1,12 @@
 """The conditions of a measurement: whether a model fits an input, and whether two runs match."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from perplexit.errors import ResumeError, VocabularyError
 from perplexit.inputs.token_file import TokenFile
+from perplexit.runs.identity import depends_on_batch, flat_record, plain_json
 from perplexit.runs.run import Run
 from perplexit.sessions.base import InferenceSession
 
@@ -39,10 +41,11 @@ def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
             f"the model has {vocab_size} vocabulary rows and the tokenizer {tokens.vocab_size}: "
             "the rows without a token keep their share of the probability"
         )
-    weights = session.description.settings.get("weights", {})
-    if not weights.get("batch_invariant", True):
+    described = asdict(session.description)
+    if depends_on_batch(described):
+        rounding = described["settings"]["weights"].get("activations", "over the whole batch")
         warnings.append(
-            f"activations are rounded while the model runs ({weights['activations']}): losses "
+            f"activations are rounded while the model runs ({rounding}): losses "
             "depend a little on what stands beside a window in its batch; compare runs of one "
             "batch size"
         )
@@ -74,18 +77,26 @@ def check_same_conditions(recorded: Run, wanted: Run, batch_size: int | str) -> 
 
 def _compared(recorded: Run, wanted: Run) -> dict[str, tuple[Any, Any]]:
     names = ["input_fingerprint", "threads", "top_k", "on_non_finite", "confidence"]
-    names += ["perplexit_version", "reference", "saved_reference"]
-    pairs = {
-        name: (_identity(getattr(recorded, name)), _identity(getattr(wanted, name)))
-        for name in names
-    }
+    names += ["perplexit_version"]
+    pairs = {name: (getattr(recorded, name), getattr(wanted, name)) for name in names}
+    pairs |= _paired("reference", recorded.reference, wanted.reference)
+    pairs |= _paired("saved_reference", recorded.saved_reference, wanted.saved_reference)
     key = "weights_fingerprint"
     pairs["adapter"] = (_adapter(recorded.model), _adapter(wanted.model))
     pairs["model weights"] = (recorded.model.get(key), wanted.model.get(key))
-    before, after = _flat(_plain(recorded.session)), _flat(_plain(wanted.session))
-    for name in sorted(set(before) | set(after)):
-        pairs[name] = (before.get(name), after.get(name))
-    return pairs
+    return pairs | _paired("", recorded.session, wanted.session)
+
+
+def _paired(
+    name: str, recorded: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None
+) -> dict[str, tuple[Any, Any]]:
+    """The innermost values of two records side by side, or the two where one is missing."""
+    if recorded is None or wanted is None:
+        kinds = tuple(record and record.get("kind", "kept") for record in (recorded, wanted))
+        return {name: (kinds[0], kinds[1])}
+    before, after = _flat(name, recorded), _flat(name, wanted)
+    names = sorted(before | after)
+    return {key: (before.get(key), after.get(key)) for key in names}
 
 
 def _adapter(model: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -94,28 +105,7 @@ def _adapter(model: Mapping[str, Any]) -> dict[str, Any] | None:
     return adapter and {"fingerprint": adapter["fingerprint"], "merged": adapter["merged"]}
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The record's innermost values by dotted names, so that a message names what differs alone."""
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _identity(value: Any) -> Any:
-    """The value without what is measured while a run goes on."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items() if not k.startswith("self_kl")}
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON would give it back."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def _flat(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record by dotted names, without what is measured while a run goes on."""
+    lasting = {k: v for k, v in record.items() if not k.startswith(("self_kl", "proof"))}
+    return flat_record(plain_json(lasting), f"{name}." if name else "")

@@ -129,12 +129,13 @@ def evaluate(
         )
         recorded = None if store is None else store.record()
         if store is not None and recorded is not None:
+            wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)
+            wanted = recording.identified(wanted)
             check_same_conditions(recorded, wanted, batch_size)
             if recorded.status == "complete":
                 store.remove_parts()  # a kill may have come between the record and this
                 missing = measure_noise_floor and recorded.noise_floor is None
                 return recording.with_noise_floor(recorded) if missing else recorded
-            wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)
         scored = recording.complete(wanted, began=began, load_seconds=load_seconds)
         return recording.with_noise_floor(scored) if measure_noise_floor else scored
 

@@ -8,6 +8,7 @@ next one that writes to the same folder does (`remove_leftovers`).
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
@@ -203,3 +204,13 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def canonical_json(value: object, *, allow_nan: bool = False) -> str:
+    """The one spelling of a JSON value: sorted keys, no blanks, no NaN unless allowed.
+
+    Every fingerprint of a record is the SHA-256 of this text in UTF-8.
+    """
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=allow_nan
+    )

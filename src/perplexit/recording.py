@@ -48,7 +48,7 @@ class Recording:
         plan = plan_batches(
             self.session, self.tokens, None if batch_size == "auto" else int(batch_size)
         )
-        return Run(
+        run = Run(
             schema_version=SCHEMA_VERSION,
             perplexit_version=__version__,
             status="running",
@@ -69,9 +69,16 @@ class Recording:
             on_non_finite=on_non_finite,
             batch_plan={"batch_size": batch_size, **plan.to_json()},
             warnings=warnings,
-            reference=self.with_reference and self.with_reference.reference,
             saved_reference=self.with_reference and self.with_reference.saved,
         )
+        return self.identified(run)
+
+    def identified(self, run: Run) -> Run:
+        """The run with its identity and its reference's, which may depend on its batches."""
+        run = run.identified()
+        if self.with_reference is None:
+            return run
+        return replace(run, reference=self.with_reference.reference_of(run))
 
     def complete(self, run: Run, *, began: float, load_seconds: float) -> Run:
         """The run with everything scored and every figure filled in, stored if it has a folder."""
@@ -91,7 +98,7 @@ class Recording:
                 self.store.write_record(replace(last, status="interrupted"))
             raise
         run = replace(
-            run,
+            self.identified(run),
             status="complete",
             num_windows_resumed=resumed.num_windows,
             loaded_tokens=results.run_tokens(),

@@ -7,6 +7,7 @@ from typing import Any
 
 from perplexit.checkpoints.cache import file_digest
 from perplexit.errors import ModelError
+from perplexit.files import canonical_json as canonical_text
 
 # Who saved a configuration and from where says nothing about the numbers that the model gives.
 _IRRELEVANT_KEYS = ("_name_or_path", "transformers_version")
@@ -29,8 +30,8 @@ def weights_fingerprint(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """`value` as JSON with sorted keys and no blanks, in UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    """The canonical JSON of `value` in UTF-8; a configuration may hold NaN or infinity."""
+    return canonical_text(value, allow_nan=True).encode()
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from perplexit.comparison.pairing import Pairs
 from perplexit.metrics.divergence import CONFIDENCE_EDGES, Distribution, distribution, mean_by
+from perplexit.runs.identity import measurement_differences
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import DIVERGENCES, RunTokens
 
@@ -42,12 +43,9 @@ def divergences_of(
     """(the divergences of a candidate that was scored against this very reference, warnings)."""
     if candidate.reference is None:
         return None, []
-    recorded = candidate.reference["weights_fingerprint"]
-    if recorded != reference.model.get("weights_fingerprint"):
-        return None, [
-            f"the candidate's KL columns were measured against another model "
-            f"({candidate.reference['address']}) and are left out"
-        ]
+    why_not = unlike_reference(reference, candidate)
+    if why_not is not None:
+        return None, [why_not]
     columns, warnings = {}, []
     for name in DIVERGENCES:
         column = _column(candidate.tokens, name, pairs)
@@ -68,6 +66,41 @@ def divergences_of(
             f"has with itself ({found.floor[0]:.2g} nats a token): it says nothing"
         )
     return replace(found, num_below_floor=int((kl_M <= found.floor[0]).sum())), warnings
+
+
+def held_against(reference: Run, candidate: Run) -> bool:
+    """Whether the candidate's divergence columns were measured from this very reference run."""
+    return candidate.reference is not None and unlike_reference(reference, candidate) is None
+
+
+def unlike_reference(reference: Run, candidate: Run) -> str | None:
+    """Why the candidate's divergence columns do not belong to this reference; None where they do.
+
+    Both the measurement and the input must be the reference run's own: equal weights are not
+    enough, since another precision, mode or attention gives other distributions.
+    """
+    recorded = candidate.reference or {}
+    against = "the candidate's KL columns were measured against another"
+    left_out = "and are left out; evaluate the candidate with --reference and this reference run"
+    if recorded.get("weights_fingerprint") != reference.model.get("weights_fingerprint"):
+        return f"{against} model ({recorded.get('address')}) {left_out}"
+    fingerprint = recorded.get("measurement_fingerprint")
+    if fingerprint is None:
+        return (
+            "the candidate's KL columns come from an older Perplexit, which did not record which "
+            f"measurement of {recorded.get('address')} they were made against, {left_out}"
+        )
+    if fingerprint != reference.measurement_fingerprint:
+        differences = measurement_differences(
+            recorded.get("measurement") or {}, reference.measurement
+        )
+        return (
+            f"{against} measurement of {recorded.get('address')}, which differs from this "
+            f"reference in {', '.join(differences) or 'its fingerprint'}, {left_out}"
+        )
+    if recorded.get("input_fingerprint") != reference.input_fingerprint:
+        return f"{against} input {left_out}"
+    return None
 
 
 def _floor(reference: Run, candidate: Run) -> tuple[float, float] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from perplexit.comparison.divergences import held_against
 from perplexit.comparison.pairing import Pairs
 from perplexit.comparison.vocabulary import spell
 from perplexit.metrics.estimate import Estimate
@@ -147,7 +148,7 @@ def text_around(tokens: RunTokens, row: int, count: int) -> str:
 def _changed_rows(reference: Run, candidate: Run) -> tuple[NDArray[np.bool_], bool] | None:
     """(where first choices are known to differ, whether that is all of them)."""
     ours, theirs = reference.tokens, candidate.tokens
-    if theirs.same_top1 is not None and _held_against(reference, candidate):
+    if theirs.same_top1 is not None and held_against(reference, candidate):
         return ~theirs.same_top1.astype(np.bool_), True
     if ours.top_ids is not None and theirs.top_ids is not None:
         return ours.top_ids[:, 0] != theirs.top_ids[:, 0], True
@@ -161,15 +162,9 @@ def _sureness(reference: Run, candidate: Run, pairs: Pairs) -> NDArray[np.float6
     if top is not None:
         return np.asarray(np.exp(top[pairs.rows, 0], dtype=np.float64))
     recorded = candidate.tokens.reference_top_p
-    if recorded is None or not _held_against(reference, candidate):
+    if recorded is None or not held_against(reference, candidate):
         return None
     return np.asarray(recorded[pairs.rows], np.float64)
-
-
-def _held_against(reference: Run, candidate: Run) -> bool:
-    """Whether the candidate's divergence columns were measured from this reference."""
-    recorded = (candidate.reference or {}).get("weights_fingerprint")
-    return recorded is not None and recorded == reference.model.get("weights_fingerprint")
 
 
 def _first_choices(tokens: RunTokens, rows: NDArray[np.int64]) -> NDArray[np.int64]:

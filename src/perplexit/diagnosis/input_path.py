@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from perplexit.errors import PerplexitError
+from perplexit.files import canonical_json
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.protocols import ResolvedProtocol
-from perplexit.inputs.tensor_container import canonical_json
 from perplexit.inputs.token_file import TokenFile
 
 TEXT_ASPECTS = ("text", "tokenizer")

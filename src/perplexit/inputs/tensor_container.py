@@ -8,7 +8,6 @@ that differs from its canonical form in a single bit is therefore an error.
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import TokenFileError
-from perplexit.files import new_temporary_folder
+from perplexit.files import canonical_json, new_temporary_folder
 from perplexit.json_reader import parse_json
 from perplexit.reading import Expected, check_regular, stated
 
@@ -52,13 +51,6 @@ class TensorEntry:
     def num_bytes(self) -> int:
         """Bytes that the tensor takes in the file."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-def canonical_json(value: object) -> str:
-    """The one spelling of a JSON value: sorted keys, no blanks, no NaN."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
 
 
 def header_bytes(entries: list[TensorEntry], metadata: Mapping[str, str]) -> bytes:

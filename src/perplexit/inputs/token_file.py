@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import TokenFileError
+from perplexit.files import canonical_json
 from perplexit.inputs.tensor_container import (
     DTYPES,
-    canonical_json,
     content_hashes,
     read_container,
 )

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, EmptyScoreError, TokenFileError
+from perplexit.files import canonical_json
 from perplexit.inputs.encoding import EncodedBatch
-from perplexit.inputs.tensor_container import TensorSpool, canonical_json
+from perplexit.inputs.tensor_container import TensorSpool
 from perplexit.inputs.token_file import (
     FORMAT,
     FORMAT_VERSION,

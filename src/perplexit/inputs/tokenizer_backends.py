@@ -15,8 +15,8 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from perplexit.files import canonical_json
 from perplexit.inputs.spelling import spell_piece, spell_vocabulary
-from perplexit.inputs.tensor_container import canonical_json
 
 _SET_TYPES = {str, int, float}  # of which no value is null or false; bool is another type
 

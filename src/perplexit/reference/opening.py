@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from perplexit.inputs.token_file import TokenFile
 from perplexit.reference.partial import KlBaseReference, TopKReference, floor_of_file
 from perplexit.reference.scoring import LiveLogits, ReferenceScoring, SavingScoring, StoredLogits
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesDtype, StatesWriter
+from perplexit.runs.identity import measurement_fingerprint, measurement_of
 from perplexit.runs.run import RUN_FILE, Run
 from perplexit.sessions.base import (
     HiddenStateSession,
@@ -20,6 +21,7 @@ from perplexit.sessions.base import (
     LogitsSession,
     TokenDetails,
 )
+from perplexit.sessions.recorded import described_base_file
 from perplexit.sessions.registry import load_session
 
 
@@ -29,9 +31,32 @@ class Opened:
 
     details: Callable[..., list[TokenDetails]]
     reference: dict[str, Any] | None = None
+    measured: Run | tuple[Any, Any] | None = None  # the reference run, or (model, session)
     saved: dict[str, Any] | None = None
     scratch: Any = None  # the TemporaryDirectory of a run in memory
     saving: tuple[SavingScoring, StatesWriter] | None = None
+
+    def reference_of(self, run: Run) -> dict[str, Any] | None:
+        """What `run.json` says of the reference: which measurement it is, and of which input.
+
+        One that is scored in step takes the run's batches and its rule for non-finite losses.
+        """
+        if self.reference is None or self.measured is None:
+            return None
+        if isinstance(self.measured, Run):
+            measurement = self.measured.measurement
+            fingerprint = self.measured.measurement_fingerprint
+        else:
+            measurement = measurement_of(
+                *self.measured, on_non_finite=run.on_non_finite, batch_plan=run.batch_plan
+            )
+            fingerprint = measurement_fingerprint(measurement)
+        return {
+            **self.reference,
+            "measurement_fingerprint": fingerprint,
+            "input_fingerprint": run.input_fingerprint,
+            "measurement": measurement,
+        }
 
     def finish(self) -> dict[str, Any]:
         """Make the saved states a reference; what `run.json` says of them."""
@@ -142,7 +167,8 @@ def _base_file(session: InferenceSession, tokens: TokenFile, path: Path) -> Open
         "self_kl_mean": mean,
         "self_kl_max": largest,
     }
-    return Opened(scoring.details, reference=record)
+    measured = [asdict(part) for part in described_base_file(file)]
+    return Opened(scoring.details, reference=record, measured=(measured[0], measured[1]))
 
 
 def _alternatives(session: InferenceSession, tokens: TokenFile, run: Run) -> Opened:
@@ -157,7 +183,8 @@ def _alternatives(session: InferenceSession, tokens: TokenFile, run: Run) -> Ope
     reference = TopKReference(run)
     scoring = ReferenceScoring(session, reference)
     kind = f"top {reference.num_alternatives} and a tail"
-    return Opened(scoring.details, reference=_identity(kind, run.model, run.session))
+    described = _described(kind, run.model, run.session)
+    return Opened(scoring.details, reference=described, measured=run)
 
 
 def _require_complete_and_same_input(tokens: TokenFile, run: Run) -> None:
@@ -193,7 +220,8 @@ def _stored(
         )
     states = ReferenceStates(folder)
     scoring = ReferenceScoring(session, StoredLogits(states, head))
-    return Opened(scoring.details, reference=_identity("stored states", run.model, run.session))
+    described = _described("stored states", run.model, run.session)
+    return Opened(scoring.details, reference=described, measured=run)
 
 
 def _live(session: InferenceSession, reference: InferenceSession) -> Opened:
@@ -204,16 +232,15 @@ def _live(session: InferenceSession, reference: InferenceSession) -> Opened:
             "with --top-k"
         )
     scoring = ReferenceScoring(session, LiveLogits(reference))
-    model = {
-        "address": reference.model.address,
-        "weights_fingerprint": reference.model.weights_fingerprint,
-    }
-    description = reference.description
-    conditions = {"engine": description.engine, "dtype": description.dtype}
-    return Opened(scoring.details, reference=_identity("in step", model, conditions))
+    model, described = asdict(reference.model), asdict(reference.description)
+    return Opened(
+        scoring.details,
+        reference=_described("in step", model, described),
+        measured=(model, described),
+    )
 
 
-def _identity(kind: str, model: Any, session: Any) -> dict[str, Any]:
+def _described(kind: str, model: Any, session: Any) -> dict[str, Any]:
     return {
         "kind": kind,
         "address": model["address"],

@@ -1,14 +1,18 @@
 """Run: the record of one session over one input, as `run.json` holds it."""
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from perplexit.errors import RunError
+from perplexit.runs.identity import (
+    measurement_fingerprint,
+    measurement_of,
+    plain_json,
+)
 from perplexit.runs.run_tokens import RunTokens
 
 SCHEMA_VERSION = 1
@@ -62,6 +66,7 @@ class Run:
     num_windows: int = 0
     num_windows_resumed: int = 0
 
+    measurement_fingerprint: str = ""  # of all that decides the numbers beside the input
     model: dict[str, Any] = field(default_factory=dict)
     session: dict[str, Any] = field(default_factory=dict)
     threads: int | None = None
@@ -125,12 +130,32 @@ class Run:
             raise RunError(f"the run record{f' in {folder}' if folder else ''} lacks {missing}")
         return cls(**{k: v for k, v in record.items() if k in known}, folder=folder)
 
+    def __post_init__(self) -> None:
+        """Take the fingerprint of the measurement where it is not given: in a new or older run."""
+        if not self.measurement_fingerprint:
+            fingerprint = measurement_fingerprint(self.measurement)
+            object.__setattr__(self, "measurement_fingerprint", fingerprint)
+
+    def identified(self) -> "Run":
+        """The run with the fingerprint of what it records now."""
+        return replace(self, measurement_fingerprint="")
+
+    @property
+    def measurement(self) -> dict[str, Any]:
+        """The identity of the measurement: all that decides its numbers; see `measurement_of`."""
+        return measurement_of(
+            self.model,
+            self.session,
+            on_non_finite=self.on_non_finite,
+            batch_plan=self.batch_plan,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The `run.json` document: plain JSON values, every number finite or null."""
         record = {
             f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("json", True)
         }
-        return {key: _finite_or_none(value) for key, value in record.items()}
+        return {key: plain_json(value) for key, value in record.items()}
 
     @cached_property
     def tokens(self) -> RunTokens:
@@ -160,14 +185,3 @@ class Run:
             f"perplexity {self.perplexity:.4f}{interval} over {self.num_tokens} tokens, "
             f"{self.session.get('engine')} {self.session.get('dtype')}, {self.model.get('address')}"
         )
-
-
-def _finite_or_none(value: Any) -> Any:
-    """The value with every non-finite float replaced by None, in containers too."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite_or_none(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_none(item) for item in value]
-    return value

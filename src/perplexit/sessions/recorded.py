@@ -17,18 +17,20 @@ Shape suffixes: N = targets of one window, K = alternatives a target.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, FingerprintMismatchError, ModelError
+from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.alternatives import contradiction, most_likely_first
 from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
-from perplexit.sessions.recording_files import RecordedWindow, read_recording
+from perplexit.sessions.recording_files import RecordedWindow, base_file_identity, read_recording
 
 _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-2  # devices write half precision, or a few digits
@@ -64,22 +66,8 @@ class RecordedInferenceSession:
         identity, self._windows = read_recording(self._path)
         self._num_alternatives = _fewest_alternatives(self._windows)
         self._nats = _nats_a_unit(identity.get("log_base", "e"), self._path)
-        digest = weights_fingerprint(self._path)
-        model, session = identity.get("model", {}), identity.get("session", {})
-        self.model = ModelDescription(
-            address=address or f"recorded:{self._path}",
-            architecture=str(model.get("architecture", "unknown")),
-            num_parameters=int(model.get("num_parameters", 0)),
-            weights_fingerprint=str(model.get("weights_fingerprint", digest)),
-            vocab_size=int(model.get("vocab_size", _ANY_ID)),
-            max_length=model.get("max_length"),
-        )
-        self.description = SessionDescription(
-            engine=f"recorded ({session.get('engine', 'unknown engine')})",
-            version=str(session.get("version", "unknown")),
-            dtype=str(session.get("dtype", "unknown")),
-            device=str(session.get("device", "unknown")),
-            settings={"recording_sha256": digest, **session.get("settings", {})},
+        self.model, self.description = _described(
+            identity, address or f"recorded:{self._path}", weights_fingerprint(self._path)
         )
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
@@ -193,6 +181,32 @@ class RecordedInferenceSession:
             f"expected the recording {self._path} to be of this input, but it has {got}. Record "
             "the ids that `perplexit prepare --export-ids` gives, window by window"
         )
+
+
+def described_base_file(file: KlBaseFile) -> tuple[ModelDescription, SessionDescription]:
+    """How a session on llama.cpp's base file describes itself, without reading the file's rows."""
+    digest = weights_fingerprint(file.path)
+    return _described(base_file_identity(file), f"recorded:{file.path}", digest)
+
+
+def _described(
+    identity: Mapping[str, Any], address: str, digest: str
+) -> tuple[ModelDescription, SessionDescription]:
+    model, session = identity.get("model", {}), identity.get("session", {})
+    return ModelDescription(
+        address=address,
+        architecture=str(model.get("architecture", "unknown")),
+        num_parameters=int(model.get("num_parameters", 0)),
+        weights_fingerprint=str(model.get("weights_fingerprint", digest)),
+        vocab_size=int(model.get("vocab_size", _ANY_ID)),
+        max_length=model.get("max_length"),
+    ), SessionDescription(
+        engine=f"recorded ({session.get('engine', 'unknown engine')})",
+        version=str(session.get("version", "unknown")),
+        dtype=str(session.get("dtype", "unknown")),
+        device=str(session.get("device", "unknown")),
+        settings={"recording_sha256": digest, **session.get("settings", {})},
+    )
 
 
 def _fewest_alternatives(windows: dict[int, RecordedWindow]) -> int:

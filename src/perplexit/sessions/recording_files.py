@@ -92,13 +92,15 @@ def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, RecordedW
         num_clamped += int(np.count_nonzero(~np.isfinite(own)))
         logprobs = np.minimum(np.where(np.isfinite(own), own, np.log(rows.cap_N)), 0.0)
         windows[chunk] = RecordedWindow(positions, ids, logprobs, np.ones(len(ids), dtype=bool))
+    identity = base_file_identity(file)
+    identity["session"]["settings"] = {"num_clamped_targets": num_clamped}
+    return identity, windows
+
+
+def base_file_identity(file: KlBaseFile) -> dict[str, Any]:
+    """What llama.cpp's file says of itself, without reading its rows."""
     model = {"weights_fingerprint": file.fingerprint, "vocab_size": file.vocab_size}
-    session = {
-        "engine": "llama.cpp",
-        "dtype": "uint16 steps",
-        "settings": {"num_clamped_targets": num_clamped},
-    }
-    return {"model": model, "session": session}, windows
+    return {"model": model, "session": {"engine": "llama.cpp", "dtype": "uint16 steps"}}
 
 
 def _windows_of_lines(path: Path) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:

@@ -1,0 +1,117 @@
+"""The identity of a measurement: everything that decides its numbers, beside its input.
+
+Two runs of one identity over one input give the same losses, up to the rounding that threads and
+batches leave. Whatever a session says of itself belongs to it, unless it is listed here as a matter
+of memory, speed or place: a setting that is new is then part of the identity until somebody knows
+better.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from perplexit.files import canonical_json
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+# Of a session's description: where it computes by how many threads, and what memory it keeps.
+_NOT_DECIDING = frozenset(
+    {
+        "threads",
+        "keeps_freed_memory",
+        "cpu_memory_arena",
+        "num_clamped_targets",  # counted on a recording, which is known by its hash
+        "INFERENCE_NUM_THREADS",
+        "NUM_STREAMS",
+    }
+)
+
+
+def plain_json(value: Any) -> Any:
+    """The value as `run.json` holds it: text keys, lists, and None for what is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    return value
+
+
+def measurement_of(
+    model: Mapping[str, Any],
+    session: Mapping[str, Any],
+    *,
+    on_non_finite: str,
+    batch_plan: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The identity of a measurement as plain JSON values, from what a run records.
+
+    model, session: `run.json`'s entries of these names. The model's address and the adapter's
+    folder are left out: weights are known by their fingerprint, wherever they lie.
+    batch_plan:     which windows stand together; part of the identity only where losses depend on
+                    it (see `depends_on_batch`).
+    """
+    adapter = model.get("adapter")
+    identity: dict[str, Any] = {
+        "weights": model.get("weights_fingerprint"),
+        "adapter": adapter and {key: adapter.get(key) for key in ("fingerprint", "merged")},
+        "on_non_finite": on_non_finite,
+        **_deciding(session),
+    }
+    if depends_on_batch(session):
+        plan = batch_plan or {}
+        identity["batch"] = {key: plan.get(key) for key in ("order", "limits")}
+    return dict(plain_json(identity))
+
+
+def depends_on_batch(session: Mapping[str, Any]) -> bool:
+    """Whether a window's losses depend on what stands beside it: activations rounded together."""
+    settings = session.get("settings")
+    weights = settings.get("weights") if isinstance(settings, Mapping) else None
+    return isinstance(weights, Mapping) and not weights.get("batch_invariant", True)
+
+
+def measurement_fingerprint(measurement: Mapping[str, Any]) -> str:
+    """The SHA-256 of the canonical JSON of what `measurement_of` gives."""
+    return hashlib.sha256(canonical_json(plain_json(measurement)).encode()).hexdigest()
+
+
+def measurement_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, as `name (value and value)`; empty where nothing does.
+
+    Fingerprints are cut to 12 digits.
+    """
+    ours, theirs = flat_record(first), flat_record(second)
+    return [
+        f"{name} ({_short(ours.get(name))} and {_short(theirs.get(name))})"
+        for name in sorted(ours | theirs)
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def flat_record(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The record's innermost values by dotted names, so that a message names what differs alone."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= flat_record(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _deciding(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries, at any depth, that can decide a loss."""
+    return {
+        str(key): _deciding(item) if isinstance(item, Mapping) else item
+        for key, item in value.items()
+        if key not in _NOT_DECIDING
+    }
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and _SHA256.fullmatch(value):
+        return f"{value[:12]}…"
+    return repr(value)
