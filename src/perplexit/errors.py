@@ -5,6 +5,7 @@ the message alone and exits with `exit_code`; a traceback means a bug in Perplex
 
     PerplexitError
     ├── UsageError                 a wrong combination of arguments (also a ValueError)
+    │   └── OutputError            an output that would overwrite something (exit code 1)
     ├── CorpusError                text that cannot be read, or has nothing in it
     ├── TokenizerError             a tokenizer that cannot be loaded or that loses text
     ├── TokenFileError             a prepared input that is damaged or of another version
@@ -39,6 +40,7 @@ __all__ = [
     "MissingPackageError",
     "ModelError",
     "NonFiniteError",
+    "OutputError",
     "PerplexitError",
     "QuantizationError",
     "ResumeError",
@@ -61,6 +63,15 @@ class UsageError(PerplexitError, ValueError):
     """Arguments that contradict each other or lie outside their range (exit code 2)."""
 
     exit_code = 2
+
+
+class OutputError(UsageError):
+    """An output that would overwrite an input or something of the user's; raised before any work.
+
+    Nothing is wrong with the command itself, so its exit code is 1.
+    """
+
+    exit_code = 1
 
 
 class CorpusError(PerplexitError):

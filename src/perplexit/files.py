@@ -120,11 +120,14 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
         )
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Path], None], *, check: Callable[[Path], None] | None = None
+) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
 
     The content is on the disk before its name is: after a kill or a power cut, `path` is whole
-    or absent (or what it was before).
+    or absent (or what it was before). `check` is given the whole temporary file, and raises where
+    it may not be put in place.
     """
     remove_leftovers(path.parent)
     prefix = f".{path.name[:_LONGEST_NAME]}.{_owner(os.getpid())}."
@@ -136,6 +139,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private; a result is no secret
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -104,6 +104,7 @@ class ProgramMetadata:
     perplexity: True: ids and targets in, one nll a target out. False: ids in, logits out.
     head_rows:  rows of logits alive at a time inside a perplexity program.
     head_columns: columns of logits alive at a time; None: the whole vocabulary.
+    request:    what `compile` was asked for; None: not recorded.
     cache:      of a program that can be fed a window in blocks; None: whole windows alone.
     """
 
@@ -121,6 +122,7 @@ class ProgramMetadata:
     head_columns: int | None = None
     cache: ProgramCache | None = None
     made_by: Mapping[str, str] = field(default_factory=dict)
+    request: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def test_another_checkpoint_is_not_taken_from_the_cache(tmp_path, tiny_llama_dir
 def test_a_program_replaces_a_program(tmp_path, tiny_llama_dir):
     output = tmp_path / "p"
     assert compile(tiny_llama_dir, to="onnx", output=output).metadata.perplexity
-    compile(tiny_llama_dir, to="onnx", output=output, perplexity=False)
+    compile(tiny_llama_dir, to="onnx", output=output, perplexity=False, force=True)
     assert not ProgramMetadata.read(output).perplexity
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 

@@ -428,7 +428,7 @@ def test_lines_that_are_no_ids_are_refused(tokenizer, tmp_path, content, message
 
 def test_the_input_is_not_overwritten(tmp_path):
     (tmp_path / "ids.txt").write_text("1 2\n")
-    with pytest.raises(UsageError, match="the file that is read"):
+    with pytest.raises(UsageError, match="what this command reads"):
         import_id_lines(tmp_path / "ids.txt", output=tmp_path / "ids.txt")
     (tmp_path / "short.txt").write_text("1\n2\n")
     with pytest.raises(EmptyScoreError):

@@ -283,7 +283,7 @@ def test_a_writer_that_does_not_finish_leaves_nothing(tmp_path):
 def test_finishing_replaces_an_older_file_in_one_step(tmp_path, tokenizer):
     path = tmp_path / "x.safetensors"
     older = prepare(["An older text."], tokenizer=tokenizer, output=path)
-    newer = prepare(["A newer text."], tokenizer=tokenizer, output=path)
+    newer = prepare(["A newer text."], tokenizer=tokenizer, output=path, force=True)
     assert TokenFile.open(path).input_fingerprint == newer.input_fingerprint
     assert bytes(older.text_bytes) == b"An older text."  # who holds the old one keeps it
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]

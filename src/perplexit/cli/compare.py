@@ -1,6 +1,5 @@
 """`perplexit compare`: runs over the same input → paired ratios, verdicts, gates."""
 
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +7,10 @@ from typing import Annotated
 import typer
 
 import perplexit as px
+from perplexit.cli.gate_files import MarkdownSummary, junit_output
 from perplexit.cli.group import examples
-from perplexit.cli.output import print_json, stdout_kept_clean, tell
-from perplexit.errors import GateError
+from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell
+from perplexit.errors import GateError, UsageError
 
 EXAMPLES = examples(
     "perplexit compare runs/fp32 runs/bf16",
@@ -61,8 +61,13 @@ def compare(
     ] = None,
     markdown_file: Annotated[
         Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write the gates as a Markdown table."),
+        typer.Option(
+            "--markdown",
+            metavar="FILE",
+            help="Append the gates as a Markdown table, as to $GITHUB_STEP_SUMMARY.",
+        ),
     ] = None,
+    force: Force = False,
     json: Annotated[
         bool,
         typer.Option(
@@ -75,6 +80,11 @@ def compare(
     Several candidates are ranked, ties shown as ties. Runs of different tokenizers over the same
     text are compared byte by byte; runs over different texts are refused, with what differs.
     """
+    runs = [reference, *candidates]
+    junit_file = None if junit is None else junit_output(junit, inputs=runs, force=force)
+    summary = None if markdown_file is None else MarkdownSummary(markdown_file, inputs=runs)
+    if junit and markdown_file and junit.absolute() == markdown_file.absolute():
+        raise UsageError(f"--junit and --markdown expected two files, got {junit} twice; name two")
     with stdout_kept_clean():
         compared = px.compare_runs(
             reference,
@@ -87,15 +97,11 @@ def compare(
         )
     tell(f"reference: {reference}")
     tell(str(compared))
-    _write(junit, compared.gates_as_junit_xml)
-    _write(markdown_file, compared.gates_as_markdown)
+    if junit_file is not None:
+        junit_file.write_text(compared.gates_as_junit_xml())
+    if summary is not None:
+        summary.append(compared.gates_as_markdown())
     if json:
         print_json(compared.to_json())
     if compared.failed:
         raise GateError("expected every gate to hold, but " + "; ".join(map(str, compared.failed)))
-
-
-def _write(path: Path | None, text: Callable[[], str]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text(), encoding="utf-8")

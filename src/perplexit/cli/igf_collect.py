@@ -84,6 +84,7 @@ def collect(
 
     A collection that was stopped continues when the same command is given again.
     """
+    igf.pairs_output(output, inputs=[model, *corpus, *(objective or ())])
     with continued_by("the same command"), stdout_kept_clean(), options.bar("Pairs") as draw:
         options.use_threads(threads)
         read = {"tokenizer": tokenizer or model, "allow_pickle": allow_pickle}

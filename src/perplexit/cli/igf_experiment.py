@@ -73,6 +73,7 @@ def experiment(
     An experiment that was stopped continues when the same command is given again.
     """
     options.refuse_idle_of_methods(context, options.names(methods))
+    igf.check_experiment_output(output, inputs=[model, *corpus, *(test or ()), learner, pairs])
     with continued_by("the same command"), stdout_kept_clean(), options.bar("Runs") as draw:
         options.use_threads(threads)
         plan = igf.ExperimentPlan(

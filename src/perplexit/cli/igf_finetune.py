@@ -8,8 +8,9 @@ import typer
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.group import continued_by, examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.output import Force, people, print_json, stdout_kept_clean
 
+_NOT_ASKED = ("output", "checkpoints", "threads", "json", "force")  # of what decides the weights
 EXAMPLES = examples(
     "perplexit igf finetune addresses/ --model gpt2/ --learner learner -o tuned/",
     "perplexit igf finetune old/ --test new/ --model gpt2/ --method standard -o tuned/",
@@ -73,6 +74,7 @@ def finetune(
     tokenizer: options.TokenizerOption = None,
     allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
+    force: Force = False,
     json: options.AsJson = False,
 ) -> None:
     """Fine-tune on the contexts that the filter accepts, before the model reads them.
@@ -83,6 +85,9 @@ def finetune(
     options.refuse_idle_of_methods(context, [name])
     if lora_rank is None:
         options.refuse_idle(context, "lora_targets", because="no --lora-rank is given")
+    inputs = [model, *corpus, *(test or ()), learner]
+    asked = {k: _plain(v) for k, v in context.params.items() if k not in _NOT_ASKED}
+    igf.model_output(output, inputs=inputs, request=asked, force=force)
     with continued_by("the same command"), stdout_kept_clean(), options.bar("Steps") as draw:
         options.use_threads(threads)
         read = {"tokenizer": tokenizer or model, "allow_pickle": allow_pickle}
@@ -130,11 +135,18 @@ def finetune(
             if draw is None
             else lambda p: draw(p.step, p.total_steps, f"test perplexity {p.test_perplexity:.4g}"),
         )
-        folder = igf.save_model(tuned, output)
+        folder = igf.save_model(tuned, output, inputs=inputs, request=asked, force=force)
     people().print(_sentence(name, curve, folder))
     if json:
         document = {"method": name, "selection": selection.to_json(), **curve.to_json()}
         print_json({**document, "settings": settings.to_json(), "output": str(folder)})
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as JSON holds it."""
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _sentence(name: str, curve: Any, folder: Path) -> str:

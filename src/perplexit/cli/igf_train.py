@@ -9,7 +9,7 @@ import typer
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.group import examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.output import Force, people, print_json, stdout_kept_clean
 
 EXAMPLES = examples(
     "perplexit igf train pairs.safetensors -o learner",
@@ -52,12 +52,14 @@ def train(
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
+    force: Force = False,
     json: options.AsJson = False,
 ) -> None:
     """Train a secondary learner, held out by article; the best by held-out error is kept."""
     if kind is Kind.RIDGE:
         idle = ("max_epochs", "batch_size", "learning_rate", "patience")
         options.refuse_idle(context, *idle, because="ridge is solved in one step")
+    igf.learner_output(output, inputs=[pairs, model], force=force)
     with stdout_kept_clean(), options.bar("Training") as draw:
         options.use_threads(threads)
         learner = igf.train_learner(

@@ -5,10 +5,18 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
+import typer
 from rich.console import Console
 
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace what is at the output, if Perplexit made it. Anything else stays.",
+    ),
+]
 PLAIN_WIDTH = 100_000  # a pipe or a log file gives no width, so that no line is broken there
 
 

@@ -8,9 +8,10 @@ import typer
 import perplexit as px
 from perplexit.cli.figures import input_record, input_table
 from perplexit.cli.group import examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
+from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
 from perplexit.cli.progress import preparing_progress
 from perplexit.errors import UsageError
+from perplexit.outputs import Kind, check_place
 
 EXAMPLES = examples(
     "perplexit prepare speech.txt --tokenizer smollm2/ -o speech.safetensors",
@@ -98,6 +99,7 @@ def prepare(
             "much of the corpus stands in it too.",
         ),
     ] = None,
+    force: Force = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the token file's record as JSON on stdout.")
     ] = False,
@@ -106,10 +108,18 @@ def prepare(
 
     Every run over the same token file has the same input fingerprint, so any two can be compared.
     """
+    for place in filter(None, (output, export_ids)):
+        check_place(place, Kind("what is prepared", lambda _: True), check_overlap or ())
     with stdout_kept_clean():
         if from_ids:
             _refuse_text_options(context)
-            token_file = px.import_id_lines(_only(corpus), output=output, tokenizer=tokenizer)
+            token_file = px.import_id_lines(
+                _only(corpus),
+                output=output,
+                tokenizer=tokenizer,
+                export_ids=export_ids,
+                force=force,
+            )
         else:
             if tokenizer is None:
                 raise UsageError(
@@ -127,10 +137,10 @@ def prepare(
                     text_key=text_key,
                     domain_key=domain_key,
                     prompt_key=prompt_key,
+                    export_ids=export_ids,
                     progress=progress,
+                    force=force,
                 )
-        if export_ids is not None:
-            px.export_id_lines(token_file, export_ids)
         overlaps = {
             str(file): px.ngram_overlap(token_file, file, text_key=text_key)
             for file in check_overlap or ()

@@ -7,7 +7,7 @@ import typer
 
 import perplexit as px
 from perplexit.cli.group import examples
-from perplexit.cli.output import print_json, stdout_kept_clean, tell
+from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell
 
 EXAMPLES = examples(
     "perplexit report runs/fp32 runs/bf16 -o report.html",
@@ -48,6 +48,7 @@ def report(
     max_tokens: Annotated[
         int, typer.Option(min=0, help="How many tokens of text the page holds.")
     ] = 100_000,
+    force: Force = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
     ] = False,
@@ -66,6 +67,7 @@ def report(
             tokenizer=tokenizer,
             confidence=confidence,
             max_tokens=max_tokens,
+            force=force,
         )
     tell(written.headline)
     tell(f"The report is in {output} ({written.num_bytes / 1e6:.1f} MB)")

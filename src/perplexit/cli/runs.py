@@ -8,7 +8,7 @@ import typer
 import perplexit as px
 from perplexit.cli.figures import run_table, runs_table
 from perplexit.cli.group import examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
+from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
 from perplexit.errors import RunError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="List, show, verify and export runs.")
@@ -83,6 +83,7 @@ def export(
             help="With --words: the run's input, where it is not at its place any more.",
         ),
     ] = None,
+    force: Force = False,
     json: AsJson = False,
 ) -> None:
     """Write a run's scored tokens, a row a token, in the format that the file's name ends in.
@@ -93,9 +94,9 @@ def export(
         raise UsageError("--input is for --words: tokens are exported from the run alone")
     with stdout_kept_clean():
         if words:
-            px.export_words(run, output, tokens=input_file)
+            px.export_words(run, output, tokens=input_file, force=force)
         else:
-            px.export_tokens(run, output)
+            px.export_tokens(run, output, force=force)
     tell(f"The {'words' if words else 'scored tokens'} of {run} are in {output}")
     if json:
         print_json({"run": str(run), "output": str(output), "words": words})

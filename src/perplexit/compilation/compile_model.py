@@ -1,12 +1,15 @@
 """The verb `compile`: a checkpoint → a folder with a program of another engine."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from perplexit.compilation.targets import load_builder, request_for
-from perplexit.errors import UsageError
-from perplexit.files import replaced_folder
+from perplexit.errors import ModelError
+from perplexit.outputs import Kind, OutputFolder, paths_among
 from perplexit.programs import PROGRAM_FILE, ProgramMetadata
 
 
@@ -33,6 +36,7 @@ def compile(
     max_length: int | None = None,
     batch_size: int | None = None,
     device: str | None = None,
+    force: bool = False,
 ) -> CompiledProgram:
     """The program that `model` (a checkpoint's address) becomes for the engine `to`.
 
@@ -41,9 +45,11 @@ def compile(
     perplexity:   True: the program takes ids and targets and gives losses; False: it gives logits.
     max_length, batch_size: sizes to fix in the program; None: any.
     device:       that the program is to run on, as the engine names it; None: its first.
+    force:        whether another program in `output` is replaced; one of the same checkpoint and
+        settings is made again without it.
     The program is checked against the checkpoint before it is put in place; `output` is either
-    whole or as it was. Raises CompilationError, QuantizationError, ModelError, UsageError, and
-    CapabilityError for what no engine of this version can do.
+    whole or as it was. Raises OutputError where `output` holds something else, CompilationError,
+    QuantizationError, ModelError, UsageError, and CapabilityError for what no engine here can do.
     """
     request = request_for(
         to,
@@ -54,20 +60,33 @@ def compile(
         batch_size=batch_size,
         device=device,
     )
-    folder = Path(output)
-    _check_replaceable(folder)
+    asked = json.loads(json.dumps({"to": to, **asdict(request)}))
+    checkpoint = str(model).removeprefix("hf:")
+    target = OutputFolder(Path(output), PROGRAM, paths_among(checkpoint), force)
     load_checkpoint, build_program = load_builder(to)
-    with replaced_folder(folder) as temporary:
-        metadata = build_program(load_checkpoint(model), temporary, request)
+    if target.exists:
+        find_checkpoint = import_module("perplexit.checkpoints.sources").find_checkpoint
+        fingerprint = find_checkpoint(model).fingerprint
+        target.check_replaceable(_is_same(target.path, asked, fingerprint))
+    with target.staged() as temporary:
+        metadata = replace(build_program(load_checkpoint(model), temporary, request), request=asked)
         metadata.write(temporary)
-    return CompiledProgram(folder, metadata)
+    return CompiledProgram(target.path, metadata)
 
 
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists() or (folder / PROGRAM_FILE).is_file():
-        return
-    if not folder.is_dir() or any(folder.iterdir()):
-        raise UsageError(
-            f"expected a new folder or one with a compiled program, got {folder}, which holds "
-            "something else; name another output"
-        )
+def _is_program(folder: Path) -> bool:
+    """Whether a folder holds a compiled program and nothing that somebody put beside it."""
+    try:
+        own = {file.name for file in ProgramMetadata.read(folder).files}
+    except ModelError:
+        return False
+    return all(entry.name in own | {PROGRAM_FILE} for entry in folder.iterdir())
+
+
+PROGRAM = Kind("a compiled program", _is_program)
+
+
+def _is_same(folder: Path, asked: Mapping[str, Any], fingerprint: str) -> bool:
+    """Whether the program there was made from the same checkpoint with the same settings."""
+    found = ProgramMetadata.read(folder)
+    return found.model.weights_fingerprint == fingerprint and found.request == asked

@@ -18,7 +18,7 @@ from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.contexts import Contexts, check_disjoint
 from perplexit.igf.gains import GainMeasure, Mode, gain_measure
 from perplexit.igf.losses import perplexity_of
-from perplexit.igf.pairs import Pairs
+from perplexit.igf.pairs import Pairs, pairs_output
 from perplexit.igf.steps import StepRule
 from perplexit.igf.stored import (
     StoredFileError,
@@ -66,6 +66,8 @@ def collect_pairs(
     Raises CorpusError where contexts and objective share an article, ResumeError where the parts
     beside `output` were made under other conditions.
     """
+    if output is not None:
+        pairs_output(output)
     if part_size < 1:
         raise UsageError(f"expected parts of at least 1 pair, got {part_size}")
     check_disjoint(objective=objective, contexts=contexts)

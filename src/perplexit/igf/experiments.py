@@ -32,6 +32,7 @@ from perplexit.igf.learners import Learner, check_learner_fits
 from perplexit.igf.losses import measured_losses
 from perplexit.igf.models import restore_weights, weights_of
 from perplexit.igf.outcomes import summarise
+from perplexit.igf.saved_model import check_experiment_output
 from perplexit.igf.selection import (
     CALIBRATION_SEED,
     METHODS,
@@ -109,6 +110,7 @@ def run_experiment(
     experiment.
     """
     folder = Path(output)
+    check_experiment_output(folder)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     conditions = {
         "plan": {k: v for k, v in plan.to_json().items() if k not in ("methods", "seeds")},

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from perplexit.errors import UsageError, VocabularyError
 from perplexit.igf.stored import (
     StoredFileError,
+    json_kind,
     read_stored,
+    stored_kind,
     tensor_path,
     write_stored,
     write_text,
 )
+from perplexit.outputs import OutputFile, paths_among
 
 KIND = "a secondary learner"
 _PREDICTION_ROWS = 512
@@ -194,10 +197,28 @@ def input_embedding(model: nn.Module) -> Tensor:
     return weight
 
 
+def learner_output(path: str | Path, *, inputs: object = (), force: bool = False) -> OutputFile:
+    """The file for a learner. Raises OutputError where it, or the record beside it, is not ours.
+
+    Another learner is there only with `force`: whether training will give the same is not known.
+    """
+    place = learner_path(path)
+    read = paths_among(inputs)
+    OutputFile(place.with_suffix(".json"), json_kind("learner"), read)
+    file = OutputFile(place, stored_kind(KIND), read, force)
+    if file.exists and not force:
+        raise file.refused_as_other()
+    return file
+
+
 def save_learner(learner: Learner, path: str | Path) -> Path:
-    """Write a learner: `path` (safetensors) and its record as JSON beside it; returns `path`."""
+    """Write a learner: `path` (safetensors) and its record as JSON beside it; returns `path`.
+
+    In the place of an older learner, if there is one; OutputError for anything else.
+    """
+    learner_output(path, force=True)
     record = {"learner": learner.kind, **learner.record}
-    path = write_stored(_learner_path(path), KIND, learner.tensors(), record)
+    path = write_stored(learner_path(path), KIND, learner.tensors(), record)
     text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_text(path.with_suffix(".json"), text)
     return path
@@ -205,7 +226,7 @@ def save_learner(learner: Learner, path: str | Path) -> Path:
 
 def load_learner(path: str | Path) -> Learner:
     """The learner that `save_learner` wrote; it predicts the same to the last bit."""
-    tensors, record = read_stored(_learner_path(path), KIND)
+    tensors, record = read_stored(learner_path(path), KIND)
     kind = record.pop("learner", None)
     record = {k: v for k, v in record.items() if k not in ("kind", "version")}
     if kind == RidgeLearner.kind:
@@ -218,6 +239,7 @@ def load_learner(path: str | Path) -> Learner:
     raise StoredFileError(f"expected a learner of kind ridge or cnn in {path}, got {kind!r}")
 
 
-def _learner_path(path: str | Path) -> Path:
+def learner_path(path: str | Path) -> Path:
+    """Where a learner's tensors are kept: `path`, with `.safetensors` at its end."""
     path = tensor_path(path)
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")

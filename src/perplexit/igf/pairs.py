@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.errors import UsageError
+from perplexit.errors import OutputError, UsageError
 from perplexit.igf.restricted_pickle import read_arrays
 from perplexit.igf.stored import (
     PICKLE_SUFFIXES,
     StoredFileError,
+    json_kind,
     read_stored,
     refuse_pickle,
+    stored_kind,
     tensor_path,
     write_stored,
 )
+from perplexit.outputs import OutputFile, paths_among
 
 KIND = "information gain pairs"
 
@@ -113,6 +116,19 @@ class Pairs:
             tensors["gain_perplexity"],
             record,
         )
+
+
+def pairs_output(path: str | Path, *, inputs: object = ()) -> OutputFile:
+    """The file for pairs. Raises OutputError where it, or what stands beside it, is not ours."""
+    place = tensor_path(path)
+    read = paths_among(inputs)
+    OutputFile(place.with_suffix(".seconds.json"), json_kind("num_pairs_measured"), read)
+    parts = place.with_name(place.name + ".parts")
+    if parts.is_dir() and any(parts.iterdir()) and not (parts / "conditions.json").is_file():
+        raise OutputError(
+            f"expected the parts of a collection in {parts}, got other files; name another output"
+        )
+    return OutputFile(place, stored_kind(KIND), read)
 
 
 def load(path: str | Path, *, allow_pickle: bool = False) -> Pairs:

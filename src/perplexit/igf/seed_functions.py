@@ -7,18 +7,15 @@ of the test are disjoint; nothing is pickled (a name ending in `.jbl` or `.pt` i
 """
 
 import math
-import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.errors import UsageError
-from perplexit.files import temporary_folder
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
 from perplexit.igf.contexts import ContextStream
@@ -29,11 +26,13 @@ from perplexit.igf.learners import (
     ConvolutionLearner,
     Learner,
     SecondaryLearner,
+    learner_output,
     save_learner,
 )
 from perplexit.igf.learning import NetworkFit, divide_by_article
 from perplexit.igf.models import load_gpt2, recopy_gpt2
 from perplexit.igf.pairs import GainStatistics, Pairs, pairs_of
+from perplexit.igf.saved_model import model_output, save_in
 from perplexit.igf.seed_data import (
     DATA_FILE,
     compute_perplexity,
@@ -49,7 +48,6 @@ from perplexit.igf.selection import (
     ShiftingThreshold,
     threshold_within_reach,
 )
-from perplexit.igf.stored import PICKLE_SUFFIXES
 
 LAST_STEP = 60  # the original leaves its loop after 60 batches, whatever max_steps says
 
@@ -156,6 +154,7 @@ def train_secondary_learner(  # noqa: PLR0917 - the original's
     Adam on the squared error of z-scores. eval_freq: kept for its place; the held-out articles are
     looked at after every epoch.
     """
+    learner_output(igf_model_path, force=True)  # said before the training, not after it
     pairs = pairs_of(train_dataset)
     parts = divide_by_article(pairs, seed=seed)
     statistics = GainStatistics.of(pairs.gain_nats_N[parts.fit])
@@ -229,6 +228,7 @@ def finetune(  # noqa: PLR0917 - the original's
         `.pt` at its end is dropped).
     recopy_model: kept for its place; the optimizer is the one it makes.
     """
+    model_output(finetuned_model_name, force=True)  # said before the training, not after it
     train = train_dataset if isinstance(train_dataset, Articles) else Articles.of(train_dataset)
     selection: Selection = Everything()
     if secondary_learner is not None:
@@ -254,7 +254,7 @@ def finetune(  # noqa: PLR0917 - the original's
         progress=progress,
     )
     model.igf_curve = curve  # type: ignore[assignment]
-    save_model(model, finetuned_model_name)
+    save_model(model, finetuned_model_name, force=True)  # as the original: the last one stays
     return model
 
 
@@ -273,20 +273,17 @@ def _reached(learner: Learner, threshold: float, train: Articles, context_len: i
     return first
 
 
-def save_model(model: nn.Module, path: str | Path) -> Path:
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    inputs: object = (),
+    request: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Path:
     """Write the model as a Hugging Face folder (safetensors); a pickle's suffix is dropped.
 
-    A new folder appears whole or not at all; in one that exists, each file does.
+    Raises OutputError where something else is there, or another fine-tuned model (see
+    `model_output`), which `force` replaces.
     """
-    folder = Path(path)
-    folder = folder.with_suffix("") if folder.suffix in PICKLE_SUFFIXES else folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(folder) as staging:
-        with quiet_transformers():
-            model.save_pretrained(staging)  # type: ignore[operator]
-        if not folder.exists():
-            staging.rename(folder)
-        else:
-            for file in staging.iterdir():
-                os.replace(file, folder / file.name)
-    return folder
+    return save_in(model_output(path, inputs=inputs, request=request, force=force), model, request)

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from perplexit.errors import PerplexitError, UsageError
 from perplexit.files import write_atomically
+from perplexit.outputs import Kind, OutputFile, header_has_mark
 
 PICKLE_SUFFIXES = (".jbl", ".joblib", ".pkl", ".pickle", ".pt", ".bin")
 _RECORD = "perplexit"
@@ -33,15 +34,36 @@ def tensor_path(path: str | Path) -> Path:
 def write_stored(
     path: str | Path, kind: str, tensors: Mapping[str, NDArray[Any]], record: Mapping[str, Any]
 ) -> Path:
-    """Write tensors and record in one step; returns the path written (see `tensor_path`)."""
-    path = tensor_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write tensors and record in one step; returns the path written (see `tensor_path`).
+
+    Raises OutputError where something else than an older file of the same kind is there.
+    """
+    file = OutputFile(tensor_path(path), stored_kind(kind), force=True)
     document = json.dumps(
         {"kind": kind, "version": 1, **record}, sort_keys=True, ensure_ascii=False, allow_nan=False
     )
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    write_atomically(path, lambda p: save_file(arrays, p, metadata={_RECORD: document}))
-    return path
+    return file.write(lambda p: save_file(arrays, p, metadata={_RECORD: document}))
+
+
+def stored_kind(kind: str) -> Kind:
+    """The kind of output that `write_stored` writes under this name."""
+    mark = json.dumps(json.dumps({"kind": kind})[1:-1])[1:-1].encode()
+    return Kind(kind, lambda path: header_has_mark(path, mark))
+
+
+def json_kind(key: str) -> Kind:
+    """A record in JSON, told by a key that it has."""
+    return Kind("a record in JSON", lambda path: key in object_in(path))
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -75,6 +75,28 @@ def documents(corpus: Any, keys: Keys) -> Iterator[Document]:
         )
 
 
+def paths_of(corpus: Any) -> list[Path]:
+    """The paths of a corpus that is one, or has some among its items; never those of an iterator.
+
+    An iterator can be gone through once only.
+    """
+    if isinstance(corpus, str | Path):
+        return [Path(corpus)]
+    if isinstance(corpus, list | tuple):
+        return [item for item in corpus if isinstance(item, Path)]
+    return []
+
+
+def files_of(paths: Iterable[Path]) -> list[Path]:
+    """The files that are read where the corpus is `paths`: files, or folders of them."""
+    return [file for path in paths for file in (_folder_files(path) if path.is_dir() else [path])]
+
+
+def is_read_in_folder(name: str) -> bool:
+    """Whether a file of this name is read where a folder is the corpus."""
+    return _kind(Path(name)) in TEXT_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES
+
+
 def _path_documents(path: Path, keys: Keys) -> Iterator[Document]:
     if path.is_dir():
         files = _folder_files(path)
@@ -98,10 +120,9 @@ def _folder_files(folder: Path) -> list[Path]:
     found = []
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
-        if path.is_file() and not any(part.startswith(".") for part in parts):
-            kind = _kind(path)
-            if kind in TEXT_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES:
-                found.append((parts, path))
+        hidden = any(part.startswith(".") for part in parts)
+        if not hidden and is_read_in_folder(path.name) and path.is_file():
+            found.append((parts, path))
     return [path for _, path in sorted(found)]
 
 

@@ -10,31 +10,50 @@ from typing import Any
 
 import numpy as np
 
-from perplexit.errors import CorpusError, UsageError
-from perplexit.files import write_atomically
+from perplexit.errors import CorpusError, OutputError
 from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.token_file import TokenFile
-from perplexit.inputs.token_file_writer import TokenFileWriter
+from perplexit.inputs.token_file_writer import TOKEN_FILE, TokenFileWriter
 from perplexit.inputs.tokenizer import load
 from perplexit.inputs.windows import document_windows
+from perplexit.outputs import Kind, OutputFile, paths_among
 
 _LINES_PER_BATCH = 1024
 _LARGEST_ID = np.iinfo(np.int32).max
+
+
+def id_lines_output(path: str | Path, *, besides: OutputFile | None = None) -> OutputFile:
+    """The file for lines of ids, which is neither `besides` nor one of its inputs.
+
+    Raises OutputError where something is there: lines of ids carry no mark that says who wrote
+    them, so they are never replaced.
+    """
+    inputs = () if besides is None else besides.inputs
+    file = OutputFile(Path(path), Kind("lines of ids", lambda _: False), inputs)
+    if besides is not None and file.place == besides.place:
+        raise OutputError(f"expected two outputs, got {path} twice; name another for the ids")
+    return file
 
 
 def export_id_lines(token_file: TokenFile, path: str | Path) -> int:
     """Write the ids that each window feeds forward, a line a window; the number of lines.
 
     Which of them are targets is lost where windows overlap or prompts are not scored.
+    Raises OutputError where there is a file already.
     """
+    return write_id_lines(token_file, id_lines_output(path))
+
+
+def write_id_lines(token_file: TokenFile, file: OutputFile) -> int:
+    """As `export_id_lines`, into a file that was checked before."""
 
     def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="ascii", newline="\n") as file:
+        with temporary.open("w", encoding="ascii", newline="\n") as lines:
             for index in range(token_file.num_windows):
                 ids = token_file.window_ids(index).ids_T.tolist()
-                file.write(" ".join(map(str, ids)) + "\n")
+                lines.write(" ".join(map(str, ids)) + "\n")
 
-    write_atomically(Path(path), write)
+    file.write(write)
     return token_file.num_windows
 
 
@@ -43,20 +62,24 @@ def import_id_lines(
     *,
     output: str | Path,
     tokenizer: str | Path | object | None = None,
+    export_ids: str | Path | None = None,
+    force: bool = False,
 ) -> TokenFile:
     """The token file of windows that another tool wrote; it knows no text (`has_text` is false).
 
     Lines of fewer than two ids have nothing to score; they are skipped and counted in the spec.
     With `tokenizer`, its fingerprint is recorded and ids outside its vocabulary are refused.
-    Raises CorpusError, with the line, for anything but ids separated by blanks.
+    `export_ids`: a file to write the windows to again, as `export_id_lines` does.
+    `force`: another token file at `output` is replaced.
+    Raises CorpusError, with the line, for anything but ids separated by blanks; OutputError.
     """
+    file = OutputFile(Path(output), TOKEN_FILE, paths_among(Path(path), tokenizer), force)
+    ids_file = None if export_ids is None else id_lines_output(export_ids, besides=file)
     loaded = None if tokenizer is None else load(tokenizer)
     limit = _LARGEST_ID + 1 if loaded is None else loaded.vocab_size
-    if Path(path).resolve() == Path(output).resolve():
-        raise UsageError(f"The output {output} is the file that is read. Name another.")
     short: list[int] = []
     num_lines, largest = 0, -1
-    with TokenFileWriter(Path(output), masked=False, has_text=False) as writer:
+    with TokenFileWriter(file, masked=False, has_text=False) as writer:
         for first_line, lines in _line_batches(Path(path), limit):
             num_lines += len(lines)
             short += [first_line + i for i, ids in enumerate(lines) if len(ids) < 2]
@@ -83,7 +106,10 @@ def import_id_lines(
                 else {},
             },
         }
-        return writer.finish(spec, tokenizer_fingerprint=loaded.fingerprint if loaded else "")
+        result = writer.finish(spec, tokenizer_fingerprint=loaded.fingerprint if loaded else "")
+    if ids_file is not None:
+        write_id_lines(result, ids_file)
+    return result
 
 
 def _append(writer: TokenFileWriter, lines: list[list[int]]) -> None:

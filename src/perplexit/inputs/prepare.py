@@ -19,6 +19,8 @@ from perplexit.errors import CorpusError, TokenizerError, UsageError
 from perplexit.files import scratch_folder
 from perplexit.inputs.corpus import Document, Keys, documents
 from perplexit.inputs.encoding import EncodedBatch
+from perplexit.inputs.id_lines import write_id_lines
+from perplexit.inputs.prepared_before import check_same_input, id_lines_beside, output_file
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.protocols import ResolvedProtocol, resolve_protocol
 from perplexit.inputs.token_file import TokenFile
@@ -46,7 +48,9 @@ def prepare(
     text_key: str = "text",
     domain_key: str | None = None,
     prompt_key: str | None = None,
+    export_ids: str | Path | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> TokenFile:
     """The corpus as a verified token file at `output` (a temporary one without it).
 
@@ -54,18 +58,24 @@ def prepare(
     tokenizer:  whatever `perplexit.inputs.tokenizer.load` takes.
     bos:        auto (what the tokenizer itself adds, resolved and recorded), none, first, every.
     prompt_key: the column with prompts; only the tokens of the answer (`text_key`) are scored.
+    export_ids: a file to write the windows to as well, as `export_id_lines` does.
+    force:      whether another token file at `output` is replaced; the same is, without it.
 
-    Raises UsageError for options that contradict each other, CorpusError and TokenizerError for
-    what cannot be read, EmptyScoreError where no token would be scored.
+    Raises OutputError where `output` holds something else, UsageError for options that contradict
+    each other, CorpusError and TokenizerError for what cannot be read, EmptyScoreError where no
+    token would be scored.
     """
+    target, cleanup = _target(output)
+    file = output_file(target, corpus, read=(tokenizer,), force=force)
+    ids_file = None if export_ids is None else id_lines_beside(file, export_ids, corpus)
     loaded = load(tokenizer)
     plan = _plan(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
     keys = Keys(text_key, domain_key, prompt_key)
     _check_joining(plan, keys)
-    target, cleanup = _target(output)
+    check_same_input(file, corpus, keys, plan, loaded)
     try:
         with (
-            TokenFileWriter(target, masked=prompt_key is not None, has_text=True) as writer,
+            TokenFileWriter(file, masked=prompt_key is not None, has_text=True) as writer,
             ThreadPoolExecutor(1) as aside,
         ):
             fingerprint = aside.submit(lambda: loaded.fingerprint)  # wanted at the end
@@ -77,6 +87,8 @@ def prepare(
                 if progress is not None:
                     progress(writer.num_documents, writer.num_ids)
             result = writer.finish(preparation.spec(), tokenizer_fingerprint=fingerprint.result())
+        if ids_file is not None:
+            write_id_lines(result, ids_file)
     except BaseException:
         cleanup()
         raise

@@ -122,8 +122,13 @@ class TensorSpool:
             for name, (dtype, row) in self._layout.items()
         ]
 
-    def assemble(self, metadata: Mapping[str, str]) -> None:
-        """Write the output in one piece: it appears whole or not at all."""
+    def assemble(
+        self, metadata: Mapping[str, str], *, check: Callable[[Path], None] | None = None
+    ) -> None:
+        """Write the output in one piece: it appears whole or not at all.
+
+        `check` is given the whole file, and raises where it may not be put in place.
+        """
         entries = self.entries()
         whole = self._folder / "whole"
         with whole.open("wb") as target:
@@ -136,6 +141,8 @@ class TensorSpool:
                 part.unlink()
             target.flush()
             os.fsync(target.fileno())
+        if check is not None:
+            check(whole)
         os.replace(whole, self._output)
 
 

@@ -27,7 +27,10 @@ from perplexit.inputs.token_file import (
 )
 from perplexit.inputs.token_file_checks import impossible_windows
 from perplexit.inputs.windows import WindowArray
+from perplexit.outputs import Kind, OutputFile, header_has_mark
 
+_MARK = f'"format":"{FORMAT}"'.encode()
+TOKEN_FILE = Kind("a token file", lambda path: header_has_mark(path, _MARK))
 _LARGEST_WORD_COUNT = np.iinfo(np.uint16).max
 
 
@@ -37,13 +40,21 @@ class TokenFileWriter:
     A context manager: leaving it without `finish` leaves nothing behind.
     """
 
-    def __init__(self, output: Path, *, masked: bool, has_text: bool) -> None:
-        """`masked`: the file carries a scored mask; `has_text`: tokens have bytes."""
-        if not output.parent.is_dir():
-            raise TokenFileError(f"{output.parent} is no folder, so {output} cannot be written.")
-        self._output = output
+    def __init__(self, output: Path | OutputFile, *, masked: bool, has_text: bool) -> None:
+        """`masked`: the file carries a scored mask; `has_text`: tokens have bytes.
+
+        An older token file at a plain path is replaced.
+        """
+        if not isinstance(output, OutputFile):
+            output = OutputFile(output, TOKEN_FILE, force=True)
+        self._file = output
+        self._output = self._file.place
+        if not self._output.parent.is_dir():
+            raise TokenFileError(
+                f"{self._file.path.parent} is no folder, so {self._file.path} cannot be written."
+            )
         self._has_text = has_text
-        self._spool = TensorSpool(output, LAYOUT | (MASK_LAYOUT if masked else {}))
+        self._spool = TensorSpool(self._output, LAYOUT | (MASK_LAYOUT if masked else {}))
         self._masked = masked
         self._text_hash = hashlib.sha256()
         self._num_bytes = 0
@@ -122,8 +133,8 @@ class TokenFileWriter:
             "tensors": canonical_json(tensors),
         }
         metadata["input_fingerprint"] = input_fingerprint(metadata)
-        self._spool.assemble(metadata)
-        return TokenFile.open(self._output)
+        self._spool.assemble(metadata, check=self._file.check_replaceable)
+        return TokenFile.open(self._file.path)
 
     def _append_text(self, batch: EncodedBatch) -> None:
         if len(batch.num_words) and int(batch.num_words.max()) > _LARGEST_WORD_COUNT:
@@ -137,13 +148,20 @@ class TokenFileWriter:
         for start, stop in zip(
             text_starts_D[:-1].tolist(), text_starts_D[1:].tolist(), strict=True
         ):
-            # the length in front frames a document: ["ab", "c"] is not ["a", "bc"]
-            self._text_hash.update((stop - start).to_bytes(8, "little"))
+            self._text_hash.update(frame(stop - start))
             self._text_hash.update(view[start:stop])
         self._spool.append("byte_starts", batch.byte_starts[1:] + self._num_bytes)
         self._spool.append("num_words", batch.num_words)
         self._spool.append("text_bytes", np.frombuffer(batch.text_bytes, dtype=np.uint8))
         self._num_bytes += len(batch.text_bytes)
+
+
+def frame(num_bytes: int) -> bytes:
+    """What stands before a document's bytes in `text_fingerprint`: ["ab", "c"] is not ["a", "bc"].
+
+    The fingerprint is the SHA-256 of each document's UTF-8 with its frame before it.
+    """
+    return num_bytes.to_bytes(8, "little")
 
 
 def _check_windows(windows: WindowArray, lengths_D: NDArray[np.int64], first: int) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import UsageError
-from perplexit.files import write_atomically
 from perplexit.igf.experiment_file import Experiment, holds_experiment
 from perplexit.inputs.token_file import TokenFile
+from perplexit.outputs import Kind, OutputFile, begins_with_mark, paths_among
 from perplexit.report.chapter import charts_of
 from perplexit.report.experiment_chapter import Chapter, chapters_of
 from perplexit.report.page import page_of
@@ -18,6 +18,8 @@ from perplexit.report.wording import findings_of, headline
 from perplexit.runs.run import Run
 from perplexit.runs.words import input_of
 
+_MARK = b'<meta name="generator" content="Perplexit '
+REPORT = Kind("a report", lambda path: begins_with_mark(path, _MARK))
 MAX_TOKENS = 100_000
 MAX_ALTERNATIVES = 8
 
@@ -100,6 +102,7 @@ def write_report(
     confidence: float = 0.95,
     max_tokens: int = MAX_TOKENS,
     max_alternatives: int = MAX_ALTERNATIVES,
+    force: bool = False,
 ) -> Report:
     """The report of runs over one text, written as one HTML file; the first is the reference.
 
@@ -111,16 +114,18 @@ def write_report(
     max_tokens: how many tokens of text the page holds, in reading order; all count in the figures.
     max_alternatives: how many recorded alternatives a token keeps in the page; fewer where many
         runs over much text would make the file too large to open with pleasure.
+    force:     whether another report at `output` is replaced.
 
-    Raises FingerprintMismatchError for runs over different inputs, or another input or tokenizer
-    than theirs; RunError for a run that is not complete; MissingPackageError without the extra
-    `report`; UsageError.
+    Raises OutputError where `output` holds something else; FingerprintMismatchError for runs over
+    different inputs, or another input or tokenizer than theirs; RunError for a run that is not
+    complete; MissingPackageError without the extra `report`; UsageError.
     """
     if max_tokens < 0 or max_alternatives < 0:
         raise UsageError(
             f"max_tokens and max_alternatives must be 0 or more, got {max_tokens} and "
             f"{max_alternatives}; 0 leaves the text or the alternatives out"
         )
+    file = OutputFile(Path(output), REPORT, paths_among(*runs, tokens, tokenizer), force)
     measured, experiments = _opened(runs)
     chapters = chapters_of(experiments)
     subject = None
@@ -144,11 +149,9 @@ def write_report(
             "an experiment is called by its --title"
         )
     page = _page(subject, data, chapters)
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: _write(temporary, page))
+    file.write(lambda temporary: _write(temporary, page))
     return Report(
-        path=path,
+        path=file.path,
         num_bytes=len(page),
         headline=chapters[0].headline if subject is None else headline(subject),
         subject=subject,

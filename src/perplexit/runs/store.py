@@ -86,9 +86,21 @@ class RunStore:
         self._lock = FileLock(self.folder / LOCK_FILE)
 
     def _is_ours(self) -> bool:
-        ours = {RUN_FILE, PARTS_FOLDER, LOCK_FILE}
+        """Whether a run, or the beginning of one, is in the folder and nothing else is."""
         names = {path.name for path in self.folder.iterdir()}
+        if PARTS_FOLDER in names and not self._has_only_parts():
+            return False
+        ours = {RUN_FILE, PARTS_FOLDER, LOCK_FILE}
         return RUN_FILE in names or all(name in ours or is_temporary(name) for name in names)
+
+    def _has_only_parts(self) -> bool:
+        """Whether `parts/`, which is removed in the end, holds what was put there by a run."""
+        folder = self.folder / PARTS_FOLDER
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else [PARTS_FOLDER]
+        return all(
+            _PART_NAME.fullmatch(name) or is_temporary(name) or name.startswith(".part-")
+            for name in names
+        )
 
     def __enter__(self) -> "RunStore":
         try:

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 from perplexit.errors import PerplexitError, RunError
 from perplexit.files import sha256_of_file
 from perplexit.runs.figures import figures_of
-from perplexit.runs.run import TOKENS_FILE, Run
-from perplexit.runs.tables import write_table
+from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
+from perplexit.runs.tables import export_file, write_table
+
+_EXPORTED = ("document", "window", "position", "token_id", "nll", "text")  # what tells an export
 
 
 def verify_run(folder: str | Path) -> list[str]:
@@ -60,17 +62,20 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def export_tokens(folder: str | Path, path: str | Path) -> Path:
+def export_tokens(folder: str | Path, path: str | Path, *, force: bool = False) -> Path:
     """Write a run's token table as CSV, JSON lines or Parquet, by the suffix of `path`.
 
     `text` is added: the token's bytes as text, with U+FFFD for those that are no whole character.
-    Raises UsageError for another suffix, RunError where the run is not complete.
+    `force`: another export at `path` is replaced. Raises UsageError for another suffix, OutputError
+    where `path` holds something else, RunError where the run is not complete.
     """
+    own = [Path(folder) / name for name in (RUN_FILE, TOKENS_FILE)]
+    file = export_file(path, _EXPORTED, inputs=own, force=force)
     run = Run.open(folder)
     if run.status != "complete" or run.folder is None:
         raise RunError(f"expected a complete run, got one that is {run.status} in {folder}")
     table = _with_text(pq.read_table(run.folder / TOKENS_FILE))
-    return write_table(table, Path(path))
+    return write_table(table, file)
 
 
 def _with_text(table: pa.Table) -> pa.Table:

@@ -32,7 +32,7 @@ from perplexit.inputs.encoding import white_space, word_starts
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
-from perplexit.runs.tables import write_table
+from perplexit.runs.tables import export_file, write_table
 
 COLUMNS = {
     "document": "index of the document in the input",
@@ -79,17 +79,23 @@ def surprisal_of_words(run: Run, tokens: TokenFile | None = None) -> pa.Table:
 
 
 def export_words(
-    run: Run | str | Path, path: str | Path, *, tokens: TokenFile | str | Path | None = None
+    run: Run | str | Path,
+    path: str | Path,
+    *,
+    tokens: TokenFile | str | Path | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a run's words as CSV, JSON lines or Parquet, by the suffix of `path`.
 
-    tokens: as in `surprisal_of_words`, or the path of it. Raises UsageError for another suffix,
+    tokens: as in `surprisal_of_words`, or the path of it. force: another export at `path` is
+    replaced. Raises UsageError for another suffix, OutputError where `path` holds something else,
     and what `surprisal_of_words` raises.
     """
+    file = export_file(path, tuple(COLUMNS), inputs=[run, tokens], force=force)
     opened = run if isinstance(run, Run) else Run.open(run)
     if tokens is not None and not isinstance(tokens, TokenFile):
         tokens = TokenFile.open(tokens)
-    return write_table(surprisal_of_words(opened, tokens), Path(path))
+    return write_table(surprisal_of_words(opened, tokens), file)
 
 
 def input_of(run: Run) -> TokenFile | None:

@@ -13,6 +13,7 @@ from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import clusters_for, mean_interval
 from perplexit.metrics.likelihood import exp_or_inf, mean_nll, perplexity
 from perplexit.metrics.totals import NllTotals
+from perplexit.outputs import Kind, OutputFile, begins_with_mark
 from perplexit.resources.timer import Timer
 from perplexit.seed_api.batches import window_batches
 from perplexit.seed_api.row_scoring import regrouped, row_losses, session_of
@@ -27,6 +28,7 @@ ENGINES_OF = {
     "tvm": ("tvm",),
     "pt2": ("aotinductor",),
 }
+LOG = Kind("the log of calculate_perplexity", lambda path: begins_with_mark(path, b"sample_no: "))
 ACCEPTANCE = {"FP16": 1.001, "MXFP6/MXINT8": 1.01}  # QEfficient's bounds on the torch perplexity
 
 
@@ -60,14 +62,15 @@ def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's
         are scored for every prompt_len, those inside the prompt too.
     model_type: "torch", "onnx", "openvino", "gguf", "tvm" or "pt2": the session's engine.
     batch_size: rows a call.
-    log_file: written anew: a line a sample, then the conditions and the figures; None for no log.
+    log_file: written anew, in the place of an older log (OutputError for another file): a line for
+        each sample, then the conditions and the figures; None for no log.
 
     Raises UsageError for arguments out of range, EmptyScoreError where no token is scored, and
     NonFiniteError for a loss that is NaN or infinite.
     """
     _check_arguments(ctx_len, prompt_len, model_type)
     if log_file is not None:
-        Path(log_file).write_text("", encoding="utf-8")
+        OutputFile(Path(log_file), LOG, force=True).path.write_text("", encoding="utf-8")
     with Timer("calculate_perplexity") as timer, session_of(inference_session) as session:
         _check_engine(session, model_type)
         scored = session

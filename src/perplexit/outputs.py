@@ -1,0 +1,224 @@
+"""What may be written where: nothing of the user's is overwritten.
+
+Every command and function that writes asks here, before any work is done. An output that exists is
+replaced only where Perplexit made it, which its content says, and where its new content is the same
+or `force` was given. What the same call reads is never replaced, whatever its name: links, hard
+links and names in another case are followed to the file that they mean.
+"""
+
+import filecmp
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from perplexit.errors import OutputError
+from perplexit.files import replaced_folder, write_atomically
+
+_MARK_BYTES = 1 << 16  # how far into a file its mark is looked for
+_LARGEST_HEADER = 100_000_000  # of a safetensors file, in bytes
+_FORCE = "replace it with --force (in Python: force=True)"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of output: what messages call it, and whether Perplexit made what is at a path."""
+
+    noun: str  # with its article
+    is_made: Callable[[Path], bool]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file that is to be written. Making one raises OutputError where it must not be.
+
+    inputs: files and folders that the same call reads.
+    force:  whether a file of this kind with other content may be replaced.
+    """
+
+    path: Path
+    kind: Kind
+    inputs: tuple[Path, ...] = ()
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def place(self) -> Path:
+        """Where the content goes: `path` with links followed, so that a link stays one."""
+        return Path(os.path.realpath(self.path))
+
+    @property
+    def exists(self) -> bool:
+        """Whether something with content is there now."""
+        return self.path.is_file() and self.path.stat().st_size > 0
+
+    def check(self) -> None:
+        """Raise OutputError where the file may not be written, whatever its content will be."""
+        check_place(self.path, self.kind, self.inputs)
+        if self.path.is_dir():
+            raise self._refused("a folder; name a file in it")
+        if self.path.exists() and not self.path.is_file():
+            raise self._refused("which is no ordinary file; name one")
+        if self.exists and not self.kind.is_made(self.path):
+            raise self._refused(
+                "which holds something else, and nothing of yours is overwritten (not with --force "
+                "either); name another file"
+            )
+
+    def check_replaceable(self, candidate: Path) -> None:
+        """Raise OutputError where the whole file `candidate` may not be put in place."""
+        self.check()
+        if self.exists and not self.force and not filecmp.cmp(candidate, self.path, shallow=False):
+            raise self.refused_as_other()
+
+    def refused_as_other(self) -> OutputError:
+        """The error for an existing file of this kind with other content."""
+        return self._refused(f"which holds {self.kind.noun} already, another one; {_OR_FORCE}")
+
+    def write(self, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a temporary file, and put that in place in one step."""
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.place, write, check=self.check_replaceable)
+        return self.path
+
+    def write_text(self, text: str) -> Path:
+        """Put `text` in place, as UTF-8."""
+        content = text.encode()
+        return self.write(lambda temporary: _write_bytes(temporary, content))
+
+    def _refused(self, what: str) -> OutputError:
+        return OutputError(f"expected a new place for {self.kind.noun}, got {self.path}, {what}")
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that is to be written as one thing. Making one raises OutputError, as above.
+
+    `kind.is_made` must also say no to a folder in which somebody put another file.
+    """
+
+    path: Path
+    kind: Kind
+    inputs: tuple[Path, ...] = ()
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def place(self) -> Path:
+        """Where the folder is put: `path` with links followed, so that a link stays one."""
+        return Path(os.path.realpath(self.path))
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a folder with something in it."""
+        return self.path.is_dir() and any(self.path.iterdir())
+
+    def check(self) -> None:
+        """Raise OutputError where the folder may not be written, whatever its content will be."""
+        check_place(self.path, self.kind, self.inputs)
+        if self.path.exists() and not self.path.is_dir():
+            raise self._refused("a file")
+        if self.exists and not self.kind.is_made(self.path):
+            raise self._refused(
+                "which holds something else, and nothing of yours is overwritten (not with --force "
+                "either)"
+            )
+
+    def check_replaceable(self, is_same: bool) -> None:
+        """Raise OutputError where another thing of this kind is there; `is_same`: it is no other.
+
+        What was made from the same things with the same settings is simply made again.
+        """
+        self.check()
+        if self.exists and not (self.force or is_same):
+            raise self._refused(f"which holds {self.kind.noun} already, another one; {_FORCE}")
+
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """A temporary folder beside the output, put in its place when the block ends well."""
+        with replaced_folder(self.place) as temporary:
+            yield temporary
+            self.check()
+
+    def _refused(self, what: str) -> OutputError:
+        return OutputError(
+            f"expected a new place for {self.kind.noun}, got {self.path}, {what}, "
+            "or name another folder"
+        )
+
+
+_OR_FORCE = f"name another file, or {_FORCE}"
+
+
+def is_same_file(first: Path, second: Path) -> bool:
+    """Whether two paths mean one file or folder, through links of either sort and in any case."""
+    try:
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):
+        return False
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether `path`, which need not exist, lies in the folder at any depth, links followed."""
+    parents = Path(os.path.realpath(path)).parents
+    return folder.is_dir() and any(is_same_file(parent, folder) for parent in parents)
+
+
+def begins_with_mark(path: Path, mark: bytes) -> bool:
+    """Whether `mark` stands near the beginning of a file."""
+    with path.open("rb") as file:
+        return mark in file.read(_MARK_BYTES)
+
+
+def header_has_mark(path: Path, mark: bytes) -> bool:
+    """Whether `mark` stands in the header of a safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        return length <= min(size - 8, _LARGEST_HEADER) and mark in file.read(length)
+
+
+def paths_among(*values: object) -> tuple[Path, ...]:
+    """Those of `values`, and of the lists among them, that name something on this machine."""
+    found: list[Path] = []
+    for value in values:
+        if isinstance(value, list | tuple):
+            found += paths_among(*value)
+        elif isinstance(value, str | os.PathLike):
+            path = Path(value).expanduser()
+            found += [path] if _exists(path) else []
+    return tuple(found)
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # no error for a text that is too long for a name
+
+
+def check_place(path: Path, kind: Kind, inputs: Iterable[Path]) -> None:
+    """Raise OutputError for what is no place at all, for one of `inputs`, or a folder with one."""
+    if str(path) == "-":
+        raise OutputError(
+            f"expected the name of a file or folder for {kind.noun}, got '-': it is not written to "
+            "standard output; name one"
+        )
+    if path.is_symlink() and not path.exists():
+        raise OutputError(
+            f"expected a place for {kind.noun}, got {path}, a link to {os.readlink(path)}, which "
+            "does not exist; name the place itself"
+        )
+
+    for read in inputs if path.exists() else ():
+        if is_same_file(path, read) or is_within(read, path):
+            raise OutputError(
+                f"expected a new place for {kind.noun}, got {path}, which is what this command "
+                "reads, and that is never overwritten; name another"
+            )
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
