@@ -7,6 +7,10 @@ transformers and `perplexit --help` stays quick.
 from importlib import import_module
 from typing import Any
 
+from perplexit.telemetry import switch_off
+
+switch_off()  # before anything below could import an engine
+
 __version__ = "0.1.0"
 
 _HOME_OF = {

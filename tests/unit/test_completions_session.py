@@ -1,5 +1,7 @@
 """The completions session against a real HTTP server that is right, and ones that are wrong."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,20 @@ def _expected(window: WindowIds) -> np.ndarray:
 
 def _session(server: MarkovServer, **options) -> CompletionsInferenceSession:
     return CompletionsInferenceSession(f"{server.url}#chain", **options)
+
+
+def _no_waiting(monkeypatch) -> list[float]:
+    """The waits between tries, which are not waited for."""
+    naps: list[float] = []
+    sleep = asyncio.sleep
+
+    async def nap(seconds: float, *rest: object) -> None:
+        if seconds:
+            naps.append(seconds)
+        await sleep(0, *rest)
+
+    monkeypatch.setattr("asyncio.sleep", nap)
+    return naps
 
 
 @pytest.mark.parametrize("style", ["prompt_logprobs", "echo"])
@@ -102,8 +118,7 @@ def test_a_cache_that_truncates_later_stops_the_run_with_the_window_named(style)
 
 
 def test_waits_as_long_as_retry_after_says_and_goes_on(monkeypatch):
-    naps = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", naps.append)
+    naps = _no_waiting(monkeypatch)
     failures = [(429, {"Retry-After": "7"}), (503, {}), (429, {"Retry-After": "900"})]
     with serving(MarkovServer(failures=failures)) as server:
         session = _session(server)
@@ -116,7 +131,7 @@ def test_waits_as_long_as_retry_after_says_and_goes_on(monkeypatch):
 
 
 def test_gives_up_after_the_stated_attempts(monkeypatch):
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    _no_waiting(monkeypatch)
     with serving(MarkovServer(failures=[(503, {})] * 3)) as server:
         session = _session(server, attempts=3)
         with pytest.raises(ModelError, match="HTTP 503"):
@@ -125,7 +140,7 @@ def test_gives_up_after_the_stated_attempts(monkeypatch):
 
 
 def test_no_server_is_a_stated_error(monkeypatch):
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    _no_waiting(monkeypatch)
     with serving(MarkovServer()) as server:
         url = server.url
     with pytest.raises(ModelError, match="no usable answer"):

@@ -423,7 +423,7 @@ def test_a_healthy_n_gram_model_passes(tiny_llama_dir: Path) -> None:
 
 
 def test_a_healthy_server_passes(tiny_llama_dir: Path) -> None:
-    pytest.importorskip("openai")
+    pytest.importorskip("httpx2")
     session = without_weights.completions(tiny_llama_dir)
     diagnosis = px.doctor(session, tokenizer=byte_tokenizer(), max_length=64)
     session.close()

@@ -1,8 +1,14 @@
-"""What a server's answer says of a prompt's ids, checked for length, identity and sign."""
+"""What a server's answer says of a prompt's ids, checked for type, length, identity and sign."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import msgspec
+
+from perplexit.errors import ModelError
+from perplexit.json_reader import parse_json
+from perplexit.reading import Expected
 
 # `prompt_logprobs` names ids and is looked up; `echo` names strings and is counted.
 Style = Literal["prompt_logprobs", "echo"]
@@ -10,17 +16,65 @@ STYLES: tuple[Style, ...] = ("prompt_logprobs", "echo")
 
 NUM_GENERATED = 1  # servers disagree on what 0 means: none, or as many as fit
 _ID_PREFIX = "token_id:"
+_LONGEST_ID = 10  # digits
+_ROUNDING_NATS = 1e-4  # above 0, of a certain token
+_MOST_NATS = 1e5  # vLLM writes -9999 for an impossible token
+_FEWEST_COMPARED, _MOST_DIFFERENT = 4, 0.25
 
 
-class PromptAnswerError(Exception):
+class PromptAnswerError(ModelError):
     """An answer that cannot be the prompt's log-probabilities; the message says why."""
+
+
+class Card(msgspec.Struct, frozen=True):
+    """What a server's list of models says of one of them."""
+
+    id: str
+    root: str | None = None
+    max_model_len: int | None = None
+    owned_by: str | None = None
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A token in the place of a prompt's id."""
+
+    logprob: float | None = None
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+class Echoed(msgspec.Struct, frozen=True):
+    """The `logprobs` of a choice, one per token."""
+
+    token_logprobs: list[float | None] | None = None
+    tokens: list[str | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+Entries = list[dict[str, Entry | float | None] | None]
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """The one choice of a completion, or the parts of it that are used."""
+
+    prompt_logprobs: Entries | None = None
+    logprobs: Echoed | None = None
+
+
+class _Completion(msgspec.Struct, frozen=True):
+    choices: list[Choice]
+    prompt_logprobs: Entries | None = None
+
+
+class _Cards(msgspec.Struct, frozen=True):
+    data: list[Card]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptAnswer:
     """The log-probability and the text of each prompt id, as one answer reports them.
 
-    logprobs:     one an id; None for the first, which has no context.
+    logprobs:     one per id; None for the first, which has no context.
     texts:        the server's text of each id, None where it gives none.
     alternatives: (id, log-probability) of the most likely tokens in the place of each id, none for
                   the first. None unless asked for.
@@ -32,13 +86,49 @@ class PromptAnswer:
     alternatives: tuple[tuple[tuple[int, float], ...], ...] | None = None
     ranks: tuple[int | None, ...] = ()
 
+    def without(self, hide: Callable[[str], str]) -> "PromptAnswer":
+        """The answer with `hide` applied to each text."""
+        return replace(self, texts=tuple(text and hide(text) for text in self.texts))
 
-def answer_of_prompt_logprobs(entries: Any, ids: list[int], top_k: int) -> PromptAnswer:
+
+def cards_of(body: bytes, place: str) -> list[Card]:
+    """The models that the body of `/models` lists. Raises ModelError."""
+    expected = Expected(
+        "a list of models", ModelError, "check the address (it usually ends in /v1)"
+    )
+    cards = parse_json(body, expected, _Cards, place=place).data
+    for card in cards:
+        for text in (card.id, card.root or "", card.owned_by or ""):
+            if not text.isprintable() or len(text) > 500:
+                expected.refuse(
+                    place, f"a model named in characters that are no text: {text[:60]!r}"
+                )
+        if card.max_model_len is not None and not 1 <= card.max_model_len < 2**31:
+            expected.refuse(place, f"a max_model_len of {card.max_model_len}")
+    return cards
+
+
+def choice_of(body: bytes, place: str) -> Choice:
+    """The one choice in the body of a completion. Raises PromptAnswerError."""
+    expected = Expected(
+        "a completion", PromptAnswerError, "is it an OpenAI-compatible server, and in order?"
+    )
+    found = parse_json(body, expected, _Completion, place=place)
+    if len(found.choices) != 1:
+        expected.refuse(place, f"{len(found.choices)} choices for one prompt")
+    choice = found.choices[0]
+    if choice.prompt_logprobs is None:
+        return Choice(found.prompt_logprobs, choice.logprobs)
+    return choice
+
+
+def answer_of_prompt_logprobs(choice: Choice, ids: list[int], top_k: int) -> PromptAnswer:
     """Entries are None for the first id, then {id: {logprob, rank, decoded_token, …}, …}.
 
     The prompt's own id is looked up: beside it there may be likelier ones, in any order.
     Raises PromptAnswerError.
     """
+    entries = choice.prompt_logprobs
     if entries is None:
         raise PromptAnswerError("it ignores prompt_logprobs")
     _check_count(len(entries), ids, "prompt_logprobs")
@@ -46,32 +136,30 @@ def answer_of_prompt_logprobs(entries: Any, ids: list[int], top_k: int) -> Promp
         raise PromptAnswerError("it gives the first id a log-probability: it has added a BOS")
     found, alternatives = [], []
     for position, (index, entry) in enumerate(zip(ids[1:], entries[1:], strict=True), start=1):
-        own = (entry or {}).get(str(index), (entry or {}).get(index))
+        own = (entry or {}).get(str(index))
         if own is None:
             raise PromptAnswerError(
                 f"its prompt_logprobs do not hold the prompt's id {index} at position {position}"
             )
-        found.append(_as_record(own))
-        if top_k:
-            named = {
-                _id_of(name): _as_record(value).get("logprob") for name, value in entry.items()
-            }
+        found.append(_as_entry(own))
+        if top_k and entry:
+            named = {_id_of(name): _as_entry(value).logprob for name, value in entry.items()}
             alternatives.append(_most_likely(named, top_k, position))
     return PromptAnswer(
-        _checked_values((None, *(item["logprob"] for item in found))),
-        (None, *(item.get("decoded_token") for item in found)),
+        _checked_values((None, *(item.logprob for item in found))),
+        (None, *(item.decoded_token for item in found)),
         ((), *alternatives) if top_k else None,
-        (None, *(item.get("rank") for item in found)),
+        (None, *(item.rank for item in found)),
     )
 
 
-def answer_of_echo(logprobs: Any, ids: list[int], top_k: int) -> PromptAnswer:
+def answer_of_echo(choice: Choice, ids: list[int], top_k: int) -> PromptAnswer:
     """`token_logprobs` of the echoed prompt, then of what was generated.
 
     Raises PromptAnswerError.
     """
-    values = (logprobs or {}).get("token_logprobs")
-    texts = (logprobs or {}).get("tokens")
+    echoed = choice.logprobs or Echoed()
+    values, texts = echoed.token_logprobs, echoed.tokens
     if values is None or texts is None:
         raise PromptAnswerError("it ignores echo with logprobs")
     if len(values) <= NUM_GENERATED < len(ids):
@@ -84,18 +172,60 @@ def answer_of_echo(logprobs: Any, ids: list[int], top_k: int) -> PromptAnswer:
         raise PromptAnswerError(
             "it gives the first id a log-probability: it has added a BOS, or shifted by one"
         )
-    texts = [*texts, *[None] * len(ids)][: len(ids)]
+    if len(texts) < len(ids):
+        _check_count(len(texts), ids, "list of tokens")
+    texts = texts[: len(ids)]
     for position, (index, text) in enumerate(zip(ids, texts, strict=True)):
         if str(text).startswith(_ID_PREFIX) and text != f"{_ID_PREFIX}{index}":
             raise PromptAnswerError(f"it echoes {text} at position {position} for id {index}")
-    alternatives = _echoed_alternatives(logprobs, ids, top_k) if top_k else None
+    alternatives = _echoed_alternatives(echoed, ids, top_k) if top_k else None
     return PromptAnswer(_checked_values(tuple(values[: len(ids)])), tuple(texts), alternatives)
 
 
+def generated_of(choice: Choice) -> dict[str, float]:
+    """The log-probability of each text that the server might have generated first.
+
+    Raises PromptAnswerError.
+    """
+    listed = (choice.logprobs or Echoed()).top_logprobs or [None]
+    if listed[0] is None:
+        raise PromptAnswerError("it gives no log-probabilities even of what it generates")
+    return {text: value for text, value in listed[0].items() if "\ufffd" not in text}
+
+
+class KnownTexts:
+    """The texts that a server gave ids before: a reply to another request has others.
+
+    `echo` names no ids, so two replies of one length can be told apart by their texts alone. The
+    text of an id may depend on its neighbours at a prompt's start and inside a character.
+    """
+
+    def __init__(self) -> None:
+        self._text_of: dict[int, str] = {}
+
+    def check(self, ids: Sequence[int], texts: Sequence[str | None]) -> None:
+        """Learn the texts. Raises PromptAnswerError where too many differ from those before."""
+        pairs = [
+            (index, text)
+            for index, text in zip(ids[1:], texts[1:], strict=True)
+            if text and text.isascii() and not text.startswith(_ID_PREFIX)
+        ]
+        known = [(index, text) for index, text in pairs if index in self._text_of]
+        other = [(index, text) for index, text in known if self._text_of[index] != text]
+        if len(known) >= _FEWEST_COMPARED and len(other) > _MOST_DIFFERENT * len(known):
+            index, text = other[0]
+            raise PromptAnswerError(
+                f"{len(other)} of {len(known)} ids have another text than before (id {index} is "
+                f"{text!r}, and was {self._text_of[index]!r}): it is the reply to another request"
+            )
+        for index, text in pairs:
+            self._text_of.setdefault(index, text)
+
+
 def _echoed_alternatives(
-    logprobs: Mapping[str, Any], ids: list[int], top_k: int
+    echoed: Echoed, ids: list[int], top_k: int
 ) -> tuple[tuple[tuple[int, float], ...], ...]:
-    entries = logprobs.get("top_logprobs") or []
+    entries = echoed.top_logprobs or []
     if len(entries) < len(ids):
         _check_count(len(entries), ids, "top_logprobs")
     found: list[tuple[tuple[int, float], ...]] = [()]
@@ -105,36 +235,34 @@ def _echoed_alternatives(
     return tuple(found)
 
 
-def _id_of(name: object, mark: str = "") -> int:
+def _id_of(name: str, mark: str = "") -> int:
     """The id in an alternative's name. Without a mark, a bare number may be the text of a digit."""
-    number = str(name).removeprefix(mark)
-    if (mark and number == name) or not number.isdecimal():
+    number = name.removeprefix(mark)
+    plain = number.isascii() and number.isdecimal() and len(number) <= _LONGEST_ID
+    if (mark and number == name) or not plain:
         raise PromptAnswerError(
-            f"it spells its alternatives ({name!r}), and a text does not tell which id it is of: "
-            "a server is needed that names ids, as vLLM does (prompt_logprobs, or echo with "
+            f"it spells its alternatives ({name[:40]!r}), and a text does not tell which id it is "
+            "of: a server is needed that names ids, as vLLM does (prompt_logprobs, or echo with "
             "return_tokens_as_token_ids)"
         )
     return int(number)
 
 
 def _most_likely(
-    named: Mapping[int, Any], top_k: int, position: int
+    named: Mapping[int, float | None], top_k: int, position: int
 ) -> tuple[tuple[int, float], ...]:
     """The K most likely; the prompt's own id may be listed beside them, in any order."""
-    for value in named.values():
-        if not isinstance(value, int | float):
-            raise PromptAnswerError(f"it lists {value!r} for a number at position {position}")
-    if len(named) < top_k:
+    values = {index: _number(value, position) for index, value in named.items()}
+    if len(values) < top_k:
         raise PromptAnswerError(
-            f"it gives {len(named)} alternatives at position {position} where {top_k} were asked "
+            f"it gives {len(values)} alternatives at position {position} where {top_k} were asked "
             "for"
         )
-    ordered = sorted(named.items(), key=lambda item: (-item[1], item[0]))[:top_k]
-    return tuple((index, float(value)) for index, value in ordered)
+    return tuple(sorted(values.items(), key=lambda item: (-item[1], item[0]))[:top_k])
 
 
-def _as_record(item: Any) -> Mapping[str, Any]:
-    return item if isinstance(item, Mapping) else {"logprob": item}
+def _as_entry(item: Entry | float | None) -> Entry:
+    return item if isinstance(item, Entry) else Entry(item)
 
 
 def _check_count(count: int, ids: list[int], what: str) -> None:
@@ -145,10 +273,19 @@ def _check_count(count: int, ids: list[int], what: str) -> None:
         )
 
 
-def _checked_values(values: tuple[Any, ...]) -> tuple[float | None, ...]:
-    for position, value in enumerate(values[1:], start=1):
-        if not isinstance(value, int | float):
-            raise PromptAnswerError(f"it gives no number at position {position}, but {value!r}")
-        if value > 1e-4:
-            raise PromptAnswerError(f"its log-probability at position {position} is {value} > 0")
-    return (None, *(float(value) for value in values[1:]))
+def _checked_values(values: tuple[float | None, ...]) -> tuple[float | None, ...]:
+    found = (_checked(value, position) for position, value in enumerate(values[1:], start=1))
+    return (None, *found)
+
+
+def _checked(value: float | None, position: int) -> float:
+    number = _number(value, position)
+    if number > _ROUNDING_NATS:
+        raise PromptAnswerError(f"its log-probability at position {position} is {number:g} > 0")
+    return number
+
+
+def _number(value: float | None, position: int) -> float:
+    if value is None or abs(value) > _MOST_NATS:
+        raise PromptAnswerError(f"it gives no log-probability at position {position}, but {value}")
+    return float(value)

@@ -1,27 +1,50 @@
-"""One request to an OpenAI-compatible `/v1/completions`, and what its answer says of the prompt."""
+"""Questions to an OpenAI-compatible `/v1/completions`, and what its answers say of the prompt."""
 
+import asyncio
+import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import openai
+import httpx2
 import tenacity
 
-from perplexit.errors import CapabilityError, ModelError, UsageError
+from perplexit.errors import CapabilityError, ModelError, PerplexitError, UsageError
 from perplexit.sessions.completions.answers import (
     NUM_GENERATED,
+    Card,
+    Choice,
     PromptAnswer,
     PromptAnswerError,
     Style,
     answer_of_echo,
     answer_of_prompt_logprobs,
+    cards_of,
+    choice_of,
+    generated_of,
+)
+from perplexit.sessions.completions.http import (
+    ConnectionFailedError,
+    HttpServer,
+    ReplyBoundError,
+    StatusError,
 )
 
+T = TypeVar("T")
+
 _KEY_VARIABLES = ("PERPLEXIT_API_KEY", "OPENAI_API_KEY")
-_TRANSIENT = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
 _ATTEMPTS = 6
 _LONGEST_WAIT_SECONDS = 30.0
+# A question with its repetitions and waits: slow processors read ten ids a second.
+_SECONDS, _SECONDS_PER_ID = 120.0, 0.1
+_REPLY_SECONDS = 60.0  # from a reply's first byte to its last
+_REPLY_BYTES, _REPLY_BYTES_PER_ENTRY = 1 << 20, 512
+_MOST_REPLY_BYTES = 512 << 20
+_MOST_NAMES = 10  # models that a message lists
 
 
 class RequestRefusedError(ModelError):
@@ -31,8 +54,12 @@ class RequestRefusedError(ModelError):
 class CompletionsClient:
     """A server and one of its models. Answers come back checked for length and identity.
 
-    base_url: `http://HOST:PORT/v1` (`/v1` is added to an address without a path).
-    model:    its name on the server; None takes the only one there.
+    base_url:    `http://HOST:PORT/v1` (`/v1` is added to an address without a path).
+    model:       its name on the server; None takes the only one there.
+    attempts:    how often a question is asked while the server is busy or out of reach.
+    seconds:     that one question may take, repetitions included. None: two minutes and a tenth of
+                 a second for each id.
+    concurrency: questions under way at a time.
     The API key comes from $PERPLEXIT_API_KEY or $OPENAI_API_KEY; it is sent to the server and
     kept nowhere else. Raises ModelError where the server cannot be reached or has no such model.
     """
@@ -42,138 +69,245 @@ class CompletionsClient:
         base_url: str,
         model: str | None,
         *,
-        timeout_seconds: float = 600.0,
+        seconds: float | None = None,
         attempts: int = _ATTEMPTS,
+        concurrency: int = 1,
     ) -> None:
         self.base_url = _checked_url(base_url)
-        key = next((os.environ[name] for name in _KEY_VARIABLES if os.environ.get(name)), "none")
-        self._client = openai.OpenAI(
-            base_url=self.base_url, api_key=key, max_retries=0, timeout=timeout_seconds
-        )
-        self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_TRANSIENT),
-            stop=tenacity.stop_after_attempt(attempts),
-            wait=_wait_seconds,
-            reraise=True,
-        )
-        self.card = self._model_card(model)
-        self.model = str(self.card["id"])
+        self._seconds = seconds
+        self._attempts = attempts
+        self._at_once = asyncio.Semaphore(concurrency)
+        self._http = HttpServer(self.base_url, _key())
+        try:
+            self.card = self._model_card(model)
+        except BaseException:
+            self.close()
+            raise
+        self.model = self.card.id
 
     def prompt_answer(self, ids: list[int], style: Style, *, top_k: int = 0) -> PromptAnswer:
         """The log-probabilities of `ids` as a prompt, with `top_k` alternatives of each.
 
         Raises PromptAnswerError, ModelError.
         """
-        choice = self._complete(ids, **_request(style, top_k))
-        if style == "prompt_logprobs":
-            return answer_of_prompt_logprobs(choice.get("prompt_logprobs"), ids, top_k)
-        return answer_of_echo(choice.get("logprobs"), ids, top_k)
+        return self._run(self._prompt_answer(ids, style, top_k))
+
+    def prompt_answers(
+        self, prompts: Sequence[list[int]], style: Style, *, top_k: int = 0
+    ) -> list[PromptAnswer | PromptAnswerError]:
+        """What `prompt_answer` gives or raises for each prompt. Raises ModelError."""
+
+        async def one(ids: list[int]) -> PromptAnswer | PromptAnswerError:
+            try:
+                return await self._prompt_answer(ids, style, top_k)
+            except PromptAnswerError as problem:
+                return PromptAnswerError(self._http.without_key(str(problem)))
+
+        async def every() -> list[PromptAnswer | PromptAnswerError]:
+            tasks = [asyncio.ensure_future(one(ids)) for ids in prompts]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        return self._run(every())
 
     def next_tokens(self, ids: list[int]) -> dict[str, float]:
         """The log-probability of the few most likely texts after `ids`, where they are generated.
 
         Texts that two tokens share are left out. Raises PromptAnswerError, ModelError.
         """
-        choice = self._complete(ids, logprobs=5)
-        found = (choice.get("logprobs") or {}).get("top_logprobs") or [None]
-        if not isinstance(found[0], Mapping):
-            raise PromptAnswerError("it gives no log-probabilities even of what it generates")
-        return {text: float(value) for text, value in found[0].items() if "\ufffd" not in text}
+        return generated_of(self._run(self._complete(ids, 5, logprobs=5)))
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        """Break off what is under way and close the connections."""
+        self._http.close()
 
-    def _complete(self, ids: list[int], **options: Any) -> dict[str, Any]:
-        answer = self._asked(
-            lambda: self._client.completions.create(
-                model=self.model,
-                prompt=ids,
-                max_tokens=NUM_GENERATED,
-                temperature=0.0,
-                **options,
+    async def _prompt_answer(self, ids: list[int], style: Style, top_k: int) -> PromptAnswer:
+        choice = await self._complete(ids, top_k, **_request(style, top_k))
+        read = answer_of_prompt_logprobs if style == "prompt_logprobs" else answer_of_echo
+        return read(choice, ids, top_k).without(self._http.without_key)
+
+    async def _complete(self, ids: list[int], top_k: int, **options: Any) -> Choice:
+        question = {
+            "model": self.model,
+            "prompt": ids,
+            "max_tokens": NUM_GENERATED,
+            "temperature": 0.0,
+            **options,
+        }
+        largest = _REPLY_BYTES + _REPLY_BYTES_PER_ENTRY * len(ids) * (2 + top_k)
+        seconds = self._seconds or _SECONDS + _SECONDS_PER_ID * len(ids)
+        async with self._at_once:
+            body = await self._asked(
+                "/completions", question, min(largest, _MOST_REPLY_BYTES), seconds
             )
-        )
-        record = answer.model_dump()
-        choice = dict((record.get("choices") or [{}])[0])
-        choice.setdefault("prompt_logprobs", record.get("prompt_logprobs"))
-        return choice
+        return choice_of(body, self.base_url)
 
-    def _model_card(self, name: str | None) -> dict[str, Any]:
-        cards: list[dict[str, Any]] = [
-            card.model_dump() for card in self._asked(self._client.models.list).data
-        ]
-        names = [str(card["id"]) for card in cards]
+    def _model_card(self, name: str | None) -> Card:
+        body = self._run(self._asked("/models", None, _REPLY_BYTES, self._seconds or _SECONDS))
+        with self._key_kept_out():
+            cards = cards_of(body, self.base_url)
+        for card in cards:
+            if self._http.without_key(str(card)) != str(card):
+                raise ModelError(
+                    f"{self.base_url} repeats the API key in its list of models, which would be "
+                    "recorded; it is not used"
+                )
         if name is None and len(cards) == 1:
             return cards[0]
-        if name not in names:
+        found = next((card for card in cards if card.id == name), None)
+        if found is None:
+            names = [self._http.printable(card.id) for card in cards[:_MOST_NAMES]]
+            more = f" and {len(cards) - _MOST_NAMES} more" if len(cards) > _MOST_NAMES else ""
             raise ModelError(
-                f"expected the model {name!r} at {self.base_url}, which has {', '.join(names)}; "
-                "name one after the address: completions:URL#MODEL"
+                f"expected the model {name!r} at {self.base_url}, which has "
+                f"{', '.join(names) or 'none'}{more}; name one after the address: "
+                "completions:URL#MODEL"
             )
-        return cards[names.index(name)]
+        return found
 
-    def _asked(self, request: Any) -> Any:
-        """The request's answer, after retries; an openai error becomes one of ours."""
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        with self._key_kept_out():
+            return self._http.run(work)
+
+    @contextmanager
+    def _key_kept_out(self) -> Iterator[None]:
+        """Parsers' messages quote what they read; the key is taken out of those too."""
         try:
-            return self._retrying(request)
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise ModelError(
-                f"{self.base_url} refuses the API key (HTTP {error.status_code}); set "
+            yield
+        except PerplexitError as error:
+            message = self._http.without_key(str(error))
+            if message == str(error):
+                raise
+            raise type(error)(message) from None
+
+    async def _asked(
+        self, path: str, question: dict[str, Any] | None, largest: int, seconds: float
+    ) -> bytes:
+        """The reply's body, after retries within `seconds`."""
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(_passes),
+            stop=tenacity.stop_after_attempt(self._attempts),
+            wait=_wait_seconds,
+            sleep=asyncio.sleep,
+            reraise=True,
+        )
+        last: list[ModelError] = []
+
+        async def once() -> bytes:
+            try:
+                return await self._http.reply(
+                    path, question, largest=largest, seconds=min(seconds, _REPLY_SECONDS)
+                )
+            except ModelError as error:
+                last.append(error)
+                raise
+
+        try:
+            async with asyncio.timeout(seconds):
+                return await retrying(once)
+        except StatusError as error:
+            raise self._refused(error) from None
+        except TimeoutError:
+            if last and isinstance(last[-1], StatusError):
+                raise self._refused(last[-1]) from None
+            raise ReplyBoundError(
+                f"{self.base_url} gave no whole reply within {seconds:.0f} seconds"
+                + (f" (the last of {len(last)} tries: {last[-1]})" if last else "")
+                + "; is it overloaded, or still loading the model? Evaluate again with the same "
+                "--run"
+            ) from None
+
+    def _refused(self, error: StatusError) -> PerplexitError:
+        if error.status in (401, 403):
+            return ModelError(
+                f"{self.base_url} refuses the API key (HTTP {error.status}); set "
                 f"{' or '.join(_KEY_VARIABLES)} in the environment"
-            ) from error
-        except openai.NotFoundError as error:
-            raise CapabilityError(
+            )
+        if error.status == 404:
+            return CapabilityError(
                 f"expected an OpenAI-compatible /completions at {self.base_url}, got HTTP 404; "
                 "check the address (it usually ends in /v1)"
-            ) from error
-        except openai.APIStatusError as error:
-            passing = isinstance(error, _TRANSIENT)
-            raise (ModelError if passing else RequestRefusedError)(
-                f"{self.base_url} refused a request with HTTP {error.status_code}: "
-                f"{_short(error.message)}; is the window longer than the server's context less "
-                "one, or are token-id prompts not taken?"
-            ) from error
-        except openai.OpenAIError as error:
-            raise ModelError(
-                f"no usable answer from {self.base_url}: {_short(str(error))}"
-            ) from error
+            )
+        told = f"{self.base_url} refused a request with {error}"
+        if error.passes:
+            return ModelError(f"{told}; it is overloaded or out of order. Try again later")
+        return RequestRefusedError(
+            f"{told}; is the window longer than the server's context less one, or are token-id "
+            "prompts not taken?"
+        )
 
 
 def _request(style: Style, top_k: int) -> dict[str, Any]:
     if style == "prompt_logprobs":
-        return {"extra_body": {"prompt_logprobs": top_k}}
+        return {"prompt_logprobs": top_k}
     if not top_k:
         return {"echo": True, "logprobs": 1}
     # texts do not tell which ids they are of: vLLM names ids when it is asked to
-    names = {"return_tokens_as_token_ids": True}
-    return {"echo": True, "logprobs": top_k, "extra_body": names}
+    return {"echo": True, "logprobs": top_k, "return_tokens_as_token_ids": True}
+
+
+def _key() -> str | None:
+    """The key from the environment. Raises UsageError, without it, where no header can hold it."""
+    for name in _KEY_VARIABLES:
+        key = os.environ.get(name, "").strip()
+        if key and not (key.isascii() and key.isprintable() and " " not in key):
+            raise UsageError(
+                f"expected printable ASCII without blanks in ${name}, got other characters; set "
+                "the key alone"
+            )
+        if key:
+            return key
+    return None
 
 
 def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(
-            f"expected completions:URL#MODEL with an http(s) URL, got {url!r}; for example "
-            "completions:http://127.0.0.1:8000/v1#my-model"
-        )
-    if parts.username or parts.password or parts.query:
+    if "@" in url or "?" in url:
         raise UsageError(
             "expected an address without a password, key or query in it: addresses are recorded. "
             f"Set {' or '.join(_KEY_VARIABLES)} in the environment instead"
         )
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL):
+        usable = False
+    if not usable or not url.isprintable() or " " in url or "\\" in url:
+        raise UsageError(
+            f"expected completions:URL#MODEL with an http(s) URL, got {url!r}; for example "
+            "completions:http://127.0.0.1:8000/v1#my-model"
+        )
     return url.rstrip("/") if parts.path.strip("/") else url.rstrip("/") + "/v1"
 
 
+def _passes(error: BaseException) -> bool:
+    return isinstance(error, ConnectionFailedError) or (
+        isinstance(error, StatusError) and error.passes
+    )
+
+
 def _wait_seconds(state: tenacity.RetryCallState) -> float:
-    """What the server's Retry-After asks for, else an exponential wait with jitter."""
+    """What Retry-After asks for, else an exponential wait with jitter; 30 seconds at most."""
     error = state.outcome.exception() if state.outcome else None
-    header = str(getattr(getattr(error, "response", None), "headers", {}).get("retry-after"))
+    asked = _retry_after(error.retry_after) if isinstance(error, StatusError) else None
+    if asked is None:
+        longest = _LONGEST_WAIT_SECONDS
+        return float(tenacity.wait_random_exponential(multiplier=0.5, max=longest)(state))
+    return min(max(asked, 0.0), _LONGEST_WAIT_SECONDS)
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds, from a number or a date; None where the header is absent or is neither."""
+    if header is None:
+        return None
     try:
-        return min(float(header), _LONGEST_WAIT_SECONDS)
-    except ValueError:  # absent, or a date
-        return float(tenacity.wait_random_exponential(multiplier=0.5, max=30.0)(state))
-
-
-def _short(message: str) -> str:
-    return " ".join(message.split())[:300]
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time()
+        except (ValueError, OverflowError, OSError, TypeError):
+            return None
+    return None if math.isnan(seconds) else seconds

@@ -14,6 +14,7 @@ The fourth is what finds logits taken one position late: they pass all the other
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from perplexit.errors import CapabilityError
 from perplexit.sessions.completions.answers import STYLES, PromptAnswer, PromptAnswerError, Style
@@ -26,7 +27,16 @@ _TEXTS_LENGTH = 256  # ids whose texts are learnt, to recognise what is generate
 _ENOUGH_KNOWN, _KNOWN_A_POSITION = 4, 2
 
 
-def working_style(client: CompletionsClient, ids: Sequence[int]) -> Style:
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """How to ask a server, with the first question that it answered right and its answer."""
+
+    style: Style
+    ids: list[int]
+    answer: PromptAnswer
+
+
+def working_style(client: CompletionsClient, ids: Sequence[int]) -> Checked:
     """The first way of asking whose answers are right for `ids` (the input's own first ids).
 
     Raises CapabilityError that says what is wrong with each way.
@@ -39,8 +49,8 @@ def working_style(client: CompletionsClient, ids: Sequence[int]) -> Style:
     problems = []
     for style in STYLES:
         try:
-            _check(client, list(ids[:_TEXTS_LENGTH]), style)
-            return style
+            answer = _check(client, list(ids[:_TEXTS_LENGTH]), style)
+            return Checked(style, list(ids[:PROBE_LENGTH]), answer)
         except PromptAnswerError as problem:
             problems.append(f"{style}: {problem}")
     raise CapabilityError(
@@ -50,6 +60,16 @@ def working_style(client: CompletionsClient, ids: Sequence[int]) -> Style:
         + ". Its perplexity would be wrong; use another server (vLLM is right) or evaluate the "
         "checkpoint itself"
     )
+
+
+def check_still_the_same(before: PromptAnswer, now: PromptAnswer | PromptAnswerError) -> None:
+    """Hold a later answer to the probe's first question against the first one.
+
+    A server may have been restarted with another model since. Raises PromptAnswerError.
+    """
+    if isinstance(now, PromptAnswerError):
+        raise now
+    _check_equal(before, now, len(before.logprobs), "asking the first question again")
 
 
 def check_alternatives(
@@ -75,7 +95,7 @@ def check_alternatives(
     return answer
 
 
-def _check(client: CompletionsClient, all_ids: list[int], style: Style) -> None:
+def _check(client: CompletionsClient, all_ids: list[int], style: Style) -> PromptAnswer:
     ids = all_ids[:PROBE_LENGTH]
     answer = client.prompt_answer(ids, style)
     _check_equal(answer, client.prompt_answer(ids, style), len(ids), "a second, identical request")
@@ -86,6 +106,7 @@ def _check(client: CompletionsClient, all_ids: list[int], style: Style) -> None:
     _check_equal(answer, changed, len(ids) - 1, "a prompt with another last id")
     id_of_text = _id_of_text(all_ids, client.prompt_answer(all_ids, style))
     _check_against_generation(client, ids, style, id_of_text)
+    return answer
 
 
 def _check_equal(answer: PromptAnswer, other: PromptAnswer, stop: int, what: str) -> None:

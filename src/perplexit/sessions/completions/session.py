@@ -10,10 +10,9 @@ Shape suffixes: T = ids of a window, N = its targets, K = alternatives a target.
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.metadata import version
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,13 +20,22 @@ from perplexit.errors import CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.alternatives import contradiction, most_likely_first
 from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
-from perplexit.sessions.completions.answers import PromptAnswer, PromptAnswerError, Style
+from perplexit.sessions.completions.answers import (
+    KnownTexts,
+    PromptAnswer,
+    PromptAnswerError,
+    Style,
+)
 from perplexit.sessions.completions.client import CompletionsClient
-from perplexit.sessions.completions.probe import check_alternatives, working_style
+from perplexit.sessions.completions.probe import (
+    Checked,
+    check_alternatives,
+    check_still_the_same,
+    working_style,
+)
 
 _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-3  # of one answer's own numbers, which are of one computation
-_CARD_KEYS = ("id", "root", "max_model_len", "owned_by")
 
 
 class CompletionsInferenceSession:
@@ -35,6 +43,7 @@ class CompletionsInferenceSession:
 
     location:    `URL#MODEL`; without `#MODEL`, the server's only model.
     concurrency: requests under way at a time.
+    attempts, seconds: of one question, see CompletionsClient.
     The weights cannot be seen: `weights_fingerprint` identifies the address and what the server
     says of the model, no more. Raises ModelError, UsageError, CapabilityError.
     """
@@ -49,6 +58,7 @@ class CompletionsInferenceSession:
         threads: int | None = None,
         concurrency: int = 4,
         attempts: int = 6,
+        seconds: float | None = None,
     ) -> None:
         del threads
         for name, value in {"dtype": dtype, "quantization": quantization, "device": device}.items():
@@ -58,13 +68,15 @@ class CompletionsInferenceSession:
                     "it; start the server with that setting and leave the option out"
                 )
         url, _, name = location.removeprefix("completions:").partition("#")
-        self._client = CompletionsClient(url, name or None, attempts=attempts)
-        self._pool = ThreadPoolExecutor(max_workers=concurrency)
+        self._client = CompletionsClient(
+            url, name or None, attempts=attempts, seconds=seconds, concurrency=concurrency
+        )
         self._concurrency = concurrency
-        self._style: Style | None = None
+        self._checked: Checked | None = None
+        self._texts = KnownTexts()
         self._checked_top_k = 0
         self._tells_ranks = False
-        card = {key: self._client.card.get(key) for key in _CARD_KEYS}
+        card = msgspec.structs.asdict(self._client.card)
         served = {"url": self._client.base_url, **card}
         max_length = card["max_model_len"]
         self.model = ModelDescription(
@@ -75,11 +87,11 @@ class CompletionsInferenceSession:
                 json.dumps(served, sort_keys=True).encode()
             ).hexdigest(),
             vocab_size=_ANY_ID,
-            max_length=int(max_length) if max_length else None,
+            max_length=max_length,
         )
         self.description = SessionDescription(
             engine=f"completions ({card['owned_by'] or 'unknown server'})",
-            version=f"openai {version('openai')}",
+            version=f"httpx2 {version('httpx2')}",
             dtype="unknown (served)",
             device="unknown (served)",
             settings={"served": served},
@@ -88,17 +100,14 @@ class CompletionsInferenceSession:
     @property
     def style(self) -> Style | None:
         """How prompt log-probabilities are asked for; None before the probe."""
-        return self._style
+        return self._checked.style if self._checked else None
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target, one request a window; see InferenceSession.
+        """The nll of each target, one request per window; see InferenceSession.
 
         The first call probes the server. Raises CapabilityError where its answers are wrong.
         """
-        if not windows:
-            return []
-        style = self._probed(_longest(windows))
-        return [x.nll_N for x in self._pool.map(partial(self._details, style=style), windows)]
+        return [found.nll_N for found in self._details(windows, top_k=0)]
 
     def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
         """The nll with the `top_k` most likely tokens; `rank_N` where the server tells it.
@@ -106,25 +115,17 @@ class CompletionsInferenceSession:
         The first call checks that so many are to be had. Raises CapabilityError where not, and
         ModelError where alternatives contradict the target's own log-probability.
         """
-        if not windows:
-            return []
-        longest = _longest(windows)
-        style = self._probed(longest)
-        if top_k != self._checked_top_k:
-            answer = check_alternatives(self._client, longest, style, top_k)
-            self._tells_ranks = len(answer.ranks) > 1 and None not in answer.ranks[1:]
-            self._checked_top_k = top_k
-        return list(self._pool.map(partial(self._details, style=style, top_k=top_k), windows))
+        return self._details(windows, top_k=top_k)
 
     def own_token_texts(self, ids: Sequence[int]) -> list[str | None]:
         """The server's text of each id, as it echoes them; see SpellsTokens."""
-        style = self._probed(list(ids))
+        style = self._probed(list(ids)).style
         try:
             return list(self._client.prompt_answer(list(ids), style).texts)
         except PromptAnswerError as problem:
             raise ModelError(
                 f"expected {self.model.address} to tell the text of {len(ids)} ids, but {problem}"
-            ) from problem
+            ) from None
 
     def max_batch_size(self, window_length: int) -> int:
         """As many windows as keep the allowed requests under way."""
@@ -132,18 +133,45 @@ class CompletionsInferenceSession:
 
     def close(self) -> None:
         """Close the connections."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
         self._client.close()
 
-    def _probed(self, ids: list[int]) -> Style:
+    def _probed(self, ids: list[int]) -> Checked:
         """How to ask, found out with these ids the first time."""
-        if self._style is None:
-            self._style = working_style(self._client, ids)
-        return self._style
+        if self._checked is None:
+            self._checked = working_style(self._client, ids)
+        return self._checked
 
-    def _details(self, window: WindowIds, *, style: Style, top_k: int = 0) -> TokenDetails:
+    def _details(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
+        if not windows:
+            return []
+        longest = _longest(windows)
+        checked = self._probed(longest)
+        if top_k and top_k != self._checked_top_k:
+            answer = check_alternatives(self._client, longest, checked.style, top_k)
+            self._tells_ranks = len(answer.ranks) > 1 and None not in answer.ranks[1:]
+            self._checked_top_k = top_k
+        prompts = [window.ids_T.tolist() for window in windows]
+        *answers, again = self._client.prompt_answers(
+            [*prompts, checked.ids], checked.style, top_k=top_k
+        )
+        found = [self._window(w, a, top_k) for w, a in zip(windows, answers, strict=True)]
         try:
-            answer = self._client.prompt_answer(window.ids_T.tolist(), style, top_k=top_k)
+            check_still_the_same(checked.answer, again)
+        except PromptAnswerError as problem:
+            raise ModelError(
+                f"expected {self.model.address} to be the model that it was at the start, but "
+                f"{problem}; nothing of these {len(windows)} windows is used. Was it restarted "
+                "with another model? Evaluate into a new run"
+            ) from None
+        return found
+
+    def _window(
+        self, window: WindowIds, answer: PromptAnswer | PromptAnswerError, top_k: int
+    ) -> TokenDetails:
+        try:
+            if isinstance(answer, PromptAnswerError):
+                raise answer
+            self._texts.check(window.ids_T.tolist(), answer.texts)
             logprobs_T = np.array([np.nan, *answer.logprobs[1:]], dtype=np.float64)
             nll_N = (-logprobs_T[window.targets_N]).astype(np.float32)
             if not top_k:
@@ -160,7 +188,7 @@ class CompletionsInferenceSession:
                 f"expected a log-probability for each of the {len(window.ids_T)} ids of window "
                 f"{window.index} from {self.model.address}, but {problem}; nothing of this window "
                 "is used. Switch the server's prefix cache off and resume"
-            ) from problem
+            ) from None
 
 
 def _longest(windows: Sequence[WindowIds]) -> list[int]:
@@ -188,6 +216,6 @@ def _alternatives(
 def _ranks(answer: PromptAnswer, window: WindowIds) -> NDArray[np.int32]:
     """The server's rank of each target. Raises PromptAnswerError where one is missing."""
     ranks = [answer.ranks[int(target)] for target in window.targets_N]
-    if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
-        raise PromptAnswerError("it tells ranks for some positions only")
+    if any(rank is None or not 1 <= rank <= _ANY_ID for rank in ranks):
+        raise PromptAnswerError("it tells ranks for some positions only, or impossible ones")
     return np.array(ranks, dtype=np.int32)
