@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import perplexit as px
 from perplexit.comparison.compared_tokens import exceedance
+from perplexit.comparison.digits import decimals, figure, interval, quantity
 from perplexit.errors import FingerprintMismatchError, MissingPackageError, RunError, UsageError
 from perplexit.report import extra
 from perplexit.report import token_data as token_data_module
@@ -26,7 +27,7 @@ from perplexit.report.conditions_table import conditions_of, notes_of
 from perplexit.report.page import json_block
 from perplexit.report.subject import Subject, labels_of
 from perplexit.report.token_data import CONTINUATION, GAP, PLAIN, packed, token_data
-from perplexit.report.wording import decimals, figure, findings_of, headline, interval, quantity
+from perplexit.report.wording import findings_of, headline
 from perplexit.runs.run import Run
 from tests.report_runs import toy_runs, with_kl
 
@@ -134,10 +135,8 @@ def test_the_first_sentence_says_the_comparison(subject: Subject, runs: list[Run
     swapped = headline(Subject.of([runs[1], runs[0]]))
     assert swapped.startswith("full is better than noise-1.5")
     same = Subject.of([runs[0], runs[2]])
-    assert "cannot be told apart from full" in headline(same)
-    assert headline(subject) == (
-        "Of 2 candidates against full, 1 is worse and 1 not distinguishable."
-    )
+    assert "is equivalent to full within the noise" in headline(same)
+    assert headline(subject) == "Of 2 candidates against full, 1 is worse and 1 equivalent."
     assert headline(Subject.of(runs[:1])).startswith("full has a perplexity of ")
 
 
@@ -268,7 +267,7 @@ def test_the_summary_is_json(runs: list[Run], tmp_path: Path) -> None:
     summary = px.write_report(runs, tmp_path / "new" / "r.html").to_json()
     again = json.loads(json.dumps(summary, allow_nan=False))
     assert again["num_bytes"] == (tmp_path / "new" / "r.html").stat().st_size
-    assert [c["verdict"] for c in again["comparisons"]] == ["worse", "not distinguishable"]
+    assert [c["verdict"] for c in again["comparisons"]] == ["worse", "equivalent"]
     assert [r["label"] for r in again["runs"]] == ["full", "noise-1.5", "noise-1e-07"]
 
 

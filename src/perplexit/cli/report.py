@@ -45,6 +45,18 @@ def report(
         typer.Option(help="Spells the alternatives, where the models' folders are not at hand."),
     ] = None,
     confidence: Annotated[float, typer.Option(help="Coverage of the intervals, in (0, 1).")] = 0.95,
+    noise_floor: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Nats per token within which runs of one model are known to vary."
+        ),
+    ] = 0.0,
+    margin: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE", help="The change of the perplexity that does not matter: 1% or 0.01."
+        ),
+    ] = "0",
     max_tokens: Annotated[
         int, typer.Option(min=0, help="How many tokens of text the page holds.")
     ] = 100_000,
@@ -66,6 +78,8 @@ def report(
             tokens=input_file,
             tokenizer=tokenizer,
             confidence=confidence,
+            noise_floor=noise_floor,
+            margin=margin,
             max_tokens=max_tokens,
             force=force,
         )

@@ -4,9 +4,11 @@ from perplexit.comparison.comparing import compare
 from perplexit.comparison.gates import Gate, GateResult, judge, junit_xml, markdown, parse_gate
 from perplexit.comparison.many import ComparedRuns, compare_runs
 from perplexit.comparison.ranking import RankedRun, ranked
-from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Verdict
+from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio
+from perplexit.comparison.verdicts import VERDICTS, Verdict
 
 __all__ = [
+    "VERDICTS",
     "ChangedToken",
     "ComparedRuns",
     "Comparison",

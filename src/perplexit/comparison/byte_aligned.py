@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.comparison.byte_segments import Segments, common_segments, scored_bytes
-from perplexit.comparison.comparing import verdict_of
-from perplexit.comparison.noise import SMALLEST_DIFFERENCE
-from perplexit.comparison.record import Verdict, plain_json, recorded_estimate
-from perplexit.errors import FingerprintMismatchError, UsageError
+from perplexit.comparison.record import plain_json, recorded_estimate, told_in_json
+from perplexit.comparison.sentences import Judged
+from perplexit.comparison.verdicts import Margin, Verdict, margin_of, verdict_of
+from perplexit.errors import FingerprintMismatchError
 from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import Clusters, clusters_for, ratio_interval
 from perplexit.metrics.likelihood import exp_or_inf
@@ -51,7 +51,8 @@ class ByteComparison:
     log_difference:  mean of candidate - reference, nats a byte; above 0 is worse.
     byte_ratio:      exp of it: the candidate's byte perplexity over the reference's.
     bits_per_byte_ratio: the candidate's bits per byte over the reference's.
-    verdict:         as in Comparison; `margin` in nats a byte.
+    verdict:         as in Comparison; `margin` in nats per byte, `margin_asked` as a share of the
+        byte perplexity.
     num_segments:    stretches between common token boundaries that both runs scored whole.
     num_unaligned_bytes_*: bytes that the run scored but that are not in a common segment.
     """
@@ -85,26 +86,51 @@ class ByteComparison:
     same_tokenizer: bool
     reference: dict[str, Any]
     candidate: dict[str, Any]
+    bits_per_byte_reference_low: float | None = None
+    bits_per_byte_reference_high: float | None = None
+    bits_per_byte_candidate_low: float | None = None
+    bits_per_byte_candidate_high: float | None = None
+    noise_floor: dict[str, float | None] = field(default_factory=dict)
+    margin_asked: float = 0.0
     most_changed: tuple[ChangedSegment, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def figures(self) -> dict[str, Estimate]:
         """The figures by the names that gates use."""
-        paired = ("bits_per_byte_ratio", "bits_per_byte_difference", "byte_ratio", "log_difference")
-        return {name: recorded_estimate(self, name) for name in paired} | {
-            "bits_per_byte_candidate": Estimate(self.bits_per_byte_candidate)
-        }
+        names = (
+            "bits_per_byte_ratio",
+            "bits_per_byte_difference",
+            "byte_ratio",
+            "log_difference",
+            "bits_per_byte_candidate",
+        )
+        return {name: recorded_estimate(self, name) for name in names}
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values, every number finite or null."""
-        record = asdict(self) | {"unit": "byte"}
+        record = asdict(self) | {"unit": "byte"} | told_in_json(self.judged)
         plain: dict[str, Any] = plain_json(record)
         return plain
 
+    @property
+    def judged(self) -> Judged:
+        """The difference and its margin, which tell the verdict in words."""
+        return Judged(
+            recorded_estimate(self, "log_difference"),
+            Margin(self.margin, self.margin_asked, self.noise_floor),
+            unit="byte",
+            num_units=self.num_bytes,
+        )
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in plain words, with what is known and what more text would show."""
+        return self.judged.sentence()
+
     def __str__(self) -> str:
         lines = [
-            f"verdict:    {self.verdict} (byte by byte: the tokens differ)",
+            f"verdict:    {self.verdict} (byte by byte: the tokens differ). {self.sentence}",
             f"reference:  {self.bits_per_byte_reference:.6g} bits a byte  {_name(self.reference)}",
             f"candidate:  {self.bits_per_byte_candidate:.6g} bits a byte  {_name(self.candidate)}",
             f"ratio:      {self.byte_ratio:.6f} "
@@ -117,7 +143,7 @@ class ByteComparison:
             f"aligned:    {self.num_bytes:,} bytes in {self.num_segments:,} common segments "
             f"({self.num_tokens_reference:,} and {self.num_tokens_candidate:,} tokens)",
         ]
-        lines += [f"note:       {text}" for text in (*self.reasons.values(), *self.warnings)]
+        lines += [f"note:       {text}" for text in self.warnings]
         if self.most_changed:
             lines.append("most changed segments (reference -> candidate, nats):")
         lines += [
@@ -133,37 +159,39 @@ def compare_bytes(
     *,
     confidence: float = 0.95,
     noise_floor: float = 0.0,
+    margin: float | str = 0.0,
     num_most_changed: int = 10,
 ) -> ByteComparison:
     """The candidate against the reference over the bytes that both scored, paired by segment.
 
     Tokenizers, windows and engines may differ; the text must be the same. A token that several
-    windows scored counts once, with the most context. noise_floor: nats a byte.
+    windows scored counts once, with the most context. noise_floor: nats per byte. margin: the
+    change of the byte perplexity that does not matter, as a share (0.01) or a percentage ("1%").
     Raises FingerprintMismatchError for different texts or inputs without text, EmptyScoreError
     where no segment is common, RunError where a run is incomplete.
     """
-    if not (math.isfinite(noise_floor) and noise_floor >= 0):
-        raise UsageError(f"noise_floor must be 0 or above, got {noise_floor}: give nats a byte")
     runs = [run if isinstance(run, Run) else Run.open(run) for run in (reference, candidate)]
+    allowed = margin_of(*runs, noise_floor=noise_floor, margin=margin, per_byte=True)
     _require_same_text(*runs)
     texts = [scored_bytes(run) for run in runs]
     segments = common_segments(*texts)
     clusters = clusters_for(segments.document_S, segments.window_S)
     delta_S = segments.candidate_S - segments.reference_S
-    sums_C = np.bincount(clusters.labels, weights=delta_S, minlength=clusters.num_clusters).astype(
-        np.float64
-    )
-    counts_C = np.bincount(
-        clusters.labels, weights=segments.num_bytes_S, minlength=clusters.num_clusters
-    ).astype(np.int64)
-    interval = ratio_interval(sums_C, counts_C, clusters.method, confidence)
+    interval = _per_byte(delta_S, segments, clusters, confidence)
     relative = _loss_ratio(segments, clusters, confidence)
-    margin = max(SMALLEST_DIFFERENCE, noise_floor)
+    ours, theirs = (
+        _per_byte(losses_S, segments, clusters, confidence).scaled(_BITS).clamped(lowest=0)
+        for losses_S in (segments.reference_S, segments.candidate_S)
+    )
     num_bytes = int(segments.num_bytes_S.sum())
     return ByteComparison(
-        verdict=verdict_of(interval, margin),
-        bits_per_byte_reference=float(segments.reference_S.sum()) / num_bytes * _BITS,
-        bits_per_byte_candidate=float(segments.candidate_S.sum()) / num_bytes * _BITS,
+        verdict=verdict_of(interval, allowed.nats),
+        bits_per_byte_reference=ours.value,
+        bits_per_byte_reference_low=ours.low,
+        bits_per_byte_reference_high=ours.high,
+        bits_per_byte_candidate=theirs.value,
+        bits_per_byte_candidate_low=theirs.low,
+        bits_per_byte_candidate_high=theirs.high,
         bits_per_byte_difference=interval.value * _BITS,
         bits_per_byte_difference_low=_scaled(interval.low),
         bits_per_byte_difference_high=_scaled(interval.high),
@@ -185,7 +213,9 @@ def compare_bytes(
         confidence=confidence,
         interval_method=clusters.method,
         num_clusters=clusters.num_clusters,
-        margin=margin,
+        margin=allowed.nats,
+        noise_floor=allowed.noise,
+        margin_asked=allowed.asked,
         text_fingerprint=runs[0].text_fingerprint,
         same_tokenizer=runs[0].tokenizer_fingerprint == runs[1].tokenizer_fingerprint,
         reference=_conditions(runs[0]),
@@ -194,6 +224,19 @@ def compare_bytes(
         reasons={} if interval.reason is None else {"byte_ratio_low": interval.reason},
         warnings=_warnings(runs, segments),
     )
+
+
+def _per_byte(
+    values_S: NDArray[np.float64], segments: Segments, clusters: Clusters, confidence: float
+) -> Estimate:
+    """Σ values / Σ bytes of the segments, with the interval of a ratio of two sums."""
+    sums_C, counts_C = (
+        np.bincount(clusters.labels, weights=x_S, minlength=clusters.num_clusters).astype(
+            np.float64
+        )
+        for x_S in (values_S, segments.num_bytes_S)
+    )
+    return ratio_interval(sums_C, counts_C, clusters.method, confidence)
 
 
 def _loss_ratio(segments: Segments, clusters: Clusters, confidence: float) -> Estimate:

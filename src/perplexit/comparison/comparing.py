@@ -3,7 +3,6 @@
 Shape suffix: M = tokens that both runs scored with a finite loss, in window order.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from numpy.typing import NDArray
 from perplexit.comparison.compared_tokens import compared_tokens
 from perplexit.comparison.divergences import buckets_of, divergences_of
 from perplexit.comparison.flips import CONTEXT_TOKENS, first_choices, flips_of, text_around
-from perplexit.comparison.noise import margin_of
 from perplexit.comparison.pairing import Pairs, paired, require_same_input
-from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio, Verdict
+from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio
+from perplexit.comparison.verdicts import margin_of, verdict_of
 from perplexit.errors import UsageError
 from perplexit.metrics.bootstrap import Bootstrap, bootstrap_check
 from perplexit.metrics.estimate import Estimate
-from perplexit.metrics.intervals import Clusters, paired_interval
+from perplexit.metrics.intervals import Clusters, mean_interval, paired_interval
 from perplexit.metrics.likelihood import exp_or_inf, json_figure, mean_nll
 from perplexit.metrics.totals import NllTotals
 from perplexit.runs.run import Run
@@ -31,30 +30,34 @@ def compare(
     *,
     confidence: float = 0.95,
     noise_floor: float = 0.0,
+    margin: float | str = 0.0,
     num_most_changed: int = 10,
 ) -> Comparison:
     """The candidate against the reference, paired token by token. Either may be a run's folder.
 
     noise_floor: nats a token within which two runs of one model are known to differ; what a run
         measured of itself (`eval --measure-noise-floor`) counts too, and the largest decides.
+    margin: the change of the perplexity that does not matter, as a share (0.01) or a percentage
+        ("1%"): within ± log(1.01) of no difference two runs are equivalent.
     Raises FingerprintMismatchError, which says what differs, where the two runs did not score the
     same prepared input; RunError where a run is incomplete; EmptyScoreError without common tokens.
     """
-    if not (math.isfinite(noise_floor) and noise_floor >= 0):
-        raise UsageError(f"noise_floor must be 0 or above, got {noise_floor}: give nats a token")
     if num_most_changed < 0:
         raise UsageError(f"num_most_changed must be 0 or above, got {num_most_changed}")
     reference_run, candidate_run = _opened(reference), _opened(candidate)
+    allowed = margin_of(
+        reference_run, candidate_run, noise_floor=noise_floor, margin=margin, per_byte=False
+    )
     require_same_input(reference_run, candidate_run)
     pairs = paired(reference_run.tokens, candidate_run.tokens)
     interval = paired_interval(pairs.reference, pairs.candidate, pairs.clusters, confidence)
-    margin, noise = margin_of(reference_run, candidate_run, noise_floor)
     delta_M = pairs.delta
+    absolute = mean_interval(np.abs(delta_M), pairs.clusters, confidence).clamped(lowest=0)
     divergences, why_not = divergences_of(reference_run, candidate_run, pairs, confidence)
     choices = first_choices(reference_run, candidate_run, pairs)
     reasons = {} if interval.reason is None else {"ppl_ratio_low": interval.reason}
     return Comparison(
-        verdict=verdict_of(interval, margin),
+        verdict=verdict_of(interval, allowed.nats),
         perplexity_reference=_perplexity(pairs.reference, "perplexity_reference", reasons),
         perplexity_candidate=_perplexity(pairs.candidate, "perplexity_candidate", reasons),
         log_perplexity_difference=interval.value,
@@ -66,17 +69,20 @@ def compare(
         num_tokens=len(delta_M),
         num_unpaired=pairs.num_unpaired,
         max_abs_nll_difference=float(np.abs(delta_M).max()),
-        mean_abs_nll_difference=float(np.abs(delta_M).mean()),
+        mean_abs_nll_difference=absolute.value,
+        mean_abs_nll_difference_low=absolute.low,
+        mean_abs_nll_difference_high=absolute.high,
         confidence=confidence,
         interval_method=pairs.clusters.method,
         num_clusters=pairs.clusters.num_clusters,
-        margin=margin,
-        noise_floor=noise,
+        margin=allowed.nats,
+        noise_floor=allowed.noise,
+        margin_asked=allowed.asked,
         bootstrap=_bootstrap(pairs, interval),
         input_fingerprint=reference_run.input_fingerprint,
         reference=_conditions(reference_run),
         candidate=_conditions(candidate_run),
-        domains=_domain_ratios(pairs, confidence),
+        domains=_domain_ratios(pairs, confidence, allowed.nats),
         most_changed=_most_changed(pairs, delta_M, num_most_changed),
         flips=flips_of(
             reference_run,
@@ -96,21 +102,13 @@ def compare(
     )
 
 
-def verdict_of(interval: Estimate, margin: float) -> Verdict:
-    """What an interval of candidate - reference says; without an interval, nothing is claimed."""
-    low, high = interval.low, interval.high
-    if low is None or high is None or low <= 0 <= high or (-margin <= low and high <= margin):
-        return "not distinguishable"
-    return "worse" if low > 0 else "better"
-
-
 def _bootstrap(pairs: Pairs, interval: Estimate) -> Bootstrap | None:
     labels, count = pairs.clusters.labels, pairs.clusters.num_clusters
     sums_C = np.bincount(labels, weights=pairs.delta, minlength=count).astype(np.float64)
     return bootstrap_check(sums_C, np.bincount(labels, minlength=count), interval)
 
 
-def _domain_ratios(pairs: Pairs, confidence: float) -> tuple[DomainRatio, ...]:
+def _domain_ratios(pairs: Pairs, confidence: float, margin: float) -> tuple[DomainRatio, ...]:
     domain_M = pairs.tokens.domain[pairs.rows]
     ratios = []
     for code in np.unique(domain_M[domain_M >= 0]).tolist():
@@ -127,6 +125,7 @@ def _domain_ratios(pairs: Pairs, confidence: float) -> tuple[DomainRatio, ...]:
                 exp_or_inf(interval.value),
                 _exp(interval.low),
                 _exp(interval.high),
+                verdict_of(interval, margin),
             )
         )
     return tuple(ratios)

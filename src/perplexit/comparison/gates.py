@@ -2,8 +2,10 @@
 
 `ppl_ratio<=1.01` passes when the upper end of the ratio's interval is at most 1.01: a candidate
 passes when the measurement shows that it is good enough, not when it fails to show that it is bad.
+A figure that should have an interval and has none was not measured well enough to pass anything.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,8 +13,9 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 from perplexit.comparison.byte_aligned import ByteComparison
-from perplexit.comparison.record import Comparison
+from perplexit.comparison.record import Comparison, plain_json
 from perplexit.errors import UsageError
+from perplexit.metrics.estimate import Estimate
 
 JudgedOn = Literal["interval", "value"]
 
@@ -44,7 +47,14 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """One gate's outcome; `judged` is the number that was held against the bound."""
+    """One gate's outcome.
+
+    judged:    the number that was held against the bound; None where nothing could be.
+    judged_on: "interval"; "value" where that was asked for, or the figure never has an interval;
+               "not measured" where it should have an interval and has none, or is not finite.
+    end:       which end of the interval was judged, "low" or "high"; None for the value.
+    why:       why a value was judged, or nothing could be.
+    """
 
     gate: str
     passed: bool
@@ -53,21 +63,45 @@ class GateResult:
     value: float
     low: float | None
     high: float | None
-    judged: float
-    judged_on: str  # "interval", or "value" where asked for or where there is no interval
+    judged: float | None
+    judged_on: str
+    end: str | None = None
+    why: str = ""
+
+    @property
+    def says(self) -> str:
+        """What was held against the bound: `high end 1.0228 > 1.01`, `not measured: …`."""
+        if self.judged is None:
+            return f"not measured: {self.why}"
+        what = "value" if self.end is None else f"{self.end} end"
+        sign = "<" if self.judged < self.bound else ">" if self.judged > self.bound else "="
+        says = f"{what} {_apart(self.judged, self.bound)} {sign} {self.bound:g}"
+        return f"{says} ({self.why})" if self.why else says
 
     def __str__(self) -> str:
         interval = (
             "" if self.low is None or self.high is None else f" [{self.low:.6g}, {self.high:.6g}]"
         )
         return (
-            f"{'pass' if self.passed else 'FAIL'}  {self.gate}: "
+            f"{'pass' if self.passed else 'FAIL'}  {self.gate}: {self.says}; "
             f"{self.metric} = {self.value:.6g}{interval}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values."""
-        return asdict(self)
+        """The result as plain JSON values, every number finite or null."""
+        plain: dict[str, Any] = plain_json(asdict(self) | {"says": self.says})
+        return plain
+
+
+def _apart(number: float, bound: float) -> str:
+    """Return a number with as many digits as set it apart from the bound, six at least."""
+    for digits in range(6, 18):
+        shown = f"{number:.{digits}g}"
+        if (float(shown) < bound) == (number < bound) and (float(shown) > bound) == (
+            number > bound
+        ):
+            return shown
+    return repr(number)
 
 
 def parse_gate(text: str) -> Gate:
@@ -77,8 +111,8 @@ def parse_gate(text: str) -> Gate:
     """
     match = _GATE.fullmatch(PRESETS.get(text.strip(), text))
     try:
-        if match is not None:
-            return Gate(match[1], match[2], float(match[3]))  # type: ignore[arg-type]
+        if match is not None and math.isfinite(bound := float(match[3])):
+            return Gate(match[1], match[2], bound)  # type: ignore[arg-type]
     except ValueError:
         pass
     raise UsageError(
@@ -96,7 +130,9 @@ def judge(
     """Each gate held against a comparison, in the order given.
 
     On the interval (the default) the bad end counts: the high end for `<=` and `<`, the low end
-    for `>=` and `>`. A figure without an interval is judged on its value, and the result says so.
+    for `>=` and `>`. A figure that never has an interval (a maximum, a percentile) is judged on its
+    value, and the result says so. One that should have an interval and has none fails as not
+    measured, unless the value was asked for; a figure that is not finite fails always.
     Raises UsageError for a metric that the comparison does not have.
     """
     figures = comparison.figures()
@@ -108,23 +144,45 @@ def judge(
                 f"the gate {gate} asks for {gate.metric!r}, but this comparison has "
                 f"{', '.join(sorted(figures))}; {_why_not(comparison)}"
             )
-        end = figure.high if gate.operator in ("<=", "<") else figure.low
-        on_interval = judged_on == "interval" and end is not None
-        judged = end if on_interval and end is not None else figure.value
-        results.append(
-            GateResult(
-                gate=str(gate),
-                passed=gate.holds(judged),
-                metric=gate.metric,
-                bound=gate.bound,
-                value=figure.value,
-                low=figure.low,
-                high=figure.high,
-                judged=judged,
-                judged_on="interval" if on_interval else "value",
-            )
-        )
+        results.append(_result(gate, figure, judged_on))
     return results
+
+
+def _result(gate: Gate, figure: Estimate, judged_on: JudgedOn) -> GateResult:
+    judged, on, end, why = _number_to_judge(gate, figure, judged_on)
+    return GateResult(
+        gate=str(gate),
+        passed=judged is not None and gate.holds(judged),
+        metric=gate.metric,
+        bound=gate.bound,
+        value=figure.value,
+        low=figure.low,
+        high=figure.high,
+        judged=judged,
+        judged_on=on,
+        end=end,
+        why=why,
+    )
+
+
+def _number_to_judge(
+    gate: Gate, figure: Estimate, judged_on: JudgedOn
+) -> tuple[float | None, str, str | None, str]:
+    """Return (the number, what it is, which end of the interval, why it is not an interval's)."""
+    if not math.isfinite(figure.value):
+        return None, "not measured", None, "the figure is not a finite number"
+    if judged_on == "value":
+        return figure.value, "value", None, "the value was asked for"
+    if not figure.should_have_interval:
+        return figure.value, "value", None, "this figure never has an interval"
+    name = "high" if gate.operator in ("<=", "<") else "low"
+    end = figure.high if name == "high" else figure.low
+    if end is None:
+        reason = figure.reason or "it has no interval"
+        return None, "not measured", None, f"{reason} (--gate-on value judges the value alone)"
+    if not math.isfinite(end):
+        return None, "not measured", None, f"the {name} end is not a finite number"
+    return end, "interval", name, ""
 
 
 def _why_not(comparison: Comparison | ByteComparison) -> str:
@@ -158,7 +216,7 @@ def junit_xml(results_by_candidate: dict[str, list[GateResult]]) -> str:
 
 def markdown(results_by_candidate: dict[str, list[GateResult]]) -> str:
     """The gates as a Markdown table, for a CI job's summary."""
-    lines = ["| candidate | gate | value | interval | |", "|---|---|---|---|---|"]
+    lines = ["| candidate | gate | value | interval | judged | |", "|---|---|---|---|---|---|"]
     for candidate, results in results_by_candidate.items():
         for result in results:
             interval = (
@@ -167,6 +225,8 @@ def markdown(results_by_candidate: dict[str, list[GateResult]]) -> str:
                 else f"{result.low:.6g} … {result.high:.6g}"
             )
             mark = "pass" if result.passed else "**FAIL**"
-            name = candidate.replace("|", "\\|")
-            lines.append(f"| {name} | `{result.gate}` | {result.value:.6g} | {interval} | {mark} |")
+            name, says = (text.replace("|", "\\|") for text in (candidate, result.says))
+            lines.append(
+                f"| {name} | `{result.gate}` | {result.value:.6g} | {interval} | {says} | {mark} |"
+            )
     return "\n".join(lines) + "\n"

@@ -76,6 +76,7 @@ def compare_runs(
     *,
     confidence: float = 0.95,
     noise_floor: float = 0.0,
+    margin: float | str = 0.0,
     num_most_changed: int = 10,
     gates: Sequence[str] = (),
     gates_on: JudgedOn = "interval",
@@ -84,6 +85,7 @@ def compare_runs(
 
     Runs of different tokenizers or windows over the same text are compared byte by byte, where
     token perplexities would say nothing. gates: `METRIC<=NUMBER` and so on, or a preset's name.
+    confidence, noise_floor, margin: as in `compare`; the ranking follows them too.
     Raises FingerprintMismatchError for different texts, UsageError for what is no gate.
     """
     parsed = [parse_gate(gate) for gate in gates]
@@ -92,19 +94,15 @@ def compare_runs(
     names = [
         str(c.folder or c.model["address"]) if isinstance(c, Run) else str(c) for c in candidates
     ]
-    comparisons: list[Comparison | ByteComparison] = []
-    for run in runs:
-        comparisons.append(
-            (compare_bytes if only_by_bytes(base, run) else compare)(
-                base,
-                run,
-                confidence=confidence,
-                noise_floor=noise_floor,
-                num_most_changed=num_most_changed,
-            )
+    options: Any = {"confidence": confidence, "noise_floor": noise_floor, "margin": margin}
+    comparisons: list[Comparison | ByteComparison] = [
+        (compare_bytes if only_by_bytes(base, run) else compare)(
+            base, run, num_most_changed=num_most_changed, **options
         )
+        for run in runs
+    ]
     results = [_judged(comparison, parsed, gates_on) for comparison in comparisons]
-    return ComparedRuns(names, comparisons, results, _ranks(runs, comparisons))
+    return ComparedRuns(names, comparisons, results, _ranks(runs, comparisons, options))
 
 
 def _judged(
@@ -115,11 +113,13 @@ def _judged(
     return judge(comparison, gates, judged_on=gates_on)
 
 
-def _ranks(runs: list[Run], comparisons: list[Comparison | ByteComparison]) -> list[int]:
+def _ranks(
+    runs: list[Run], comparisons: list[Comparison | ByteComparison], options: dict[str, Any]
+) -> list[int]:
     by_token = [c for c in comparisons if isinstance(c, Comparison)]
     if len(runs) < 2 or len(by_token) < len(runs):
         return []
-    places = ranked([(str(index), run) for index, run in enumerate(runs)], by_token)
+    places = ranked([(str(index), run) for index, run in enumerate(runs)], by_token, **options)
     rank_of = {place.name: place.rank for place in places}
     return [rank_of[str(index)] for index in range(len(runs))]
 

@@ -10,7 +10,7 @@ from perplexit.runs.run import Run
 
 @dataclass(frozen=True, slots=True)
 class RankedRun:
-    """A run's place: 1 is the lowest perplexity; runs that cannot be told apart share a place."""
+    """A run's place: 1 is the lowest perplexity; equivalent and inconclusive pairs share one."""
 
     rank: int
     name: str
@@ -18,13 +18,30 @@ class RankedRun:
 
 
 def ranked(
-    candidates: Sequence[tuple[str, Run]], comparisons: Sequence[Comparison]
+    candidates: Sequence[tuple[str, Run]],
+    comparisons: Sequence[Comparison],
+    *,
+    confidence: float = 0.95,
+    noise_floor: float = 0.0,
+    margin: float | str = 0.0,
 ) -> list[RankedRun]:
     """The candidates, each with its comparison to the reference, from best to worst.
 
-    A candidate shares the place of the one before it where their paired comparison says "not
-    distinguishable"; being told apart from the best of a tied group opens the next place.
+    A candidate shares the place of the best of the group before it, unless the paired comparison
+    of the two says that it is worse. confidence, noise_floor, margin: those of `compare`.
     """
+
+    def told_apart(best: Run, run: Run) -> bool:
+        found = compare(
+            best,
+            run,
+            confidence=confidence,
+            noise_floor=noise_floor,
+            margin=margin,
+            num_most_changed=0,
+        )
+        return found.verdict in ("worse", "better")
+
     order = sorted(
         range(len(candidates)), key=lambda index: comparisons[index].log_perplexity_difference
     )
@@ -33,9 +50,7 @@ def ranked(
     rank = 0
     for position, index in enumerate(order, start=1):
         name, run = candidates[index]
-        if leader is None or compare(leader, run, num_most_changed=0).verdict != (
-            "not distinguishable"
-        ):
+        if leader is None or told_apart(leader, run):
             leader, rank = run, position
         places.append(RankedRun(rank, name, comparisons[index]))
     return places

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from perplexit.comparison.compared_tokens import ComparedTokens
 from perplexit.comparison.divergences import Divergences
 from perplexit.comparison.flips import Flip, Flips
+from perplexit.comparison.sentences import Judged, changed_predictions
+from perplexit.comparison.verdicts import Margin, Verdict, resolution_of
 from perplexit.metrics.bootstrap import Bootstrap
 from perplexit.metrics.divergence import Distribution
 from perplexit.metrics.estimate import Estimate
-
-Verdict = Literal["better", "worse", "not distinguishable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,14 @@ class ChangedToken:
 
 @dataclass(frozen=True, slots=True)
 class DomainRatio:
-    """One domain's paired ratio; `low` and `high` are None where it has less than two clusters."""
+    """One domain's paired ratio and verdict; `low` and `high` are None without an interval."""
 
     domain: str
     num_tokens: int
     ppl_ratio: float
     ppl_ratio_low: float | None
     ppl_ratio_high: float | None
+    verdict: Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,12 @@ class Comparison:
 
     log_perplexity_difference: mean of candidate - reference nll, nats a token; above 0 is worse.
     ppl_ratio:   exp of it, the candidate's perplexity over the reference's.
-    verdict:     'not distinguishable' where the interval includes 0 or lies inside ± `margin`, or
-                 where there is no interval (`reasons` says why); else 'better' or 'worse'.
+    verdict:     'worse' where the interval lies above `margin`, 'better' below -`margin`,
+                 'equivalent' inside ± `margin`; else, and without an interval, 'inconclusive'.
     divergences: KL and what goes with it, where the candidate was scored with this reference.
     buckets:     the change of the loss by position, token frequency and confidence.
-    margin:      max(1e-5, the noise floors), nats a token; `noise_floor` says which there were.
+    margin:      max(1e-5, the noise floors, the margin asked for), nats per token;
+                 `noise_floor` has the floors in nats, `margin_asked` the share of the perplexity.
     bootstrap:   the block bootstrap of the same difference, as a check of the interval.
     flips:       tokens at which the models' first choices differ; None where no run tells.
     num_unpaired: tokens left out because a loss was not finite; `warnings` says so.
@@ -76,7 +78,10 @@ class Comparison:
     input_fingerprint: str
     reference: dict[str, Any]
     candidate: dict[str, Any]
+    mean_abs_nll_difference_low: float | None = None
+    mean_abs_nll_difference_high: float | None = None
     noise_floor: dict[str, float | None] = field(default_factory=dict)
+    margin_asked: float = 0.0
     bootstrap: Bootstrap | None = None
     flips: Flips | None = None
     domains: tuple[DomainRatio, ...] = ()
@@ -89,11 +94,9 @@ class Comparison:
 
     def figures(self) -> dict[str, Estimate]:
         """The figures by the names that gates use."""
-        paired = ("ppl_ratio", "log_perplexity_difference")
-        figures = {name: recorded_estimate(self, name) for name in paired} | {
-            "mean_abs_nll_difference": Estimate(self.mean_abs_nll_difference),
-            "max_abs_nll_difference": Estimate(self.max_abs_nll_difference),
-        }
+        means = ("ppl_ratio", "log_perplexity_difference", "mean_abs_nll_difference")
+        figures = {name: recorded_estimate(self, name) for name in means}
+        figures["max_abs_nll_difference"] = Estimate(self.max_abs_nll_difference)
         if self.divergences is not None:
             for name, found in self.divergences.columns.items():
                 figures |= _divergence_figures(name, found)
@@ -106,14 +109,36 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values, every number finite or null."""
-        record: dict[str, Any] = plain_json(asdict(replace(self, tokens=None)))
+        record = asdict(replace(self, tokens=None)) | told_in_json(self.judged)
         del record["tokens"]
-        return record
+        plain: dict[str, Any] = plain_json(record)
+        return plain
+
+    @property
+    def judged(self) -> Judged:
+        """The difference and its margin, which tell the verdict in words."""
+        floor = None if self.divergences is None else self.divergences.floor
+        figures = self.figures()
+        if self.divergences is not None and "kl" in self.divergences.columns:
+            figures["mean_kl"] = self.divergences.columns["kl"].mean  # its own, not the upper bound
+        return Judged(
+            recorded_estimate(self, "log_perplexity_difference"),
+            Margin(self.margin, self.margin_asked, self.noise_floor),
+            unit="token",
+            num_units=self.num_tokens,
+            changed=changed_predictions(figures, 0.0 if floor is None else floor[0]),
+            identical=self.max_abs_nll_difference == 0,
+        )
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in plain words, with what is known and what more text would show."""
+        return self.judged.sentence()
 
     def __str__(self) -> str:
         percent = f"{100 * self.confidence:g} %"
         lines = [
-            f"verdict:    {self.verdict}",
+            f"verdict:    {self.verdict}. {self.sentence}",
             f"reference:  perplexity {_shown(self.perplexity_reference)}  {_name(self.reference)}",
             f"candidate:  perplexity {_shown(self.perplexity_candidate)}  {_name(self.candidate)}",
             f"ratio:      {self.ppl_ratio:.6f} "
@@ -128,10 +153,12 @@ class Comparison:
         if self.divergences is not None:
             lines += _divergence_lines(self.figures(), self.divergences)
         lines += _bootstrap_lines(self.bootstrap, self.interval_method)
-        lines += [f"note:       {text}" for text in (*self.reasons.values(), *self.warnings)]
+        reasons = [text for name, text in self.reasons.items() if name != "ppl_ratio_low"]
+        lines += [f"note:       {text}" for text in (*reasons, *self.warnings)]
         for row in self.domains:
             interval = _range(row.ppl_ratio_low, row.ppl_ratio_high, ".5f")
-            lines.append(f"  {row.domain}: ratio {row.ppl_ratio:.5f} {interval}")
+            shown = f"{row.ppl_ratio:.5f} {interval}".rstrip()
+            lines.append(f"  {row.domain}: ratio {shown}, {row.verdict}")
         if self.most_changed:
             lines.append("most changed tokens (reference -> candidate, nats):")
         lines += [
@@ -234,6 +261,15 @@ def recorded_estimate(comparison: Any, name: str) -> Estimate:
     reason = None if low is not None else next(iter(comparison.reasons.values()), None)
     method, count = comparison.interval_method, comparison.num_clusters
     return Estimate(value, low, high, method, count, comparison.confidence, reason=reason)
+
+
+def told_in_json(judged: Judged) -> dict[str, Any]:
+    """Return the verdict's sentence, and what the text can show, for a JSON document."""
+    found = resolution_of(judged.difference, judged.margin.nats)
+    return {
+        "sentence": judged.sentence(),
+        "resolution": None if found is None else asdict(found),
+    }
 
 
 def plain_json(value: Any) -> Any:

@@ -64,9 +64,9 @@ class PairedOutcome:
     steps_to_reference_end: int | None
 
     def verdict(self, confidence: float) -> str:
-        """`better`, `worse` or `not distinguishable`, by the corrected paired t-test."""
+        """`better`, `worse` or `inconclusive`, by the corrected paired t-test."""
         if not self.p_t < 1 - confidence:
-            return "not distinguishable"
+            return "inconclusive"
         return "better" if self.ratio < 1 else "worse"
 
 

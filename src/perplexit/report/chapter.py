@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from perplexit.comparison.digits import DASH, figure, interval, quantity
 from perplexit.report import charts
 from perplexit.report.chart_rows import (
     Row,
@@ -13,7 +14,7 @@ from perplexit.report.chart_rows import (
 )
 from perplexit.report.charts import Chart
 from perplexit.report.subject import Subject, peak_bytes_of
-from perplexit.report.wording import DASH, figure, interval, quantity, ratio_of
+from perplexit.report.wording import ratio_of
 
 
 def charts_of(subject: Subject) -> list[Chart]:

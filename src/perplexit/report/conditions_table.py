@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from perplexit.comparison.digits import DASH
 from perplexit.report.subject import Subject
-from perplexit.report.wording import DASH, mebibytes
+from perplexit.report.wording import mebibytes
 from perplexit.runs.run import Run
 
 

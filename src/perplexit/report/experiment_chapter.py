@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perplexit.comparison.digits import DASH, figure, interval
 from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, MethodOutcome, PairedOutcome
 from perplexit.report.charts import Chart
@@ -15,7 +16,6 @@ from perplexit.report.experiment_charts import (
     experiment_charts,
     labelling_seconds,
 )
-from perplexit.report.wording import DASH, figure, interval
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,14 @@ from typing import Any
 
 from perplexit import __version__
 from perplexit.comparison import ChangedToken, Comparison
+from perplexit.comparison.digits import DASH, figure, interval
 from perplexit.report.charts import Chart
 from perplexit.report.conditions_table import conditions_of, notes_of
 from perplexit.report.experiment_chapter import Chapter
 from perplexit.report.extra import loaded
 from perplexit.report.predictions import aligned_rows, changed_choices, prediction_rows
 from perplexit.report.subject import Subject, peak_bytes_of, precision_of
-from perplexit.report.wording import DASH, Finding, figure, headline, interval, mebibytes
+from perplexit.report.wording import Finding, headline, mebibytes
 
 SCRIPTS = ("columns.js", "tokens.js", "details.js", "list.js", "page.js", "start.js")
 _ESCAPES = {
@@ -30,7 +31,12 @@ _ESCAPES = {
     "\u2028": "\\u2028",
     "\u2029": "\\u2029",
 }
-_SIGNS = {"worse": "▲", "better": "▼", "not distinguishable": "="}  # not by colour alone
+_SIGNS = {
+    "worse": "▲",
+    "better": "▼",
+    "equivalent": "=",
+    "inconclusive": "?",
+}  # not by colour alone
 
 
 def page_of(
@@ -76,6 +82,7 @@ def _of_runs(subject: Subject, charts: Sequence[Chart], data: dict[str, Any]) ->
         "confidence": f"{100 * subject.confidence:g} %",
         "runs": _run_rows(subject),
         "is_comparison": bool(subject.comparisons),
+        "margin": _margins(subject),
         "reference_label": subject.labels[0],
         "charts": charts,
         "domains": _domain_table(subject),
@@ -115,6 +122,13 @@ def json_block(data: Any) -> str:
     for character, escape in _ESCAPES.items():
         text = text.replace(character, escape)
     return text
+
+
+def _margins(subject: Subject) -> str:
+    """The margins of the verdicts in words; runs may have noise floors of their own."""
+    judged = [found.judged for found in subject.comparisons]
+    judged += [found.judged for _, found in subject.aligned]
+    return " or ".join(dict.fromkeys(found.margin_in_words for found in judged)) or "none"
 
 
 def _facts(subject: Subject) -> list[str]:
@@ -178,21 +192,24 @@ def _domain_table(subject: Subject) -> list[dict[str, Any]]:
         for index, run in enumerate(runs):
             own = next((d for d in run.domains if d["domain"] == entry["domain"]), None)
             shown = figure(own["perplexity"]) if own else DASH
-            cells.append({"perplexity": shown, "ratio": _domain_ratio(subject, index, entry)})
+            ratio, verdict = _domain_ratio(subject, index, entry)
+            cells.append({"perplexity": shown, "ratio": ratio, "verdict": verdict})
         rows.append(
             {"domain": entry["domain"], "tokens": f"{entry['num_tokens']:,}", "cells": cells}
         )
     return rows
 
 
-def _domain_ratio(subject: Subject, index: int, entry: dict[str, Any]) -> str:
+def _domain_ratio(subject: Subject, index: int, entry: dict[str, Any]) -> tuple[str, str]:
+    """(the paired ratio in words, the verdict) of a run in a domain; nothing of the reference."""
     if index == 0:
-        return ""
+        return "", ""
     for domain in subject.comparisons[index - 1].domains:
         if domain.domain == entry["domain"]:
             low, high = domain.ppl_ratio_low, domain.ppl_ratio_high
-            return f"× {figure(domain.ppl_ratio, low, high)} {interval(low, high)}".strip()
-    return ""
+            shown = f"× {figure(domain.ppl_ratio, low, high)} {interval(low, high)}".strip()
+            return shown, domain.verdict
+    return "", ""
 
 
 def _changed(subject: Subject) -> list[ChangedToken]:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from perplexit.comparison import Comparison
 from perplexit.comparison.byte_aligned import ByteComparison, ChangedSegment
+from perplexit.comparison.digits import DASH, figure, interval
 from perplexit.comparison.flips import Flip, Flips
 from perplexit.metrics.estimate import Estimate
 from perplexit.report.subject import Subject
-from perplexit.report.wording import DASH, figure, interval
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ class Subject:
         *,
         labels: Sequence[str] | None = None,
         confidence: float = 0.95,
+        noise_floor: float = 0.0,
+        margin: float | str = 0.0,
         num_most_changed: int = 20,
     ) -> "Subject":
         """The runs compared with the first of them; over the same text in other tokens, by bytes.
@@ -53,7 +55,12 @@ class Subject:
             _ = run.tokens  # not complete: said before anything is computed
         names = tuple(labels) if labels is not None else labels_of(runs)
         by_bytes = [only_by_bytes(runs[0], run) for run in runs]
-        options: Any = {"confidence": confidence, "num_most_changed": num_most_changed}
+        options: Any = {
+            "confidence": confidence,
+            "noise_floor": noise_floor,
+            "margin": margin,
+            "num_most_changed": num_most_changed,
+        }
         own = [index for index, other in enumerate(by_bytes) if not other]
         return cls(
             runs=tuple(runs[index] for index in own),

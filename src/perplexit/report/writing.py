@@ -100,6 +100,8 @@ def write_report(
     tokens: TokenFile | str | Path | None = None,
     tokenizer: str | Path | None = None,
     confidence: float = 0.95,
+    noise_floor: float = 0.0,
+    margin: float | str = 0.0,
     max_tokens: int = MAX_TOKENS,
     max_alternatives: int = MAX_ALTERNATIVES,
     force: bool = False,
@@ -111,6 +113,7 @@ def write_report(
     labels:    a name for each run; None takes the folders' names.
     tokens:    the runs' input, for the text that was not scored; None looks where it was.
     tokenizer: where alternatives are spelled; None looks in the models' own folders.
+    confidence, noise_floor, margin: as in `compare`; the verdicts follow them.
     max_tokens: how many tokens of text the page holds, in reading order; all count in the figures.
     max_alternatives: how many recorded alternatives a token keeps in the page; fewer where many
         runs over much text would make the file too large to open with pleasure.
@@ -131,7 +134,13 @@ def write_report(
     subject = None
     data: dict[str, Any] = {"numTokens": 0, "numShown": 0}
     if measured or not experiments:
-        subject = Subject.of(measured, labels=labels, confidence=confidence)
+        subject = Subject.of(
+            measured,
+            labels=labels,
+            confidence=confidence,
+            noise_floor=noise_floor,
+            margin=margin,
+        )
         if tokens is None:
             tokens = input_of(subject.reference)
         elif not isinstance(tokens, TokenFile):
