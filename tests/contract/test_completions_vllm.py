@@ -89,7 +89,7 @@ def test_vllm_gives_pytorch_s_losses(style, vllm_url, tokens, reference, monkeyp
     print(f"\n{style}: max {difference.max():.2e}, mean {difference.mean():.2e} nats a token")
     assert difference.max() < 1e-3
     assert run.perplexity == pytest.approx(reference.perplexity, rel=1e-4)
-    assert px.compare(reference, run).verdict == "not distinguishable"
+    assert px.compare(reference, run).verdict in ("equivalent", "inconclusive")
     session.close()
 
 

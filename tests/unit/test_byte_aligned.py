@@ -94,7 +94,7 @@ def test_the_verdict_and_its_interval(runs: tuple[Run, Run]) -> None:
     assert found.byte_ratio_low > 1
     assert found.byte_ratio_low < found.byte_ratio < found.byte_ratio_high
     assert compare_bytes(runs[1], runs[0]).verdict == "better"
-    assert compare_bytes(*runs, noise_floor=100.0).verdict == "not distinguishable"
+    assert compare_bytes(*runs, noise_floor=100.0).verdict == "equivalent"
     wider = compare_bytes(*runs, confidence=0.99)
     assert wider.byte_ratio_high > found.byte_ratio_high
 
@@ -102,7 +102,7 @@ def test_the_verdict_and_its_interval(runs: tuple[Run, Run]) -> None:
 def test_a_run_against_itself_has_no_difference_at_all(runs: tuple[Run, Run]) -> None:
     same = compare_bytes(runs[0], runs[0].folder)
     assert same.log_difference == 0.0
-    assert same.verdict == "not distinguishable"
+    assert same.verdict == "equivalent"
     assert same.num_unaligned_bytes_reference == 0
     assert same.bits_per_byte_reference == pytest.approx(runs[0].bits_per_byte, rel=1e-12)
 

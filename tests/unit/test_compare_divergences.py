@@ -71,7 +71,7 @@ def test_the_same_weights_have_no_divergence(runs: Path) -> None:
     comparison = px.compare(runs / "reference", runs / "same")
     assert comparison.figures()["max_kl"].value < 1e-9
     assert comparison.figures()["top1_agreement"].value == 1
-    assert comparison.verdict == "not distinguishable"
+    assert comparison.verdict == "equivalent"
 
 
 def test_divergences_from_another_reference_are_left_out_and_said(runs: Path) -> None:
@@ -138,6 +138,6 @@ def test_a_rank_is_by_what_can_be_told_apart(tmp_path: Path, byte_tokenizer_json
 
 
 def test_a_noise_floor_widens_what_counts_as_equal(runs: Path) -> None:
-    assert px.compare(runs / "reference", runs / "noisy").verdict != "not distinguishable"
+    assert px.compare(runs / "reference", runs / "noisy").verdict in ("worse", "better")
     wide = px.compare(runs / "reference", runs / "noisy", noise_floor=50.0)
-    assert wide.verdict == "not distinguishable"
+    assert wide.verdict == "equivalent"

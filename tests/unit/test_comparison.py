@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 import perplexit as px
-from perplexit.comparison.comparing import verdict_of
+from perplexit.comparison.verdicts import verdict_of
 from perplexit.errors import EmptyScoreError, FingerprintMismatchError, RunError, UsageError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
@@ -58,9 +58,9 @@ def reference(tokens: TokenFile) -> Run:
     return px.evaluate(BigramSession(), tokens)
 
 
-def test_a_run_against_itself_is_not_distinguishable(reference: Run) -> None:
+def test_a_run_against_itself_is_equivalent(reference: Run) -> None:
     same = px.compare(reference, reference)
-    assert same.verdict == "not distinguishable"
+    assert same.verdict == "equivalent"
     assert same.ppl_ratio == 1.0
     assert same.max_abs_nll_difference == 0.0
     assert same.most_changed == ()
@@ -84,16 +84,14 @@ def test_a_difference_below_float32_noise_is_not_claimed(tokens: TokenFile, refe
     )
     tiny = px.compare(reference, shifted)
     assert tiny.log_perplexity_difference_low > 0
-    assert tiny.verdict == "not distinguishable"
+    assert tiny.verdict == "equivalent"
 
 
-def test_a_noise_floor_widens_what_is_not_distinguishable(
-    tokens: TokenFile, reference: Run
-) -> None:
+def test_a_noise_floor_widens_what_is_equivalent(tokens: TokenFile, reference: Run) -> None:
     candidate = px.evaluate(ShiftedSession(0.001), tokens)
     assert px.compare(reference, candidate).verdict == "worse"
     floored = px.compare(reference, candidate, noise_floor=0.002)
-    assert (floored.verdict, floored.margin) == ("not distinguishable", 0.002)
+    assert (floored.verdict, floored.margin) == ("equivalent", 0.002)
     with pytest.raises(UsageError, match="noise_floor"):
         px.compare(reference, candidate, noise_floor=-1.0)
 
@@ -106,7 +104,7 @@ def test_noise_around_zero_is_distinguished_as_rarely_as_promised(reference: Run
         noise = random.normal(0, 0.05, len(reference.tokens)).astype(np.float32)
         nll = reference.tokens.nll + noise
         candidate = replace(reference, loaded_tokens=replace(reference.tokens, nll=nll))
-        wrong += px.compare(reference, candidate).verdict != "not distinguishable"
+        wrong += px.compare(reference, candidate).verdict != "inconclusive"
     assert 2 <= wrong <= 20
 
 
@@ -115,10 +113,12 @@ def test_noise_around_zero_is_distinguished_as_rarely_as_promised(reference: Run
     [
         (1e-4, 2e-4, "worse"),
         (-2e-4, -1e-4, "better"),
-        (-1e-4, 1e-4, "not distinguishable"),
-        (1e-6, 9e-6, "not distinguishable"),
-        (1e-6, 2e-5, "worse"),
-        (None, None, "not distinguishable"),
+        (-1e-4, 1e-4, "inconclusive"),
+        (1e-6, 9e-6, "equivalent"),
+        (-1e-5, 1e-5, "equivalent"),
+        (1e-6, 2e-5, "inconclusive"),
+        (-2e-5, -1e-6, "inconclusive"),
+        (None, None, "inconclusive"),
     ],
 )
 def test_verdicts(low: float | None, high: float | None, expected: str) -> None:
@@ -196,7 +196,7 @@ def test_a_single_window_has_no_interval_and_claims_nothing(prepare: Prepare) ->
     tokens = prepare("One window.", max_length=64, stride=32)
     run = px.evaluate(BigramSession(), tokens)
     comparison = px.compare(run, px.evaluate(ShiftedSession(0.5), tokens))
-    assert comparison.verdict == "not distinguishable"
+    assert comparison.verdict == "inconclusive"
     assert comparison.ppl_ratio_low is None
     assert "at least 2" in comparison.reasons["ppl_ratio_low"]
     assert "at least 2" in str(comparison)

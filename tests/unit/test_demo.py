@@ -16,7 +16,10 @@ import perplexit as px
 from perplexit.cli import demo_story
 from perplexit.cli.app import app
 from perplexit.cli.output import PLAIN_WIDTH
+from perplexit.comparison.sentences import Judged
+from perplexit.comparison.verdicts import Margin
 from perplexit.errors import MissingPackageError
+from perplexit.metrics.estimate import Estimate
 
 
 @pytest.fixture
@@ -50,12 +53,21 @@ def _run(folder: Path) -> SimpleNamespace:
     )
 
 
+_ENDS = {"worse": (0.04, 0.06), "better": (-0.06, -0.04), "inconclusive": (-0.01, 0.11)}
+
+
 def _comparison(verdict: str) -> SimpleNamespace:
     return SimpleNamespace(
         verdict=verdict,
         ppl_ratio=1.05,
         ppl_ratio_low=1.04,
         ppl_ratio_high=1.06,
+        judged=Judged(
+            Estimate(0.05, *_ENDS[verdict], method="document", num_clusters=24, confidence=0.95),
+            Margin(1e-5, 0.0, {}),
+            unit="token",
+            num_units=7000,
+        ),
         to_json=lambda: {"verdict": verdict},
     )
 
@@ -114,7 +126,7 @@ def test_the_table_keeps_every_number_in_a_log_file() -> None:
     scored = [
         demo_story.Scored(way.name, _run(Path(way.run)), comparison)
         for way, comparison in zip(
-            demo_story.WAYS, [None, *[_comparison("not distinguishable")] * 3], strict=True
+            demo_story.WAYS, [None, *[_comparison("inconclusive")] * 3], strict=True
         )
     ]
     console = Console(width=PLAIN_WIDTH, file=io.StringIO())
@@ -127,9 +139,9 @@ def test_the_table_keeps_every_number_in_a_log_file() -> None:
 @pytest.mark.parametrize(
     ("verdict", "said"),
     [
-        ("not distinguishable", "cannot be told from the reference"),
-        ("worse", "its perplexity is 5 % higher"),
-        ("better", "its perplexity is 5 % lower"),
+        ("inconclusive", "cannot be told from the reference by perplexity on 7,000 tokens"),
+        ("worse", "PyTorch bf16 is worse than the reference"),
+        ("better", "PyTorch bf16 is better than the reference"),
     ],
 )
 def test_the_explanation_says_what_a_verdict_means(verdict: str, said: str, tmp_path: Path) -> None:

@@ -44,9 +44,10 @@ def test_the_bad_end_of_the_interval_decides() -> None:
     assert (lower.passed, lower.judged) == (False, 0.998)
 
 
-def test_a_figure_without_an_interval_is_judged_on_its_value_and_says_so() -> None:
-    result = judge(comparison(1.0, None, None), [parse_gate("ppl_ratio<=1.001")])[0]
-    assert (result.passed, result.judged_on) == (True, "value")
+def test_a_figure_that_never_has_an_interval_is_judged_on_its_value_and_says_so() -> None:
+    result = judge(comparison(1.0, None, None), [parse_gate("max_abs_nll_difference<=0.5")])[0]
+    assert (result.passed, result.judged_on, result.judged) == (True, "value", 0.5)
+    assert "never has an interval" in str(result)
 
 
 def test_presets_are_the_seeds_targets() -> None:

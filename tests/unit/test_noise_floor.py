@@ -64,7 +64,7 @@ def test_the_verdict_uses_it(tokens: TokenFile) -> None:
     assert without.verdict == "worse"  # the same model: only the batches differ
     assert without.margin == 1e-5
     found = px.compare(*pair(measured=True))
-    assert found.verdict == "not distinguishable"
+    assert found.verdict == "equivalent"
     assert found.margin == pytest.approx(0.02, abs=1e-3)
     assert found.noise_floor["reference"] == pytest.approx(0.02, abs=1e-4)
     assert px.compare(*pair(measured=True), noise_floor=0.5).margin == 0.5

@@ -47,7 +47,7 @@ def test_verdicts_follow_the_corrected_test_and_the_side() -> None:
     verdicts = {row.method: row.verdict(0.95) for row in found.comparisons}
     assert verdicts == {
         "igf-quantile": "better",
-        "random-skip": "not distinguishable",
+        "random-skip": "inconclusive",
         "high-loss": "worse",
     }
     assert headline_of(found).startswith("Selecting by igf-quantile ends at 0.7")

@@ -97,4 +97,4 @@ def test_runs_in_other_tokens_are_set_beside_byte_by_byte(
     json.dumps(written.to_json(), allow_nan=False)
     alone = px.write_report([runs[0], other], tmp_path / "alone.html")
     assert alone.headline.startswith("Byte by byte, letters ")
-    assert "bits a byte" in alone.headline
+    assert "bits per byte" in alone.headline

@@ -9,11 +9,12 @@ import typer
 import perplexit as px
 from perplexit.cli.gate_files import MarkdownSummary, junit_output
 from perplexit.cli.group import examples
-from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell
+from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell, tell_wrapped
 from perplexit.errors import GateError, UsageError
 
 EXAMPLES = examples(
     "perplexit compare runs/fp32 runs/bf16",
+    "perplexit compare runs/fp32 runs/bf16 --margin 1%",
     "perplexit compare runs/fp32 runs/bf16 runs/onnx-int4 --confidence 0.99 --most-changed 10",
     "perplexit compare runs/fp32 runs/q8 --gate 'ppl_ratio<=1.01' --gate 'mean_kl<=0.02'",
     "perplexit compare runs/fp32 runs/port --gate fp16 --junit gates.xml --markdown gates.md",
@@ -38,9 +39,17 @@ def compare(
     noise_floor: Annotated[
         float,
         typer.Option(
-            min=0.0, help="Nats a token within which runs of one model are known to vary."
+            min=0.0, help="Nats per token within which runs of one model are known to vary."
         ),
     ] = 0.0,
+    margin: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE",
+            help="The change of the perplexity that does not matter, 1% or 0.01: runs that differ "
+            "by less are equivalent, and worse or better must differ by more.",
+        ),
+    ] = "0",
     most_changed: Annotated[
         int, typer.Option(min=0, help="How many of the most changed tokens to show.")
     ] = 5,
@@ -54,7 +63,11 @@ def compare(
         ),
     ] = None,
     gate_on: Annotated[
-        GateOn, typer.Option(help="Hold gates against the interval's bad end, or the value.")
+        GateOn,
+        typer.Option(
+            help="Hold gates against the interval's bad end, or the value. Without an interval a "
+            "gate fails as not measured, unless the value is asked for."
+        ),
     ] = GateOn.INTERVAL,
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")
@@ -75,7 +88,7 @@ def compare(
         ),
     ] = False,
 ) -> None:
-    """Compare runs token by token: better, worse, or not distinguishable, with an interval.
+    """Compare runs token by token: worse, better, equivalent or inconclusive, with an interval.
 
     Several candidates are ranked, ties shown as ties. Runs of different tokenizers over the same
     text are compared byte by byte; runs over different texts are refused, with what differs.
@@ -91,12 +104,13 @@ def compare(
             candidates,
             confidence=confidence,
             noise_floor=noise_floor,
+            margin=margin,
             num_most_changed=most_changed,
             gates=gate or [],
             gates_on=gate_on.value,
         )
     tell(f"reference: {reference}")
-    tell(str(compared))
+    tell_wrapped(str(compared))
     if junit_file is not None:
         junit_file.write_text(compared.gates_as_junit_xml())
     if summary is not None:

@@ -7,7 +7,7 @@ import typer
 
 from perplexit.cli import demo_story
 from perplexit.cli.group import continued_by, examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
+from perplexit.cli.output import people, print_json, stdout_kept_clean, tell_wrapped
 
 EXAMPLES = examples("perplexit demo", "perplexit demo --out elsewhere/ --json")
 
@@ -29,6 +29,6 @@ def demo(
     with continued_by(f"perplexit demo --out {out}"), stdout_kept_clean():
         scored = demo_story.score_four_ways(out)
     people().print(demo_story.table(scored))
-    tell("\n" + demo_story.explanation(scored, out))
+    tell_wrapped("\n" + demo_story.explanation(scored, out))
     if json:
         print_json(demo_story.document(scored))

@@ -105,20 +105,20 @@ def table(scored: list[Scored]) -> Table:
     """One line a run; perplexity and ratio with their 95 % intervals."""
     reference = scored[0].run
     title = f"{reference.num_tokens:,} scored tokens of the State of the Union address of 2026"
-    result = Table(title=title, show_lines=True)
-    result.add_column("run")
-    for name in ("perplexity", "ratio to reference", "verdict", "bits/byte", "memory", "tokens/s"):
-        result.add_column(name, justify="left" if name == "verdict" else "right")
+    result = Table(title=title, box=None, padding=(0, 1, 1, 0), pad_edge=False)
+    result.add_column("run", overflow="fold", min_width=12)
+    for name in ("perplexity", "ratio", "verdict", "bits\n/byte", "memory,\ntokens/s"):
+        result.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
     for way in scored:
         run, comparison = way.run, way.comparison
+        speed = "-" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}/s"
         result.add_row(
             way.name,
             _on_two_lines(with_interval(run.perplexity, run.perplexity_low, run.perplexity_high)),
             "1" if comparison is None else _ratio(comparison),
             "-" if comparison is None else comparison.verdict,
             with_interval(run.bits_per_byte, None, None),
-            in_mib(run.peak_memory_bytes.get("host_rss")),
-            "-" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
+            f"{in_mib(run.peak_memory_bytes.get('host_rss'))}\n{speed}",
         )
     return result
 
@@ -142,17 +142,7 @@ def explanation(scored: list[Scored], out: Path) -> str:
 
 
 def _in_words(name: str, comparison: "px.Comparison") -> str:
-    if comparison.verdict == "not distinguishable":
-        return (
-            f"{name} cannot be told from the reference on this text: the interval of the "
-            "paired ratio includes 1, or any difference is too small to matter."
-        )
-    percent = 100 * abs(comparison.ppl_ratio - 1)
-    return (
-        f"{name} is {comparison.verdict} than the reference: its perplexity is "
-        f"{percent:.2g} % {'higher' if comparison.verdict == 'worse' else 'lower'}, and the "
-        "interval of that ratio does not include 1."
-    )
+    return f"{name} {comparison.judged.predicate('the reference')}. {comparison.judged.detail()}"
 
 
 NOTES = (

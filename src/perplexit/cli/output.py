@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, TextIO
@@ -49,6 +50,30 @@ def people() -> Console:
 def tell(line: str) -> None:
     """Print one line for people as it is: no markup in it, no break where it is long."""
     people().print(line, markup=False, soft_wrap=True)
+
+
+_HANGING = re.compile(r"(\w[\w ]*: +| *)")
+
+
+def tell_wrapped(text: str) -> None:
+    """Print lines for people, each broken between words where a terminal is narrower.
+
+    A line goes on under its value: under the `w` of `verdict:    worse …`.
+    """
+    console = people()
+    for line in text.split("\n"):
+        begin = _HANGING.match(line)
+        indent = begin.end() if begin and begin[0].strip() else 4 if line.startswith("  ") else 0
+        broken = textwrap.wrap(
+            line,
+            console.width,
+            subsequent_indent=" " * min(indent, 16),
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+            drop_whitespace=True,
+        )
+        console.print("\n".join(broken), markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -31,12 +31,8 @@ _ESCAPES = {
     "\u2028": "\\u2028",
     "\u2029": "\\u2029",
 }
-_SIGNS = {
-    "worse": "▲",
-    "better": "▼",
-    "equivalent": "=",
-    "inconclusive": "?",
-}  # not by colour alone
+# A verdict is told by its sign and its word, not by colour alone
+_SIGNS = {"worse": "▲", "better": "▼", "equivalent": "=", "inconclusive": "?"}
 
 
 def page_of(
