@@ -36,12 +36,18 @@ def quantity(value: float) -> str:
         return "0" if value == 0 else DASH
     if value < 1e-5:
         return f"{value:.1e}"
-    return f"{value:.{max(1 - math.floor(math.log10(value)), 0)}f}"
+    size = math.floor(math.log10(float(f"{value:.1e}")))  # of the rounded value: 0.0996 is 0.10
+    return f"{value:.{max(1 - size, 0)}f}"
 
 
 def percent(share: float) -> str:
     """Return a share as a percentage of two digits: `1.7 %`, `0.0010 %`."""
     return f"{quantity(100 * abs(share))}\N{NO-BREAK SPACE}%"
+
+
+def exact_percent(share: float) -> str:
+    """Return a share that was asked for, as it was asked: `1 %`, `0.25 %`."""
+    return f"{100 * share:.6g}\N{NO-BREAK SPACE}%"
 
 
 def change(nats: float) -> str:

@@ -4,7 +4,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from perplexit.comparison.digits import change, figure, interval, percent, quantity
+from perplexit.comparison.digits import (
+    change,
+    exact_percent,
+    figure,
+    interval,
+    percent,
+    quantity,
+)
 from perplexit.comparison.verdicts import (
     LARGEST_FACTOR,
     SMALLEST_DIFFERENCE,
@@ -56,8 +63,8 @@ class Judged:
 
     def _within(self) -> str:
         if self.margin.is_asked:
-            return f" within {percent(self.margin.asked)}"
-        return " within the noise of the arithmetic"
+            return f" within {exact_percent(self.margin.asked)}"
+        return " within the noise floor"
 
     def _undecided(self, reference: str) -> str:
         low, high = self.difference.low, self.difference.high
@@ -76,10 +83,10 @@ class Judged:
 
     @property
     def margin_in_words(self) -> str:
-        """`1 % of the perplexity`, or `the noise, 0.001 %`."""
+        """`1 %`, or `the noise floor, 0.0010 %`: a share of the perplexity."""
         if self.margin.is_asked:
-            return percent(self.margin.asked)
-        return f"the noise, {percent(math.expm1(self.margin.nats))}"
+            return exact_percent(self.margin.asked)
+        return f"the noise floor, {percent(math.expm1(self.margin.nats))}"
 
     def detail(self) -> str:
         """Return the sentences behind the verdict: how large, and what more text would show."""
@@ -90,10 +97,15 @@ class Judged:
         if self.verdict == "equivalent":
             return self._equivalent()
         value = self.difference.value
-        side = "more" if value > 0 else "fewer"
+        side = "more" if value > 0 else "less"
+        beyond = (
+            f", beyond the margin of {exact_percent(self.margin.asked)}"
+            if self.margin.is_asked
+            else ""
+        )
         return (
             f"Each {self.unit} costs it {quantity(abs(value))} nats {side} on average: its "
-            f"{self.measure} is {change(value)} ({self._span()})."
+            f"{self.measure} is {change(value)} ({self._span()}){beyond}."
         )
 
     def sentence(self) -> str:
@@ -123,9 +135,9 @@ class Judged:
         if self.identical:
             return f"Not one of {self.num_units:,} losses differs."
         inside = (
-            f"inside the margin of {percent(self.margin.asked)}"
+            f"inside the margin of {exact_percent(self.margin.asked)}"
             if self.margin.is_asked
-            else f"inside the noise, {percent(math.expm1(self.margin.nats))}"
+            else f"inside the noise floor of {percent(math.expm1(self.margin.nats))}"
         )
         says = f"The whole interval lies {inside}: its {self.measure} is {self._span()}."
         if low > 0 or high < 0:
@@ -139,9 +151,7 @@ class Judged:
         found = resolution_of(self.difference, self.margin.nats)
         if found is None:
             return ""
-        says = (
-            f"This text can show a difference from {percent(math.expm1(found.smallest_shown))} on"
-        )
+        says = f"This text can show a difference of {_size(found.smallest_shown)} or more"
         if found.text_factor is None:
             return (
                 f"{says}; to decide so small a difference it would take more than "
@@ -150,8 +160,8 @@ class Judged:
         times = max(found.text_factor, 1.1)
         many = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
         return (
-            f"{says}; about {many} times as much text would decide it, if the difference stays at "
-            f"{change(self.difference.value)}."
+            f"{says}; about {many} times as much text would decide it, if the {self.measure} "
+            f"stays {change(self.difference.value)}."
         )
 
     def _suggestion(self) -> str:
@@ -162,8 +172,15 @@ class Judged:
         farthest = max(abs(low), abs(high))
         for share in ROUND_MARGINS:
             if farthest <= math.log1p(share):
-                return f"With a margin of {100 * share:g}% they would count as equivalent."
+                return f"With --margin {100 * share:g}% they would count as equivalent."
         return ""
+
+
+def _size(nats: float) -> str:
+    """Return a difference in log-perplexity as one of the perplexity, whatever its side."""
+    if nats < math.log(2):
+        return percent(math.expm1(nats))
+    return f"a factor of {math.exp(min(nats, 700.0)):.2g}"
 
 
 def changed_predictions(figures: Mapping[str, Estimate], floor: float) -> str:

@@ -130,6 +130,8 @@ def resolution_of(difference: Estimate, margin: float) -> Resolution | None:
     if difference.low is None or difference.high is None:
         return None
     half = (difference.high - difference.low) / 2
+    if not math.isfinite(half):
+        return None
     distance = abs(abs(difference.value) - margin)
     factor = (half / distance) ** 2 if distance > half / math.sqrt(LARGEST_FACTOR) else None
     return Resolution(half, half + margin, factor)
