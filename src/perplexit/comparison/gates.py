@@ -21,7 +21,7 @@ JudgedOn = Literal["interval", "value"]
 
 # The targets that QEfficient's perplexity script prints: ppl x 1.001 (FP16), x 1.01 (MXFP6/MXINT8).
 PRESETS = {"fp16": "ppl_ratio<=1.001", "mx": "ppl_ratio<=1.01"}
-_GATE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
+_GATE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.]*)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
 
 
 @dataclass(frozen=True, slots=True)
