@@ -107,5 +107,6 @@ def _adapter(model: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _flat(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """The record by dotted names, without what is measured while a run goes on."""
-    lasting = {k: v for k, v in record.items() if not k.startswith(("self_kl", "proof"))}
+    measured = ("self_kl_mean", "self_kl_max", "proof", "head_file")
+    lasting = {key: value for key, value in record.items() if key not in measured}
     return flat_record(plain_json(lasting), f"{name}." if name else "")

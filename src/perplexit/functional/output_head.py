@@ -68,10 +68,14 @@ class OutputHead:
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """As a session's `logits_of`: float32 states to float32 logits."""
         with torch.inference_mode():
-            logits_NV: NDArray[np.float32] = (
-                self.logits(torch.from_numpy(np.ascontiguousarray(hidden_ND))).float().cpu().numpy()
-            )
+            hidden = torch.from_numpy(np.ascontiguousarray(hidden_ND))
+            logits_NV: NDArray[np.float32] = self.logits(hidden).float().cpu().numpy()
         return logits_NV
+
+    def on(self, device: torch.device) -> "OutputHead":
+        """The head with its tensors on a device."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return OutputHead.of(tensors, self.numbers())
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps of it, beside `numbers`."""

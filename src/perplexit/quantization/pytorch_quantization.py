@@ -60,6 +60,7 @@ class PytorchQuantization:
     effective_bits: 8 · bytes of all weights / the checkpoint's parameters.
     unquantized:    the large matrices that were left alone.
     settings:       the format, what happens to activations and to a tied head.
+    head:           whether the output layer is another one than the checkpoint's.
     """
 
     name: str
@@ -69,6 +70,7 @@ class PytorchQuantization:
     effective_bits: float
     unquantized: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    head: bool = False
 
 
 def pytorch_recipe(name: str) -> PytorchRecipe:
@@ -119,6 +121,7 @@ def quantize_model(model: nn.Module, wanted: PytorchRecipe) -> PytorchQuantizati
         effective_bits=8 * total / num_parameters,
         unquantized=large_matrices(left, num_parameters),
         settings=_settings(wanted, tied),
+        head=wanted.head,
     )
 
 

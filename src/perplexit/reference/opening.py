@@ -10,13 +10,13 @@ from perplexit.errors import CapabilityError, FingerprintMismatchError, RunError
 from perplexit.files import TemporaryFolder
 from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
 from perplexit.inputs.token_file import TokenFile
+from perplexit.reference.heads import proven_head
 from perplexit.reference.partial import KlBaseReference, TopKReference, floor_of_file
 from perplexit.reference.scoring import LiveLogits, ReferenceScoring, SavingScoring, StoredLogits
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesDtype, StatesWriter
 from perplexit.runs.identity import measurement_fingerprint, measurement_of
 from perplexit.runs.run import RUN_FILE, Run
 from perplexit.sessions.base import (
-    HiddenStateSession,
     InferenceSession,
     LogitsSession,
     TokenDetails,
@@ -63,11 +63,9 @@ class Opened:
         scoring, writer = self.saving or (None, None)
         if scoring is None or writer is None or self.saved is None:
             raise UsageError("expected a run that saves its reference; nothing was saved")
-        floor = scoring.self_kl
-        record = dict(self.saved)
-        if floor is None:  # a resumed run that had nothing left to score: measured before
-            floor = writer.floor()
-        record |= {"self_kl_mean": floor[0], "self_kl_max": floor[1]}
+        record = {**self.saved, **scoring.measured()}
+        if scoring.head is not None:
+            record["head_file"] = writer.keep_head(scoring.head)
         writer.finish(record)
         return record
 
@@ -84,8 +82,8 @@ def reference_scoring(
     """Scoring that saves hidden states, or holds a candidate against a reference.
 
     Raises UsageError where both are asked for, FingerprintMismatchError where the reference scored
-    another input or its checkpoint is no longer the one it was, CapabilityError where a session
-    cannot give what is needed.
+    another input, its checkpoint is no longer the one it was or its head does not give what it
+    recorded, CapabilityError where a session cannot give what is needed.
     """
     if save_in is not None and reference is not None:
         raise UsageError(
@@ -103,8 +101,12 @@ def reference_scoring(
     if isinstance(reference, Run) and reference.saved_reference is None:
         yield _alternatives(session, tokens, reference)
     elif isinstance(reference, Run):
-        with _loaded(_head_address(reference), **_head_settings(reference)) as head:
-            yield _stored(session, tokens, reference, head)
+        _require_complete_and_same_input(tokens, reference)
+        states = _states_of(reference)
+        with proven_head(reference, states) as head:
+            scoring = ReferenceScoring(session, StoredLogits(states, head))
+            described = _described("stored states", reference.model, reference.session)
+            yield Opened(scoring.details, reference=described, measured=reference)
     elif isinstance(reference, str):
         with _loaded(reference) as live:
             yield _live(session, live)
@@ -124,7 +126,11 @@ def _saving(session: InferenceSession, save_in: Path | str, dtype: StatesDtype) 
     saved = {
         "dtype": dtype,
         "weights_fingerprint": session.model.weights_fingerprint,
-        "head": "the checkpoint's own, loaded from it by its fingerprint",
+        "head": (
+            "the checkpoint's own, loaded from it by its fingerprint"
+            if scoring.head is None
+            else "kept with the states"
+        ),
     }
     return Opened(scoring.details, saved=saved, scratch=scratch, saving=(scoring, writer))
 
@@ -134,14 +140,6 @@ def _run_or_address(reference: str | Path) -> Run | str:
     if (path / RUN_FILE).is_file() or path.name == RUN_FILE:
         return Run.open(path)
     return str(reference)
-
-
-def _head_address(run: Run) -> str:
-    return str(run.model["address"])
-
-
-def _head_settings(run: Run) -> dict[str, Any]:
-    return {"dtype": run.session.get("dtype"), "device": run.session.get("device")}
 
 
 @contextmanager
@@ -198,30 +196,12 @@ def _require_complete_and_same_input(tokens: TokenFile, run: Run) -> None:
         )
 
 
-def _stored(
-    session: InferenceSession, tokens: TokenFile, run: Run, head: InferenceSession
-) -> Opened:
-    _require_complete_and_same_input(tokens, run)
-    recorded = run.model["weights_fingerprint"]
-    if head.model.weights_fingerprint != recorded:
-        raise FingerprintMismatchError(
-            f"the checkpoint {run.model['address']} is no longer the one that the reference was "
-            f"made with ({recorded[:12]}… then, {head.model.weights_fingerprint[:12]}… now); "
-            "evaluate the reference again"
-        )
-    if not isinstance(head, HiddenStateSession):
-        raise CapabilityError(f"{run.model['address']} has no head to make logits with")
+def _states_of(run: Run) -> ReferenceStates:
     scratch = run.states_folder
     folder = Path(scratch.name) if scratch is not None else run.folder
     if folder is None:
-        raise UsageError(
-            "the reference run keeps no hidden states; evaluate it with --save-reference "
-            "(save_reference=True in Python)"
-        )
-    states = ReferenceStates(folder)
-    scoring = ReferenceScoring(session, StoredLogits(states, head))
-    described = _described("stored states", run.model, run.session)
-    return Opened(scoring.details, reference=described, measured=run)
+        raise UsageError("the reference run keeps no hidden states; use save_reference=True")
+    return ReferenceStates(folder)
 
 
 def _live(session: InferenceSession, reference: InferenceSession) -> Opened:

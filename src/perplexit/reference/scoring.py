@@ -15,8 +15,10 @@ from perplexit.errors import CapabilityError, VocabularyError
 from perplexit.functional.divergence import TokenDivergences, token_divergences
 from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
 from perplexit.functional.nll import TokenStatistics, token_statistics
+from perplexit.functional.output_head import OutputHead
 from perplexit.functional.partial_divergence import partial_divergences
 from perplexit.inputs.windows import WindowIds
+from perplexit.reference.heads import Head, RecordedLosses, proof_of
 from perplexit.reference.partial import PartialReference
 from perplexit.reference.states import ReferenceStates, StatesWriter
 from perplexit.sessions.base import (
@@ -53,10 +55,22 @@ class ReferenceLogits(Protocol):
         ...
 
 
-class StoredLogits:
-    """Logits made again of stored hidden states, by the head of the reference's own checkpoint."""
+@runtime_checkable
+class KeepsHead(HiddenStateSession, Protocol):
+    """A session that knows whether its head can be had again, and can write it out."""
 
-    def __init__(self, states: ReferenceStates, head: HiddenStateSession) -> None:
+    def head_to_keep(self) -> OutputHead | None:
+        """The head to keep with states; None where the model's address gives it again.
+
+        Raises CapabilityError where neither can be had.
+        """
+        ...
+
+
+class StoredLogits:
+    """Logits made again of stored hidden states, by the reference's own head."""
+
+    def __init__(self, states: ReferenceStates, head: Head) -> None:
         self._states, self._head = states, head
         self._windows: Sequence[WindowIds] = ()
         self._place: int | None = None
@@ -174,8 +188,10 @@ class ReferenceScoring:
 class SavingScoring:
     """Scores the reference itself, and keeps its final hidden states.
 
-    `self_kl` (mean and largest, nats) is measured on the first batch: a fresh forward pass against
-    the logits made of the stored states. It is the floor below which a KL says nothing.
+    The head is kept too, where the session says that its address would not give it again. On the
+    first batch a fresh forward pass is held against the logits that this head (or the session's
+    own) makes of the stored states: the floor below which a KL says nothing (`self_kl`, mean and
+    largest, nats), and the head's proof on the batch's longest window.
     """
 
     def __init__(self, session: InferenceSession, writer: StatesWriter) -> None:
@@ -186,8 +202,9 @@ class SavingScoring:
                 f"not give. {instead or _OF_A_MODEL}"
             )
         self._session, self._writer = session, writer
+        self.head = session.head_to_keep() if isinstance(session, KeepsHead) else None
         self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, session.model.vocab_size)
-        self.self_kl: tuple[float, float] | None = None
+        self._measured: dict[str, Any] | None = None
 
     def details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """As `token_details`; the states are on disk when this returns."""
@@ -197,10 +214,33 @@ class SavingScoring:
             for window, states_ND in zip(windows, states, strict=True)
         ]
         self._writer.add([window.index for window in windows], states)
-        if self.self_kl is None:
-            self.self_kl = self._measured_floor(windows, states)
-            self._writer.keep_floor(*self.self_kl)
+        if self._measured is None:
+            mean, largest = self._measured_floor(windows, states)
+            proof = self._proof(windows, states, results)
+            self._measured = {"self_kl_mean": mean, "self_kl_max": largest, "proof": proof}
+            self._writer.keep_measured(self._measured)
         return results
+
+    def measured(self) -> dict[str, Any]:
+        """The floor and the head's proof; of an earlier process where nothing was left to score."""
+        return self._measured or self._writer.measured()
+
+    def _stored(self, states_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+        stored_ND: NDArray[np.float32] = states_ND.astype(self._writer.dtype).astype(np.float32)
+        return stored_ND
+
+    def _proof(
+        self,
+        windows: Sequence[WindowIds],
+        states: Sequence[NDArray[np.float32]],
+        results: Sequence[TokenDetails],
+    ) -> dict[str, Any] | None:
+        place = int(np.argmax([len(states_ND) for states_ND in states]))
+        window, details = windows[place], results[place]
+        targets_N = window.ids_T[window.targets_N].astype(np.int64)
+        recorded = RecordedLosses(targets_N, details.nll_N, details.entropy_N, details.rank_N)
+        stored_ND = self._stored(states[place])
+        return proof_of(self.head or self._session, window.index, stored_ND, recorded).to_json()
 
     def _window_details(
         self, window: WindowIds, states_ND: NDArray[np.float32], top_k: int
@@ -219,9 +259,9 @@ class SavingScoring:
         found = []
         for chunk in self._session.target_logits(windows, chunk_rows=self._chunk_rows):
             rows = slice(chunk.start, chunk.start + len(chunk.logits_NV))
-            stored_ND = states[chunk.place][rows].astype(self._writer.dtype).astype(np.float32)
+            stored_ND = self._stored(states[chunk.place][rows])
             fresh_NV = torch.from_numpy(chunk.logits_NV.copy())  # the head reuses its buffer
-            made_NV = torch.from_numpy(self._session.logits_of(stored_ND))
+            made_NV = torch.from_numpy((self.head or self._session).logits_of(stored_ND))
             zeros = torch.zeros(len(made_NV), dtype=torch.long)
             found.append(token_divergences(fresh_NV, made_NV, zeros).kl_N)
         kl = torch.cat(found) if found else torch.zeros(1)

@@ -1,10 +1,11 @@
 """Final hidden states on disk: what a reference's logits can be made of again, window by window.
 
 A float32 state of SmolLM2-135M takes 2,304 bytes; its logits in float16 would take 98,304. The head
-is not copied: it is known by the checkpoint's fingerprint and loaded from the checkpoint.
+is copied only where the model's address does not give it again (see `heads`).
 
     reference/reference.json            the head's model, the states' dtype, the measured floor
     reference/states-<hash>.safetensors some windows' states, one file a committed batch
+    reference/head.safetensors          the head, where the checkpoint does not have it
 
 Shape suffixes: N = targets of one window, D = hidden size.
 """
@@ -14,20 +15,37 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from safetensors.torch import save_file
 
 from perplexit.errors import RunError
-from perplexit.files import write_atomically
+from perplexit.files import canonical_json, sha256_of_file, write_atomically
+from perplexit.functional.output_head import OutputHead
+from perplexit.json_reader import read_json
+from perplexit.reading import Expected, check_regular, stated
 
 FOLDER = "reference"
 RECORD = "reference.json"
-FLOOR = "floor.json"
+MEASURED = "measured.json"
+HEAD = "head.safetensors"
+_EXPECTED = Expected(
+    "the record of a reference", RunError, "evaluate the reference again with --save-reference"
+)
 StatesDtype = Literal["float32", "float16"]
+
+
+class ReferenceRecord(TypedDict, total=False):
+    """What `reference.json` says that a reader goes by."""
+
+    dtype: str
+    proof: dict[str, float] | None
+    head_file: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -51,15 +69,24 @@ class StatesWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / name, lambda path: _write_bytes(path, data))
 
-    def keep_floor(self, mean: float, largest: float) -> None:
-        """Keep the measured self-KL beside the states, for a run that is resumed at its end."""
-        text = json.dumps({"mean": mean, "max": largest})
-        write_atomically(self.folder / FLOOR, lambda path: _write_bytes(path, text.encode()))
+    def keep_measured(self, measured: Mapping[str, Any]) -> None:
+        """Keep what was measured of the states beside them, for a run that is resumed at its end.
 
-    def floor(self) -> tuple[float, float]:
-        """The self-KL (mean, largest) that was kept."""
-        kept = json.loads((self.folder / FLOOR).read_text("utf-8"))
-        return kept["mean"], kept["max"]
+        measured: the self-KL (`self_kl_mean`, `self_kl_max`) and the head's `proof`.
+        """
+        text = json.dumps(measured)
+        write_atomically(self.folder / MEASURED, lambda path: _write_bytes(path, text.encode()))
+
+    def measured(self) -> dict[str, Any]:
+        """What was kept so. Raises RunError where it is missing or damaged."""
+        return read_json(self.folder / MEASURED, _EXPECTED, dict[str, Any])
+
+    def keep_head(self, head: OutputHead) -> dict[str, str]:
+        """Write the head beside the states; its file's name and hash, for the record."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, numbers = self.folder / HEAD, {"perplexit": canonical_json(head.numbers())}
+        write_atomically(path, lambda at: save_file(head.tensors(), at, metadata=numbers))
+        return {"name": HEAD, "sha256": sha256_of_file(path)}
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Write the record that makes the states a reference."""
@@ -76,13 +103,12 @@ class ReferenceStates:
 
     def __init__(self, run_folder: Path) -> None:
         self.folder = run_folder / FOLDER
-        try:
-            self.record: dict[str, Any] = json.loads((self.folder / RECORD).read_text("utf-8"))
-        except FileNotFoundError:
+        if not (self.folder / RECORD).exists():
             raise RunError(
                 f"expected a run with stored hidden states, got {run_folder} without "
                 f"{FOLDER}/{RECORD}; evaluate the reference with --save-reference"
-            ) from None
+            )
+        self.record = read_json(self.folder / RECORD, _EXPECTED, ReferenceRecord)
         self._file_of: dict[int, Path] = {}
         for path in sorted(self.folder.glob("states-*.safetensors")):
             with _opened(path) as file:
@@ -93,6 +119,38 @@ class ReferenceStates:
     def windows(self) -> set[int]:
         """The windows whose states are stored."""
         return set(self._file_of)
+
+    @property
+    def keeps_head(self) -> bool:
+        """Whether the head is kept with the states."""
+        return bool(self.record.get("head_file"))
+
+    def head(self, device: torch.device) -> OutputHead:
+        """The head that is kept with the states, on a device.
+
+        Raises RunError where its file is missing, damaged or of another kind.
+        """
+        path, file = self.folder / HEAD, self.record.get("head_file") or {}
+        expected = Expected(
+            "the head of the stored states", RunError, "evaluate the reference again"
+        )
+        check_regular(path, expected)
+        if sha256_of_file(path) != file.get("sha256"):
+            expected.refuse(path, "another file than was saved (its hash differs)")
+        with stated(path, expected), safe_open(path, framework="pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            return OutputHead.of(tensors, json.loads(content.metadata()["perplexit"])).on(device)
+
+    def longest_window(self) -> int | None:
+        """The stored window with the most targets, the first of equals; None where none is."""
+        longest, most = None, 0
+        for path in sorted(set(self._file_of.values())):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    key = (file.get_slice(name).get_shape()[0], -int(name))
+                    if longest is None or key > (most, -longest):
+                        longest, most = int(name), key[0]
+        return longest
 
     def of_window(self, window: int) -> NDArray[np.float32]:
         """The states of a window's targets, float32 (N, D)."""

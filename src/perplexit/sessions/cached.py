@@ -11,6 +11,7 @@ window or call, X = hidden size or vocabulary, V = vocabulary, K = alternatives.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,6 +212,11 @@ class CachedHiddenStateSession(CachedInferenceSession):
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """The logits that the model's own head makes of hidden states."""
         return self._session.logits_of(hidden_ND)
+
+    def head_to_keep(self) -> Any:
+        """The head, for states that are kept, as the engine's session gives it."""
+        give = getattr(self._session, "head_to_keep", None)
+        return None if give is None else give()
 
 
 def _empty_columns(

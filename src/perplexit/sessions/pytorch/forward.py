@@ -99,6 +99,11 @@ class LinearHead:
         self._room = threading.local()  # windows may be scored side by side
         self.blocked = blocked and linear.weight.device.type == "cpu"
 
+    @property
+    def linear(self) -> nn.Linear:
+        """The layer."""
+        return self._linear
+
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """The logits, valid until the next call."""
         weight: Tensor = self._linear.weight

@@ -61,6 +61,12 @@ class OpenedModule:
         """Whether a row's results are its own, whatever else is in the batch."""
         return self.quantization is None or bool(self.quantization.settings["batch_invariant"])
 
+    @property
+    def gives_head_again(self) -> bool:
+        """Whether the checkpoint at the model's address has the head that this module has."""
+        quantized = self.quantization is not None and self.quantization.head
+        return self.source is not None and self.adapter is None and not quantized
+
     def scoring(self) -> AbstractContextManager[None]:
         """The process's settings while the module is run; see `scoring_settings`."""
         return scoring_settings(self.module, self.threads, owned=self.source is not None)

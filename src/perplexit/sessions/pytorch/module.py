@@ -1,6 +1,7 @@
 """What a loaded module says of itself: identity, dtype, vocabulary, positions."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +20,18 @@ def module_fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256(canonical_json(name_and_settings))
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
-        digest.update(_content(tensor))
+        for part in _parts(tensor):
+            digest.update(_content(part))
     return digest.hexdigest()
+
+
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors that a tensor is made of: packed codes and scales, or itself alone."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _content(tensor: Tensor) -> memoryview:

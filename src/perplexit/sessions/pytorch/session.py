@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
+from perplexit.functional.output_head import OutputHead
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
@@ -44,6 +45,7 @@ from perplexit.sessions.pytorch.module import (
 from perplexit.sessions.pytorch.placement import DeviceMap, Placement, devices_of
 from perplexit.sessions.pytorch.scoring import Launched, Scoring, by_parts, launch, target_rows
 from perplexit.sessions.pytorch.threads import WindowThreads
+from perplexit.sessions.pytorch.written_head import written_head
 
 _T = TypeVar("_T")
 
@@ -173,17 +175,38 @@ class PytorchInferenceSession:
     def target_hidden_states(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """What the head makes each target's logits of, window by window; see HiddenStateSession."""
         if self._forward.keeps_logits:
-            raise CapabilityError(
-                f"expected a model whose head can be told from its layers, but "
-                f"{self.model.address} is scored by its whole forward pass; compare with two "
-                "models in one process instead: eval CANDIDATE --reference MODEL"
-            )
+            raise self._no_head()
         return [rows.float().cpu().numpy() for rows in self._target_rows(windows)]
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """The logits that the model's own head makes of hidden states; see HiddenStateSession."""
         dtype = next(self._module.parameters()).dtype
         return self._head_logits(torch.from_numpy(hidden_ND).to(self._device, dtype))
+
+    def head_to_keep(self) -> OutputHead | None:
+        """The head, for states that are kept; None where the model's address gives it again.
+
+        Raises CapabilityError where neither can be had.
+        """
+        self._check_open()
+        if self._forward.keeps_logits:
+            raise self._no_head()
+        if self._opened.gives_head_again:
+            return None
+        try:
+            with self._opened.scoring():
+                return written_head(self._module, self._forward, self._device)
+        except CapabilityError:  # it rounds its inputs: quantized in the same way, it is the same
+            if self._opened.source is None:
+                raise
+            return None
+
+    def _no_head(self) -> CapabilityError:
+        return CapabilityError(
+            f"expected a model whose head can be told from its layers, but "
+            f"{self.model.address} is scored by its whole forward pass; compare with two "
+            "models in one process instead: eval CANDIDATE --reference MODEL"
+        )
 
     def _head_logits(self, rows_NX: Tensor) -> NDArray[np.float32]:
         with self._opened.scoring():

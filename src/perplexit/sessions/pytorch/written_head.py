@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError
 from perplexit.functional.output_head import FinalNorm, OutputHead
+from perplexit.sessions.pytorch.compiled import plain_output
 from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
 from perplexit.sessions.pytorch.module import num_embeddings
 
@@ -36,9 +37,11 @@ def written_head(model: nn.Module, forward: ForwardPass, device: torch.device) -
     """
     hidden_ND = _probe_states(model, forward, device)
     expected_NV = forward.head(hidden_ND).clone()
-    if isinstance(forward.head, LinearHead):
-        layer = model.get_output_embeddings()  # type: ignore[operator]
-        return OutputHead(layer.weight.detach(), _detached(layer.bias))
+    plain = forward.head.linear if isinstance(forward.head, LinearHead) else plain_output(model)
+    if plain is not None:
+        head = OutputHead(plain.weight.detach(), _detached(plain.bias))
+        if _distance(head.logits(hidden_ND), expected_NV) <= _tolerance(hidden_ND):
+            return head
     seen = _seen_at_output_layer(model, forward.head, hidden_ND)
     weight_VD, bias_V = _affine(seen.layer, seen.input_ND)
     head = _with_input(OutputHead(weight_VD, bias_V), seen, hidden_ND, model)

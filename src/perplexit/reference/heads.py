@@ -1,0 +1,227 @@
+"""The head that makes logits of a reference's stored states: kept with them, or loaded again.
+
+Either way it is proven before it is used: on one window, it must give the losses that the reference
+recorded.
+
+Shape suffixes: N = targets of one window, D = hidden size, V = vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from perplexit.errors import CapabilityError, FingerprintMismatchError, RunError
+from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
+from perplexit.functional.nll import TokenStatistics, token_statistics
+from perplexit.reference.states import ReferenceStates
+from perplexit.runs.run import Run
+from perplexit.runs.run_tokens import RunTokens
+from perplexit.sessions.base import HiddenStateSession, InferenceSession
+from perplexit.sessions.registry import load_session
+
+# Nats a token by which the mean of |loss - recorded loss| may exceed what was measured on saving.
+_SLACK = {"float32": 1e-4, "float64": 1e-4}
+_LOW_PRECISION_SLACK = 1e-2
+_SHARE_OF_RANKS = 0.9  # that must be within 1, or 5 % of the rank
+
+
+class Head(Protocol):
+    """Makes logits of hidden states."""
+
+    def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits of hidden states, (N, V), float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class RecordedLosses:
+    """What is known of a window's targets: their ids, losses and, where recorded, the rest."""
+
+    targets_N: NDArray[np.int64]
+    nll_N: NDArray[np.float32]
+    entropy_N: NDArray[np.float32] | None
+    rank_N: NDArray[np.int32] | None
+
+    @classmethod
+    def of_window(cls, tokens: RunTokens, window: int) -> "RecordedLosses":
+        """Those of a run's rows of a window."""
+        rows = slice(
+            int(np.searchsorted(tokens.window, window)),
+            int(np.searchsorted(tokens.window, window, side="right")),
+        )
+        return cls(
+            tokens.token_id[rows].astype(np.int64),
+            tokens.nll[rows],
+            None if tokens.entropy is None else tokens.entropy[rows],
+            None if tokens.rank is None else tokens.rank[rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HeadProof:
+    """How far a head's results are from those recorded, over the finite targets of a window.
+
+    nll_mean, nll_max, entropy_mean: of the absolute differences, nats; ranks: the share that agree.
+    """
+
+    window: int
+    num_tokens: int
+    nll_mean: float = 0.0
+    nll_max: float = 0.0
+    entropy_mean: float = 0.0
+    ranks: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The proof as plain JSON values."""
+        return asdict(self)
+
+
+def proof_of(
+    head: Head, window: int, states_ND: NDArray[np.float32], recorded: RecordedLosses
+) -> HeadProof:
+    """The head's results on a window's states, held against what was recorded.
+
+    Raises RunError where states and results are not of the same targets, or not of this head.
+    """
+    num_targets = len(recorded.targets_N)
+    if len(states_ND) != num_targets:
+        raise RunError(
+            f"expected the states of {num_targets} targets in window {window}, got "
+            f"{len(states_ND)}; evaluate the reference again with --save-reference"
+        )
+    finite_N = np.isfinite(recorded.nll_N)
+    if not finite_N.any():
+        return HeadProof(window, 0)
+    found = _statistics(head, states_ND, recorded.targets_N)
+    nll_N = np.abs(_array(found.nll_N) - recorded.nll_N)[finite_N]
+    proof = {"nll_mean": float(nll_N.mean()), "nll_max": float(nll_N.max())}
+    if recorded.entropy_N is not None and found.entropy_N is not None:
+        entropy_N = np.abs(_array(found.entropy_N) - recorded.entropy_N)[finite_N]
+        proof["entropy_mean"] = float(entropy_N.mean())
+    if recorded.rank_N is not None and found.rank_N is not None:
+        rank_N = recorded.rank_N[finite_N].astype(np.float64)
+        near_N = np.abs(_array(found.rank_N)[finite_N] - rank_N) <= np.maximum(1, 0.05 * rank_N)
+        proof["ranks"] = float(near_N.mean())
+    return HeadProof(window, int(finite_N.sum()), **proof)
+
+
+def _statistics(
+    head: Head, states_ND: NDArray[np.float32], targets_N: NDArray[np.int64]
+) -> TokenStatistics:
+    parts, start, rows = [], 0, 1  # one row tells the vocabulary's size
+    while start < len(states_ND):
+        logits_NV = torch.from_numpy(head.logits_of(states_ND[start : start + rows]).copy())
+        targets = torch.from_numpy(targets_N[start : start + len(logits_NV)])
+        if int(targets.max()) >= logits_NV.shape[1]:
+            raise RunError(
+                f"expected a head of more than {int(targets.max())} ids, got {logits_NV.shape[1]}; "
+                "evaluate the reference again with --save-reference"
+            )
+        parts.append(token_statistics(logits_NV, targets))
+        start += rows
+        rows = rows_within(DEFAULT_LOGITS_BYTES, logits_NV.shape[1])
+    return TokenStatistics.joined(parts)
+
+
+@contextmanager
+def proven_head(run: Run, states: ReferenceStates) -> Iterator[Head]:
+    """The head of a reference run: the one kept with its states, else its model's, loaded again.
+
+    Raises FingerprintMismatchError where the checkpoint is no longer the one it was, or the head
+    does not give what the run recorded; RunError for a missing or damaged file; what loading the
+    model raises.
+    """
+    if not states.keeps_head:
+        with _loaded_again(run) as head:
+            _require_proof(run, states, head, f"the head of {run.model.get('address')}")
+            yield head
+        return
+    head_kept = states.head(_device_of(run))
+    _require_proof(run, states, head_kept, "the head that is kept with it")
+    yield head_kept
+
+
+def _require_proof(run: Run, states: ReferenceStates, head: Head, which: str) -> None:
+    """Raise FingerprintMismatchError unless the head gives a window's recorded results."""
+    measured = states.record.get("proof") or {}
+    window = int(measured["window"]) if "window" in measured else states.longest_window()
+    if window is None:
+        return  # nothing was scored
+    recorded = RecordedLosses.of_window(run.tokens, window)
+    try:
+        proof = proof_of(head, window, states.of_window(window), recorded)
+    except RuntimeError as error:  # a head of another size
+        raise _unproven(run, which, str(error).splitlines()[0]) from error
+    precisions = {str(run.session.get("dtype")), str(states.record.get("dtype"))}
+    slack = max(_SLACK.get(name, _LOW_PRECISION_SLACK) for name in precisions)
+    for name, found in (("nll", proof.nll_mean), ("entropy", proof.entropy_mean)):
+        allowed = slack + 2 * float(measured.get(f"{name}_mean", 0.0))
+        if not found <= allowed:
+            what = "losses" if name == "nll" else "entropies"
+            rounding = f"(rounding explains {allowed:.1g})"
+            reason = f"on window {window} {what} differ by {found:.3g} nats a token {rounding}"
+            raise _unproven(run, which, reason)
+    if proof.ranks < _SHARE_OF_RANKS * float(measured.get("ranks", 1.0)):
+        raise _unproven(run, which, f"on window {window} {proof.ranks:.0%} of the ranks agree")
+
+
+def _unproven(run: Run, which: str, reason: str) -> FingerprintMismatchError:
+    return FingerprintMismatchError(
+        f"expected {which} to give what the reference {run.folder or run.model.get('address')} "
+        f"recorded, but {reason}: its states were made with another head (quantized, adapted or "
+        "changed). Evaluate the reference again with --save-reference, which then keeps the head"
+    )
+
+
+@contextmanager
+def _loaded_again(run: Run) -> Iterator[Head]:
+    """The session that the run was scored by, loaded from its address as it then was."""
+    address = str(run.model.get("address"))
+    if address.startswith("module:"):
+        raise RunError(
+            f"expected a reference with its head, got one of a model from memory ({address}) "
+            "that was saved without; evaluate it again with save_reference=True"
+        )
+    quantization, adapter = run.session.get("quantization"), run.model.get("adapter")
+    session = load_session(
+        address,
+        dtype=run.session.get("dtype"),
+        device=run.session.get("device"),
+        quantization=quantization and quantization["name"],
+        adapter=adapter and adapter["path"],
+        merge_adapter=bool(adapter and adapter["merged"]),
+    )
+    try:
+        yield _checked(session, run)
+    finally:
+        session.close()
+
+
+def _checked(session: InferenceSession, run: Run) -> HiddenStateSession:
+    recorded, found = run.model["weights_fingerprint"], session.model.weights_fingerprint
+    if found != recorded:
+        raise FingerprintMismatchError(
+            f"the checkpoint {run.model['address']} is no longer the one that the reference was "
+            f"made with ({recorded[:12]}… then, {found[:12]}… now); evaluate the reference again"
+        )
+    if not isinstance(session, HiddenStateSession):
+        raise CapabilityError(f"{run.model['address']} has no head to make logits with")
+    return session
+
+
+def _device_of(run: Run) -> torch.device:
+    """Where the run was scored, if that device is here; the CPU else."""
+    name = str(run.session.get("device"))
+    if name.startswith("cuda") and torch.cuda.is_available():
+        return torch.device(name)
+    return torch.device("cpu")
+
+
+def _array(tensor: torch.Tensor) -> NDArray[np.float64]:
+    array: NDArray[np.float64] = tensor.cpu().numpy().astype(np.float64)
+    return array
