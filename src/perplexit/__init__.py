@@ -32,6 +32,7 @@ _HOME_OF = {
     "list_runs": "perplexit.runs.store",
     "verify_run": "perplexit.runs.verification",
     "export_tokens": "perplexit.runs.verification",
+    "export_documents": "perplexit.runs.documents",
     "export_words": "perplexit.runs.words",
     "surprisal_of_words": "perplexit.runs.words",
     "write_report": "perplexit.report",

@@ -19,6 +19,7 @@ from perplexit.inputs.token_file import TokenFile as TokenFile
 from perplexit.report import write_report as write_report
 from perplexit.resources.memory import MemoryTracker as MemoryTracker
 from perplexit.resources.timer import Timer as Timer
+from perplexit.runs.documents import export_documents as export_documents
 from perplexit.runs.run import Run as Run
 from perplexit.runs.store import list_runs as list_runs
 from perplexit.runs.verification import export_tokens as export_tokens

@@ -138,7 +138,7 @@ class Recording:
                 saved_reference=self.with_reference.finish(),
                 states_folder=self.with_reference.scratch,
             )
-        return run if self.store is None else _stored(self.store, run)
+        return run if self.store is None else _stored(self.store, run, self.tokens)
 
     def with_noise_floor(self, run: Run) -> Run:
         """The complete run with its noise floor measured, and stored if it has a folder."""
@@ -263,8 +263,10 @@ def _progress_of(results: WindowResults, tokens: TokenFile, resumed: _Resumed) -
     )
 
 
-def _stored(store: RunStore, run: Run) -> Run:
+def _stored(store: RunStore, run: Run, tokens: TokenFile) -> Run:
     """Put the results on disk: tokens first, then the record that calls them complete."""
+    if tokens.sources is not None:
+        store.write_documents(tokens.sources.table())
     run = replace(run, tokens_sha256=store.write_tokens(run.tokens), folder=store.folder)
     store.write_record(run)
     store.remove_parts()

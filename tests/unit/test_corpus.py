@@ -141,8 +141,8 @@ def test_what_is_no_corpus_is_refused(tmp_path):
         texts("Some text that is meant as itself.")
     with pytest.raises(CorpusError, match="no file of a known kind"):
         texts(tmp_path)
-    (tmp_path / "rows.json").write_text("[]")
-    with pytest.raises(CorpusError, match="only JSON Lines"):
+    (tmp_path / "rows.json").write_text('{\n  "text": "a"\n}\n')
+    with pytest.raises(CorpusError, match=r"rows\.json, line 1 is no JSON.*one object a line"):
         texts(tmp_path / "rows.json")
     with pytest.raises(UsageError, match="got int"):
         texts(5)

@@ -60,6 +60,8 @@ def test_the_safetensors_library_reads_it(path):
             "text_bytes",
             "windows",
             "scored_mask",
+            "source_files",
+            "source_rows",
         }
         np.testing.assert_array_equal(file.get_tensor("token_ids"), tokens.token_ids)
         np.testing.assert_array_equal(file.get_tensor("windows"), tokens.windows.array)

@@ -32,6 +32,7 @@ TEXT_OPTIONS = (
     "text_key",
     "domain_key",
     "prompt_key",
+    "keep",
 )
 
 
@@ -40,7 +41,9 @@ def prepare(
     corpus: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CORPUS", help="Text, JSONL (also .gz) or Parquet files, or folders of them."
+            metavar="CORPUS",
+            help="Texts, JSONL, CSV, TSV (also .gz, .zst, .bz2, .xz) or Parquet files, or "
+            "folders of them.",
         ),
     ],
     output: Annotated[
@@ -72,14 +75,22 @@ def prepare(
         typer.Option(help="BOS policy: auto (what the tokenizer itself adds), none, first, every."),
     ] = "auto",
     text_key: Annotated[
-        str, typer.Option(help="The column of the text in JSONL and Parquet.")
-    ] = "text",
+        str | None,
+        typer.Option(help="The column of a table that holds the text. \\[default: text]"),
+    ] = None,
     domain_key: Annotated[
         str | None, typer.Option(help="The column that names a document's domain.")
     ] = None,
     prompt_key: Annotated[
         str | None,
         typer.Option(help="The column of a prompt: it is context, and only the text is scored."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A column that stays with each document, beside its file and row; repeatable.",
+        ),
     ] = None,
     from_ids: Annotated[
         bool,
@@ -137,12 +148,13 @@ def prepare(
                     text_key=text_key,
                     domain_key=domain_key,
                     prompt_key=prompt_key,
+                    keep=keep or (),
                     export_ids=export_ids,
                     progress=progress,
                     force=force,
                 )
         overlaps = {
-            str(file): px.ngram_overlap(token_file, file, text_key=text_key)
+            str(file): px.ngram_overlap(token_file, file, text_key=text_key or "text")
             for file in check_overlap or ()
         }
     people().print(input_table(token_file))

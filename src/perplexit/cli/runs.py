@@ -64,6 +64,7 @@ def verify(run: RunFolder, json: AsJson = False) -> None:
     epilog=examples(
         "perplexit runs export runs/fp32 -o tokens.csv",
         "perplexit runs export runs/fp32 --words -o words.csv",
+        "perplexit runs export runs/fp32 --documents -o documents.csv",
     ),
 )
 def export(
@@ -74,6 +75,9 @@ def export(
     ],
     words: Annotated[
         bool, typer.Option("--words", help="A row a word: its surprisal and character offsets.")
+    ] = False,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="One row for each document: source and figures.")
     ] = False,
     input_file: Annotated[
         Path | None,
@@ -88,15 +92,21 @@ def export(
 ) -> None:
     """Write a run's scored tokens, a row a token, in the format that the file's name ends in.
 
+    Each row has the document's source file, row and the columns that `prepare --keep` named.
     With --words a row a word: the losses of tokens summed over the words that they spell.
     """
     if input_file is not None and not words:
         raise UsageError("--input is for --words: tokens are exported from the run alone")
+    if words and documents:
+        raise UsageError("expected --words or --documents, got both; a file holds one table")
     with stdout_kept_clean():
-        if words:
+        if documents:
+            px.export_documents(run, output, force=force)
+        elif words:
             px.export_words(run, output, tokens=input_file, force=force)
         else:
             px.export_tokens(run, output, force=force)
-    tell(f"The {'words' if words else 'scored tokens'} of {run} are in {output}")
+    what = "words" if words else "documents" if documents else "scored tokens"
+    tell(f"The {what} of {run} are in {output}")
     if json:
-        print_json({"run": str(run), "output": str(output), "words": words})
+        print_json({"run": str(run), "output": str(output), "words": words, "documents": documents})

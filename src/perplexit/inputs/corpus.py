@@ -1,54 +1,35 @@
-"""Documents from text files, JSON Lines, Parquet, folders, `datasets` objects and lists.
+"""Documents from text files, tables, folders, `datasets` objects and lists.
 
 Everything is a generator: one document (of Parquet: one record batch) is in memory at a time. Every
 row comes out, the empty ones too: who skips one counts it.
 """
 
-import gzip
-import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from perplexit.errors import CorpusError, UsageError
+from perplexit.inputs.compressed import COMPRESSED_SUFFIXES, is_compressed, open_bytes
+from perplexit.inputs.corpus_rows import Document, Keys, check_columns, row_document
+from perplexit.inputs.corpus_tables import (
+    check_is_no_utf16,
+    csv_documents,
+    decoded,
+    json_documents,
+    jsonl_documents,
+    parquet_documents,
+)
+
+__all__ = ["Document", "Keys", "documents", "files_of", "is_read_in_folder", "paths_of"]
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md"})
 JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
+DELIMITED_SUFFIXES = frozenset({".csv", ".tsv"})
 PARQUET_SUFFIXES = frozenset({".parquet"})
-COMPRESSED_SUFFIXES = frozenset({".gz", ".zst"})
-_ROWS_PER_BATCH = 1024
+TABLE_SUFFIXES = JSONL_SUFFIXES | DELIMITED_SUFFIXES | PARQUET_SUFFIXES | {".json"}
 _LONGEST_PATH = 255
-_BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """The names of the columns that hold text, domain and prompt."""
-
-    text: str = "text"
-    domain: str | None = None
-    prompt: str | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """The columns that are read."""
-        return [key for key in (self.text, self.domain, self.prompt) if key is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document as it was found. `text` is None where the source has a null."""
-
-    text: str | None
-    origin: str  # for messages: file and line
-    domain: str | None = None
-    prompt: str | None = None
+_NUL_BYTES = 1 << 12  # how far into a text its encoding is looked at
 
 
 def documents(corpus: Any, keys: Keys) -> Iterator[Document]:
@@ -93,8 +74,19 @@ def files_of(paths: Iterable[Path]) -> list[Path]:
 
 
 def is_read_in_folder(name: str) -> bool:
-    """Whether a file of this name is read where a folder is the corpus."""
-    return _kind(Path(name)) in TEXT_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES
+    """Whether a file of this name is read where a folder is the corpus.
+
+    Not so a plain `.json`: most of those in folders are settings.
+    """
+    kind = _kind(Path(name))
+    return kind in (TEXT_SUFFIXES | TABLE_SUFFIXES) - {".json"} or (
+        kind == ".json" and is_compressed(Path(name))
+    )
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file has columns."""
+    return _kind(path) in TABLE_SUFFIXES
 
 
 def _path_documents(path: Path, keys: Keys) -> Iterator[Document]:
@@ -102,8 +94,9 @@ def _path_documents(path: Path, keys: Keys) -> Iterator[Document]:
         files = _folder_files(path)
         if not files:
             raise CorpusError(
-                f"{path} holds no file of a known kind. Expected .txt, .text, .md, .jsonl, .ndjson "
-                f"(also .gz, .zst) or .parquet."
+                f"{path} holds no file of a known kind. Expected .txt, .text, .md, .jsonl, "
+                f".ndjson, .csv, .tsv (also {', '.join(sorted(COMPRESSED_SUFFIXES))}), .parquet, "
+                f"or compressed .json."
             )
         for file in files:
             yield from _file_documents(file, keys)
@@ -128,76 +121,47 @@ def _folder_files(folder: Path) -> list[Path]:
 
 def _kind(path: Path) -> str:
     """The suffix that says what the file is, the one of its compression removed."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
+    return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
 
 
 def _file_documents(path: Path, keys: Keys) -> Iterator[Document]:
     kind = _kind(path)
     if kind in JSONL_SUFFIXES:
-        yield from _jsonl_documents(path, keys)
-    elif kind in PARQUET_SUFFIXES:
-        yield from _parquet_documents(path, keys)
+        yield from jsonl_documents(path, keys)
     elif kind == ".json":
-        raise CorpusError(
-            f"{path} is a .json file, and only JSON Lines (one object a line) can be streamed. "
-            f"Rename it to .jsonl if it is that, or to .txt to score it as text."
-        )
+        yield from json_documents(path, keys)
+    elif kind in DELIMITED_SUFFIXES:
+        yield from csv_documents(path, kind, keys)
+    elif kind in PARQUET_SUFFIXES:
+        if is_compressed(path):
+            raise CorpusError(
+                f"{path} is a compressed Parquet file, which is compressed inside already. "
+                "Decompress it first."
+            )
+        yield from parquet_documents(path, keys)
     else:
         yield _text_document(path, keys)
 
 
 def _text_document(path: Path, keys: Keys) -> Document:
-    if keys.domain or keys.prompt:
+    if keys.beside_text:
         raise UsageError(
             f"{path} is a text file, one document without columns, so it has no "
-            f"{keys.domain or keys.prompt!r}. Use JSON Lines or Parquet for domains and prompts."
+            f"{keys.beside_text!r}. Use a table (JSON Lines, CSV, Parquet) for domains, prompts "
+            "and columns to keep."
         )
-    with _opened(path) as file:
+    with open_bytes(path) as file:
         data = file.read()
-    return Document(_decoded(data, str(path)), str(path))
-
-
-def _jsonl_documents(path: Path, keys: Keys) -> Iterator[Document]:
-    offset = 0
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            content = line.removeprefix(_BOM) if number == 1 else line
-            if content.strip():
-                origin = f"{path}, line {number}"
-                yield _row_document(_json_row(content, origin, offset), keys, origin)
-            offset += len(line)
-
-
-def _json_row(line: bytes, origin: str, offset: int) -> Mapping[str, Any]:
-    try:
-        row = json.loads(_decoded(line, origin, offset))
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{origin} is no JSON: {error}. Expected one object a line.") from error
-    if not isinstance(row, dict):
-        raise CorpusError(f"{origin} holds a {type(row).__name__}. Expected one object a line.")
-    return row
-
-
-def _parquet_documents(path: Path, keys: Keys) -> Iterator[Document]:
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow.names, keys, str(path))
-            row_number = 0
-            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=keys.names):
-                for row in batch.to_pylist():
-                    yield _row_document(row, keys, f"{path}, row {row_number}")
-                    row_number += 1
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path} cannot be read as Parquet: {error}.") from error
+    check_is_no_utf16(data[:_NUL_BYTES], path)
+    return Document(decoded(data, str(path)), str(path), source_file=str(path))
 
 
 def _dataset_documents(dataset: Any, keys: Keys) -> Iterator[Document]:
     if dataset.column_names is not None:  # an IterableDataset may not know them
-        _check_columns(dataset.column_names, keys, "the dataset")
+        check_columns(dataset.column_names, keys, "the dataset")
         dataset = dataset.select_columns(keys.names)
     for number, row in enumerate(dataset):
-        yield _row_document(row, keys, f"row {number} of the dataset")
+        yield row_document(row, keys, f"row {number} of the dataset", source_row=number)
 
 
 def _item_documents(items: Iterable[Any], keys: Keys) -> Iterator[Document]:
@@ -206,14 +170,14 @@ def _item_documents(items: Iterable[Any], keys: Keys) -> Iterator[Document]:
         if isinstance(item, Path):
             yield from _path_documents(item, keys)
         elif isinstance(item, Mapping):
-            yield _row_document(item, keys, origin)
-        elif isinstance(item, str) and not (keys.domain or keys.prompt):
+            yield row_document(item, keys, origin, source_row=number)
+        elif isinstance(item, str) and not keys.beside_text:
             _check_is_text(item, origin)
-            yield Document(item, origin)
+            yield Document(item, origin, source_row=number)
         elif isinstance(item, str):
             raise UsageError(
-                f"{origin} is a text, and texts have no {keys.domain or keys.prompt!r}. Give rows: "
-                f"[{{'text': …, {keys.domain or keys.prompt!r}: …}}]."
+                f"{origin} is a text, and texts have no {keys.beside_text!r}. Give rows: "
+                f"[{{'text': …, {keys.beside_text!r}: …}}]."
             )
         else:
             raise UsageError(f"{origin} is a {type(item).__name__}, expected a text, row or Path.")
@@ -227,55 +191,3 @@ def _check_is_text(item: str, origin: str) -> None:
             f"{origin}, {item!r}, is the name of a file, and a list of str holds texts. Give "
             f"pathlib.Path objects for files."
         )
-
-
-def _row_document(row: Mapping[str, Any], keys: Keys, origin: str) -> Document:
-    _check_columns(row, keys, origin)
-    text, prompt = row[keys.text], row[keys.prompt] if keys.prompt else None
-    domain = row[keys.domain] if keys.domain else None
-    if not (text is None or isinstance(text, str)):
-        raise CorpusError(
-            f"{origin}: {keys.text!r} holds a {type(text).__name__}, expected text. Name the "
-            f"column that holds it with the text key; there are {', '.join(map(str, row))}."
-        )
-    if keys.prompt and not isinstance(prompt, str):
-        raise CorpusError(
-            f"{origin}: {keys.prompt!r} holds a {type(prompt).__name__}, expected text (an empty "
-            f"one where there is no prompt)."
-        )
-    if keys.domain and not isinstance(domain, str | int):
-        raise CorpusError(
-            f"{origin}: {keys.domain!r} holds a {type(domain).__name__}, expected the name of a "
-            f"domain."
-        )
-    return Document(text, origin, None if domain is None else str(domain), prompt)
-
-
-def _check_columns(names: Iterable[str], keys: Keys, origin: str) -> None:
-    known = list(names)
-    for key in keys.names:
-        if key not in known:
-            raise CorpusError(
-                f"{origin} has no {key!r}. Its keys: {', '.join(map(repr, known)) or 'none'}. Name "
-                f"the one to read with the text, domain or prompt key."
-            )
-
-
-def _opened(path: Path) -> io.BufferedIOBase:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")
-    if suffix == ".zst":
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
-
-
-def _decoded(data: bytes, origin: str, offset: int = 0) -> str:
-    """The text of exactly these bytes: no newline translation, a byte order mark kept."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{origin} is not UTF-8: byte {offset + error.start} (0x{data[error.start]:02X}) "
-            f"cannot be decoded. Convert it first, as with iconv -t UTF-8."
-        ) from error

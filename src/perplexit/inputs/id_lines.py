@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from perplexit.errors import CorpusError, OutputError
+from perplexit.inputs.corpus_rows import Document
 from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TOKEN_FILE, TokenFileWriter
@@ -83,9 +84,9 @@ def import_id_lines(
         for first_line, lines in _line_batches(Path(path), limit):
             num_lines += len(lines)
             short += [first_line + i for i, ids in enumerate(lines) if len(ids) < 2]
-            kept = [ids for ids in lines if len(ids) >= 2]
-            largest = max([largest, *(max(ids) for ids in kept)])
-            _append(writer, kept)
+            kept = [(row, ids) for row, ids in enumerate(lines, first_line - 1) if len(ids) >= 2]
+            largest = max([largest, *(max(ids) for _, ids in kept)])
+            _append(writer, kept, str(path))
         spec: dict[str, Any] = {
             "protocol": {
                 "name": "id-lines",
@@ -112,15 +113,16 @@ def import_id_lines(
     return result
 
 
-def _append(writer: TokenFileWriter, lines: list[list[int]]) -> None:
-    lengths = [len(ids) for ids in lines]
-    flat = np.fromiter((index for ids in lines for index in ids), np.int32, sum(lengths))
+def _append(writer: TokenFileWriter, lines: list[tuple[int, list[int]]], path: str) -> None:
+    lengths = [len(ids) for _, ids in lines]
+    flat = np.fromiter((index for _, ids in lines for index in ids), np.int32, sum(lengths))
     windows = document_windows(lengths)
     windows[:, 0] += writer.num_documents
     writer.append(
         EncodedBatch.without_text(flat, lengths),
         domains_D=np.full(len(lines), -1, dtype=np.int32),
         windows=windows,
+        documents=[Document("", path, source_file=path, source_row=row) for row, _ in lines],
     )
 
 

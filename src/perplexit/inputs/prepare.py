@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, TokenizerError, UsageError
 from perplexit.files import scratch_folder
-from perplexit.inputs.corpus import Document, Keys, documents
+from perplexit.inputs.corpus import Document, Keys, documents, files_of, is_table, paths_of
 from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.id_lines import write_id_lines
 from perplexit.inputs.prepared_before import check_same_input, id_lines_beside, output_file
@@ -45,9 +45,10 @@ def prepare(
     max_length: int | None = None,
     stride: int | None = None,
     bos: str = "auto",
-    text_key: str = "text",
+    text_key: str | None = None,
     domain_key: str | None = None,
     prompt_key: str | None = None,
+    keep: str | Sequence[str] = (),
     export_ids: str | Path | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -57,7 +58,9 @@ def prepare(
     corpus:     a path (a str is one) or several Paths, a `datasets` object, or a list of texts.
     tokenizer:  whatever `perplexit.inputs.tokenizer.load` takes.
     bos:        auto (what the tokenizer itself adds, resolved and recorded), none, first, every.
+    text_key:   the column with the text of a table; None: "text".
     prompt_key: the column with prompts; only the tokens of the answer (`text_key`) are scored.
+    keep:       columns that stay with each document, beside its file and row (`TokenFile.sources`).
     export_ids: a file to write the windows to as well, as `export_id_lines` does.
     force:      whether another token file at `output` is replaced; the same is, without it.
 
@@ -67,15 +70,17 @@ def prepare(
     """
     target, cleanup = _target(output)
     file = output_file(target, corpus, read=(tokenizer,), force=force)
+    keys = _keys(corpus, text_key, domain_key, prompt_key, keep)
     ids_file = None if export_ids is None else id_lines_beside(file, export_ids, corpus)
     loaded = load(tokenizer)
     plan = _plan(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
-    keys = Keys(text_key, domain_key, prompt_key)
     _check_joining(plan, keys)
     check_same_input(file, corpus, keys, plan, loaded)
     try:
         with (
-            TokenFileWriter(file, masked=prompt_key is not None, has_text=True) as writer,
+            TokenFileWriter(
+                file, masked=prompt_key is not None, has_text=True, keep=keys.keep
+            ) as writer,
             ThreadPoolExecutor(1) as aside,
         ):
             fingerprint = aside.submit(lambda: loaded.fingerprint)  # wanted at the end
@@ -132,13 +137,14 @@ class _Preparation:
     def encode(self, kept: _Numbered) -> EncodedBatch:
         """The tokens of documents. It counts nothing, so that it may run in another thread."""
         texts = [(document.prompt or "") + (document.text or "") for _, document in kept]
-        return self.tokenizer.encode_batch(texts, first_document=kept[0][0])
+        names = [d.origin if d.source_file else f"document {number}" for number, d in kept]
+        return self.tokenizer.encode_batch(texts, names=names)
 
     def add(self, kept: _Numbered, encoded: EncodedBatch) -> None:
         """Write the documents that have tokens."""
         lengths_D = np.diff(encoded.document_starts)
         for index in np.flatnonzero(lengths_D == 0).tolist():
-            self._skip("blank, no tokens", kept[index][0])
+            self._skip("blank, no tokens", *kept[index])
         present_D = lengths_D > 0
         kept = [entry for entry, present in zip(kept, present_D, strict=True) if present]
         self._write(_without_empty(encoded, present_D), [document for _, document in kept])
@@ -170,11 +176,14 @@ class _Preparation:
     def _keep(self, number: int, document: Document) -> bool:
         if document.text:
             return True
-        self._skip("null" if document.text is None else "empty", number)
+        self._skip("null" if document.text is None else "empty", number, document)
         return False
 
-    def _skip(self, reason: str, number: int) -> None:
-        self.skipped.setdefault(reason, _Skipped()).add(number)
+    def _skip(self, reason: str, number: int, document: Document) -> None:
+        entry = self.skipped.setdefault(reason, _Skipped())
+        entry.add(number)
+        if entry.count <= _NUM_EXAMPLES:
+            self.writer.sources.skip(reason, document)
 
     def _write(self, encoded: EncodedBatch, kept: Sequence[Document]) -> None:
         first_D = encoded.ids[encoded.document_starts[:-1]]
@@ -192,6 +201,7 @@ class _Preparation:
             domains_D=self._domain_codes(kept),
             windows=windows,
             scored_mask=None if prompts[:1] == [None] else _answer_mask(encoded, prompts),
+            documents=kept,
         )
 
     def _domain_codes(self, kept: Sequence[Document]) -> NDArray[np.int32]:
@@ -224,12 +234,36 @@ def _plan(
     )
 
 
+def _keys(
+    corpus: Any,
+    text_key: str | None,
+    domain_key: str | None,
+    prompt_key: str | None,
+    keep: str | Sequence[str],
+) -> Keys:
+    """The columns to read. Raises UsageError where columns are named and no file has any."""
+    kept = (keep,) if isinstance(keep, str) else tuple(keep)
+    named = {"text": text_key, "domain": domain_key, "prompt": prompt_key, "keep": kept or None}
+    given = [name for name, key in named.items() if key is not None]
+    files = files_of(path for path in paths_of(corpus) if path.exists())
+    if given and files and not any(map(is_table, files)):
+        raise UsageError(
+            f"expected a table (JSON Lines, CSV, TSV, Parquet) for the {given[0]} column that is "
+            f"named, got {files[0]}, a text without columns; leave the name out"
+        )
+    if len(set(kept)) != len(kept):
+        raise UsageError(
+            f"expected each column to keep once, got {', '.join(kept)}; name each once"
+        )
+    return Keys(text_key or "text", domain_key, prompt_key, kept)
+
+
 def _check_joining(plan: ResolvedProtocol, keys: Keys) -> None:
-    if plan.joined_with is not None and (keys.prompt or keys.domain):
+    if plan.joined_with is not None and keys.beside_text:
         alone = [name for name, entry in PROTOCOLS.items() if entry.joined_with is None]
         raise UsageError(
-            f"The protocol {plan.name!r} joins all documents into one, in which prompts and "
-            f"domains are lost. Use one of {', '.join(alone)}."
+            f"The protocol {plan.name!r} joins all documents into one, in which prompts, domains "
+            f"and kept columns are lost. Use one of {', '.join(alone)}."
         )
 
 

@@ -17,6 +17,13 @@ from numpy.typing import NDArray
 
 from perplexit.errors import TokenFileError
 from perplexit.files import canonical_json
+from perplexit.inputs.document_sources import (
+    KEPT_LAYOUT,
+    SOURCE_KEYS,
+    SOURCE_LAYOUT,
+    DocumentSources,
+    source_record,
+)
 from perplexit.inputs.tensor_container import (
     DTYPES,
     content_hashes,
@@ -42,7 +49,8 @@ MASK_LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {"scored_mask": ("BOOL", (
 
 def input_fingerprint(metadata: dict[str, str]) -> str:
     """SHA-256 of the canonical spec, the other fingerprints and every tensor's own hash."""
-    content = {key: value for key, value in metadata.items() if key != "input_fingerprint"}
+    beside = ("input_fingerprint", *SOURCE_KEYS)  # where a document came from decides no number
+    content = {key: value for key, value in metadata.items() if key not in beside}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
@@ -63,6 +71,7 @@ class TokenFile:
     num_words:        uint16, the words (maximal runs of non-blanks) that begin in each token.
     scored_mask:      bool per token; None: every target of a window is scored.
     windows:          the WindowTable.
+    sources:          where each document came from; None in files of older versions.
     """
 
     def __init__(
@@ -83,6 +92,7 @@ class TokenFile:
         self.text_bytes: NDArray[np.uint8] = tensors["text_bytes"]
         self.scored_mask: NDArray[np.bool_] | None = tensors.get("scored_mask")
         self.windows = WindowTable(tensors["windows"])
+        self.sources = DocumentSources.read(path, metadata, tensors)
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenFile":
@@ -234,7 +244,11 @@ def _check_content(path: Path, metadata: dict[str, str], tensors: dict[str, NDAr
         EXPECTED.refuse(path, f"metadata without {', '.join(sorted(missing))}")
     layout = LAYOUT | MASK_LAYOUT
     recorded = parse_json(metadata["tensors"], EXPECTED, dict[str, str], place=path)
-    if set(recorded) != set(tensors) or not set(LAYOUT) <= set(tensors) <= set(layout):
+    if "source" in metadata:
+        layout = layout | SOURCE_LAYOUT | KEPT_LAYOUT
+        recorded = recorded | source_record(path, metadata)["tensors"]
+    needed = set(LAYOUT) | (set(SOURCE_LAYOUT) if "source" in metadata else set())
+    if set(recorded) != set(tensors) or not needed <= set(tensors) <= set(layout):
         raise TokenFileError(
             f"{path} holds the tensors {sorted(tensors)}, expected {sorted(recorded)}."
         )

@@ -4,7 +4,7 @@ Shape suffixes: D = documents, W = windows.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, EmptyScoreError, TokenFileError
 from perplexit.files import canonical_json
+from perplexit.inputs.corpus_rows import Document
+from perplexit.inputs.document_sources import SourceRows
 from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.tensor_container import TensorSpool
 from perplexit.inputs.token_file import (
@@ -40,9 +42,17 @@ class TokenFileWriter:
     A context manager: leaving it without `finish` leaves nothing behind.
     """
 
-    def __init__(self, output: Path | OutputFile, *, masked: bool, has_text: bool) -> None:
+    def __init__(
+        self,
+        output: Path | OutputFile,
+        *,
+        masked: bool,
+        has_text: bool,
+        keep: Sequence[str] = (),
+    ) -> None:
         """`masked`: the file carries a scored mask; `has_text`: tokens have bytes.
 
+        keep: the columns of the documents' sources that are kept.
         An older token file at a plain path is replaced.
         """
         if not isinstance(output, OutputFile):
@@ -54,13 +64,17 @@ class TokenFileWriter:
                 f"{self._file.path.parent} is no folder, so {self._file.path} cannot be written."
             )
         self._has_text = has_text
-        self._spool = TensorSpool(self._output, LAYOUT | (MASK_LAYOUT if masked else {}))
+        self.sources = SourceRows(keep)
+        layout = LAYOUT | (MASK_LAYOUT if masked else {}) | self.sources.layout
+        self._spool = TensorSpool(self._output, layout)
         self._masked = masked
         self._text_hash = hashlib.sha256()
         self._num_bytes = 0
         self._num_targets = 0
         self._spool.append("document_starts", np.zeros(1, dtype=np.int64))
         self._spool.append("byte_starts", np.zeros(1, dtype=np.int64))
+        if keep:
+            self._spool.append("kept_starts", np.zeros(1, dtype=np.int64))
 
     def __enter__(self) -> "TokenFileWriter":
         return self
@@ -90,8 +104,11 @@ class TokenFileWriter:
         domains_D: NDArray[np.int32],
         windows: WindowArray,
         scored_mask: NDArray[np.bool_] | None = None,
+        documents: Sequence[Document] | None = None,
     ) -> None:
         """Add the documents of `batch` and their windows.
+
+        documents: where they came from; None: they are numbered as they come.
 
         Document numbers in `windows` are the file's; a window in which the mask leaves nothing to
         score is dropped, as no figure depends on it.
@@ -105,6 +122,12 @@ class TokenFileWriter:
             counts_W = before[base_W + windows[:, 4]] - before[base_W + windows[:, 3]]
             windows, counts_W = windows[counts_W > 0], counts_W[counts_W > 0]
             self._spool.append("scored_mask", scored_mask)
+        if documents is None:
+            first = self.num_documents
+            numbers = range(first, first + batch.num_documents)
+            documents = [Document("", "", source_row=number) for number in numbers]
+        for name, rows in self.sources.tensors(documents).items():
+            self._spool.append(name, rows)
         self._num_targets += int(counts_W.sum())
         self._spool.append("windows", windows)
         self._spool.append("document_starts", starts_D[1:] + self.num_ids)
@@ -124,6 +147,7 @@ class TokenFileWriter:
             entry.name: tensor_identity(entry.dtype, entry.shape, entry.sha256)
             for entry in self._spool.entries()
         }
+        sources = {name: tensors.pop(name) for name in self.sources.layout}
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -132,6 +156,7 @@ class TokenFileWriter:
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "tensors": canonical_json(tensors),
         }
+        metadata |= self.sources.metadata(sources)
         metadata["input_fingerprint"] = input_fingerprint(metadata)
         self._spool.assemble(metadata, check=self._file.check_replaceable)
         return TokenFile.open(self._file.path)

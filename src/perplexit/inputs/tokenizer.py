@@ -55,15 +55,20 @@ class Tokenizer:
         """What the tokenizer is known by; made when first asked for, which takes a while."""
         return self._backend.fingerprint
 
-    def encode_batch(self, texts: Sequence[str], *, first_document: int = 0) -> EncodedBatch:
+    def encode_batch(
+        self, texts: Sequence[str], *, first_document: int = 0, names: Sequence[str] | None = None
+    ) -> EncodedBatch:
         """The ids of each text with the bytes and words of each id; bytes sum to the text's.
 
         A text of blanks alone may have no tokens; its bytes are then left out too.
         Raises TokenizerError where a text that is not blank gives no tokens, or a long one gives
         next to none or nearly all unknown; CorpusError for text that is not Unicode (lone
-        surrogates). `first_document` numbers the texts in those messages.
+        surrogates). `names` says in those messages which text is meant; None: its number,
+        counted from `first_document`.
         """
-        utf8 = [_utf8(text, first_document + index) for index, text in enumerate(texts)]
+        if names is None:
+            names = [f"document {first_document + number}" for number in range(len(texts))]
+        utf8 = [_utf8(text, name) for text, name in zip(texts, names, strict=True)]
         spans: list[Spans] | None = None
         if self._spells(texts):
             ids = self._backend.encode_ids(texts)
@@ -81,10 +86,10 @@ class Tokenizer:
             if spelled == b" " + utf8[index] and lengths[bounds[index]]:
                 lengths[bounds[index]] -= 1  # the tokenizer put a blank in front, which is no text
             elif ids[index]:
-                self._check_sense(text, ids[index], first_document + index)
+                self._check_sense(text, ids[index], names[index])
                 misspelled.append(index)
             else:
-                _check_blank(text, first_document + index)
+                _check_blank(text, names[index])
                 utf8[index] = b""  # without tokens nothing holds its bytes
         if misspelled and spans is None:
             asked = self._backend.encode_spans([texts[index] for index in misspelled])
@@ -129,7 +134,7 @@ class Tokenizer:
             self._spells_text = hits * 2 >= len(probes)
         return bool(self._spells_text)
 
-    def _check_sense(self, text: str, ids: list[int], document: int) -> None:
+    def _check_sense(self, text: str, ids: list[int], name: str) -> None:
         """Raise TokenizerError where a long text became next to nothing."""
         if len(text) <= _LONG_TEXT:
             return
@@ -137,16 +142,16 @@ class Tokenizer:
         unknown = 0 if unknown_id is None else ids.count(unknown_id)
         if len(ids) == 1 or unknown > _NEARLY_ALL * len(ids):
             raise TokenizerError(
-                f"The tokenizer turned the {len(text)} characters of document {document} into "
+                f"The tokenizer turned the {len(text)} characters of {name} into "
                 f"{len(ids)} tokens, {unknown} of them unknown. {_REMEDY}"
             )
 
 
-def _check_blank(text: str, document: int) -> None:
+def _check_blank(text: str, name: str) -> None:
     """Raise TokenizerError for a text without tokens that is more than blanks."""
     if text.strip():
         raise TokenizerError(
-            f"The tokenizer returned no tokens for document {document}, which has {len(text)} "
+            f"The tokenizer returned no tokens for {name}, which has {len(text)} "
             f"characters. {_REMEDY}"
         )
 
@@ -170,11 +175,12 @@ def load(tokenizer: str | Path | object) -> Tokenizer:
     return Tokenizer(load_tokenizer(tokenizer))
 
 
-def _utf8(text: str, document: int) -> bytes:
+def _utf8(text: str, name: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise CorpusError(
-            f"Document {document} is not Unicode text: character {error.start} is a lone surrogate "
-            f"(U+{ord(text[error.start]):04X}), which has no UTF-8. Repair the source."
+            f"{name.replace('document ', 'Document ', 1)} is not Unicode text: character "
+            f"{error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), which has no "
+            "UTF-8. Repair the source."
         ) from error

@@ -4,6 +4,7 @@ run.json         the record; written first with status "running", last with "com
 parts/           per-token results as they come, each file written atomically and named by its
                  content's hash; removed when the run is complete
 tokens.parquet   a row a scored token, written once at the end
+documents.parquet  a row for each document: where it came from
 .lock            held while a process writes here; the system releases it if that process dies
 """
 
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from perplexit.errors import RunError
 from perplexit.files import is_temporary, remove_leftovers, sha256_of_file, write_atomically
+from perplexit.runs.documents import DOCUMENTS_FILE
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.run_tokens import RunTokens
 
@@ -156,6 +160,11 @@ class RunStore:
         path = self.folder / TOKENS_FILE
         write_atomically(path, tokens.write)
         return sha256_of_file(path)
+
+    def write_documents(self, table: pa.Table) -> None:
+        """Put `documents.parquet` in place: where each document of the input came from."""
+        path = self.folder / DOCUMENTS_FILE
+        write_atomically(path, lambda temporary: pq.write_table(table, temporary))
 
     def remove_parts(self) -> None:
         """Drop the parts of a run that is complete."""

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from perplexit.errors import PerplexitError, RunError
 from perplexit.files import sha256_of_file
+from perplexit.runs.documents import DOCUMENTS_FILE, with_sources
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.tables import export_file, write_table
@@ -65,17 +66,18 @@ def _same(a: Any, b: Any) -> bool:
 def export_tokens(folder: str | Path, path: str | Path, *, force: bool = False) -> Path:
     """Write a run's token table as CSV, JSON lines or Parquet, by the suffix of `path`.
 
-    `text` is added: the token's bytes as text, with U+FFFD for those that are no whole character.
+    The document's source file, row and kept columns are added, where the run recorded them, and
+    `text`: the token's bytes as text, with U+FFFD for those that are no whole character.
     `force`: another export at `path` is replaced. Raises UsageError for another suffix, OutputError
     where `path` holds something else, RunError where the run is not complete.
     """
-    own = [Path(folder) / name for name in (RUN_FILE, TOKENS_FILE)]
+    own = [Path(folder) / name for name in (RUN_FILE, TOKENS_FILE, DOCUMENTS_FILE)]
     file = export_file(path, _EXPORTED, inputs=own, force=force)
     run = Run.open(folder)
     if run.status != "complete" or run.folder is None:
         raise RunError(f"expected a complete run, got one that is {run.status} in {folder}")
     table = _with_text(pq.read_table(run.folder / TOKENS_FILE))
-    return write_table(table, file)
+    return write_table(with_sources(table, run), file)
 
 
 def _with_text(table: pa.Table) -> pa.Table:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from perplexit.errors import RunError, TokenFileError, UsageError
 from perplexit.inputs.encoding import white_space, word_starts
 from perplexit.inputs.token_file import TokenFile
+from perplexit.runs.documents import with_sources
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
 from perplexit.runs.tables import export_file, write_table
@@ -95,7 +96,7 @@ def export_words(
     opened = run if isinstance(run, Run) else Run.open(run)
     if tokens is not None and not isinstance(tokens, TokenFile):
         tokens = TokenFile.open(tokens)
-    return write_table(surprisal_of_words(opened, tokens), file)
+    return write_table(with_sources(surprisal_of_words(opened, tokens), opened), file)
 
 
 def input_of(run: Run) -> TokenFile | None:

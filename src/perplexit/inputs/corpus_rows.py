@@ -1,0 +1,108 @@
+"""Rows of tables → documents: which columns are read, and what may stand in them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from perplexit.errors import CorpusError
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names of the columns that hold text, domain and prompt, and of those that are kept."""
+
+    text: str = "text"
+    domain: str | None = None
+    prompt: str | None = None
+    keep: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are read, each once."""
+        named = (self.text, self.domain, self.prompt, *self.keep)
+        return list(dict.fromkeys(key for key in named if key is not None))
+
+    @property
+    def beside_text(self) -> str | None:
+        """A column that a text without columns cannot have; None where there is none."""
+        return self.domain or self.prompt or next(iter(self.keep), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document as it was found. `text` is None where the source has a null.
+
+    source_file: as the file was reached; None in memory. source_row: the row of the file, or the
+    item of the list, empty ones counted. kept: the values of the columns that are kept.
+    """
+
+    text: str | None
+    origin: str  # for messages: file and line
+    domain: str | None = None
+    prompt: str | None = None
+    source_file: str | None = None
+    source_row: int = 0
+    kept: tuple[Any, ...] = ()
+
+
+def row_document(
+    row: Mapping[str, Any],
+    keys: Keys,
+    origin: str,
+    *,
+    source_file: str | None = None,
+    source_row: int = 0,
+) -> Document:
+    """The document in a row. Raises CorpusError where a column is missing or holds another type."""
+    check_columns(row, keys, origin)
+    text, prompt = row[keys.text], row[keys.prompt] if keys.prompt else None
+    domain = row[keys.domain] if keys.domain else None
+    if not (text is None or isinstance(text, str)):
+        raise CorpusError(
+            f"{origin}: {keys.text!r} holds a {type(text).__name__}, expected text. Name the "
+            f"column that holds it with the text key; there are {', '.join(map(str, row))}."
+        )
+    if keys.prompt and not isinstance(prompt, str):
+        raise CorpusError(
+            f"{origin}: {keys.prompt!r} holds a {type(prompt).__name__}, expected text (an empty "
+            f"one where there is no prompt)."
+        )
+    if keys.domain and not isinstance(domain, str | int):
+        raise CorpusError(
+            f"{origin}: {keys.domain!r} holds a {type(domain).__name__}, expected the name of a "
+            f"domain."
+        )
+    return Document(
+        text,
+        origin,
+        None if domain is None else str(domain),
+        prompt,
+        source_file,
+        source_row,
+        tuple(_as_json(row[key]) for key in keys.keep),
+    )
+
+
+def check_columns(names: Iterable[str], keys: Keys, origin: str) -> None:
+    """Raise CorpusError unless every column that is read is among `names`."""
+    known = list(names)
+    for key in keys.names:
+        if key not in known:
+            raise CorpusError(
+                f"{origin} has no {key!r}. Its keys: {', '.join(map(repr, known)) or 'none'}. Name "
+                f"the one to read with the text, domain or prompt key, or to keep."
+            )
+
+
+def _as_json(value: Any) -> Any:
+    """A column's value as JSON can hold it: what it has no form for (dates, NaN, bytes) as text."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(entry) for key, entry in value.items()}
+    return str(value)
