@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
+from perplexit.checkpoints.widened import widened
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession, packed_linear
 from perplexit.sessions.pytorch.packed_linear import PackedLinear, why_no_packing
-from perplexit.sessions.pytorch.widened import widened
 from tests.oracles import random_window
 from tests.trust.loading_models import VOCAB_SIZE, llama, losses, oracle_of, saved
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from perplexit.checkpoints.cache import file_digest
 from perplexit.checkpoints.identity import canonical_json
+from perplexit.checkpoints.merging import Unmerged
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -84,6 +85,8 @@ def _check_readable(weights: Path) -> None:
 def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Module:
     """The model with the adapter beside its layers, or merged into their weights.
 
+    A merged model is held against the unmerged one first: merged into weights that are shared
+    (LoRA on a tied embedding), an adapter also changes what it was not trained to change.
     Raises ModelError where the adapter was made for another model's shapes or layers,
     CapabilityError where it cannot be merged, MissingPackageError without PEFT.
     """
@@ -100,17 +103,28 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(_mismatch(adapter, model, " ".join(str(error).split())[:300])) from error
     _check_complete(adapter, model, get_peft_model_state_dict(adapted))
+    unmerged: nn.Module = adapted.get_base_model().eval()
     if not merge:
-        unmerged: nn.Module = adapted.get_base_model()
-        return unmerged.eval()
+        return unmerged
+    before = Unmerged.of(unmerged)
     try:
-        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shared weights it warns; here they are measured
+            merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
         raise CapabilityError(
             f"the adapter {adapter.folder} ({adapter.kind}) cannot be merged: {error}; evaluate it "
             "without --merge-adapter"
         ) from error
-    return merged.eval()
+    reason = before.why_not(merged.eval())
+    if reason is not None:
+        raise CapabilityError(
+            f"expected the adapter {adapter.folder} ({adapter.kind}) merged into "
+            f"{type(merged).__name__} to give what it gives beside the layers, but {reason}; "
+            "weights that it changes may be shared (a tied embedding and head), or too coarse for "
+            "it: evaluate it without --merge-adapter"
+        )
+    return merged
 
 
 def adapted_fingerprint(base: str, adapter: Adapter) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perplexit.checkpoints.widened import widened
 from perplexit.errors import UsageError
 from perplexit.resources.freed_memory import keep_freed_memory, return_freed_memory
 from perplexit.sessions.base import SessionDescription
@@ -31,7 +32,6 @@ from perplexit.sessions.pytorch.packed_linear import (
     why_no_packing,
 )
 from perplexit.sessions.pytorch.threads import ForwardTrace
-from perplexit.sessions.pytorch.widened import widened
 
 KERNELS = ("packed", "plain")
 _ENVIRONMENT = "PERPLEXIT_KERNELS"
