@@ -3,9 +3,12 @@
 import io
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import redirect_stderr
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +20,7 @@ from perplexit.errors import MissingPackageError, ModelError
 from perplexit.files import cache_folder, kept_folder
 
 _LOGGER = logging.getLogger(__name__)
+_VERSION = 2  # of what is made of a file: a folder of another version is not used
 
 
 def check_is_gguf(path: Path) -> None:
@@ -42,7 +46,7 @@ def dequantized_folder(path: Path) -> Path:
     """
     check_is_gguf(path)
     fingerprint = weights_fingerprint(path)
-    name = f"gguf-{fingerprint[:32]}-transformers-{transformers.__version__}"
+    name = f"gguf-{fingerprint[:32]}-transformers-{transformers.__version__}-{_VERSION}"
     folder = cache_folder() / "checkpoints" / name
     if not (folder / "config.json").is_file():
         _check_packages(path)
@@ -65,10 +69,18 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         # Its progress bar over tensors asks no setting of transformers; errors come as exceptions.
         with quiet_transformers(), redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+            # Here alone gguf is imported, whose absence has been told by now.
+            gguf_config = import_module("perplexit.checkpoints.gguf_config")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **source,
+                config=gguf_config.whole_config(path),
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+            model, loading_info = loaded
+            _check_complete(path, model, loading_info)
             _plain_copy(model).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            _save_tokenizer(source, folder)
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise ModelError(
             f"transformers cannot dequantize {path.name}: {error}. "
@@ -76,6 +88,29 @@ def _convert(path: Path, folder: Path) -> None:
         ) from error
     source_record = {"file": path.name, "sha256": weights_fingerprint(path)}
     (folder / "source.json").write_text(json.dumps(source_record), encoding="utf-8")
+
+
+def _save_tokenizer(source: Mapping[str, str], folder: Path) -> None:
+    """Put the file's tokenizer into the folder, where it has one that transformers can read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        _LOGGER.debug("no tokenizer of %s: %s", source["gguf_file"], reason)
+        return  # ids are what is scored; the text became ids elsewhere
+    tokenizer.save_pretrained(folder)
+
+
+def _check_complete(path: Path, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
+    """Raise ModelError where weights are missing (they would be random) or left over."""
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(name) for name in loading_info.get(kind, ()))
+        if names:
+            raise ModelError(
+                f"expected {path.name} to hold the weights of a {type(model).__name__}, all of "
+                f"them and no others, but {len(names)} are {kind.removesuffix('_keys')} "
+                f"({', '.join(names[:3])}); llama.cpp may read it as it is: gguf:{path}"
+            )
 
 
 def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:

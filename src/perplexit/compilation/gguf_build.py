@@ -50,7 +50,7 @@ def build_gguf_program(
     precision = request.recipe.precision if request.recipe else request.dtype
     path = folder / GGUF_FILE
     model: Any = checkpoint.model
-    ids = _probe_ids(int(model.config.vocab_size))
+    ids = _probe_ids(model.config)
     reference = _checkpoint_nll(checkpoint, ids)
     original = checkpoint.source.original
     if precision not in _TOLERANCES and original.suffix == ".gguf":
@@ -103,8 +103,10 @@ def _checkpoint_nll(checkpoint: Checkpoint, ids: NDArray[np.int32]) -> NDArray[n
         return window_nll(checkpoint.model, torch.from_numpy(ids.astype(np.int64)))
 
 
-def _probe_ids(vocab_size: int) -> NDArray[np.int32]:
-    return np.random.default_rng(0).integers(0, vocab_size, _NUM_IDS).astype(np.int32)
+def _probe_ids(config: Any) -> NDArray[np.int32]:
+    length = min(_NUM_IDS, int(getattr(config, "max_position_embeddings", _NUM_IDS)))
+    vocab_size = int(config.vocab_size)
+    return np.random.default_rng(0).integers(0, vocab_size, length).astype(np.int32)
 
 
 def _check(nll: NDArray[np.float64], reference: NDArray[np.float64], precision: str) -> float:

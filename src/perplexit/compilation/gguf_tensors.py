@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from perplexit.checkpoints.gguf_rope import llama3_divisors
 from perplexit.errors import CompilationError
 
 Array = NDArray[np.float32]
@@ -87,9 +88,31 @@ def _add_llama(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    if rope.get("rope_type") == "linear":
+    if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+    if rope["rope_type"] == "yarn":
+        _add_yarn(writer, rope)
+
+
+def _add_yarn(writer: gguf.GGUFWriter, rope: Mapping[str, Any]) -> None:
+    """YaRN's parameters. llama.cpp's attention factor is beside 0.1 ln(factor) + 1, not in it."""
+    other = [name for name in ("mscale", "mscale_all_dim") if rope.get(name)]
+    if rope.get("truncate") is False:
+        other.append("truncate")
+    if other:
+        raise CompilationError(
+            f"YaRN's {', '.join(other)} has no key in GGUF's llama architecture; evaluate the "
+            "checkpoint with hf: instead"
+        )
+    factor = float(rope["factor"])
+    usual = 0.1 * math.log(factor) + 1.0
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(factor)
+    writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+    writer.add_rope_scaling_attn_factors(float(rope.get("attention_factor") or usual) / usual)
+    writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
+    writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
 
 
 def _add_gpt2(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -132,31 +155,43 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
+    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn") and not _is_fixed(rope):
         raise CompilationError(
-            f"expected rotary positions of type default, linear or llama3, got "
+            f"expected rotary positions of type default, linear, llama3 or yarn, got "
             f"{rope['rope_type']!r}, which is not written to GGUF here"
+        )
+    if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise CompilationError(
+            f"expected heads that are rotated whole, got partial_rotary_factor "
+            f"{rope['partial_rotary_factor']}, which is not written to GGUF here"
         )
     return rope
 
 
-def _rope_factors(config: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
-    """Llama 3's frequency divisors, which llama.cpp reads as a tensor; nothing for others.
+def _is_fixed(rope: Mapping[str, Any]) -> bool:
+    """Whether longrope's divisors are the same at every length, as read from a GGUF file."""
+    same = rope.get("short_factor") == rope.get("long_factor") and rope.get("short_factor")
+    return bool(rope["rope_type"] == "longrope" and same and rope.get("attention_factor") == 1.0)
 
-    Wavelengths below `original / high` keep their frequency, those above `original / low` have it
-    divided by `factor`, with a linear blend between (the rotary type "llama3" of transformers).
-    """
+
+def _rope_factors(config: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
+    """Divisors of the frequencies, which llama.cpp reads as a tensor; nothing without any."""
     rope = _rope(config) if "num_attention_heads" in config else {}
-    if rope.get("rope_type") != "llama3":
+    if rope.get("rope_type") not in ("llama3", "longrope"):
         return
     heads = int(config["num_attention_heads"])
     dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    frequency = float(rope["rope_theta"]) ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    turns = int(rope["original_max_position_embeddings"]) * frequency / (2 * math.pi)
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    divisor = 1 / ((1 - kept) / float(rope["factor"]) + kept)
-    yield gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight", divisor.astype(np.float32)
+    if rope["rope_type"] == "longrope":
+        divisors = np.asarray(rope["short_factor"], dtype=np.float64)
+    else:
+        divisors = llama3_divisors(
+            float(rope["rope_theta"]) ** -(np.arange(0, dim, 2, dtype=np.float64) / dim),
+            length=int(rope["original_max_position_embeddings"]),
+            factor=float(rope["factor"]),
+            low=float(rope["low_freq_factor"]),
+            high=float(rope["high_freq_factor"]),
+        )
+    yield gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight", divisors.astype(np.float32)
 
 
 _LLAMA = GgufArchitecture(
