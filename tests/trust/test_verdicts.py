@@ -312,8 +312,9 @@ def test_c3_several_candidates_in_one_sentence(runs: list[Run], tmp_path: Path) 
         "change."
     ) or headline(none).endswith("but the predictions of all of them did change.")
     page = px.write_report(
-        [runs[0], worse, unsure, same, better], tmp_path / "r.html", labels=labels
+        [runs[0], worse, unsure, same, better], tmp_path / "r.html", labels=labels, margin="0.5%"
     ).path.read_text("utf-8")
+    assert "The dotted lines are the margin of 0.5 %" in plain(page)
     for verdict in VERDICTS:
         assert f'class="finding {verdict}"' in page
         assert f'class="badge {verdict}"' in page
@@ -405,6 +406,24 @@ def test_c2_sibling_percentiles_and_maxima_are_judged_on_their_value(runs: list[
         (result,) = judge(comparison, [parse_gate(f"{metric}<=100")])
         assert (result.passed, result.judged_on) == (True, "value")
         assert "never has an interval" in str(result)
+
+
+def test_c2_sibling_a_lower_bound_passes_no_upper_gate(runs: list[Run]) -> None:
+    """A reference that is known in part: KL has a bound on either side, the others one below."""
+    known = with_kl(runs[1], runs[0])
+    columns = known.tokens
+    columns = replace(columns, kl_high=columns.kl + 1, reverse_kl=columns.kl, js=columns.kl / 4)
+    comparison = px.compare(runs[0], replace(known, loaded_tokens=columns))
+    for on in ("interval", "value"):
+        for metric in ("mean_kl", "max_kl", "p99.9_kl", "median_kl", "rms_kl"):
+            (lower,) = judge(comparison, [parse_gate(f"{metric}<=0.5")], judged_on=on)
+            assert (lower.passed, lower.judged > 1) == (False, True), metric
+            assert judge(comparison, [parse_gate(f"{metric}<=9")], judged_on=on)[0].passed
+        for metric in ("mean_js", "max_reverse_kl", "p99_js"):
+            (unknown,) = judge(comparison, [parse_gate(f"{metric}<=9")], judged_on=on)
+            assert not unknown.passed
+            assert "only a lower bound is known" in str(unknown)
+            assert judge(comparison, [parse_gate(f"{metric}>=0")], judged_on=on)[0].passed
 
 
 def test_c2_sibling_bytes_have_gates_on_intervals_too(

@@ -7,8 +7,8 @@ A figure that should have an interval and has none was not measured well enough 
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -21,6 +21,7 @@ JudgedOn = Literal["interval", "value"]
 
 # The targets that QEfficient's perplexity script prints: ppl x 1.001 (FP16), x 1.01 (MXFP6/MXINT8).
 PRESETS = {"fp16": "ppl_ratio<=1.001", "mx": "ppl_ratio<=1.01"}
+LOWER_BOUND = "only a lower bound is known, as the reference is known in part"
 _GATE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.]*)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
 
 
@@ -144,12 +145,13 @@ def judge(
                 f"the gate {gate} asks for {gate.metric!r}, but this comparison has "
                 f"{', '.join(sorted(figures))}; {_why_not(comparison)}"
             )
-        results.append(_result(gate, figure, judged_on))
+        results.append(_result(gate, figures, judged_on))
     return results
 
 
-def _result(gate: Gate, figure: Estimate, judged_on: JudgedOn) -> GateResult:
-    judged, on, end, why = _number_to_judge(gate, figure, judged_on)
+def _result(gate: Gate, figures: Mapping[str, Estimate], judged_on: JudgedOn) -> GateResult:
+    figure = figures[gate.metric]
+    judged, on, end, why = _number_to_judge(gate, _bounded(gate, figures), judged_on)
     return GateResult(
         gate=str(gate),
         passed=judged is not None and gate.holds(judged),
@@ -165,13 +167,27 @@ def _result(gate: Gate, figure: Estimate, judged_on: JudgedOn) -> GateResult:
     )
 
 
+def _bounded(gate: Gate, figures: Mapping[str, Estimate]) -> Estimate:
+    """Return the estimate that an upper bound must hold for.
+
+    Where a part of the reference is known, the divergences are lower bounds: the KL has an upper
+    one beside it (`mean_kl_high`), and the others have none.
+    """
+    figure = figures[gate.metric]
+    if gate.operator not in ("<=", "<") or "mean_kl_high" not in figures:
+        return figure
+    if gate.metric.endswith(("_reverse_kl", "_js")):
+        return replace(figure, high=None, method="token", reason=LOWER_BOUND)
+    return figures.get(f"{gate.metric}_high", figure)
+
+
 def _number_to_judge(
     gate: Gate, figure: Estimate, judged_on: JudgedOn
 ) -> tuple[float | None, str, str | None, str]:
     """Return (the number, what it is, which end of the interval, why it is not an interval's)."""
     if not math.isfinite(figure.value):
         return None, "not measured", None, "the figure is not a finite number"
-    if judged_on == "value":
+    if judged_on == "value" and figure.reason != LOWER_BOUND:
         return figure.value, "value", None, "the value was asked for"
     if not figure.should_have_interval:
         return figure.value, "value", None, "this figure never has an interval"
@@ -179,7 +195,9 @@ def _number_to_judge(
     end = figure.high if name == "high" else figure.low
     if end is None:
         reason = figure.reason or "it has no interval"
-        return None, "not measured", None, f"{reason} (--gate-on value judges the value alone)"
+        if reason != LOWER_BOUND:
+            reason += " (--gate-on value judges the value alone)"
+        return None, "not measured", None, reason
     if not math.isfinite(end):
         return None, "not measured", None, f"the {name} end is not a finite number"
     return end, "interval", name, ""

@@ -103,9 +103,10 @@ class Judged:
             if self.margin.is_asked
             else ""
         )
+        ends = "" if self._span() == change(value) else f" ({self._span()})"
         return (
             f"Each {self.unit} costs it {quantity(abs(value))} nats {side} on average: its "
-            f"{self.measure} is {change(value)} ({self._span()}){beyond}."
+            f"{self.measure} is {change(value)}{ends}{beyond}."
         )
 
     def sentence(self) -> str:
@@ -124,8 +125,12 @@ class Judged:
         )
 
     def _span(self) -> str:
-        low, high = self.difference.low or 0.0, self.difference.high or 0.0
-        return f"from {change(low)} to {change(high)}"
+        ends = [change(end or 0.0) for end in (self.difference.low, self.difference.high)]
+        for side in (" higher", " lower"):
+            if all(end.endswith(side) for end in ends):
+                sizes = list(dict.fromkeys(end.removesuffix(side) for end in ends))
+                return f"{'from ' if len(sizes) > 1 else ''}{' to '.join(sizes)}{side}"
+        return f"from {ends[0]} to {ends[1]}"
 
     def _range(self) -> str:
         return f"Its {self.measure} may be anything {self._span()}."

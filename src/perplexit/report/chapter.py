@@ -1,8 +1,9 @@
 """The charts of a report, in order: which there are, over what figures, and how to read them."""
 
+import math
 from collections.abc import Iterator, Sequence
 
-from perplexit.comparison.digits import DASH, figure, interval, quantity
+from perplexit.comparison.digits import DASH, exact_percent, figure, interval, quantity
 from perplexit.report import charts
 from perplexit.report.chart_rows import (
     Row,
@@ -60,12 +61,22 @@ def _ratios(subject: Subject) -> Iterator[Chart]:
         }
         for label, _, c in subject.candidates
     ]
+    asked = subject.comparisons[0].judged.margin
+    margins = (math.exp(-asked.nats), math.exp(asked.nats)) if asked.is_asked else ()
+    said = (
+        f" The dotted lines are the margin of {exact_percent(asked.asked)}: an interval between "
+        "them is equivalent."
+        if margins
+        else ""
+    )
     yield Chart(
         "ratio",
         f"Ratio to {subject.labels[0]}",
         "Paired token by token, so what makes a token hard for both drops out. "
-        "The dashed line is no difference; right of it is worse.",
-        charts.intervals_chart(rows, subject.labels, title="perplexity ratio", mark_at=1.0),
+        f"The dashed line is no difference; right of it is worse.{said}",
+        charts.intervals_chart(
+            rows, subject.labels, title="perplexity ratio", mark_at=1.0, margins=margins
+        ),
         ("run", "ratio", "verdict"),
         tuple((label, ratio_of(c), c.verdict) for label, _, c in subject.candidates),
     )

@@ -43,9 +43,17 @@ def run_colours(shown: Sequence[str], labels: Sequence[str]) -> Spec:
 
 
 def intervals_chart(
-    rows: Sequence[Row], labels: Sequence[str], *, title: str, mark_at: float | None = None
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    *,
+    title: str,
+    mark_at: float | None = None,
+    margins: Sequence[float] = (),
 ) -> str:
-    """A point with its interval for each run, one below the other; `mark_at` draws a line."""
+    """A point with its interval for each run, one below the other.
+
+    mark_at: where a dashed line stands for no difference. margins: where dotted lines stand.
+    """
     shown = shown_in(rows, labels)
     x: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}, "title": title}
     y: Spec = {"field": "run", "type": "nominal", "sort": shown, "title": None}
@@ -58,10 +66,15 @@ def intervals_chart(
     }
     said = {"field": "said", "type": "nominal"}
     layers: list[Spec] = []
-    if mark_at is not None:
-        line = {"type": "rule", "strokeDash": [4, 3], "color": "var(--muted)", "aria": False}
-        layers.append({"data": {"values": [{"at": mark_at}]}, "mark": line})
-        layers[0]["encoding"] = {"x": {"field": "at", **x}}
+    for dash, places in (([4, 3], () if mark_at is None else (mark_at,)), ([1, 3], margins)):
+        line = {"type": "rule", "strokeDash": dash, "color": "var(--muted)", "aria": False}
+        layers += [
+            {
+                "data": {"values": [{"at": place} for place in places]},
+                "mark": line,
+                "encoding": {"x": {"field": "at", **x}},
+            }
+        ] * bool(places)
     layers += [
         {
             "mark": {"type": "rule", "strokeWidth": 3, "strokeCap": "round", "opacity": 0.55},
