@@ -14,6 +14,12 @@ SOURCES := src tests bench docs
 # Every extra of pyproject.toml but liger (CUDA kernels); those of the second line have no wheel.
 EXTRAS  := pytorch,onnx,openvino,tvm,sentencepiece,datasets,completions,report,igf,quantization,adapters
 COMPILED_EXTRAS := llamacpp ngram
+# GCC takes `ldtilecfg` for an instruction that reads 8 bytes of its 64, so llama.cpp's AMX kernels
+# crash. A processor that has AMX has these AVX-512 instructions too.
+ifneq ($(shell grep -sw amx_int8 /proc/cpuinfo),)
+export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON \
+	-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON
+endif
 
 # Long proofs; `make test` runs a seeded tenth of each.
 PROOFS := fuzz sweep kills watch coverage

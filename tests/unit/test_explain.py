@@ -291,7 +291,7 @@ def test_sessions_differ_by_name(measure: Measure) -> None:
         "settings",
         "threads",
     )
-    assert "int8 by toy (8.5 bits)" in str(found)
+    assert "int8 by toy (8.5 bits per parameter)" in str(found)
 
 
 # --- texts --------------------------------------------------------------------------------------
