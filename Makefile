@@ -20,11 +20,24 @@ ifneq ($(shell grep -sw amx_int8 /proc/cpuinfo),)
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON \
 	-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON
 endif
+comma   := ,
+
+# Every package is installed from a file whose hash is in a lock, where the locks are for this
+# machine. torch alone is not in them: which of its builds is right depends on the machine.
+LOCKED   = $(shell $(PYTHON) -c "import platform, sys; print('locked' if \
+	(platform.system(), platform.machine()) == ('Linux', 'x86_64') \
+	and sys.version_info[:2] == (3, 11) else '')")
+LOCKS   := requirements-dev.lock $(COMPILED_EXTRAS:%=requirements-%.lock)
+HASHED   = $(PIP) --require-hashes --no-deps
+UV       = .venv-lock/bin/uv pip compile --quiet --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-emit-index-url \
+	--no-emit-find-links --no-emit-package torch -c constraints-dev.txt -c .venv-lock/tested.txt
 
 # Long proofs; `make test` runs a seeded tenth of each.
 PROOFS := fuzz sweep kills watch coverage
 
-.PHONY: setup demo test test-vllm test-cuda test-liger check $(PROOFS) bench bench-quick bench-cuda docs clean
+.PHONY: setup demo test test-vllm test-cuda test-liger check $(PROOFS) bench bench-quick bench-cuda \
+	docs lock audit clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.setup-done
@@ -80,6 +93,26 @@ bench-cuda:
 docs: setup
 	$(BIN)/python docs/generate.py
 
+# The versions that the tests run with, each with the hashes of its files.
+lock: setup .venv-lock/.setup-done
+	$(BIN)/python -m pip freeze --exclude-editable | grep == | grep -v ^torch== > .venv-lock/tested.txt
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) --group dev \
+		$(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) pyproject.toml \
+		--output-file requirements-dev.lock
+	@for extra in $(COMPILED_EXTRAS); do \
+		UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) --extra $$extra pyproject.toml \
+			--output-file requirements-$$extra.lock || exit 1; \
+	done
+
+# Asks the public advisory database about every locked package; fails where it knows of a fault.
+audit: .venv-lock/.setup-done
+	.venv-lock/bin/pip-audit --strict --disable-pip --no-deps $(foreach lock,$(LOCKS),-r $(lock))
+
+.venv-lock/.setup-done:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1
+	touch $@
+
 clean:
 	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
@@ -96,12 +129,15 @@ $(VENV)/.demo-done: $(VENV)/.torch-done pyproject.toml requirements-demo.txt
 	$(PIP) --prefer-binary --no-deps -r requirements-demo.txt
 	touch $@
 
-$(VENV)/.setup-done: $(VENV)/.torch-done pyproject.toml requirements-demo.txt requirements-test.txt
+$(VENV)/.setup-done: $(VENV)/.torch-done pyproject.toml requirements-demo.txt requirements-test.txt \
+		$(LOCKS)
+	$(if $(LOCKED),$(HASHED) -r requirements-dev.lock)
 	$(PIP) --prefer-binary -c constraints-dev.txt -e '.[$(EXTRAS)]' --group dev
 	$(PIP) --prefer-binary --no-deps -r requirements-test.txt
 	@for extra in $(COMPILED_EXTRAS); do \
 		echo "Installing the extra $$extra (it compiles: some minutes, and a C++ compiler)"; \
-		$(PIP) -c constraints-dev.txt -e ".[$$extra]" \
+		$(if $(LOCKED),$(HASHED) -r requirements-$$extra.lock &&) \
+			$(PIP) -c constraints-dev.txt -e ".[$$extra]" \
 			|| echo "$$extra is left out, and so are its tests: it could not be compiled here"; \
 	done
 	touch $@ $(VENV)/.demo-done

@@ -152,3 +152,7 @@ class GateError(PerplexitError):
     """A comparison lies outside a bound that was stated for it."""
 
     exit_code = 3
+
+
+class TrustWarning(UserWarning):
+    """A file's own code is about to run with the user's rights: a pickle, or a native program."""

@@ -67,6 +67,11 @@ def find_adapter(folder: str | Path) -> Adapter:
             f"in {path}, which adds tokens or depends on them; its perplexity on the input's own "
             "windows is not defined here"
         )
+    if kind == "XLORA":
+        raise CapabilityError(
+            f"expected an adapter that is whole in its folder, got XLORA in {path}, which names "
+            "others that PEFT would fetch; score those adapters one by one"
+        )
     _check_readable(weights)
     return Adapter(path, kind, config.get("base_model_name_or_path"), _fingerprint(config, weights))
 

@@ -1,6 +1,7 @@
 """The command group: turns every stated error into one short message and an exit code."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from perplexit.errors import PerplexitError
+from perplexit.errors import PerplexitError, TrustWarning
 
 INTERRUPTED = 130
 
@@ -22,7 +23,8 @@ class StatedErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command; raises typer.Exit with the code of what stopped it."""
         try:
-            return super().invoke(ctx)
+            with _trust_in_one_line():
+                return super().invoke(ctx)
         except PerplexitError as error:
             _complain(str(error))
             raise typer.Exit(error.exit_code) from None
@@ -44,6 +46,23 @@ def continued_by(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         _complain(f"interrupted; to continue where it was: {command}", kind="Stopped")
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _trust_in_one_line() -> Iterator[None]:
+    """While inside, a TrustWarning is one line for people, without the place in the code."""
+    shown_otherwise = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, TrustWarning):
+            _complain(str(message), kind="Warning")
+        else:
+            shown_otherwise(message, category, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", TrustWarning)
+        warnings.showwarning = show
+        yield
 
 
 def examples(*lines: str) -> str:

@@ -36,7 +36,8 @@ TestCorpus = Annotated[
 AllowPickle = Annotated[
     bool,
     typer.Option(
-        "--allow-pickle", help="Read the original's .jbl: arrays and numbers, nothing else."
+        "--allow-pickle",
+        help="Read the original's .jbl, a pickle: the code in it is run with your full rights.",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="What is drawn at random follows from it.")]

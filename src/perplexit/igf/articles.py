@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, UsageError
-from perplexit.igf.restricted_pickle import read_arrays
+from perplexit.igf.pickles import read_pickle
 from perplexit.igf.stored import (
     PICKLE_SUFFIXES,
     read_stored,
-    refuse_pickle,
     tensor_path,
     write_stored,
 )
@@ -42,7 +41,12 @@ class Articles:
 
         Raises CorpusError for anything but whole numbers of at least 0.
         """
-        arrays = tuple(_checked(item, number) for number, item in enumerate(ids))
+        try:
+            arrays = tuple(_checked(item, number) for number, item in enumerate(ids))
+        except (TypeError, ValueError) as error:
+            raise CorpusError(
+                f"expected articles as sequences of token ids, got something else ({error})"
+            ) from None
         return cls(arrays, tuple(names or (f"article {i}" for i in range(len(arrays)))))
 
     def take(self, indices: Iterable[int]) -> "Articles":
@@ -126,7 +130,7 @@ def read_articles(
         if stored.suffix == ".safetensors" and stored.exists():
             return Articles.open(stored)
         if Path(corpus).suffix in PICKLE_SUFFIXES:
-            return _pickled_articles(Path(corpus), allow_pickle)
+            return Articles.of(read_pickle(corpus, allowed=allow_pickle))
     elif _holds_ids(corpus):
         return Articles.of(corpus)
     if tokenizer is None:
@@ -145,12 +149,6 @@ def _tokenised(corpus: Any, tokenizer: Any, text_key: str) -> Articles:
         batch = loaded.encode_batch(texts, first_document=start)
         ids += np.split(batch.ids, batch.document_starts[1:-1])
     return Articles(tuple(ids), tuple(Path(d.origin).name for d in found))
-
-
-def _pickled_articles(path: Path, allow_pickle: bool) -> Articles:
-    if not allow_pickle:
-        raise refuse_pickle(path)
-    return Articles.of(read_arrays(path))
 
 
 def _holds_ids(corpus: Any) -> bool:

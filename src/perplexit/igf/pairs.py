@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import OutputError, UsageError
-from perplexit.igf.restricted_pickle import read_arrays
+from perplexit.igf.pickles import read_pickle
 from perplexit.igf.stored import (
     PICKLE_SUFFIXES,
     StoredFileError,
     json_kind,
     read_stored,
-    refuse_pickle,
     stored_kind,
     tensor_path,
     write_stored,
@@ -140,9 +139,7 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Pairs:
     stored = tensor_path(path)
     if Path(path).suffix not in PICKLE_SUFFIXES or stored.exists():
         return Pairs.open(stored)
-    if not allow_pickle:
-        raise refuse_pickle(Path(path))
-    return pairs_of(read_arrays(path), source=str(Path(path).name))
+    return pairs_of(read_pickle(path, allowed=allow_pickle), source=str(Path(path).name))
 
 
 load_pairs = load

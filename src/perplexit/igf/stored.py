@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from perplexit.errors import PerplexitError, UsageError
+from perplexit.errors import PerplexitError
 from perplexit.files import write_atomically
 from perplexit.outputs import Kind, OutputFile, header_has_mark
 
@@ -99,12 +99,3 @@ def read_stored(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]], d
             f"{record.get('version')!r}; name another file, or make it again"
         )
     return tensors, record
-
-
-def refuse_pickle(path: Path) -> UsageError:
-    """The error for a pickle that nobody allowed."""
-    return UsageError(
-        f"expected text or a .safetensors file, got {path}, a pickle, which can run any program "
-        "when it is read; if you trust where it comes from, allow it by name with --allow-pickle "
-        "(allow_pickle=True): then arrays and numbers are read, and nothing else"
-    )

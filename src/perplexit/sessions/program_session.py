@@ -4,6 +4,7 @@ An engine's own file opens the program (`_opened`) and says under which conditio
 Shape suffixes: N = targets of a window, V = vocabulary.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.errors import CapabilityError, ModelError, UsageError
+from perplexit.errors import CapabilityError, ModelError, TrustWarning, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.program_calls import (
     MOST_IDS_A_CALL,
@@ -70,6 +71,7 @@ class ProgramSession(ABC):
     """
 
     _engine: ClassVar[str]  # the program's engine, as in its record and in addresses
+    _native: ClassVar[bool] = False  # whether the program is machine code, not a graph
     _dtypes: ClassVar[tuple[str, ...]] = ("float32",)  # that a program can run in
 
     def __init__(
@@ -86,6 +88,13 @@ class ProgramSession(ABC):
         self._metadata = ProgramMetadata.read(path, engine=self._engine)
         asked = Asked(self._checked_dtype(dtype, quantization), device, threads)
         self._metadata.check_files(path)
+        if self._native:
+            warnings.warn(
+                f"{self._engine}:{folder} is a native program: its code is run with your full "
+                "rights. Open only programs that you, or people you trust, compiled",
+                TrustWarning,
+                stacklevel=2,
+            )
         self._opened: Opened | None = self._open(path, asked)
         made_from = asdict(self._metadata.model)
         made_from["address"] = address or f"{self._engine}:{folder}"

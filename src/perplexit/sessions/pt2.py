@@ -28,6 +28,7 @@ class Pt2InferenceSession(ProgramSession):
     """
 
     _engine = "pt2"
+    _native = True
 
     def __new__(cls, folder: str | Path, **_: Any) -> "Pt2InferenceSession":
         """A session that has `token_details` only where the program gives logits."""
@@ -54,7 +55,7 @@ class Pt2InferenceSession(ProgramSession):
             array: NDArray[np.float32] = result.numpy()
             return array
 
-        settings = {"made_for": self._metadata.made_by.get("processor", "")}
+        settings = {"made_for": self._metadata.made_by.get("processor", ""), "native_code": True}
         return Opened(
             run, "aotinductor", torch.__version__, "cpu", torch.get_num_threads(), settings
         )

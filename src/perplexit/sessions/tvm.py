@@ -24,6 +24,7 @@ class TvmInferenceSession(ProgramSession):
     """
 
     _engine = "tvm"
+    _native = True
 
     def __new__(cls, folder: str | Path, **_: Any) -> "TvmInferenceSession":
         """A session that has `token_details` only where the program gives logits."""
@@ -43,7 +44,7 @@ class TvmInferenceSession(ProgramSession):
         level = self._metadata.made_by.get("processor_level", "")
         library = OpenedLibrary(folder, target, level)
         device = "cpu" if target == "llvm" else target
-        settings = {"target": target, "processor_level": level}
+        settings = {"target": target, "processor_level": level, "native_code": True}
         return Opened(library.run, "tvm", tvm.__version__, device, asked.threads, settings)
 
 
