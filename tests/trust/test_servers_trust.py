@@ -1,10 +1,11 @@
 """E3 and E4: whose code is run, when, and what is said of it."""
 
 import ast
+import hashlib
 import json
-import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,11 +16,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import perplexit as px
 import perplexit.igf as igf
+from perplexit.cli.app import app
 from perplexit.errors import PerplexitError, TrustWarning, UsageError
 from perplexit.igf.stored import PICKLE_SUFFIXES, StoredFileError
+from perplexit.programs import (
+    ProgramFile,
+    ProgramMemory,
+    ProgramMetadata,
+    ProgramModel,
+    ProgramShapes,
+    ProgramVerification,
+)
 from tests.tiny_models import save_tiny_model
 
 SOURCES = Path(px.__file__).parent
@@ -87,18 +98,18 @@ def test_e3_sibling_a_damaged_or_other_pickle_is_a_stated_error(
 
 
 def test_e3_the_command_line_says_so_in_one_line_and_in_its_help(tmp_path: Path) -> None:
-    path = _evil(tmp_path / "pairs.jbl", tmp_path / "trace")
-    command = [PERPLEXIT, "igf", "train", path, "-o", tmp_path / "l"]
-    refused, allowed, told = (
-        subprocess.run([*map(str, c)], capture_output=True, text=True, check=False, timeout=120)
-        for c in (command, [*command, "--allow-pickle"], [PERPLEXIT, "igf", "train", "--help"])
-    )
-    assert refused.returncode == 2
-    assert "full rights" in " ".join(refused.stderr.split())
-    assert allowed.stderr.startswith("Warning: ")
-    assert "full rights" in allowed.stderr.splitlines()[0]
-    assert "Traceback" not in allowed.stderr
-    assert "full rights" in re.sub(r"[\s│]+", " ", told.stdout)
+    path, call = _evil(tmp_path / "pairs.jbl", tmp_path / "trace"), CliRunner().invoke
+    command = ["igf", "train", str(path), "-o", str(tmp_path / "learner.safetensors")]
+    refused, allowed = call(app, command), call(app, [*command, "--allow-pickle"])
+    assert refused.exit_code == 2
+    assert "full rights" in refused.stderr
+    assert allowed.exit_code == 1
+    warning, error = allowed.stderr.splitlines()
+    assert warning.startswith("Warning: ")
+    assert "full rights" in warning
+    assert error.startswith("Error: ")
+    told = call(app, ["igf", "train", "--help"]).stdout
+    assert "full rights" in re.sub(r"[\s│]+", " ", told)
 
 
 # --- other pickles, and other people's code ------------------------------------------------------
@@ -195,34 +206,92 @@ def test_e2_sibling_an_adapter_that_names_others_elsewhere_is_refused(tmp_path: 
 # --- native programs -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+def _program(folder: Path, engine: str, code: Path) -> str:
+    """The address of a program whose native code is the file `code`."""
+    folder.mkdir()
+    name = {"tvm": "model.so", "pt2": "model.pt2"}[engine]
+    (folder / name).write_bytes(code.read_bytes())
+    data = (folder / name).read_bytes()
+    ProgramMetadata(
+        engine=engine,
+        perplexity=True,
+        dtype="float32",
+        opset=0,
+        shapes=ProgramShapes(1, 64, 63),
+        model=ProgramModel("hf:m", "LlamaForCausalLM", 1, "0" * 64, 320, 256),
+        memory=ProgramMemory(1, 1),
+        verification=ProgramVerification("the checkpoint", 1, 0.0),
+        files=(ProgramFile(name, len(data), hashlib.sha256(data).hexdigest()),),
+        made_by={"target": "llvm"},
+    ).write(folder)
+    return f"{engine}:{folder}"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A shared object, and the file that it makes when it is loaded, before anyone calls it."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler: apt install g++")
+    folder = tmp_path_factory.mktemp("native")
+    trace = folder / "trace"
+    (folder / "evil.cpp").write_text(
+        "#include <cstdio>\n"
+        f'__attribute__((constructor)) void run() {{ fclose(fopen("{trace}", "w")); }}\n'
+    )
+    command = [compiler, "-shared", "-fPIC", folder / "evil.cpp", "-o", folder / "evil.so"]
+    subprocess.run(command, check=True, timeout=120)
+    return folder / "evil.so", trace
+
+
 @pytest.mark.parametrize("engine", ["tvm", "pt2"])
-def test_e4_a_native_program_is_said_to_be_one_where_it_is_opened(
-    engine: str, tmp_path: Path
+def test_e4_a_native_program_is_said_to_be_one_before_its_code_is_loaded(
+    engine: str, tmp_path: Path, library: tuple[Path, Path]
 ) -> None:
-    """Before its code is loaded, once, in words, and on record."""
+    """The checksums of its record are right: they find damage, not malice."""
     pytest.importorskip("tvm" if engine == "tvm" else "torch")
-    folder = save_tiny_model("llama", tmp_path / "model")
-    program = px.compile(f"hf:{folder}", to=engine, output=tmp_path / "program", max_length=32)
-    address = f"{engine}:{program.folder}"
+    code, trace = library
+    trace.unlink(missing_ok=True)
+    address = _program(tmp_path / "program", engine, code)
     with warnings.catch_warnings():
         warnings.simplefilter("error", TrustWarning)
         with pytest.raises(TrustWarning, match="native program: its code is run with your full"):
             px.load_session(address)
-    with pytest.warns(TrustWarning, match="native program"):
-        session = px.load_session(address)
-    assert session.description.settings["native_code"] is True
-    session.close()
+    assert not trace.exists()  # said first
+    with pytest.warns(TrustWarning) as told, pytest.raises(PerplexitError, match="failed to load"):
+        px.load_session(address)
+    assert len([w for w in told if w.category is TrustWarning]) == 1
+    if engine == "tvm":
+        assert trace.exists()  # it is true: the code ran
+
+
+@pytest.mark.slow
+def test_e4_the_command_line_says_so_in_one_line_and_records_it(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    folder = save_tiny_model("llama", tmp_path / "model")
+    px.compile(f"hf:{folder}", to="tvm", output=tmp_path / "program", max_length=32)
+    text = tmp_path / "text.txt"
+    text.write_text("measured twice " * 30)
+    px.prepare(text, tokenizer=folder, output=tmp_path / "t.safetensors", max_length=32)
+    command = [PERPLEXIT, "eval", tmp_path / "program", tmp_path / "t.safetensors", "--run"]
     done = subprocess.run(
-        [PERPLEXIT, "doctor", address],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        [*command, tmp_path / "run"], capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stderr.count("native program") == 1
     assert "TrustWarning" not in done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["session"]["settings"][
+        "native_code"
+    ]
+
+
+@pytest.mark.parametrize(("command", "native"), [("onnx", False), ("tvm", True), ("pt2", True)])
+def test_e4_sibling_programs_that_are_graphs_are_not_said_to_be_native(
+    command: str, native: bool
+) -> None:
+    from perplexit.sessions.registry import _session_class  # noqa: PLC0415 - engines on demand
+
+    pytest.importorskip({"onnx": "onnxruntime", "tvm": "tvm", "pt2": "torch"}[command])
+    assert getattr(_session_class(command), "_native", False) is native
 
 
 def test_e4_the_docs_say_which_programs_are_native() -> None:
