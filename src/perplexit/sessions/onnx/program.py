@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import nan, prod
 from pathlib import Path
@@ -32,6 +32,16 @@ from perplexit.sessions.onnx.io import takes_cache
 OUR_FILE = "model.onnx"
 # Where exporters put the graph, best first: one file for prefill and decode before one for either.
 _USUAL_FILES = (OUR_FILE, "decoder_model_merged.onnx", "decoder_with_past_model.onnx")
+# ONNX Runtime takes one scale from the whole tensor that these are given.
+_ONE_SCALE = (
+    "DynamicQuantizeLinear",
+    "DynamicQuantizeMatMul",
+    "DynamicQuantizeLSTM",
+    "MatMulIntegerToFloat",
+    "MatMulInteger",
+    "ConvInteger",
+    "QAttention",
+)
 _FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}
 
 
@@ -40,12 +50,14 @@ class OnnxProgram:
     """A graph on disk and what is known of it; `foreign`: it was not made by `perplexit compile`.
 
     takes_cache: whether it can be fed in blocks.
+    activations: how it rounds what stands together in a batch with one scale; None: it does not.
     """
 
     graph: Path
     metadata: ProgramMetadata
     takes_cache: bool
     foreign: bool
+    activations: str | None = None
 
 
 def find_program(folder: str | Path) -> OnnxProgram:
@@ -72,7 +84,27 @@ def find_program(folder: str | Path) -> OnnxProgram:
             f"{graph} is a program that `perplexit compile` made, without its {PROGRAM_FILE}, "
             "which says whose losses these are; copy that too, or compile the checkpoint again"
         )
-    return OnnxProgram(graph, _foreign_metadata(path, graph, model), takes_cache(names), True)
+    metadata = _foreign_metadata(path, graph, model)
+    return OnnxProgram(graph, metadata, takes_cache(names), True, _rounded_together(model))
+
+
+def _rounded_together(model: Any) -> str | None:
+    """How a graph rounds the activations of a whole batch with one scale; None where it does not.
+
+    Operators in the branches of an `If` and in functions of the graph's own count too.
+    """
+    found = sorted({node.op_type for node in _all_nodes(model)} & set(_ONE_SCALE))
+    return f"8 bits, one scale for all of a batch ({', '.join(found)})" if found else None
+
+
+def _all_nodes(model: Any) -> Iterator[Any]:
+    waiting = [*model.graph.node, *(node for inner in model.functions for node in inner.node)]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                waiting.extend(graph.node)
 
 
 def _read_graph(path: Path) -> Any:
@@ -195,11 +227,12 @@ def check_asked(metadata: ProgramMetadata, dtype: str | None, quantization: str 
 
 
 def describe(
-    metadata: ProgramMetadata, device: str, threads: int, providers: Sequence[str]
+    program: OnnxProgram, device: str, threads: int, providers: Sequence[str]
 ) -> SessionDescription:
     """ONNX Runtime, and the settings in effect."""
+    metadata = program.metadata
     quantized = metadata.quantization
-    settings = {
+    settings: dict[str, Any] = {
         "providers": list(providers),
         "graph_optimization": "all",
         "cpu_memory_arena": "shared, grows by need" if has_shared_arena() else "off",
@@ -215,6 +248,12 @@ def describe(
         settings["weights"] = dict(quantized.settings)
         fields = {key: value for key, value in asdict(quantized).items() if key != "settings"}
         quantization = QuantizationDescription(**fields)
+    if program.activations is not None:
+        settings["weights"] = {
+            **settings.get("weights", {}),
+            "activations": program.activations,
+            "batch_invariant": False,
+        }
     return SessionDescription(
         engine="onnxruntime",
         version=onnxruntime.__version__,

@@ -85,7 +85,7 @@ class OnnxInferenceSession:
         self._model = ModelDescription(**{**made_from, "address": address or f"onnx:{folder}"})
         self._ports = ports_of(self._session, program=self._model.address)
         self._description = describe(
-            self._metadata, device or "cpu", self._threads, self._session.get_providers()
+            program, device or "cpu", self._threads, self._session.get_providers()
         )
 
     @property

@@ -112,8 +112,8 @@ def described(
     }
     if rope is not None:
         settings["rope_by_window_length"] = rope.kinds
-    if opened.quantization is not None:
-        settings["weights"] = dict(opened.quantization.settings)
+    if opened.weights is not None:
+        settings["weights"] = dict(opened.weights)
     if compile_mode is not None:
         settings["compile"] = compile_mode
     if opened.spread:

@@ -1,7 +1,9 @@
 """How a PyTorch session comes by its module: loaded from an address, or handed in."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,12 @@ from perplexit.quantization.pytorch_quantization import (
 )
 from perplexit.sessions.base import AdapterDescription, ModelDescription, QuantizationDescription
 from perplexit.sessions.pytorch.device import chosen_device, chosen_threads, scoring_settings
-from perplexit.sessions.pytorch.module import config_integer, dtype_name, module_fingerprint
+from perplexit.sessions.pytorch.module import (
+    config_integer,
+    dtype_name,
+    module_fingerprint,
+    rounded_activations,
+)
 from perplexit.sessions.pytorch.placement import Placement, head_device
 from perplexit.sessions.pytorch.tensor_parallel import ProcessGroup, check_split
 
@@ -59,7 +66,20 @@ class OpenedModule:
     @property
     def batch_invariant(self) -> bool:
         """Whether a row's results are its own, whatever else is in the batch."""
-        return self.quantization is None or bool(self.quantization.settings["batch_invariant"])
+        return bool(self.weights is None or self.weights["batch_invariant"])
+
+    @cached_property
+    def weights(self) -> Mapping[str, Any] | None:
+        """How the weights are stored and what happens to activations; None: both are as they are.
+
+        A module that was handed in is looked through for layers that round activations.
+        """
+        if self.quantization is not None:
+            return self.quantization.settings
+        activations = rounded_activations(self.module) if self.source is None else None
+        if activations is None:
+            return None
+        return {"activations": activations, "batch_invariant": False}
 
     @property
     def gives_head_again(self) -> bool:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from perplexit.checkpoints.identity import canonical_json
 
+# Of torchao's weights: what is to be done to the activations that they are multiplied with.
+_ACTIVATION_SETTINGS = ("activation_quantization", "act_quant_kwargs", "input_quant_func")
+
 
 def module_fingerprint(module: nn.Module) -> str:
     """The SHA-256 of a loaded module: class, configuration, and every tensor of its state."""
@@ -18,15 +21,27 @@ def module_fingerprint(module: nn.Module) -> str:
         settings.pop(irrelevant, None)
     name_and_settings = [type(module).__qualname__, sorted(f"{k}={v}" for k, v in settings.items())]
     digest = hashlib.sha256(canonical_json(name_and_settings))
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
-        for part in _parts(tensor):
+    for name, value in sorted(module.state_dict().items()):
+        shape = list(value.shape) if isinstance(value, Tensor) else None
+        digest.update(canonical_json([name, str(getattr(value, "dtype", None)), shape]))
+        for part in _parts(value):
             digest.update(_content(part))
     return digest.hexdigest()
 
 
 def _parts(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors that a tensor is made of: packed codes and scales, or itself alone."""
+    """The plain tensors that a tensor is made of: packed codes and scales, or itself alone.
+
+    torch.ao's packed layers hold a quantized weight and a bias as one tuple.
+    """
+    if isinstance(tensor, tuple):
+        for part in tensor:
+            yield from _parts(part)
+        return
+    if not isinstance(tensor, Tensor):
+        return
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
@@ -44,6 +59,24 @@ def dtype_name(module: nn.Module) -> str:
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
     widest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps ** -1, default=torch.float32)
     return str(widest).removeprefix("torch.")
+
+
+def rounded_activations(module: nn.Module) -> str | None:
+    """How layers of a module round activations while it runs, by what they are; None: none does.
+
+    Known: bitsandbytes' Linear8bitLt, torch.ao's dynamic layers, torchao's tensors that carry
+    settings for activations.
+    """
+    for layer in module.modules():
+        kind, weight = type(layer), getattr(layer, "weight", None)
+        if kind.__name__ == "Linear8bitLt":
+            return "int8 a token, outlier columns of the batch in float16"
+        if kind.__module__.startswith(("torch.ao.nn.quantized.dynamic", "torch.ao.nn.qat.dynamic")):
+            return "8 bits, one scale for all of a batch (torch.ao)"
+        told = (getattr(weight, name, None) for name in _ACTIVATION_SETTINGS)
+        if any(value is not None for value in told):
+            return f"as {type(weight).__name__} says (torchao)"
+    return None
 
 
 def num_embeddings(module: nn.Module) -> int | None:
