@@ -53,6 +53,15 @@ def toy_runs(
     ]
 
 
+def shifted(run: Run, shift: float, spread: float = 0.0, seed: int = 0) -> Run:
+    """The run with `shift` on every loss, and a shift of its own for each document."""
+    random = np.random.default_rng(seed)
+    own_D = random.normal(0, 1, int(run.tokens.document.max()) + 1)
+    own_D = (own_D - np.average(own_D[run.tokens.document])) * spread
+    nll = (run.tokens.nll + shift + own_D[run.tokens.document]).astype(np.float32)
+    return replace(run, loaded_tokens=replace(run.tokens, nll=nll))
+
+
 def with_kl(candidate: Run, reference: Run, *, scale: float = 0.01, seed: int = 0) -> Run:
     """The candidate as if it had been scored against `reference`, with made-up divergences."""
     random = np.random.default_rng(seed)

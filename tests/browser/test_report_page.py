@@ -13,7 +13,7 @@ import perplexit as px
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
 from tests.report_experiments import GAINS, document_of, experiment_folder
-from tests.report_runs import toy_runs, with_kl
+from tests.report_runs import shifted, toy_runs, with_kl
 
 pytestmark = pytest.mark.browser
 pytest.importorskip("selenium")
@@ -411,6 +411,44 @@ def test_with_eight_runs_a_curve_has_the_name_and_colour_of_its_run(
         ".filter(text => text.startsWith('KL'))"
     )
     assert [text.rpartition(", ")[2] for text in offered] == [list(dots)[n] for n in chosen]
+
+
+def test_four_verdicts_are_told_by_word_sign_and_colour_and_fit(
+    chromium: Any, byte_tokenizer_json: Path, tmp_path: Path
+) -> None:
+    texts = [prose(30, seed) for seed in range(24)]
+    (full,) = toy_runs(tmp_path / "runs", texts, byte_tokenizer_json, noises=())
+    moved = with_kl(shifted(full, 0.1, spread=1.0), full, scale=0.3)
+    runs = [full, shifted(full, 0.2), shifted(full, -0.2), shifted(full, 0.001, 0.001), moved]
+    labels = ["full", "int4", "tuned", "bf16", "nf4"]
+    for chosen in (runs, [full, moved]):
+        written = px.write_report(
+            chosen, tmp_path / f"{len(chosen)}.html", labels=labels[: len(chosen)], margin="1%"
+        )
+        page = opened(chromium, written.path)
+        assert the(page, "h1").text.split() == written.headline.split()
+        for width in (320, 800, 1280):
+            page.set_window_size(max(width, 500), 900)
+            page.execute_script("document.body.style.width = `${arguments[0]}px`", width)
+            for selector in ("h1", ".finding"):
+                assert page.execute_script(
+                    "return [...document.querySelectorAll(arguments[0])]"
+                    ".every(e => e.scrollWidth <= e.clientWidth + 1)",
+                    selector,
+                ), (width, selector)
+        page.set_window_size(1280, 900)
+        if len(chosen) == 2:
+            continue
+        for theme in ("light", "dark"):
+            badges = page.execute_script(
+                "document.documentElement.dataset.theme = arguments[0];"
+                "return [...document.querySelectorAll('.runs .badge')].map("
+                "b => [b.textContent.trim(), getComputedStyle(b).color])",
+                theme,
+            )
+            words = ["reference", "▲ worse", "▼ better", "= equivalent", "? inconclusive"]
+            assert [text for text, _ in badges] == words
+            assert len({colour for _, colour in badges[1:]}) == 4
 
 
 def test_several_candidates_and_one_run_alone(

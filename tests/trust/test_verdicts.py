@@ -29,7 +29,7 @@ from perplexit.metrics.estimate import Estimate
 from perplexit.report.subject import Subject
 from perplexit.report.wording import findings_of, headline
 from perplexit.runs.run import Run
-from tests.report_runs import toy_runs, with_kl
+from tests.report_runs import shifted, toy_runs, with_kl
 from tests.toy_sessions import BigramSession
 
 TEXTS = [f"Document {n} says that a margin is asked for, and not assumed. " * 3 for n in range(24)]
@@ -47,15 +47,6 @@ def one_window(byte_tokenizer_json: Path, tmp_path_factory: pytest.TempPathFacto
     """A text of one window: nothing in it has an interval."""
     folder = tmp_path_factory.mktemp("one")
     return toy_runs(folder, ["Too short."], byte_tokenizer_json, noises=(1.0,))
-
-
-def shifted(run: Run, shift: float, spread: float = 0.0, seed: int = 0) -> Run:
-    """The run with `shift` on every loss, and a shift of its own for each document."""
-    random = np.random.default_rng(seed)
-    own_D = random.normal(0, 1, int(run.tokens.document.max()) + 1)
-    own_D = (own_D - np.average(own_D[run.tokens.document])) * spread
-    nll = (run.tokens.nll + shift + own_D[run.tokens.document]).astype(np.float32)
-    return replace(run, loaded_tokens=replace(run.tokens, nll=nll))
 
 
 def estimate(low: float | None, value: float, high: float | None, **more: Any) -> Estimate:
