@@ -114,7 +114,7 @@ def test_no_token_perplexity_is_shown_and_the_reader_is_warned(runs: tuple[Run, 
         assert f"{run.perplexity:.4g}" not in text
         assert repr(run.perplexity) not in record
     assert "count different tokens and cannot be compared" in text
-    assert f"{found.bits_per_byte_reference:.6g} bits a byte" in text
+    assert f"{found.bits_per_byte_reference:.6g} bits per byte" in text
     assert json.loads(record)["unit"] == "byte"
     assert json.loads(record)["verdict"] == "worse"
     assert not found.same_tokenizer

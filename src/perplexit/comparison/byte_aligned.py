@@ -15,7 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.comparison.byte_segments import Segments, common_segments, scored_bytes
-from perplexit.comparison.record import plain_json, recorded_estimate, told_in_json
+from perplexit.comparison.record import (
+    plain_json,
+    recorded_estimate,
+    shown_with_basis,
+    told_in_json,
+)
 from perplexit.comparison.sentences import Judged
 from perplexit.comparison.verdicts import Margin, Verdict, margin_of, verdict_of
 from perplexit.errors import FingerprintMismatchError
@@ -42,7 +47,7 @@ class ChangedSegment:
     delta: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ByteComparison:
     """A candidate against a reference over the bytes that both scored, whatever their tokenizers.
 
@@ -128,18 +133,23 @@ class ByteComparison:
         """The verdict in plain words, with what is known and what more text would show."""
         return self.judged.sentence()
 
+    def __repr__(self) -> str:
+        ratio = shown_with_basis(self.figures()["byte_ratio"], ".6g", basis=False)
+        return f"ByteComparison({self.verdict}: byte ratio {ratio}, {self.num_bytes:,} bytes)"
+
     def __str__(self) -> str:
+        figures = self.figures()
+        ours, theirs = self.bits_per_byte_reference, self.bits_per_byte_candidate
         lines = [
             f"verdict:    {self.verdict} (byte by byte: the tokens differ). {self.sentence}",
-            f"reference:  {self.bits_per_byte_reference:.6g} bits a byte  {_name(self.reference)}",
-            f"candidate:  {self.bits_per_byte_candidate:.6g} bits a byte  {_name(self.candidate)}",
-            f"ratio:      {self.byte_ratio:.6f} "
-            + _range(self.byte_ratio_low, self.byte_ratio_high, ".6f")
-            + f" a byte  ({100 * self.confidence:g} %, {self.num_clusters} clusters: "
-            f"{self.interval_method})",
-            f"change:     {self.bits_per_byte_difference:+.2e} "
-            + _range(self.bits_per_byte_difference_low, self.bits_per_byte_difference_high, ".2e")
-            + " bits a byte",
+            f"reference:  {ours:.6g} bits per byte  {_name(self.reference)}",
+            f"candidate:  {theirs:.6g} bits per byte  {_name(self.candidate)}",
+            "ratio:      "
+            + shown_with_basis(figures["byte_ratio"], ".6f")
+            + ", of the byte perplexities",
+            "change:     "
+            + shown_with_basis(figures["bits_per_byte_difference"], "+.2e", basis=False)
+            + " bits per byte",
             f"aligned:    {self.num_bytes:,} bytes in {self.num_segments:,} common segments "
             f"({self.num_tokens_reference:,} and {self.num_tokens_candidate:,} tokens)",
         ]
@@ -332,7 +342,3 @@ def _shown(data: bytes) -> str:
 
 def _scaled(nats: float | None) -> float | None:
     return None if nats is None else nats * _BITS
-
-
-def _range(low: float | None, high: float | None, form: str) -> str:
-    return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"

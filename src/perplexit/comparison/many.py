@@ -21,7 +21,7 @@ from perplexit.comparison.record import Comparison
 from perplexit.runs.run import Run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ComparedRuns:
     """Candidates against one reference, in the order given.
 
@@ -58,6 +58,10 @@ class ComparedRuns:
     def gates_as_markdown(self) -> str:
         """The gates as a Markdown table."""
         return markdown(dict(zip(self.names, self.gates, strict=True)))
+
+    def __repr__(self) -> str:
+        pairs = zip(self.names, self.comparisons, strict=True)
+        return f"ComparedRuns({', '.join(f'{name}: {found.verdict}' for name, found in pairs)})"
 
     def __str__(self) -> str:
         lines = []

@@ -40,7 +40,7 @@ class DomainRatio:
     verdict: Verdict
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison:
     """A candidate against a reference, over the tokens that both scored with a finite loss.
 
@@ -135,18 +135,21 @@ class Comparison:
         """The verdict in plain words, with what is known and what more text would show."""
         return self.judged.sentence()
 
+    def __repr__(self) -> str:
+        ratio = shown_with_basis(recorded_estimate(self, "ppl_ratio"), ".6g", basis=False)
+        return f"Comparison({self.verdict}: perplexity ratio {ratio}, {self.num_tokens:,} tokens)"
+
     def __str__(self) -> str:
-        percent = f"{100 * self.confidence:g} %"
         lines = [
             f"verdict:    {self.verdict}. {self.sentence}",
             f"reference:  perplexity {_shown(self.perplexity_reference)}  {_name(self.reference)}",
             f"candidate:  perplexity {_shown(self.perplexity_candidate)}  {_name(self.candidate)}",
-            f"ratio:      {self.ppl_ratio:.6f} "
-            + _range(self.ppl_ratio_low, self.ppl_ratio_high, ".6f")
-            + f"  ({percent}, {self.num_clusters} clusters: {self.interval_method})",
-            f"nll change: {self.log_perplexity_difference:+.2e} "
-            + _range(self.log_perplexity_difference_low, self.log_perplexity_difference_high, ".2e")
-            + " nats a token",
+            f"ratio:      {shown_with_basis(recorded_estimate(self, 'ppl_ratio'), '.6f')}",
+            "nll change: "
+            + shown_with_basis(
+                recorded_estimate(self, "log_perplexity_difference"), "+.2e", basis=False
+            )
+            + " nats per token",
             f"per token:  {self.mean_abs_nll_difference:.2e} on average, "
             f"{self.max_abs_nll_difference:.2e} at most, over {self.num_tokens:,} tokens",
         ]
@@ -270,6 +273,13 @@ def told_in_json(judged: Judged) -> dict[str, Any]:
         "sentence": judged.sentence(),
         "resolution": None if found is None else asdict(found),
     }
+
+
+def shown_with_basis(found: Estimate, form: str, *, basis: bool = True) -> str:
+    """Return `1.0171 [1.0115, 1.0228] (95 %, 24 clusters: document)`, or the value alone."""
+    ends = _range(found.low, found.high, form.removeprefix("+"))
+    rests_on = f"({found.basis})" if basis and found.basis else ""
+    return " ".join(filter(None, (f"{found.value:{form}}", ends, rests_on)))
 
 
 def plain_json(value: Any) -> Any:
