@@ -58,7 +58,8 @@ def evaluate(
         see PytorchInferenceSession.
     tokens:   a TokenFile or the path of one (opened and verified).
     run:      the run folder. Results are committed there part by part; the same call after a kill
-        goes on where it was, and a complete run under the same conditions is returned as it is.
+        goes on where it was, and a complete run under the same conditions is returned as it is
+        (and scored again where its tokens or its kept states are missing or damaged).
         None keeps the run in memory.
     batch_size: windows a batch, or "auto": what memory allows. Halved when memory runs out.
     mode:     "full": every window in one forward pass. "cached": the first `prompt_len` ids in one
@@ -132,10 +133,14 @@ def evaluate(
             wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)
             wanted = recording.identified(wanted)
             check_same_conditions(recorded, wanted, batch_size)
-            if recorded.status == "complete":
+            lost = recording.lost_of(recorded)
+            if recorded.status == "complete" and lost is None:
                 store.remove_parts()  # a kill may have come between the record and this
                 missing = measure_noise_floor and recorded.noise_floor is None
                 return recording.with_noise_floor(recorded) if missing else recorded
+            if lost is not None:
+                again = f"the run was complete, but {lost}: it was scored again"
+                wanted = replace(wanted, warnings=[*wanted.warnings, again])
         scored = recording.complete(wanted, began=began, load_seconds=load_seconds)
         return recording.with_noise_floor(scored) if measure_noise_floor else scored
 

@@ -80,6 +80,15 @@ class Recording:
             return run
         return replace(run, reference=self.with_reference.reference_of(run))
 
+    def lost_of(self, recorded: Run) -> str | None:
+        """What a complete run lacks on disk, in words; None where it is whole, or not complete."""
+        if recorded.status != "complete":
+            return None
+        lost = recorded.damage()
+        if lost is None and self.with_reference is not None:
+            lost = self.with_reference.lost_of(self.tokens)
+        return lost
+
     def complete(self, run: Run, *, began: float, load_seconds: float) -> Run:
         """The run with everything scored and every figure filled in, stored if it has a folder."""
         results = WindowResults(self.tokens)

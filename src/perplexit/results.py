@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import PrefixMode
-from perplexit.runs.run_tokens import RunTokens
+from perplexit.runs.run_tokens import DIVERGENCES, PartialColumn, RunTokens
 from perplexit.scoring import ScoredBatch
 from perplexit.sessions.base import TokenDetails
 
@@ -25,19 +25,39 @@ _COLUMN_OF_DETAIL = {
 }
 
 
+_KNOWN = "known."  # before a column's name: which rows of it are known, where not all are
+
+
 def columns_of(details: Sequence[TokenDetails]) -> dict[str, NDArray[Any]]:
-    """The results of several windows as columns, window after window."""
-    columns = {}
+    """The results of several windows as columns, window after window.
+
+    What a session gave for some of the windows only has a column `known.NAME` of flags beside it.
+    """
+    columns: dict[str, NDArray[Any]] = {}
     details = [d for d in details if len(d.nll_N)] or details[:1]
     for name, attribute in _COLUMN_OF_DETAIL.items():
-        arrays = [getattr(d, attribute) for d in details]
-        if arrays and all(array is not None for array in arrays):
-            columns[name] = np.concatenate(arrays)
-    divergences = [d.divergences for d in details if d.divergences is not None]
-    for name in divergences[0] if divergences else ():
-        joined = np.concatenate([d[name] for d in divergences])
-        columns[name] = joined if joined.dtype == np.bool_ else joined.astype(np.float32)
+        columns |= _column(name, details, [getattr(d, attribute) for d in details])
+    for name in dict.fromkeys(name for d in details for name in d.divergences or ()):
+        columns |= _column(name, details, [(d.divergences or {}).get(name) for d in details])
     return columns
+
+
+def _column(
+    name: str, details: Sequence[TokenDetails], arrays: Sequence[NDArray[Any] | None]
+) -> dict[str, NDArray[Any]]:
+    first = next((array for array in arrays if array is not None), None)
+    if first is None:
+        return {}
+    dtype = np.dtype(np.float32) if name in DIVERGENCES and first.dtype != np.bool_ else first.dtype
+    parts = [
+        np.zeros((len(d.nll_N), *first.shape[1:]), dtype) if array is None else array.astype(dtype)
+        for d, array in zip(details, arrays, strict=True)
+    ]
+    column = {name: np.concatenate(parts)}
+    if any(array is None for array in arrays):
+        known = [np.full(len(p), a is not None) for p, a in zip(parts, arrays, strict=True)]
+        column[_KNOWN + name] = np.concatenate(known)
+    return column
 
 
 class WindowResults:
@@ -53,6 +73,7 @@ class WindowResults:
         self._counts = tokens.target_counts()
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])
         self._columns: dict[str, NDArray[Any]] = {}
+        self._known: dict[str, NDArray[np.bool_]] = {}
         self.done = self._counts == 0  # a window without targets needs no forward pass
         self.seconds = self.decode_seconds = 0.0
         self.nll_sum = 0.0
@@ -81,10 +102,14 @@ class WindowResults:
             raise ValueError("a session or a part gave another number of results than of targets")
         rows = _ranges(self._starts[windows], counts)
         for name, values in columns.items():
+            if name.startswith(_KNOWN):
+                continue
             if name not in self._columns:
                 shape = (int(self._starts[-1]), *values.shape[1:])
                 self._columns[name] = np.zeros(shape, dtype=values.dtype)
+                self._known[name] = np.zeros(shape[0], dtype=np.bool_)
             self._columns[name][rows] = values
+            self._known[name][rows] = columns.get(_KNOWN + name, np.bool_(True))
         new = windows[~self.done[windows]]
         self.num_tokens_done += int(self._counts[new].sum())
         finite = np.isfinite(columns["nll"])
@@ -115,7 +140,12 @@ class WindowResults:
             domains=tuple(tokens.domains),
             token_id=np.asarray(tokens.token_ids[flat_R], dtype=np.int32),
             **_text_columns(tokens, flat_R, document_R),
-            **self._columns,
+            **{name: x for name, x in self._columns.items() if self._known[name].all()},
+            partial={
+                name: PartialColumn(x, self._known[name])
+                for name, x in self._columns.items()
+                if not self._known[name].all()
+            },
         )
 
 

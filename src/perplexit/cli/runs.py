@@ -1,7 +1,7 @@
 """`perplexit runs`: list, show, verify and export what is on disk."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,21 +27,31 @@ def list_(
     """List the runs in a folder, oldest first."""
     with stdout_kept_clean():
         found = list(px.list_runs(folder))
-    records = [run.to_json() for run in found]
+    records = [_record(run) for run in found]
     folders = [str(run.folder) for run in found]
     if found:
         people().print(runs_table(records, folders))
     else:
         tell(f"no run in {folder}")
+    for place, record in zip(folders, records, strict=True):
+        if record["status"] == "damaged":
+            tell(f"{place}: {record['damage']}; evaluate again with the same --run")
     if json:
         print_json([{"folder": f, **r} for f, r in zip(folders, records, strict=True)])
+
+
+def _record(run: Any) -> dict[str, Any]:
+    """The run's record; one that calls itself complete and is not has the status "damaged"."""
+    record: dict[str, Any] = run.to_json()
+    damage = run.damage()
+    return record if damage is None else {**record, "status": "damaged", "damage": damage}
 
 
 @app.command("show", epilog=examples("perplexit runs show runs/fp32"))
 def show(run: RunFolder, json: AsJson = False) -> None:
     """Show one run's figures and the conditions under which they were measured."""
     with stdout_kept_clean():
-        record = px.Run.open(run).to_json()
+        record = _record(px.Run.open(run))
     people().print(run_table(record))
     if json:
         print_json(record)

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
 from perplexit.errors import CapabilityError, FingerprintMismatchError, RunError, UsageError
 from perplexit.files import TemporaryFolder
 from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
@@ -68,6 +71,19 @@ class Opened:
             record["head_file"] = writer.keep_head(scoring.head)
         writer.finish(record)
         return record
+
+    def lost_of(self, tokens: TokenFile) -> str | None:
+        """What the states of a complete run lack on disk, in words; None where they are whole."""
+        if self.saving is None:
+            return None
+        try:
+            states = ReferenceStates(self.saving[1].folder.parent)
+            if states.keeps_head:
+                states.head(torch.device("cpu"))
+        except RunError as error:
+            return str(error)
+        lacking = set(np.flatnonzero(tokens.target_counts()).tolist()) - states.windows
+        return f"the states of {len(lacking)} windows are missing" if lacking else None
 
 
 @contextmanager

@@ -145,10 +145,12 @@ def _add_tables(figures: _Figures, scored: RunTokens) -> None:
 def rows_of(tokens: RunTokens, rows: NDArray[np.bool_] | NDArray[np.int64]) -> RunTokens:
     """The chosen rows of every column."""
     flat = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
-    columns = [f.name for f in fields(tokens) if f.name not in ("domains", "token_bytes")]
+    apart = ("domains", "token_bytes", "partial")
+    columns = [f.name for f in fields(tokens) if f.name not in apart]
     chosen = {
         name: getattr(tokens, name)[flat] for name in columns if getattr(tokens, name) is not None
     }
     if tokens.token_bytes is not None:
         chosen["token_bytes"] = tokens.token_bytes.take(flat)
-    return replace(tokens, **chosen)
+    partial = {name: column.take(flat) for name, column in tokens.partial.items()}
+    return replace(tokens, **chosen, partial=partial)

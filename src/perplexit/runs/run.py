@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import RunError
+from perplexit.files import sha256_of_file
 from perplexit.runs.identity import (
     measurement_fingerprint,
     measurement_of,
@@ -171,7 +172,27 @@ class Run:
                 f"{f' in {self.folder}' if self.folder else ''}; "
                 "finish it with `perplexit eval` and the same --run"
             )
+        damage = self.damage()
+        if damage is not None:
+            raise RunError(
+                f"expected the tokens of the complete run {self.folder}, but {damage}; evaluate "
+                "again with the same --run"
+            )
         return RunTokens.read(self.folder / TOKENS_FILE)
+
+    def damage(self) -> str | None:
+        """What is wrong with a complete run's tokens on disk, in words; None where nothing is.
+
+        A run whose tokens are missing, or not those that were recorded, does not count as complete.
+        """
+        if self.folder is None or self.status != "complete":
+            return None
+        path = self.folder / TOKENS_FILE
+        if not path.is_file():
+            return f"its {TOKENS_FILE} is missing"
+        if self.tokens_sha256 is not None and sha256_of_file(path) != self.tokens_sha256:
+            return f"its {TOKENS_FILE} is not the file that was recorded (its SHA-256 differs)"
+        return None
 
     def __str__(self) -> str:
         if self.perplexity is None:

@@ -3,7 +3,8 @@
 Shape suffixes: R = rows (scored tokens over all windows), K = alternatives a token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,39 @@ DIVERGENCES = (
 
 
 @dataclass(frozen=True)
+class PartialColumn:
+    """A column that is known for some rows only; the values of the others mean nothing."""
+
+    values: NDArray[Any]
+    known_R: NDArray[np.bool_]
+
+    def take(self, rows: NDArray[np.int64]) -> "PartialColumn":
+        """The chosen rows."""
+        return PartialColumn(self.values[rows], self.known_R[rows])
+
+    def to_arrow(self, rows: slice, kind: pa.DataType) -> pa.Array:
+        """Some rows, with null for what is not known."""
+        part, unknown = self.values[rows], pa.array(~self.known_R[rows])
+        if not pa.types.is_fixed_size_list(kind):
+            return pa.array(part, kind, mask=~self.known_R[rows])
+        flat = pa.array(part.reshape(-1), kind.value_type)
+        return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=unknown)
+
+    @classmethod
+    def of_arrow(cls, column: pa.ChunkedArray) -> "PartialColumn":
+        """The column of a table, null where it is not known."""
+        known_R = column.is_valid().to_numpy()
+        if pa.types.is_fixed_size_list(column.type):
+            size = column.type.list_size
+            values = np.zeros((len(column), size), column.type.value_type.to_pandas_dtype())
+            values[known_R] = column.combine_chunks().flatten().to_numpy().reshape(-1, size)
+        else:
+            values = np.zeros(len(column), column.type.to_pandas_dtype())
+            values[known_R] = column.drop_null().to_numpy()
+        return cls(values, known_R)
+
+
+@dataclass(frozen=True)
 class RunTokens:
     """Per-token results in window order; a token that two windows score has two rows.
 
@@ -45,6 +79,8 @@ class RunTokens:
                  target's probability, the reference's probability of its most likely token.
     kl_high:     where only a part of the reference is known: `kl` (and reverse_kl, js) are lower
                  bounds, and this is the KL's upper one.
+    partial:     what a session gave for some windows only. Such a column is None above, so that no
+                 figure is made of it; the file has null where it is not known.
     """
 
     document: NDArray[np.int32]
@@ -71,6 +107,7 @@ class RunTokens:
     delta_p: NDArray[np.float32] | None = None
     reference_top_p: NDArray[np.float32] | None = None
     kl_high: NDArray[np.float32] | None = None
+    partial: Mapping[str, PartialColumn] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.nll)
@@ -105,11 +142,13 @@ class RunTokens:
             ("entropy", pa.float32()),
             ("rank", pa.int32()),
         ]
-        if self.top_ids is not None:
-            columns.append(("top_ids", pa.list_(pa.int32(), self.top_ids.shape[1])))
-            columns.append(("top_logprobs", pa.list_(pa.float32(), self.top_ids.shape[1])))
+        some = self.partial.get("top_ids")
+        top_ids = self.top_ids if some is None else some.values
+        if top_ids is not None:
+            columns.append(("top_ids", pa.list_(pa.int32(), top_ids.shape[1])))
+            columns.append(("top_logprobs", pa.list_(pa.float32(), top_ids.shape[1])))
         for name in DIVERGENCES:
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None or name in self.partial:
                 columns.append((name, pa.bool_() if name == "same_top1" else pa.float32()))
         return pa.schema(columns)
 
@@ -119,7 +158,10 @@ class RunTokens:
         for column in schema:
             values = getattr(self, column.name)
             part = None if values is None else values[start:stop]
-            if part is None:
+            if column.name in self.partial:
+                rows = slice(start, stop)
+                arrays.append(self.partial[column.name].to_arrow(rows, column.type))
+            elif part is None:
                 arrays.append(pa.nulls(stop - start, column.type))
             elif column.name == "domain":
                 codes = pa.array(part, mask=part < 0)
@@ -166,6 +208,12 @@ class RunTokens:
                 pa.array([], pa.int32()), pa.array([], pa.string())
             )
         token_bytes = table.column("token_bytes")
+        detailed = ("entropy", "rank", "top_ids", "top_logprobs", *DIVERGENCES)
+        partial = {
+            name: PartialColumn.of_arrow(table.column(name))
+            for name in detailed
+            if name in table.column_names and 0 < table.column(name).null_count < len(table)
+        }
         return cls(
             document=numbers("document"),
             window=numbers("window"),
@@ -183,5 +231,6 @@ class RunTokens:
             top_ids=numbers_or_none("top_ids"),
             top_logprobs=numbers_or_none("top_logprobs"),
             **{name: numbers_or_none(name) for name in DIVERGENCES},
+            partial=partial,
             token_bytes=None if token_bytes.null_count else token_bytes.combine_chunks(),
         )

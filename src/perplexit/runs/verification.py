@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perplexit.errors import PerplexitError, RunError
-from perplexit.files import sha256_of_file
 from perplexit.runs.documents import DOCUMENTS_FILE, with_sources
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
@@ -27,11 +26,11 @@ def verify_run(folder: str | Path) -> list[str]:
     run = Run.open(folder)
     if run.status != "complete":
         return [f"the run is {run.status}; go on with `perplexit eval` and the same --run"]
-    path = Path(folder) / TOKENS_FILE
-    if not path.exists():
-        return [f"{TOKENS_FILE} is missing; evaluate again"]
-    if sha256_of_file(path) != run.tokens_sha256:
-        return [f"{TOKENS_FILE} is not the file that was recorded (its SHA-256 differs)"]
+    damage = run.damage()
+    if damage is not None:
+        return [f"{damage}; evaluate again with the same --run"]
+    if run.measurement_fingerprint != run.identified().measurement_fingerprint:
+        return ["measurement_fingerprint is not that of the conditions that are recorded"]
     try:
         figures = figures_of(
             run.tokens,
