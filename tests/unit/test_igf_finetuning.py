@@ -328,7 +328,7 @@ def test_another_experiment_in_the_folder_is_refused(tmp_path: Path) -> None:
     plan = small_plan(methods=("standard", "random-skip"))
     run_experiment(model, TRAIN, TEST, plan=plan, output=tmp_path, seconds_limit=0)
     changed = replace(plan, settings=replace(SETTINGS, learning_rate=1.0))
-    with pytest.raises(ResumeError, match="plan differ"):
+    with pytest.raises(ResumeError, match=r"plan\.\S+ \(.*\) differ"):
         run_experiment(model, TRAIN, TEST, plan=changed, output=tmp_path)
 
 

@@ -8,7 +8,7 @@ import typer
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.group import continued_by, examples
-from perplexit.cli.output import Force, people, print_json, stdout_kept_clean
+from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
 
 _NOT_ASKED = ("output", "checkpoints", "threads", "json", "force")  # of what decides the weights
 EXAMPLES = examples(
@@ -100,6 +100,10 @@ def finetune(
             **read,
         )
         tuned = igf.load_model(model)
+        learned = None if learner is None else igf.load_learner(learner)
+        unlike = None if learned is None else igf.unlike_pairs(learned.record, tuned)
+        if unlike is not None:
+            tell(f"Warning: {unlike}")
         if lora_rank is not None:
             targets = None if lora_targets is None else options.names(lora_targets)
             tuned = igf.with_lora(tuned, rank=lora_rank, targets=targets)
@@ -108,7 +112,7 @@ def finetune(
             tuned,
             train,
             context_length,
-            learner=None if learner is None else igf.load_learner(learner),
+            learner=learned,
             share=share,
             constant=threshold,
             seed=seed,

@@ -53,6 +53,7 @@ _HOME_OF = {
     "draw_experiment": "perplexit.igf.figure",
     "load_model": "perplexit.igf.models",
     "with_lora": "perplexit.igf.models",
+    "unlike_pairs": "perplexit.igf.identity",
 }
 
 __all__ = [*_HOME_OF]  # noqa: PLE0604 - strings, from the table above

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from perplexit.errors import ResumeError
 from perplexit.files import write_atomically
+from perplexit.igf.identity import differing_conditions
 
 FILE = "checkpoint.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -68,11 +69,11 @@ class Checkpoints:
         return state
 
     def _check(self, found: dict[str, Any]) -> None:
-        differing = [k for k, v in self._conditions.items() if found.get(k) != v]
+        differing = differing_conditions(found, self._conditions)
         if differing:
             raise ResumeError(
                 f"expected the checkpoint in {self._path} to be of the same fine-tuning, but "
-                f"{', '.join(differing)} differ; name another folder, or remove it"
+                f"{differing} differ; name another folder, or remove it"
             )
 
 

@@ -1,6 +1,5 @@
 """Collecting pairs: contexts through a gain measure, committed part by part, resumable."""
 
-import hashlib
 import json
 import shutil
 import time
@@ -17,6 +16,11 @@ from torch import nn
 from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.contexts import Contexts, check_disjoint
 from perplexit.igf.gains import GainMeasure, Mode, gain_measure
+from perplexit.igf.identity import (
+    differing_conditions,
+    measurement_of_model,
+    weights_fingerprint,
+)
 from perplexit.igf.losses import perplexity_of
 from perplexit.igf.pairs import Pairs, pairs_output
 from perplexit.igf.steps import StepRule
@@ -27,6 +31,7 @@ from perplexit.igf.stored import (
     write_stored,
     write_text,
 )
+from perplexit.runs.identity import measurement_fingerprint
 
 PART_KIND = "a part of information gain pairs"
 
@@ -74,6 +79,7 @@ def collect_pairs(
     device = next(model.parameters()).device
     objective_NT = torch.from_numpy(objective.ids_NT).long().to(device)
     began = time.perf_counter()
+    measurement = measurement_of_model(model)
     conditions = {
         "mode": mode,
         "rule": (rule or _default_rule(mode)).to_json(),
@@ -81,6 +87,8 @@ def collect_pairs(
         "seed": seed,
         "model": model_name,
         "weights_fingerprint": weights_fingerprint(model),
+        "measurement": measurement,
+        "measurement_fingerprint": measurement_fingerprint(measurement),
         "contexts_fingerprint": contexts.fingerprint(),
         "objective_fingerprint": objective.fingerprint(),
         "context_length": int(contexts.ids_NT.shape[1]),
@@ -183,11 +191,11 @@ class _Parts:
         write_text(path, text)
 
     def _compare(self, found: dict[str, Any], where: Path | None) -> None:
-        differing = [k for k, v in self._conditions.items() if found.get(k) != v]
+        differing = differing_conditions(found, self._conditions)
         if differing:
             raise ResumeError(
-                f"expected {where} to have been made under the same conditions, but "
-                f"{', '.join(differing)} differ; name another output, or remove it"
+                f"expected {where} to have been made under the same conditions, but {differing} "
+                "differ; name another output, or remove it"
             )
 
     def add(self, start: int, gains: NDArray[np.float64], objective_loss: float) -> None:
@@ -214,13 +222,3 @@ class _Parts:
         text = json.dumps({**note, "pairs_per_second": num_measured / max(seconds, 1e-9)}, indent=2)
         write_text(output.with_suffix(".seconds.json"), text)
         pairs.save(output)
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """The SHA-256 of every parameter's and buffer's name, shape and bytes."""
-    content = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous()
-        content.update(memoryview(data.view(torch.uint8).numpy().reshape(-1)))
-    return content.hexdigest()

@@ -23,12 +23,16 @@ from torch import nn
 
 from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.articles import Articles
-from perplexit.igf.collection import weights_fingerprint
 from perplexit.igf.contexts import Contexts, ContextStream
 from perplexit.igf.experiment_file import EXPERIMENT_FILE, EXPERIMENT_KIND, SCHEMA_VERSION
 from perplexit.igf.finetune_record import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
-from perplexit.igf.learners import Learner, check_learner_fits
+from perplexit.igf.identity import (
+    differing_conditions,
+    measurement_of_model,
+    weights_fingerprint,
+)
+from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerprint
 from perplexit.igf.losses import measured_losses
 from perplexit.igf.models import restore_weights, weights_of
 from perplexit.igf.outcomes import summarise
@@ -41,6 +45,7 @@ from perplexit.igf.selection import (
     selection_named,
 )
 from perplexit.igf.stored import write_text
+from perplexit.runs.identity import measurement_fingerprint
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,15 @@ def run_experiment(
     folder = Path(output)
     check_experiment_output(folder)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
+    measurement = measurement_of_model(model)
     conditions = {
         "plan": {k: v for k, v in plan.to_json().items() if k not in ("methods", "seeds")},
         "weights_fingerprint": weights_fingerprint(model),
+        "measurement": measurement,
+        "measurement_fingerprint": measurement_fingerprint(measurement),
         "test_fingerprint": test.fingerprint(),
         "train_fingerprint": _fingerprint(train),
-        "learner": None if learner is None else _learner_fingerprint(learner),
+        "learner": None if learner is None else learner_fingerprint(learner),
     }
     _check_conditions(folder, conditions)
     original = weights_of(model)
@@ -244,23 +252,16 @@ def _check_conditions(folder: Path, conditions: dict[str, Any]) -> None:
         _write_json(path, conditions)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
-    differing = [k for k, v in conditions.items() if found.get(k) != v]
+    differing = differing_conditions(found, conditions)
     if differing:
         raise ResumeError(
-            f"expected {folder} to hold the same experiment, but {', '.join(differing)} differ; "
+            f"expected {folder} to hold the same experiment, but {differing} differ; "
             "name another folder"
         )
 
 
 def _fingerprint(articles: Articles) -> str:
     content = hashlib.sha256(np.sort(articles.fingerprints()).astype("<i8").tobytes())
-    return content.hexdigest()
-
-
-def _learner_fingerprint(learner: Learner) -> str:
-    content = hashlib.sha256(learner.kind.encode())
-    for name, array in sorted(learner.tensors().items()):
-        content.update(name.encode() + np.ascontiguousarray(array).tobytes())
     return content.hexdigest()
 
 

@@ -22,6 +22,8 @@ from perplexit.igf.articles import Articles
 from perplexit.igf.checkpointing import Checkpoints
 from perplexit.igf.contexts import Contexts, ContextStream, check_disjoint
 from perplexit.igf.finetune_record import FinetuneCurve, FinetuneProgress, FinetuneSettings
+from perplexit.igf.identity import measurement_of_model
+from perplexit.igf.learners import learner_fingerprint
 from perplexit.igf.losses import ContextScorer, context_losses
 from perplexit.igf.selection import Everything, Selection
 from perplexit.igf.steps import trainable_parameters
@@ -82,6 +84,7 @@ class _Tuning:
         self.candidate = 0
         self.step = 0
         self._model = model
+        self._measurement = measurement_of_model(model)
         self._selection = selection
         self._settings = settings
         self._stream = ContextStream(train, settings.context_length, settings.seed)
@@ -99,9 +102,19 @@ class _Tuning:
         """What a checkpoint must agree on to be continued."""
         return {
             "settings": {k: v for k, v in self._settings.to_json().items() if k != "steps"},
-            "selection": self._selection.to_json(),
+            "selection": self._selected_by(),
+            "measurement": self._measurement,
             "test": self._test.fingerprint(),
             "train": int(np.bitwise_xor.reduce(self._train_fingerprint)),
+        }
+
+    def _selected_by(self) -> dict[str, Any]:
+        """The selection, with the learner's own numbers and the seed that it draws by."""
+        learner = getattr(self._selection, "learner", None)
+        return {
+            **self._selection.to_json(),
+            "learner_fingerprint": None if learner is None else learner_fingerprint(learner),
+            "seed": getattr(self._selection, "seed", None),
         }
 
     def resume(self, kept: Checkpoints) -> None:

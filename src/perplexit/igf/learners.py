@@ -7,6 +7,7 @@ of that record in a `.json` beside it.
 Shape suffixes: N = contexts, T = ids of a context, V = vocabulary, D = embedding size.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -174,6 +175,14 @@ class SecondaryLearner(ConvolutionLearner):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(input_embedding(model))
+
+
+def learner_fingerprint(learner: Learner) -> str:
+    """The SHA-256 of what a learner predicts by: its kind and its tensors."""
+    content = hashlib.sha256(learner.kind.encode())
+    for name, array in sorted(learner.tensors().items()):
+        content.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()
 
 
 def check_learner_fits(learner: Learner, model: nn.Module) -> None:

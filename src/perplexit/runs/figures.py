@@ -152,5 +152,5 @@ def rows_of(tokens: RunTokens, rows: NDArray[np.bool_] | NDArray[np.int64]) -> R
     }
     if tokens.token_bytes is not None:
         chosen["token_bytes"] = tokens.token_bytes.take(flat)
-    partial = {name: column.take(flat) for name, column in tokens.partial.items()}
+    partial = {name: column.take(np.asarray(flat)) for name, column in tokens.partial.items()}
     return replace(tokens, **chosen, partial=partial)

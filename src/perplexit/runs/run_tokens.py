@@ -35,7 +35,7 @@ class PartialColumn:
     values: NDArray[Any]
     known_R: NDArray[np.bool_]
 
-    def take(self, rows: NDArray[np.int64]) -> "PartialColumn":
+    def take(self, rows: NDArray[np.integer]) -> "PartialColumn":
         """The chosen rows."""
         return PartialColumn(self.values[rows], self.known_R[rows])
 
