@@ -1,10 +1,13 @@
 """The picture of an experiment: median test perplexity against steps, with intervals."""
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from perplexit.errors import MissingPackageError
+from perplexit.files import cache_folder
 
 # Okabe and Ito's colours, told apart by people who see few colours; dashes tell the rest apart
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#999999", "#CC79A7", "#E69F00")
@@ -18,13 +21,7 @@ def draw_experiment(
 
     Raises MissingPackageError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package's door
-    except ImportError:
-        raise MissingPackageError(
-            "the figure needs matplotlib: pip install 'perplexit[igf]'"
-        ) from None
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure = _figure_class()(figsize=(10.5, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
     colours = {}
     for number, (method, found) in enumerate(document["methods"].items()):
@@ -53,6 +50,23 @@ def draw_experiment(
     for path in paths:
         figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths
+
+
+def _figure_class() -> Any:
+    """Matplotlib's Figure. Its list of fonts is kept in Perplexit's cache, not at home."""
+    chosen = "MPLCONFIGDIR" in os.environ or "matplotlib" in sys.modules
+    if not chosen:
+        os.environ["MPLCONFIGDIR"] = str(cache_folder() / "matplotlib")
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package's door
+    except ImportError:
+        raise MissingPackageError(
+            "the figure needs matplotlib: pip install 'perplexit[igf]'"
+        ) from None
+    finally:
+        if not chosen:
+            del os.environ["MPLCONFIGDIR"]
+    return Figure
 
 
 def _draw_ratios(axes: Any, document: Mapping[str, Any], colours: Mapping[str, str]) -> None:
