@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ HOSTILE = [
     "{{ 7 * 7 }} ${window.hacked = 5} \u2028\u2029 &lt;script&gt; \u202ereversed\u202c \x00\x07",
     "javascript:window.hacked=6 <a href='javascript:window.hacked=7'>here</a> <base href='//x/'>",
 ]
+
+
+READY_SECONDS = 30
 
 
 def prose(num_words: int, seed: int = 0) -> str:
@@ -65,7 +69,11 @@ def opened(chromium: Any, path: Path) -> Any:
     chromium.get_log("browser")
     chromium.get_log("performance")
     chromium.get(path.as_uri())
-    assert chromium.execute_script("return document.documentElement.dataset.ready") == "true"
+    ready = "return document.documentElement.dataset.ready"
+    deadline = time.monotonic() + READY_SECONDS  # a busy machine paints late
+    while chromium.execute_script(ready) != "true" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert chromium.execute_script(ready) == "true"
     return chromium
 
 

@@ -129,6 +129,8 @@ def test_a3_sibling_a_kl_that_is_not_finite_is_not_drawn(runs: list[Run]) -> Non
     assert kl_rows(subject) == []
     data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
     assert data["runs"][1]["kl"] is None
+    for rows in subject.comparisons[0].buckets.values():
+        assert all("mean_kl" not in row and "top1_agreement" in row for row in rows)
 
 
 def test_a3_sibling_agreement_of_a_candidate_among_others_keeps_its_colour(

@@ -93,7 +93,7 @@ def compare(
             confidence=confidence,
         ),
         divergences=divergences,
-        buckets=buckets_of(candidate_run, pairs, with_kl=divergences is not None),
+        buckets=buckets_of(candidate_run, pairs, divergences),
         reasons=reasons,
         warnings=(*_warnings(pairs), *why_not),
         tokens=compared_tokens(

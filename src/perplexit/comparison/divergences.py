@@ -111,11 +111,14 @@ def _floor(reference: Run, candidate: Run) -> tuple[float, float] | None:
     return None
 
 
-def buckets_of(candidate: Run, pairs: Pairs, *, with_kl: bool) -> dict[str, list[dict[str, Any]]]:
+def buckets_of(
+    candidate: Run, pairs: Pairs, divergences: Divergences | None
+) -> dict[str, list[dict[str, Any]]]:
     """Mean change of the loss (and mean KL, agreement) by position, frequency and confidence.
 
     frequency: how often the token's id is scored in this input; confidence: the reference's
-    probability of its most likely token (with KL alone).
+    probability of its most likely token. KL, agreement and confidence are there where
+    `divergences` has them: what a comparison left out has no buckets either.
     """
     tokens = pairs.tokens
     position_M = tokens.position[pairs.rows].astype(np.float64)
@@ -127,13 +130,13 @@ def buckets_of(candidate: Run, pairs: Pairs, *, with_kl: bool) -> dict[str, list
         "frequency": (counts[inverse_M].astype(np.float64), FREQUENCY_EDGES),
     }
     values = {"mean_nll_difference": pairs.delta}
-    if with_kl:
+    if divergences is not None:
         top_p = _column(candidate.tokens, "reference_top_p", pairs)
         if top_p is not None:
             keys["confidence"] = (top_p.astype(np.float64), CONFIDENCE_EDGES)
         for label, name in (("mean_kl", "kl"), ("top1_agreement", "same_top1")):
             column = _column(candidate.tokens, name, pairs)
-            if column is not None:
+            if column is not None and name in divergences.columns:
                 values[label] = column.astype(np.float64)
     return {name: _rows(values, key_M, edges) for name, (key_M, edges) in keys.items()}
 
