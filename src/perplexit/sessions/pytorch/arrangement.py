@@ -44,7 +44,7 @@ def arranged(
 ) -> ForwardPass:
     """The forward pass with its wrappers, innermost first; see each for what it raises."""
     if compile_mode is not None:
-        _check_compilable(opened)
+        _check_compilable(opened, alone=forward.alone)
     if opened.group is not None:
         forward = LeadingForward(forward, opened.group)
     elif opened.spread:
@@ -54,11 +54,16 @@ def arranged(
     return with_head(forward, head, opened.module, opened.device)
 
 
-def _check_compilable(opened: OpenedModule) -> None:
+def _check_compilable(opened: OpenedModule, *, alone: bool) -> None:
     if opened.group is not None or opened.spread:
         raise CapabilityError(
             "--compile is for layers on one device in one process, but these are split; leave "
             "--compile or the split out"
+        )
+    if alone:
+        raise CapabilityError(
+            "--compile pads batches to a few shapes, but this model's predictions change with the "
+            "batch or its padding; leave --compile out"
         )
     if not opened.batch_invariant:
         raise CapabilityError(
@@ -86,6 +91,12 @@ def length_dependent_rope(opened: OpenedModule, *, compiled: bool) -> LengthDepe
 
 def refuse_cache(forward: ForwardPass) -> None:
     """Raise CapabilityError with the reason where an arrangement rules a key/value cache out."""
+    if forward.alone:
+        raise CapabilityError(
+            "expected a model whose predictions depend on earlier ids alone, which a key/value "
+            "cache takes for granted, but this one's change with the batch, its padding or the "
+            "ids after them; use --mode full, which runs each window by itself"
+        )
     reason = getattr(forward, "why_no_cache", None)
     if reason is not None:
         raise CapabilityError(str(reason))
@@ -110,6 +121,8 @@ def described(
         "num_logits": num_logits,
         "float32_matmul_precision": "highest",
     }
+    if forward.alone:
+        settings["windows_alone"] = True
     if rope is not None:
         settings["rope_by_window_length"] = rope.kinds
     if opened.weights is not None:

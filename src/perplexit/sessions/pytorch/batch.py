@@ -38,9 +38,14 @@ class PaddedBatch:
     counts: tuple[int, ...]
 
     @classmethod
-    def of(cls, windows: Sequence[WindowIds], device: torch.device) -> "PaddedBatch":
-        """The batch of windows that each have at least one target."""
-        lengths_B = np.array([fed_length(window) for window in windows])
+    def of(
+        cls, windows: Sequence[WindowIds], device: torch.device, *, whole: bool = False
+    ) -> "PaddedBatch":
+        """The batch of windows that each have at least one target.
+
+        whole: with the ids from the last target on, too.
+        """
+        lengths_B = np.array([len(w.ids_T) if whole else fed_length(w) for w in windows])
         ids_BT = np.empty((len(windows), lengths_B.max()), dtype=np.int64)
         for row, window, length in zip(ids_BT, windows, lengths_B, strict=True):
             row[:length] = window.ids_T[:length]
@@ -62,11 +67,12 @@ class PaddedBatch:
 
 
 def batches_of(
-    windows: Sequence[WindowIds], *, padded: bool, rope: LengthDependentRope | None
+    windows: Sequence[WindowIds], *, padded: bool, alone: bool, rope: LengthDependentRope | None
 ) -> list[list[int]]:
     """Places of the windows that have targets, as batches to run one after the other.
 
     padded: whether windows of unequal length may share one, which takes a mask.
+    alone:  whether each window has a batch to itself.
     rope:   windows share a batch only where it has equal frequencies for them.
     """
     batches: dict[Hashable, list[int]] = {}
@@ -74,7 +80,7 @@ def batches_of(
         if len(window.targets_N):
             length = None if padded else fed_length(window)
             frequencies = None if rope is None else rope.key(len(window.ids_T))
-            batches.setdefault((length, frequencies), []).append(place)
+            batches.setdefault((length, frequencies, place if alone else None), []).append(place)
     return list(batches.values())
 
 

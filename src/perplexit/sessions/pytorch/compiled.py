@@ -44,7 +44,7 @@ class CompiledForward:
             mode=mode,
         )
         self.kind, self.keeps_logits = inner.kind, inner.keeps_logits
-        self.takes_mask = inner.takes_mask
+        self.takes_mask, self.alone = inner.takes_mask, inner.alone
         self.head = inner.head
 
     def rows(
@@ -103,7 +103,7 @@ class HeadedForward:
         self._inner = inner
         self.kind, self.head = kind, head
         self.keeps_logits, self.takes_mask = inner.keeps_logits, inner.takes_mask
-        self.takes_cache = inner.takes_cache
+        self.takes_cache, self.alone = inner.takes_cache, inner.alone
         self.library = head.library if isinstance(head, FusedHead) else None
         self.why_no_cache = getattr(inner, "why_no_cache", None)
         if isinstance(head, FusedHead):

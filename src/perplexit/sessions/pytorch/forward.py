@@ -18,11 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import ModelError
 from perplexit.functional.blocked_nll import blocked_statistics
 from perplexit.functional.linear_nll import statistics_by_chunks
 from perplexit.functional.nll import TokenStatistics
 from perplexit.sessions.pytorch.call import CachePlace, ModuleCall, field_of
+from perplexit.sessions.pytorch.independence import depends_on_others
+from perplexit.sessions.pytorch.module import position_limit
 
 _PROBE_LENGTH = 8
 
@@ -35,6 +38,7 @@ class ForwardPass(Protocol):
     takes_mask: bool  # an attention mask can be given; without one, rows are never padded
 
     takes_cache: bool  # keys and values of earlier ids can be given
+    alone: bool  # a window's rows depend on its batch or length: it runs whole, by itself
 
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
@@ -52,6 +56,7 @@ class WholeForward:
 
     kind = "whole forward"
     keeps_logits = True
+    alone = False
 
     def __init__(self, model: nn.Module) -> None:
         self._call = ModuleCall(model)
@@ -72,6 +77,7 @@ class ChunkedForward:
     """The layers give hidden states; a head gives logits for those that are wanted."""
 
     keeps_logits = False
+    alone = False
 
     def __init__(self, body: nn.Module, head: Callable[[Tensor], Tensor], kind: str) -> None:
         self._call = ModuleCall(body)
@@ -157,8 +163,8 @@ def find_forward(
     blocked_head: see LinearHead.
     Raises ModelError where they do otherwise: the model is not causal.
     """
-    whole = WholeForward(model)
-    probe = _Probe.of(whole, id_limit, _device_of(model), causal=row_by_row)
+    found: ForwardPass = WholeForward(model)
+    probe = _Probe.of(found, id_limit, _device_of(model), causal=row_by_row)
     for body, own_head in _splits(model):
         chunked = ChunkedForward(body, own_head, "chunked (own forward)")
         if probe.agrees(chunked):
@@ -166,8 +172,21 @@ def find_forward(
             if linear is not None and probe.same_head(chunked, LinearHead(linear)):
                 head = LinearHead(linear, blocked=blocked_head)
                 chunked = ChunkedForward(body, head, "chunked (linear)")
-            return chunked, probe.vocab_size
-    return whole, probe.vocab_size
+            found = chunked
+            break
+    return (_checked(found, model, id_limit) if row_by_row else found), probe.vocab_size
+
+
+def _checked(forward: ForwardPass, model: nn.Module, id_limit: int) -> ForwardPass:
+    """The forward pass, with `alone` as it was seen to be."""
+    forward.alone = depends_on_others(
+        forward,
+        id_limit,
+        longest=position_limit(model),
+        device=_device_of(model),
+        rope=LengthDependentRope.of(model),
+    )
+    return forward
 
 
 @dataclass(frozen=True)
@@ -181,7 +200,7 @@ class _Probe:
 
     @classmethod
     def of(
-        cls, whole: WholeForward, id_limit: int, device: torch.device, *, causal: bool
+        cls, whole: ForwardPass, id_limit: int, device: torch.device, *, causal: bool
     ) -> "_Probe":
         generator = torch.Generator().manual_seed(0)
         ids_BT = torch.randint(id_limit, (2, _PROBE_LENGTH), generator=generator)

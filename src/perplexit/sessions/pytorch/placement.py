@@ -148,6 +148,7 @@ class GatheredForward:
         self._inner, self._start, self._device = inner, start, device
         self.kind, self.keeps_logits = inner.kind, inner.keeps_logits
         self.takes_mask, self.takes_cache = inner.takes_mask, inner.takes_cache
+        self.alone = inner.alone
 
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None

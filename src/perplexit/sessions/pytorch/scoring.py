@@ -74,7 +74,9 @@ def by_parts(
     scoring: Scoring,
 ) -> list[_T]:
     """What `work` gives for the places of windows that run together; see `batches_of`."""
-    batches = batches_of(windows, padded=scoring.forward.takes_mask, rope=scoring.rope)
+    batches = batches_of(
+        windows, padded=scoring.forward.takes_mask, alone=scoring.forward.alone, rope=scoring.rope
+    )
     threads = scoring.threads
     if threads is None:
         return [work(places) for places in batches]
@@ -83,7 +85,7 @@ def by_parts(
 
 def target_rows(windows: Sequence[WindowIds], scoring: Scoring) -> tuple[PaddedBatch, Tensor]:
     """The windows as one batch, and what the head is given for each of its targets, NX."""
-    batch = PaddedBatch.of(windows, scoring.device)
+    batch = PaddedBatch.of(windows, scoring.device, whole=scoring.forward.alone)
     with held_at(scoring.rope, max(len(window.ids_T) for window in windows)):
         rows_BTX = scoring.forward.rows(batch.ids_BT, batch.mask_BT)
     return batch, rows_BTX[batch.rows_N, batch.positions_N]

@@ -207,7 +207,7 @@ class LeadingForward:
     def __init__(self, inner: ForwardPass, group: ProcessGroup) -> None:
         self._inner, self._group = inner, group
         self.kind, self.keeps_logits = inner.kind, inner.keeps_logits
-        self.takes_mask = inner.takes_mask
+        self.takes_mask, self.alone = inner.takes_mask, inner.alone
 
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
