@@ -24,7 +24,11 @@ class ProgramShapes:
 
 @dataclass(frozen=True, slots=True)
 class ProgramModel:
-    """The checkpoint that the program was made from."""
+    """The checkpoint that the program was made from.
+
+    one_rope_up_to: the longest window whose rotary frequencies are those of every shorter one;
+    None where they are the same for all.
+    """
 
     address: str
     architecture: str
@@ -32,6 +36,7 @@ class ProgramModel:
     weights_fingerprint: str
     vocab_size: int
     max_length: int | None = None
+    one_rope_up_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.checkpoints.quiet import quiet_transformers
-from perplexit.compilation.model_parts import LogitsHead, rows_at_a_time
+from perplexit.compilation.model_parts import LogitsHead, check_rotary, rows_at_a_time
 from perplexit.errors import CompilationError, UsageError
 from perplexit.programs import ProgramShapes
 
@@ -111,6 +111,7 @@ def _log_of_total(logprobs_CV: Tensor) -> Tensor:
 
 def exported_fixed(model: Any, shapes: ProgramShapes, *, perplexity: bool) -> Any:
     """The `torch.export` program of FixedLoss or FixedLogits. Raises CompilationError."""
+    check_rotary(model, shapes)
     model.eval().requires_grad_(False)
     module = (FixedLoss if perplexity else FixedLogits)(model, shapes)
     batch, length = shapes.batch_size or 1, shapes.length or 2

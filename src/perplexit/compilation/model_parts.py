@@ -13,9 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from perplexit.programs import ProgramMemory, ProgramModel
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
+from perplexit.errors import CompilationError
+from perplexit.programs import ProgramMemory, ProgramModel, ProgramShapes
 
 _HEAD_LOGITS_BYTES = 16 * 2**20
+_LONGEST = 2**24  # ids: more than any window has
 _FEWEST_ROWS, _MOST_ROWS = 32, 256  # below, the head's weights are read too often; above, no gain
 
 
@@ -36,6 +39,22 @@ class _BodyOutput(ModelOutput):
     cross_attentions: Any = None
     router_logits: Any = None
     image_hidden_states: Any = None
+
+
+def check_rotary(model: Any, shapes: ProgramShapes) -> None:
+    """Refuse a model of other rotary frequencies for windows of other lengths, as programs pad.
+
+    Raises CompilationError unless the program's length is fixed where all windows have the same.
+    """
+    rope = LengthDependentRope.of(model)
+    border = None if rope is None else rope.border(shapes.length or _LONGEST)
+    if rope is not None and border is not None:
+        raise CompilationError(
+            f"expected a model whose RoPE is the same for every window, but that of "
+            f"{type(model).__name__} ({rope.kinds}) changes for windows of more than {border} ids, "
+            f"and a program pads; compile it with --max-length {border} or less, or evaluate the "
+            "checkpoint with PyTorch (hf:…), which gives each window its own"
+        )
 
 
 @contextmanager

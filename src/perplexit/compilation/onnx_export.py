@@ -20,6 +20,7 @@ from torch._higher_order_ops.scan import scan
 
 from perplexit.compilation.graph_cache import cached_graph
 from perplexit.compilation.model_parts import (
+    check_rotary,
     exportable_attention,
     head_of,
     rows_at_a_time,
@@ -61,6 +62,7 @@ def export_graph(
     Without: input_ids_BT, attention_mask_BT → logits_BTV; where the length is free and the model
     keeps keys and values, with pasts in and presents out (see `onnx_cached_program`).
     """
+    check_rotary(model, shapes)
     model.eval().requires_grad_(False)
     head_rows = rows_at_a_time(model.config.get_text_config().vocab_size) if perplexity else None
     cache = None if perplexity or shapes.length else cache_shape(model)

@@ -13,14 +13,17 @@ import torch
 from openvino import opset13 as ops
 
 from perplexit.checkpoints.quiet import quiet_transformers
-from perplexit.compilation.model_parts import Body, LogitsHead, exportable_attention
+from perplexit.compilation.model_parts import (
+    Body,
+    LogitsHead,
+    check_rotary,
+    exportable_attention,
+)
 from perplexit.compilation.openvino_attention import skip_future_keys
 from perplexit.compilation.openvino_head import mark_head, nll_of_targets
 from perplexit.errors import CompilationError
 from perplexit.programs import ProgramShapes
 from perplexit.quantization.openvino_engine import BOUNDARY
-
-_LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
 
 
 def convert_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ov.Model:
@@ -31,7 +34,7 @@ def convert_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ov.
     Raises CompilationError where the model cannot be traced or converted.
     """
     model.eval().requires_grad_(False)
-    _check_rotary(model)
+    check_rotary(model, shapes)
     hidden_size = int(model.config.get_text_config().hidden_size)
     vocab_size = int(model.config.get_text_config().vocab_size)
     ids_BT = torch.arange(24).reshape(2, 12) % min(7, vocab_size)
@@ -45,17 +48,6 @@ def convert_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ov.
         graph = _with_logits_head(body, _converted(LogitsHead(model), hidden_BTD))
     _fix_shapes(graph, shapes)
     return graph
-
-
-def _check_rotary(model: Any) -> None:
-    rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kind = rotary.get("rope_type") if isinstance(rotary, dict) else None
-    if kind in _LENGTH_DEPENDENT_ROTARY:
-        raise CompilationError(
-            f"expected positions that do not depend on the window's length, got {kind} rotary "
-            "embeddings, of which a graph would hold one branch; evaluate the checkpoint with "
-            "PyTorch instead (hf:…), or compile it to ONNX"
-        )
 
 
 def _converted(module: torch.nn.Module, *inputs: torch.Tensor) -> ov.Model:

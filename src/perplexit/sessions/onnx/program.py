@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import nan, prod
 from pathlib import Path
@@ -162,6 +162,7 @@ def _foreign_metadata(folder: Path, graph: Path, model: Any) -> ProgramMetadata:
             weights_fingerprint=digest.hexdigest(),
             vocab_size=_vocab_size(model, config, graph),
             max_length=int(limit) if limit else None,
+            one_rope_up_to=_one_rope_up_to(config),
         ),
         memory=ProgramMemory(4 * 24 * hidden, 4 * 3 * heads),
         verification=ProgramVerification("nothing: it was exported elsewhere", 0, nan),
@@ -189,6 +190,19 @@ def _sizes(values: Any, name: str, rank: int) -> list[int | None]:
             dims = value.type.tensor_type.shape.dim
             return [dim.dim_value or None for dim in dims] or [None] * rank
     return [None] * rank
+
+
+def _one_rope_up_to(config: Mapping[str, Any]) -> int | None:
+    """The longest window below the border of a LongRoPE or a dynamic NTK; None without either."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = str(rope.get("rope_type") or rope.get("type") or "") if isinstance(rope, Mapping) else ""
+    if kind not in ("longrope", "su", "dynamic"):
+        return None
+    name = "original_max_position_embeddings"
+    border = config.get("max_position_embeddings")
+    if kind != "dynamic":
+        border = config.get(name) or rope.get(name) or border
+    return border if isinstance(border, int) else 0
 
 
 def _config(folder: Path) -> dict[str, Any]:

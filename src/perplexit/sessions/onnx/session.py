@@ -134,7 +134,7 @@ class OnnxInferenceSession:
         )
 
     def _feed(self, windows: Sequence[WindowIds]) -> dict[str, NDArray[Any]]:
-        self._check_vocabulary(windows)
+        self._check_windows(windows)
         ids_BT = padded_ids(windows, self._metadata.shapes, program=self._model.address)
         mask_BT = np.zeros_like(ids_BT)
         for row, window in enumerate(windows):
@@ -155,8 +155,17 @@ class OnnxInferenceSession:
             feed[ports.positions.name] = np.broadcast_to(position_T, ids_BT.shape).copy()
         return feed
 
-    def _check_vocabulary(self, windows: Sequence[WindowIds]) -> None:
+    def _check_windows(self, windows: Sequence[WindowIds]) -> None:
         check_vocabulary(windows, self._model.vocab_size)
+        border = self._metadata.model.one_rope_up_to
+        longest = max((len(window.ids_T) for window in windows), default=0)
+        if border is not None and longest > border:
+            raise CapabilityError(
+                f"expected windows of at most {border} ids, got one of {longest}: beyond, the RoPE "
+                f"of the model in {self._model.address} changes with each window's length, which "
+                f"a program does not see; prepare the input with --max-length {border}, or score "
+                "the checkpoint with PyTorch (hf:…)"
+            )
 
     def _run(self, feed: dict[str, NDArray[Any]]) -> Any:
         """The losses or logits alone, whatever else the program gives."""
@@ -245,7 +254,7 @@ class OnnxCachingSession(OnnxLogitsSession):
 
     def open_cache(self, windows: Sequence[WindowIds]) -> OnnxCache:
         """An empty cache for these windows; see CachingSession."""
-        self._check_vocabulary(windows)
+        self._check_windows(windows)
         longest = max(int(window.targets_N[-1]) for window in windows)
         if self._ports.capacity is not None and longest > self._ports.capacity:
             raise CapabilityError(
