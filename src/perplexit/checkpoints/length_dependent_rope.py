@@ -46,6 +46,7 @@ class LengthDependentRope:
 
     def key(self, length: int) -> bytes:
         """Return a mark of a window's length: windows with equal marks have equal frequencies."""
+        length = max(2, length)  # a window of one id has no target
         if length not in self._keys:
             with self.held_at(length):
                 self._keys[length] = b"".join(_angles(module, 1) for module in self._modules)
@@ -53,10 +54,10 @@ class LengthDependentRope:
 
     def border(self, longest: int) -> int | None:
         """Return the largest length up to which keys are equal; None where all are to `longest`."""
-        first = self.key(1)
+        first = self.key(2)
         if self.key(longest) == first:
             return None
-        low, high = 1, longest  # the last that is equal, the first known to differ
+        low, high = 2, longest  # the last that is equal, the first known to differ
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.key(middle) == first else (low, middle)

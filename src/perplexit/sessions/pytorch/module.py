@@ -101,7 +101,8 @@ def position_limit(module: nn.Module) -> int | None:
         if not isinstance(embedding, nn.Embedding) or embedding is tokens:
             continue
         if limit <= embedding.num_embeddings <= limit + 2:  # OPT counts its positions from 2
-            return limit
+            first = 0 if embedding.padding_idx is None else embedding.padding_idx + 1
+            return min(limit, embedding.num_embeddings - first)  # RoBERTa from its padding id on
     return None
 
 
