@@ -24,11 +24,7 @@ class ProgramShapes:
 
 @dataclass(frozen=True, slots=True)
 class ProgramModel:
-    """The checkpoint that the program was made from.
-
-    one_rope_up_to: the longest window whose rotary frequencies are those of every shorter one;
-    None where they are the same for all.
-    """
+    """The checkpoint that the program was made from."""
 
     address: str
     architecture: str
@@ -36,7 +32,6 @@ class ProgramModel:
     weights_fingerprint: str
     vocab_size: int
     max_length: int | None = None
-    one_rope_up_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

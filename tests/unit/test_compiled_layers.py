@@ -62,7 +62,7 @@ def test_compiled_layers_refuse_a_cache_and_cuda_graphs_off_cuda(compiled, tiny_
 class _Recorder:
     """A forward pass that keeps what it was fed and returns each id as its row."""
 
-    kind, keeps_logits, takes_mask, takes_cache = "recorder", False, True, False
+    kind, keeps_logits, takes_mask, takes_cache, alone = "recorder", False, True, False, False
 
     def __init__(self) -> None:
         self.fed: list[tuple[torch.Tensor, torch.Tensor | None]] = []

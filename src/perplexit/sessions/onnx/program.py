@@ -50,7 +50,12 @@ class OnnxProgram:
     """A graph on disk and what is known of it; `foreign`: it was not made by `perplexit compile`.
 
     takes_cache: whether it can be fed in blocks.
+<<<<<<< HEAD
     activations: how it rounds what stands together in a batch with one scale; None: it does not.
+=======
+    rope_border: the longest window whose rotary frequencies are those of every shorter one; None
+    where they are the same for all.
+>>>>>>> 2e40ef4 (Foreign programs: refused beyond the border of a RoPE that depends on length)
     """
 
     graph: Path
@@ -58,6 +63,7 @@ class OnnxProgram:
     takes_cache: bool
     foreign: bool
     activations: str | None = None
+    rope_border: int | None = None
 
 
 def find_program(folder: str | Path) -> OnnxProgram:
@@ -84,8 +90,9 @@ def find_program(folder: str | Path) -> OnnxProgram:
             f"{graph} is a program that `perplexit compile` made, without its {PROGRAM_FILE}, "
             "which says whose losses these are; copy that too, or compile the checkpoint again"
         )
-    metadata = _foreign_metadata(path, graph, model)
-    return OnnxProgram(graph, metadata, takes_cache(names), True, _rounded_together(model))
+    metadata, border = _foreign_metadata(path, graph, model), _rope_border(_config(path))
+    together = _rounded_together(model)
+    return OnnxProgram(graph, metadata, takes_cache(names), True, together, border)
 
 
 def _rounded_together(model: Any) -> str | None:
@@ -162,7 +169,6 @@ def _foreign_metadata(folder: Path, graph: Path, model: Any) -> ProgramMetadata:
             weights_fingerprint=digest.hexdigest(),
             vocab_size=_vocab_size(model, config, graph),
             max_length=int(limit) if limit else None,
-            one_rope_up_to=_one_rope_up_to(config),
         ),
         memory=ProgramMemory(4 * 24 * hidden, 4 * 3 * heads),
         verification=ProgramVerification("nothing: it was exported elsewhere", 0, nan),
@@ -192,7 +198,7 @@ def _sizes(values: Any, name: str, rank: int) -> list[int | None]:
     return [None] * rank
 
 
-def _one_rope_up_to(config: Mapping[str, Any]) -> int | None:
+def _rope_border(config: Mapping[str, Any]) -> int | None:
     """The longest window below the border of a LongRoPE or a dynamic NTK; None without either."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = str(rope.get("rope_type") or rope.get("type") or "") if isinstance(rope, Mapping) else ""

@@ -74,7 +74,7 @@ class OnnxInferenceSession:
         address: str | None = None,
     ) -> None:
         program = find_program(folder)
-        self._metadata = program.metadata
+        self._metadata, self._rope_border = program.metadata, program.rope_border
         check_asked(self._metadata, dtype, quantization)
         if not program.foreign:
             self._metadata.check_files(program.graph.parent)
@@ -157,7 +157,7 @@ class OnnxInferenceSession:
 
     def _check_windows(self, windows: Sequence[WindowIds]) -> None:
         check_vocabulary(windows, self._model.vocab_size)
-        border = self._metadata.model.one_rope_up_to
+        border = self._rope_border
         longest = max((len(window.ids_T) for window in windows), default=0)
         if border is not None and longest > border:
             raise CapabilityError(
