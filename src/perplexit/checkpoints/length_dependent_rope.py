@@ -63,6 +63,13 @@ class LengthDependentRope:
             low, high = (middle, high) if self.key(middle) == first else (low, middle)
         return low
 
+    def settle(self) -> None:
+        """Keep dynamic NTK at its first frequencies, for a program of windows below the border."""
+        for module in self._modules:
+            _forget(module)
+            if getattr(module, "rope_type", None) == "dynamic":
+                module.rope_type = "default"  # type: ignore[assignment]
+
     @contextmanager
     def held_at(self, length: int) -> Iterator[None]:
         """Within: every call sees a window of `length` ids, and none that came before."""

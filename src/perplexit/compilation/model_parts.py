@@ -47,8 +47,12 @@ def check_rotary(model: Any, shapes: ProgramShapes) -> None:
     Raises CompilationError unless the program's length is fixed where all windows have the same.
     """
     rope = LengthDependentRope.of(model)
-    border = None if rope is None else rope.border(shapes.length or _LONGEST)
-    if rope is not None and border is not None:
+    if rope is None:
+        return
+    border = rope.border(shapes.length or _LONGEST)
+    if border is None:
+        rope.settle()
+    else:
         raise CompilationError(
             f"expected a model whose RoPE is the same for every window, but that of "
             f"{type(model).__name__} ({rope.kinds}) changes for windows of more than {border} ids, "
