@@ -49,13 +49,10 @@ _FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DO
 class OnnxProgram:
     """A graph on disk and what is known of it; `foreign`: it was not made by `perplexit compile`.
 
-        takes_cache: whether it can be fed in blocks.
-    <<<<<<< HEAD
-        activations: how it rounds what stands together in a batch with one scale; None: it does not.
-    =======
-        rope_border: the longest window whose rotary frequencies are those of every shorter one; None
-        where they are the same for all.
-    >>>>>>> 2e40ef4 (Foreign programs: refused beyond the border of a RoPE that depends on length)
+    takes_cache: whether it can be fed in blocks.
+    activations: how it rounds what stands together in a batch with one scale; None: it does not.
+    rope_border: the longest window whose rotary frequencies are those of every shorter one; None
+    where they are the same for all.
     """
 
     graph: Path
