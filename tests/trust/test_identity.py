@@ -16,6 +16,7 @@ from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.identity import measurement_differences
 from perplexit.runs.run import Run
 from tests.tiny_models import save_tiny_model
+from tests.unit.test_partial_reference import chunk_logits, write_kl_base
 
 peft = pytest.importorskip("peft")
 
@@ -237,3 +238,17 @@ def test_a4_sibling_a_changed_adapter_does_not_resume(
     (changed / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 24}))
     with pytest.raises(ResumeError, match="adapter"):
         px.evaluate(model_dir, tokens, adapter=changed, run=tmp_path / "run")
+
+
+def test_a2_sibling_a_base_file_is_the_recorded_run_of_that_file(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    tokens = px.prepare(
+        [" ".join(TEXTS)], tokenizer=model_dir, protocol="llama-cpp", max_length=32,
+        output=tmp_path / "in.safetensors",
+    )  # fmt: skip
+    write_kl_base(tmp_path / "base.kld", 32, *chunk_logits(model_dir, tokens))
+    recorded = px.evaluate(f"recorded:{tmp_path / 'base.kld'}", tokens)
+    candidate = px.evaluate(model_dir, tokens, reference=tmp_path / "base.kld")
+    assert px.compare(recorded, candidate).divergences is not None
+    assert px.compare(px.evaluate(model_dir, tokens), candidate).divergences is None

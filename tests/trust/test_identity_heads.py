@@ -14,7 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import perplexit as px
-from perplexit.errors import CapabilityError, FingerprintMismatchError, RunError
+from perplexit.errors import (
+    CapabilityError,
+    FingerprintMismatchError,
+    ModelError,
+    RunError,
+)
 from perplexit.inputs.token_file import TokenFile
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.tiny_models import save_tiny_model
@@ -258,6 +263,23 @@ def test_a1_sibling_the_checkpoint_may_be_gone_where_the_head_is_kept(
     assert largest_kl(stored) <= 1e-9
 
 
+def test_a1_sibling_a_checkpoint_that_changed_since_it_was_loaded(
+    model_dir: Path, plain: PytorchInferenceSession, tokens: TokenFile, tmp_path: Path
+) -> None:
+    """The head is kept where the fingerprint was taken before; no other model's is taken after."""
+    moving = shutil.copytree(model_dir, tmp_path / "moving")
+    known, unknown = PytorchInferenceSession(moving), PytorchInferenceSession(moving)
+    assert known.model.weights_fingerprint
+    weights = load_file(moving / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 1.5
+    (moving / "model.safetensors").unlink()
+    save_file(weights, moving / "model.safetensors", metadata={"format": "pt"})
+    px.evaluate(known, tokens, save_reference=True, run=tmp_path / "run")
+    assert largest_kl(px.evaluate(plain, tokens, reference=tmp_path / "run")) <= 1e-9
+    with pytest.raises(ModelError, match="changed since"):
+        px.evaluate(unknown, tokens, save_reference=True, run=tmp_path / "other")
+
+
 def saved_reference(model_dir: Path, tokens: TokenFile, where: Path, **options: Any) -> Path:
     px.evaluate(model_dir, tokens, save_reference=True, run=where, **options)
     return where
@@ -337,3 +359,27 @@ def test_a1_sibling_a_head_from_memory_that_rounds_its_inputs_is_refused_when_sa
             PytorchInferenceSession(module), tokens, save_reference=True, run=tmp_path / "run"
         )
     assert not (tmp_path / "run" / "reference").exists()
+
+
+@pytest.mark.real_model
+def test_a1_real_model_a_quantized_reference_is_itself_and_stored_is_live(
+    real_model_dir: Path, tmp_path: Path
+) -> None:
+    """SmolLM2-135M in q4f16_0, head and embedding included: rebuilt by fp32's head it gave 0.13."""
+    text = (
+        "The ferry left at four, and with it the last chance to be home by dark. Nobody on the "
+        "quay had thought to ask when the next one was, because there had always been a next one. "
+    )
+    tokens = px.prepare(
+        [text * 2], tokenizer=real_model_dir, max_length=64, output=tmp_path / "in.safetensors"
+    )
+    quantized = PytorchInferenceSession(real_model_dir, quantization="q4f16_0")
+    px.evaluate(quantized, tokens, save_reference=True, run=tmp_path / "q4")
+    assert largest_kl(px.evaluate(quantized, tokens, reference=tmp_path / "q4")) <= 1e-6
+    plain = PytorchInferenceSession(real_model_dir)
+    live = px.evaluate(plain, tokens, reference=quantized).tokens.kl
+    quantized.close()
+    stored = px.evaluate(plain, tokens, reference=tmp_path / "q4").tokens.kl
+    np.testing.assert_allclose(stored, live, atol=1e-5, rtol=1e-4)
+    assert stored.mean() > 0.1
+    print(f"KL(q4f16_0 ‖ fp32): stored {stored.mean():.6f}, live {live.mean():.6f}")

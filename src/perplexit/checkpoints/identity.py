@@ -29,6 +29,19 @@ def weights_fingerprint(path: Path) -> str:
     return hashlib.sha256(canonical_json(identity)).hexdigest()
 
 
+def weights_stamp(path: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What the system says of the files whose content `weights_fingerprint` reads.
+
+    Another stamp means that they may have changed. Raises ModelError where they are not there.
+    """
+    files = [path] if path.is_file() else [path / "config.json", *weight_files(path)]
+    try:
+        found = [(file.name, file.stat()) for file in files]
+    except OSError as error:
+        raise ModelError(f"expected the checkpoint in {path} to be there, but {error}") from error
+    return tuple((name, s.st_size, s.st_ino, s.st_mtime_ns) for name, s in found)
+
+
 def canonical_json(value: Any) -> bytes:
     """The canonical JSON of `value` in UTF-8; a configuration may hold NaN or infinity."""
     return canonical_text(value, allow_nan=True).encode()

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from perplexit.checkpoints.gguf import check_is_gguf, dequantized_folder
-from perplexit.checkpoints.identity import weights_fingerprint
+from perplexit.checkpoints.identity import weights_fingerprint, weights_stamp
 from perplexit.errors import ModelError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
@@ -41,6 +41,10 @@ class CheckpointSource:
     def fingerprint(self) -> str:
         """The SHA-256 of weights and configuration; see `weights_fingerprint`."""
         return weights_fingerprint(self.original)
+
+    def stamp(self) -> tuple[object, ...]:
+        """Changes when the checkpoint's files do; see `weights_stamp`."""
+        return weights_stamp(self.original)
 
 
 def find_checkpoint(address: str | Path) -> CheckpointSource:

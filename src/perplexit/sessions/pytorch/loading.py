@@ -13,7 +13,7 @@ from torch import nn
 from perplexit.checkpoints.adapters import Adapter, adapted_fingerprint, find_adapter, with_adapter
 from perplexit.checkpoints.loading import Checkpoint, load_checkpoint
 from perplexit.checkpoints.sources import CheckpointSource, find_checkpoint
-from perplexit.errors import CapabilityError, UsageError
+from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.quantization.pytorch_quantization import (
     PytorchQuantization,
@@ -50,6 +50,7 @@ class OpenedModule:
 
     num_parameters: of the checkpoint, whatever packed weights and adapters count.
     spread: whether its layers may be on several devices; group: the processes it is split over.
+    stamp: the checkpoint's files as they were when they were read.
     """
 
     module: nn.Module
@@ -62,6 +63,7 @@ class OpenedModule:
     merged: bool = False
     spread: bool = False
     group: ProcessGroup | None = None
+    stamp: tuple[object, ...] | None = None
 
     @property
     def batch_invariant(self) -> bool:
@@ -84,8 +86,15 @@ class OpenedModule:
     @property
     def gives_head_again(self) -> bool:
         """Whether the checkpoint at the model's address has the head that this module has."""
-        quantized = self.quantization is not None and self.quantization.head
-        return self.source is not None and self.adapter is None and not quantized
+        if self.source is None or self.adapter is not None or self._has_changed(self.source):
+            return False
+        return self.quantization is None or not self.quantization.head
+
+    def _has_changed(self, source: CheckpointSource) -> bool:
+        try:
+            return self.stamp is not None and source.stamp() != self.stamp
+        except ModelError:  # it is gone
+            return True
 
     def scoring(self) -> AbstractContextManager[None]:
         """The process's settings while the module is run; see `scoring_settings`."""
@@ -94,6 +103,12 @@ class OpenedModule:
     def describe(self, vocab_size: int) -> ModelDescription:
         """Whose numbers these are; takes the fingerprint of the weights."""
         source = self.source
+        if source is not None and self._has_changed(source):
+            raise ModelError(
+                f"expected the checkpoint {source.address} as it was when it was loaded, but its "
+                "files have changed since: their fingerprint is not that of the loaded weights; "
+                "load it again"
+            )
         fingerprint = source.fingerprint if source else module_fingerprint(self.module)
         if self.adapter is not None:
             fingerprint = adapted_fingerprint(fingerprint, self.adapter)
@@ -189,6 +204,7 @@ def _loaded(
         threads=num_threads,
         num_parameters=num_parameters,
         source=checkpoint.source,
+        stamp=checkpoint.source.stamp(),
         quantization=quantization,
         adapter=adapter,
         merged=changes.merge_adapter,
@@ -217,6 +233,7 @@ def _split(
         threads=threads,
         num_parameters=_num_parameters(checkpoint.model),
         source=checkpoint.source,
+        stamp=checkpoint.source.stamp(),
         spread=group is None,
         group=group,
     )
