@@ -505,6 +505,19 @@ def test_f_lines_are_broken_between_words(
     assert follows
 
 
+def test_f_sibling_a_name_with_colons_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`:star:` is a folder's name, and no picture of a star; `[bold]` is no mark-up."""
+    name = "runs/:star:/[bold]x"
+    shown = terminal(monkeypatch, 80)
+    output.tell_wrapped(f"reference: {name}")
+    assert shown.getvalue().strip() == f"reference: {name}"
+    monkeypatch.undo()
+    output.tell(name)
+    assert capsys.readouterr().err.strip() == name
+
+
 def test_f_when_piped_a_line_is_one_line(runs: list[Run]) -> None:
     result = CliRunner().invoke(
         app, ["compare", str(runs[0].folder), str(runs[1].folder), "--margin", "1%"]

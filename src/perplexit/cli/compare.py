@@ -39,7 +39,9 @@ def compare(
     noise_floor: Annotated[
         float,
         typer.Option(
-            min=0.0, help="Nats per token within which runs of one model are known to vary."
+            min=0.0,
+            help="Nats within which runs of one model are known to vary: per token, or per byte "
+            "where runs are compared byte by byte.",
         ),
     ] = 0.0,
     margin: Annotated[

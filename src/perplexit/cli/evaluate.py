@@ -173,8 +173,8 @@ def evaluate(
         bool,
         typer.Option(
             "--measure-noise-floor",
-            help="Score some windows again in batches of another size; `compare` calls no smaller "
-            "difference a difference.",
+            help="Score some windows again in batches of another size; to `compare` a difference "
+            "that is not larger is too small to matter.",
         ),
     ] = False,
     json: Annotated[

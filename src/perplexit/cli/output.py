@@ -49,7 +49,7 @@ def people() -> Console:
 
 def tell(line: str) -> None:
     """Print one line for people as it is: no markup in it, no break where it is long."""
-    people().print(line, markup=False, soft_wrap=True)
+    people().print(line, markup=False, emoji=False, soft_wrap=True)
 
 
 _HANGING = re.compile(r"(\w[\w ]*: +| *)")
@@ -73,7 +73,7 @@ def tell_wrapped(text: str) -> None:
             replace_whitespace=False,
             drop_whitespace=True,
         )
-        console.print("\n".join(broken), markup=False, soft_wrap=True)
+        console.print("\n".join(broken), markup=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
