@@ -26,6 +26,7 @@ from perplexit.comparison.sentences import Judged, changed_predictions
 from perplexit.comparison.verdicts import Margin, margin_of, resolution_of, share_of, verdict_of
 from perplexit.errors import UsageError
 from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.intervals import clusters_for, mean_interval
 from perplexit.report.subject import Subject
 from perplexit.report.wording import findings_of, headline
 from perplexit.runs.run import Run
@@ -167,6 +168,21 @@ def test_c3_every_interval_has_one_verdict(one: float, other: float, margin: flo
     }
     holds = [verdict for verdict, rule in rules.items() if rule] or ["inconclusive"]
     assert [verdict_of(estimate(low, (low + high) / 2, high), margin)] == holds
+
+
+@pytest.mark.parametrize(("truth", "wrong"), [(0.01, "equivalent"), (0.01, "worse"), (0, "better")])
+def test_c3_sibling_a_verdict_is_as_rarely_wrong_as_promised(truth: float, wrong: str) -> None:
+    """2,000 texts of 40 documents: where the truth is on the border, each side has 2.5 %."""
+    random = np.random.default_rng(5)
+    clusters = clusters_for(np.repeat(np.arange(40), 30), np.repeat(np.arange(40), 30))
+    margin = 0.01 if truth else 1e-5
+    count = 0
+    for _ in range(2000):
+        own_D = random.normal(truth, 0.01, 40)
+        delta_M = np.repeat(own_D, 30) + random.normal(0, 0.02, 1200)
+        found = mean_interval(delta_M, clusters)
+        count += verdict_of(found, margin) == wrong
+    assert 0.012 <= count / 2000 <= 0.038
 
 
 def test_c3_sibling_a_run_against_itself(runs: list[Run], one_window: list[Run]) -> None:
