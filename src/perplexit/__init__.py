@@ -29,6 +29,8 @@ _HOME_OF = {
     "doctor": "perplexit.diagnosis",
     "Diagnosis": "perplexit.diagnosis",
     "Run": "perplexit.runs.run",
+    "UnreadableRun": "perplexit.runs.store",
+    "find_runs": "perplexit.runs.store",
     "list_runs": "perplexit.runs.store",
     "verify_run": "perplexit.runs.verification",
     "export_tokens": "perplexit.runs.verification",

@@ -21,6 +21,8 @@ from perplexit.resources.memory import MemoryTracker as MemoryTracker
 from perplexit.resources.timer import Timer as Timer
 from perplexit.runs.documents import export_documents as export_documents
 from perplexit.runs.run import Run as Run
+from perplexit.runs.store import UnreadableRun as UnreadableRun
+from perplexit.runs.store import find_runs as find_runs
 from perplexit.runs.store import list_runs as list_runs
 from perplexit.runs.verification import export_tokens as export_tokens
 from perplexit.runs.verification import verify_run as verify_run

@@ -84,7 +84,7 @@ def read_bytes(path: str | Path, expected: Expected, *, largest: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
             expected.refuse(path, f"{size:,} bytes, more than the {largest:,} that it may have")
-        data = file.read(largest + 1)
+        data = file.read(size + 1)
         if len(data) != size:
             expected.refuse(path, "a file that changed while it was read")
         return data

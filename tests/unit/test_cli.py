@@ -194,7 +194,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         "explain": SimpleNamespace(to_json=dict),
         "doctor": SimpleNamespace(to_json=dict, status="pass"),
         "ngram_overlap": SimpleNamespace(to_json=dict),
-        "list_runs": [record],
+        "find_runs": [record],
         "verify_run": [],
         "export_tokens": None,
         "write_report": SimpleNamespace(headline="it is worse", num_bytes=1, to_json=dict),

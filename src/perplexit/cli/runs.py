@@ -26,18 +26,27 @@ def list_(
 ) -> None:
     """List the runs in a folder, oldest first."""
     with stdout_kept_clean():
-        found = list(px.list_runs(folder))
+        every = px.find_runs(folder)
+    found = [each for each in every if not isinstance(each, px.UnreadableRun)]
+    unreadable = [each for each in every if isinstance(each, px.UnreadableRun)]
     records = [_record(run) for run in found]
     folders = [str(run.folder) for run in found]
     if found:
         people().print(runs_table(records, folders))
     else:
-        tell(f"no run in {folder}")
+        tell(f"no run in {folder}" + (" that can be read" if unreadable else ""))
     for place, record in zip(folders, records, strict=True):
         if record["status"] == "damaged":
             tell(f"{place}: {record['damage']}; evaluate again with the same --run")
+    for each in unreadable:
+        tell(f"{each.folder} is unreadable: {each.reason}")
     if json:
-        print_json([{"folder": f, **r} for f, r in zip(folders, records, strict=True)])
+        rows = [{"folder": f, **r} for f, r in zip(folders, records, strict=True)]
+        rows += [
+            {"folder": str(e.folder), "status": "unreadable", "reason": e.reason}
+            for e in unreadable
+        ]
+        print_json(rows)
 
 
 def _record(run: Any) -> dict[str, Any]:

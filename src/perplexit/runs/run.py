@@ -1,22 +1,26 @@
 """Run: the record of one session over one input, as `run.json` holds it."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, get_type_hints
 
 from perplexit.errors import RunError
 from perplexit.files import sha256_of_file
+from perplexit.json_reader import read_json, typed
+from perplexit.reading import Expected
 from perplexit.runs.identity import (
     measurement_fingerprint,
     measurement_of,
     plain_json,
 )
+from perplexit.runs.record_types import NESTED, CompleteRun
 from perplexit.runs.run_tokens import RunTokens
 
 SCHEMA_VERSION = 1
+_EXPECTED = Expected("a run's record", RunError, "evaluate again")
+_LARGEST = 64 << 20  # bytes: an input with hundreds of thousands of domains
 RUN_FILE = "run.json"
 TOKENS_FILE = "tokens.parquet"
 
@@ -104,15 +108,12 @@ class Run:
         """
         folder = Path(folder)
         path = folder / RUN_FILE if folder.is_dir() else folder
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             raise RunError(
                 f"expected a run folder with a {RUN_FILE} in it, got {folder}; "
                 "`perplexit eval MODEL INPUT --run FOLDER` makes one"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise RunError(f"{path} cannot be read as JSON ({error}); evaluate again") from None
+            )
+        record = read_json(path, _EXPECTED, dict[str, Any], largest=_LARGEST)
         return cls.from_json(record, folder=path.parent)
 
     @classmethod
@@ -125,10 +126,11 @@ class Run:
                 f"{f' in {folder}' if folder else ''}; use the Perplexit that wrote it, "
                 "or evaluate again"
             )
+        place = folder or "a run"
+        checked = typed(record, _EXPECTED, _record_type(), place=place)
+        if checked["status"] == "complete":
+            typed(record, _EXPECTED, CompleteRun, place=place)
         known = {f.name for f in fields(cls) if f.metadata.get("json", True)}
-        missing = {"status", "created", "perplexit_version"} - set(record)
-        if missing:
-            raise RunError(f"the run record{f' in {folder}' if folder else ''} lacks {missing}")
         return cls(**{k: v for k, v in record.items() if k in known}, folder=folder)
 
     def __post_init__(self) -> None:
@@ -206,3 +208,19 @@ class Run:
             f"perplexity {self.perplexity:.4f}{interval} over {self.num_tokens} tokens, "
             f"{self.session.get('engine')} {self.session.get('dtype')}, {self.model.get('address')}"
         )
+
+
+@cache
+def _record_type() -> Any:
+    """The type of a `run.json`: the fields' own, nested records as `record_types` has them."""
+    hints = get_type_hints(Run) | NESTED
+    fields_of_json = [f for f in fields(Run) if f.metadata.get("json", True)]
+    return TypedDict(  # type: ignore[operator]
+        "RunRecord",
+        {
+            f.name: hints[f.name]
+            if f.default is MISSING and f.default_factory is MISSING
+            else NotRequired[hints[f.name]]
+            for f in fields_of_json
+        },
+    )

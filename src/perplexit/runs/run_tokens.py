@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from perplexit.errors import RunError
+from perplexit.reading import Expected, stated
+from perplexit.tensor_reader import read_parquet
 
 ROWS_PER_GROUP = 1 << 18
 DIVERGENCES = (
@@ -26,6 +29,42 @@ DIVERGENCES = (
     "reference_top_p",
     "kl_high",
 )
+
+
+_PLAIN_TYPES = {
+    "document": pa.int32(),
+    "window": pa.int32(),
+    "position": pa.int32(),
+    "token_index": pa.int64(),
+    "byte_start": pa.int64(),
+    "num_bytes": pa.int32(),
+    "num_words": pa.int32(),
+    "token_id": pa.int32(),
+    "token_bytes": pa.large_binary(),
+    "nll": pa.float32(),
+}
+_DOMAIN_TYPE = pa.dictionary(pa.int32(), pa.string())
+EXPECTED = Expected(
+    "a run's tokens", RunError, "`perplexit runs verify` says more, or evaluate again"
+)
+
+
+def read_token_table(path: Path) -> pa.Table:
+    """The table of a `tokens.parquet`, each column of its type.
+
+    Raises RunError where it cannot be read, or a value lies outside what it counts.
+    """
+    table = read_parquet(path, EXPECTED)
+    for name, kind in {**_PLAIN_TYPES, "domain": _DOMAIN_TYPE}.items():
+        found = table.schema.field(name).type if name in table.column_names else "no such column"
+        if found != kind:
+            EXPECTED.refuse(path, f"the column {name} of type {found}, not {kind}")
+    with stated(path, EXPECTED):
+        for name in ("document", "window", "position", "token_index", "num_bytes", "num_words"):
+            column = table.column(name)
+            if column.null_count or (pc.min(column).as_py() or 0) < 0:
+                EXPECTED.refuse(path, f"the column {name} with a value below 0, or with none")
+    return table
 
 
 @dataclass(frozen=True)
@@ -128,17 +167,9 @@ class RunTokens:
 
     def _schema(self) -> pa.Schema:
         columns = [
-            ("document", pa.int32()),
-            ("domain", pa.dictionary(pa.int32(), pa.string())),
-            ("window", pa.int32()),
-            ("position", pa.int32()),
-            ("token_index", pa.int64()),
-            ("byte_start", pa.int64()),
-            ("num_bytes", pa.int32()),
-            ("num_words", pa.int32()),
-            ("token_id", pa.int32()),
-            ("token_bytes", pa.large_binary()),
-            ("nll", pa.float32()),
+            ("document", _PLAIN_TYPES["document"]),
+            ("domain", _DOMAIN_TYPE),
+            *(item for item in _PLAIN_TYPES.items() if item[0] != "document"),
             ("entropy", pa.float32()),
             ("rank", pa.int32()),
         ]
@@ -179,14 +210,9 @@ class RunTokens:
     @classmethod
     def read(cls, path: Path) -> "RunTokens":
         """The columns of a `tokens.parquet`; raises RunError where it cannot be read."""
-        try:
-            table = pq.read_table(path)
+        table = read_token_table(path)
+        with stated(path, EXPECTED):
             return cls._from_table(table)
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise RunError(
-                f"{path} cannot be read ({error}); `perplexit runs verify` says more, "
-                "or evaluate again"
-            ) from None
 
     @classmethod
     def _from_table(cls, table: pa.Table) -> "RunTokens":

@@ -26,12 +26,16 @@ from safetensors.numpy import load, save
 
 from perplexit.errors import RunError
 from perplexit.files import is_temporary, remove_leftovers, sha256_of_file, write_atomically
+from perplexit.json_reader import parse_json
+from perplexit.reading import Expected, read_bytes, stated
 from perplexit.runs.documents import DOCUMENTS_FILE
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.run_tokens import RunTokens
 
 PARTS_FOLDER = "parts"
 LOCK_FILE = ".lock"
+_PART = Expected("a committed part of a run", RunError, "remove the file: it is scored again")
+_LARGEST_PART = 16 << 30  # bytes
 _PART_NAME = re.compile(r"part-(\d{12})-(\d{12})-([0-9a-f]{16})\.safetensors")
 
 
@@ -62,14 +66,27 @@ class Part:
         """The part that `to_bytes` wrote."""
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return cls(
+        seconds = parse_json(
+            header["__metadata__"]["seconds"], _PART, dict[str, float], place="a part"
+        )
+        part = cls(
             start=start,
             stop=stop,
             window=tensors.pop("window"),
             num_targets=tensors.pop("num_targets"),
             columns={name.removeprefix("column."): array for name, array in tensors.items()},
-            seconds=json.loads(header["__metadata__"]["seconds"]),
+            seconds=seconds,
         )
+        part.check()
+        return part
+
+    def check(self) -> None:
+        """Raise RunError unless every window has as many results as it says."""
+        total = int(self.num_targets.sum()) if self.num_targets.dtype.kind == "i" else -1
+        shaped = self.window.shape == self.num_targets.shape == (len(self.window),)
+        long = all(len(column) == total for column in self.columns.values())
+        if not (shaped and long and "nll" in self.columns and int(self.window.min(initial=0)) >= 0):
+            _PART.refuse(f"part {self.start}-{self.stop}", "columns of other lengths")
 
 
 class RunStore:
@@ -151,9 +168,11 @@ class RunStore:
             match = _PART_NAME.fullmatch(path.name)
             if match is None:
                 continue
-            data = path.read_bytes()
+            data = read_bytes(path, _PART, largest=_LARGEST_PART)
             if hashlib.sha256(data).hexdigest()[:16] == match[3]:
-                yield Part.from_bytes(data, int(match[1]), int(match[2]))
+                with stated(path, _PART):
+                    part = Part.from_bytes(data, int(match[1]), int(match[2]))
+                yield part
 
     def write_tokens(self, tokens: RunTokens) -> str:
         """Put `tokens.parquet` in place and give its SHA-256."""
@@ -175,21 +194,41 @@ def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+@dataclass(frozen=True, slots=True)
+class UnreadableRun:
+    """A folder that has a run's record, of which the record cannot be read; `reason` says why."""
+
+    folder: Path
+    reason: str
+
+
 def list_runs(folders: str | Path | Iterable[str | Path] = "runs") -> Iterator[Run]:
     """The runs in a folder (itself one, or its sub-folders at any depth), oldest first.
 
     Raises RunError where the folder does not exist. A folder whose record cannot be read is left
-    out; `verify_run` says what is wrong with it.
+    out; `find_runs` gives those too.
+    """
+    yield from (each for each in find_runs(folders) if isinstance(each, Run))
+
+
+def find_runs(
+    folders: str | Path | Iterable[str | Path] = "runs",
+) -> list[Run | UnreadableRun]:
+    """The runs in a folder, oldest first, then those whose record cannot be read, by name.
+
+    Raises RunError where the folder does not exist.
     """
     if isinstance(folders, str | Path):
         folders = [folders]
-    runs = []
+    runs: list[Run] = []
+    unreadable: list[UnreadableRun] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise RunError(f"expected a folder with runs in it, got {folder}, which is not there")
         for path in folder.rglob(RUN_FILE):
             try:
                 runs.append(Run.open(path.parent))
-            except RunError:
-                continue
-    yield from sorted(runs, key=lambda run: (run.created, str(run.folder)))
+            except RunError as error:
+                unreadable.append(UnreadableRun(path.parent, str(error)))
+    runs.sort(key=lambda run: (run.created, str(run.folder)))
+    return [*runs, *sorted(unreadable, key=lambda each: str(each.folder))]

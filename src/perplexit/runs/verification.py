@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from perplexit.errors import PerplexitError, RunError
 from perplexit.runs.documents import DOCUMENTS_FILE, with_sources
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
+from perplexit.runs.run_tokens import read_token_table
 from perplexit.runs.tables import export_file, write_table
 
 _EXPORTED = ("document", "window", "position", "token_id", "nll", "text")  # what tells an export
@@ -75,7 +75,7 @@ def export_tokens(folder: str | Path, path: str | Path, *, force: bool = False) 
     run = Run.open(folder)
     if run.status != "complete" or run.folder is None:
         raise RunError(f"expected a complete run, got one that is {run.status} in {folder}")
-    table = _with_text(pq.read_table(run.folder / TOKENS_FILE))
+    table = _with_text(read_token_table(run.folder / TOKENS_FILE))
     return write_table(with_sources(table, run), file)
 
 
