@@ -8,9 +8,12 @@ from typing import Any
 
 from perplexit.errors import ModelError
 from perplexit.files import sha256_of_file, write_atomically
+from perplexit.json_reader import read_json, typed
+from perplexit.reading import Expected
 
 FORMAT_VERSION = 1
 PROGRAM_FILE = "program.json"
+_EXPECTED = Expected("a compiled program's record", ModelError, "compile the checkpoint again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +133,13 @@ class ProgramMetadata:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "ProgramMetadata":
+    def from_json(
+        cls, record: Mapping[str, Any], *, place: str | Path = PROGRAM_FILE
+    ) -> "ProgramMetadata":
         """The record that `to_json` described.
 
-        Raises ModelError for another format version, or where a field is missing or unknown.
+        Raises ModelError for another format version, and for a field that is missing
+        or of another type.
         """
         version = record.get("format_version")
         if version != FORMAT_VERSION:
@@ -141,13 +147,7 @@ class ProgramMetadata:
                 f"expected a program of format version {FORMAT_VERSION}, got {version!r}; compile "
                 "the checkpoint again with this version of Perplexit"
             )
-        try:
-            return cls(**{**record, **_nested(record)})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"expected the fields of a compiled program's record, got {error}; compile the "
-                "checkpoint again"
-            ) from error
+        return typed(record, _EXPECTED, cls, place=place)
 
     def write(self, folder: Path) -> None:
         """Write `program.json` into `folder`, whole or not at all."""
@@ -166,15 +166,8 @@ class ProgramMetadata:
                 f"expected a folder made by `perplexit compile` (with a {PROGRAM_FILE}), got "
                 f"{folder}; make one with: perplexit compile MODEL --to {engine} -o {folder}"
             )
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ModelError(
-                f"expected JSON in {path}, got {error}; compile the checkpoint again"
-            ) from error
-        if not isinstance(record, dict):
-            raise ModelError(f"expected a JSON object in {path}, got {type(record).__name__}")
-        return cls.from_json(record)
+        record = read_json(path, _EXPECTED, dict[str, Any])
+        return cls.from_json(record, place=path)
 
     def check_files(self, folder: Path) -> None:
         """Raise ModelError unless every file is there, with the content that was compiled."""
@@ -195,22 +188,6 @@ def files_of(folder: Path) -> tuple[ProgramFile, ...]:
     """Every file in `folder` but the record itself, with size and hash, sorted by name."""
     paths = sorted(path for path in folder.iterdir() if path.name != PROGRAM_FILE)
     return tuple(ProgramFile(p.name, p.stat().st_size, sha256_of_file(p)) for p in paths)
-
-
-def _nested(record: Mapping[str, Any]) -> dict[str, Any]:
-    quantization = record["quantization"]
-    if quantization is not None:
-        left = tuple(quantization["unquantized"])
-        quantization = ProgramQuantization(**{**quantization, "unquantized": left})
-    return {
-        "shapes": ProgramShapes(**record["shapes"]),
-        "model": ProgramModel(**record["model"]),
-        "memory": ProgramMemory(**record["memory"]),
-        "verification": ProgramVerification(**record["verification"]),
-        "quantization": quantization,
-        "cache": ProgramCache(**record["cache"]) if record.get("cache") else None,
-        "files": tuple(ProgramFile(**file) for file in record["files"]),
-    }
 
 
 def _write_text(path: Path, text: str) -> None:

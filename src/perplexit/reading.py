@@ -10,8 +10,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 from perplexit.errors import PerplexitError
 
@@ -50,7 +51,7 @@ def stated(place: str | Path, expected: Expected) -> Iterator[None]:
         expected.refuse(place, _in_words(cause), cause)
 
 
-def open_regular(path: str | Path, expected: Expected) -> BinaryIO:
+def open_regular(path: str | Path, expected: Expected) -> BufferedReader:
     """The regular file at `path`, open for reading.
 
     Raises `expected.error` where there is none, it may not be read, or it is a folder, a named

@@ -16,24 +16,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.checkpoints.quiet import quiet_transformers
-from perplexit.errors import MissingPackageError, ModelError
+from perplexit.errors import MissingPackageError, ModelError, PerplexitError
 from perplexit.files import cache_folder, kept_folder
+from perplexit.inputs.gguf_metadata import check_gguf
+from perplexit.reading import Expected, open_regular
 
+_EXPECTED = Expected("a GGUF file", ModelError, "is the download complete?")
 _LOGGER = logging.getLogger(__name__)
 _VERSION = 2  # of what is made of a file: a folder of another version is not used
 
 
 def check_is_gguf(path: Path) -> None:
-    """Raise ModelError where `path` is missing or does not begin as a GGUF file does."""
+    """Raise ModelError where `path` is missing, no GGUF file, or declares what is not in it."""
     if not path.is_file():
         raise ModelError(f"expected a .gguf file at {path}, found none; check the path")
-    with path.open("rb") as file:
+    with open_regular(path, _EXPECTED) as file:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelError(
             f"expected a GGUF file (it begins with b'GGUF'), but {path} begins with {magic!r}; "
             "is the download complete?"
         )
+    check_gguf(path, _EXPECTED)
 
 
 def dequantized_folder(path: Path) -> Path:
@@ -81,7 +85,9 @@ def _convert(path: Path, folder: Path) -> None:
             _check_complete(path, model, loading_info)
             _plain_copy(model).save_pretrained(folder)
             _save_tokenizer(source, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except PerplexitError:
+        raise
+    except Exception as error:  # of transformers and of the readers below it: any kind
         raise ModelError(
             f"transformers cannot dequantize {path.name}: {error}. "
             f"llama.cpp may read it as it is: gguf:{path}"
@@ -94,7 +100,7 @@ def _save_tokenizer(source: Mapping[str, str], folder: Path) -> None:
     """Put the file's tokenizer into the folder, where it has one that transformers can read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # of transformers: any kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         _LOGGER.debug("no tokenizer of %s: %s", source["gguf_file"], reason)
         return  # ids are what is scored; the text became ids elsewhere

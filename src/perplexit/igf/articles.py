@@ -14,11 +14,13 @@ from perplexit.igf.pickles import read_pickle
 from perplexit.igf.stored import (
     PICKLE_SUFFIXES,
     read_stored,
+    stored_as,
     tensor_path,
     write_stored,
 )
 from perplexit.inputs import tokenizer as tokenizers
 from perplexit.inputs.corpus import Keys, documents
+from perplexit.reading import stated
 
 Split = Literal["train", "objective", "test"]
 KIND = "tokenised articles"
@@ -106,8 +108,15 @@ class Articles:
     def open(cls, path: str | Path) -> "Articles":
         """The articles that `save` wrote."""
         tensors, record = read_stored(path, KIND)
-        bounds = np.cumsum(tensors["lengths"])[:-1]
-        return cls(tuple(np.split(tensors["ids"], bounds)), tuple(record["names"]))
+        with stated(path, stored_as(KIND)):
+            ids, lengths, names = tensors["ids"], tensors["lengths"], record["names"]
+            kinds = ids.dtype.kind == lengths.dtype.kind == "i" and ids.ndim == lengths.ndim == 1
+            if not kinds or int(lengths.min(initial=0)) < 0 or int(ids.min(initial=0)) < 0:
+                raise ValueError("ids or lengths that are none")
+            if int(lengths.sum()) != len(ids) or len(names) != len(lengths):
+                raise ValueError(f"{len(names)} names and {int(lengths.sum())} of {len(ids)} ids")
+            bounds = np.cumsum(lengths)[:-1]
+            return cls(tuple(np.split(ids, bounds)), tuple(map(str, names)))
 
 
 def read_articles(

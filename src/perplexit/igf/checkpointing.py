@@ -2,19 +2,27 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perplexit.errors import ResumeError
 from perplexit.files import write_atomically
 from perplexit.igf.identity import differing_conditions
+from perplexit.json_reader import parse_json
+from perplexit.reading import Expected
+from perplexit.tensor_reader import opened_tensors
 
 FILE = "checkpoint.safetensors"
+_EXPECTED = Expected("a checkpoint of this model", ResumeError, "remove it, or name another folder")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class _Record(TypedDict):
+    conditions: dict[str, Any]
+    state: dict[str, Any]
 
 
 class Checkpoints:
@@ -46,27 +54,21 @@ class Checkpoints:
         """Put the last checkpoint into model and optimizer; its state, or None in a new folder."""
         if not self._path.exists():
             return None
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                record = json.loads((file.metadata() or {})["record"])
-                self._check(record["conditions"])
-                names = set(file.keys())
-                for name, parameter in _trainable(model):
-                    parameter.data.copy_(file.get_tensor(f"weight.{name}"))
-                    optimizer.state[parameter] = {
-                        moment: file.get_tensor(f"{moment}.{name}").to(
-                            "cpu" if moment == "step" else parameter.device
-                        )
-                        for moment in _MOMENTS
-                        if f"{moment}.{name}" in names
-                    }
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ResumeError(
-                f"expected a checkpoint of this model in {self._path}, but it cannot be read "
-                f"({error}); remove it, or name another folder"
-            ) from None
-        state: dict[str, Any] = record["state"]
-        return state
+        with opened_tensors(self._path, _EXPECTED, framework="pt") as file:
+            text = (file.metadata() or {})["record"]
+            record = parse_json(text, _EXPECTED, _Record, place=self._path)
+            self._check(record["conditions"])
+            names = set(file.keys())
+            for name, parameter in _trainable(model):
+                parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+                optimizer.state[parameter] = {
+                    moment: file.get_tensor(f"{moment}.{name}").to(
+                        "cpu" if moment == "step" else parameter.device
+                    )
+                    for moment in _MOMENTS
+                    if f"{moment}.{name}" in names
+                }
+        return record["state"]
 
     def _check(self, found: dict[str, Any]) -> None:
         differing = differing_conditions(found, self._conditions)

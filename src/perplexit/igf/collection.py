@@ -25,12 +25,16 @@ from perplexit.igf.losses import perplexity_of
 from perplexit.igf.pairs import Pairs, pairs_output
 from perplexit.igf.steps import StepRule
 from perplexit.igf.stored import (
+    CONDITIONS,
     StoredFileError,
     read_stored,
+    stored_as,
     tensor_path,
     write_stored,
     write_text,
 )
+from perplexit.json_reader import read_json
+from perplexit.reading import stated
 from perplexit.runs.identity import measurement_fingerprint
 
 PART_KIND = "a part of information gain pairs"
@@ -170,21 +174,23 @@ class _Parts:
                 tensors, record = read_stored(path, PART_KIND)
             except StoredFileError:
                 continue  # cut off while it was written by something else than us: measured again
-            start = int(record["start"])
-            gains[start : start + len(tensors["gain_nats"])] = tensors["gain_nats"]
-            self.objective_loss = float(record["objective_loss"])
+            with stated(path, stored_as(PART_KIND)):
+                start = int(record["start"])
+                gains[start : start + len(tensors["gain_nats"])] = tensors["gain_nats"]
+                self.objective_loss = float(record["objective_loss"])
         return gains
 
     def _reuse_finished(self, gains: NDArray[np.float64]) -> None:
         finished = Pairs.open(self._output or "")
         self._compare({k: finished.record.get(k) for k in self._conditions}, self._output)
-        gains[:] = finished.gain_nats_N
-        self.objective_loss = float(finished.record["objective_loss"])
+        with stated(self._output or "", stored_as("pairs")):
+            gains[:] = finished.gain_nats_N
+            self.objective_loss = float(finished.record["objective_loss"])
 
     def _check_conditions(self, folder: Path) -> None:
         path = folder / "conditions.json"
         if path.exists():
-            self._compare(json.loads(path.read_text(encoding="utf-8")), folder)
+            self._compare(read_json(path, CONDITIONS, dict[str, Any]), folder)
             return
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self._conditions, indent=2, sort_keys=True)

@@ -3,7 +3,6 @@
 Nothing here needs an engine, so that a figure or a report can be made without one.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import RunError
+from perplexit.json_reader import read_json
+from perplexit.reading import Expected, stated
 
 SCHEMA_VERSION = 1
 EXPERIMENT_KIND = "igf-experiment"
 EXPERIMENT_FILE = "experiment.json"
+_EXPECTED = Expected("a whole experiment", RunError, "experiment again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +95,12 @@ class Experiment:
         """
         path = Path(path)
         path = path / EXPERIMENT_FILE if path.is_dir() else path
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             raise RunError(
                 f"expected an experiment's {EXPERIMENT_FILE} at {path}, but there is none; "
                 "`perplexit igf experiment` makes one"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise RunError(f"{path} cannot be read as JSON ({error}); experiment again") from None
+            )
+        document = read_json(path, _EXPECTED, dict[str, Any])
         return cls.of(document, folder=path.parent)
 
     @classmethod
@@ -118,13 +117,8 @@ class Experiment:
                 f"expected an {EXPERIMENT_KIND} of version {SCHEMA_VERSION}{where}, got {kind!r} "
                 f"of version {version!r}; use the Perplexit that wrote it, or experiment again"
             )
-        try:
+        with stated(folder or "an experiment", _EXPECTED):
             found = _typed(document, folder)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(
-                f"expected a whole experiment{where}, got one that cannot be understood "
-                f"({type(error).__name__}: {error}); experiment again"
-            ) from None
         if not found.methods:
             raise RunError(
                 f"expected at least one finished fine-tuning{where}, got none; give the same "

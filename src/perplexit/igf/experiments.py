@@ -44,8 +44,14 @@ from perplexit.igf.selection import (
     Selection,
     selection_named,
 )
-from perplexit.igf.stored import write_text
+from perplexit.igf.stored import CONDITIONS, write_text
+from perplexit.json_reader import read_json
+from perplexit.reading import Expected
 from perplexit.runs.identity import measurement_fingerprint
+
+_FINISHED = Expected(
+    "the record of a finished fine-tuning", ResumeError, "remove it: the fine-tuning is run again"
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def run_experiment(
     for number, (seed, method) in enumerate((s, m) for s in plan.seeds for m in plan.methods):
         path = folder / "runs" / f"{method}-{seed}.json"
         if path.exists():
-            records[method][seed] = json.loads(path.read_text(encoding="utf-8"))
+            records[method][seed] = read_json(path, _FINISHED, dict[str, Any])
             continue
         if stopped or (seconds_limit is not None and time.perf_counter() - began > seconds_limit):
             stopped = True
@@ -251,7 +257,7 @@ def _check_conditions(folder: Path, conditions: dict[str, Any]) -> None:
     if not path.exists():
         _write_json(path, conditions)
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, CONDITIONS, dict[str, Any])
     differing = differing_conditions(found, conditions)
     if differing:
         raise ResumeError(

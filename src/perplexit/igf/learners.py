@@ -23,12 +23,14 @@ from perplexit.igf.stored import (
     StoredFileError,
     json_kind,
     read_stored,
+    stored_as,
     stored_kind,
     tensor_path,
     write_stored,
     write_text,
 )
 from perplexit.outputs import OutputFile, paths_among
+from perplexit.reading import stated
 
 KIND = "a secondary learner"
 _PREDICTION_ROWS = 512
@@ -238,13 +240,19 @@ def load_learner(path: str | Path) -> Learner:
     tensors, record = read_stored(learner_path(path), KIND)
     kind = record.pop("learner", None)
     record = {k: v for k, v in record.items() if k not in ("kind", "version")}
-    if kind == RidgeLearner.kind:
-        return RidgeLearner(tensors["weights"], float(tensors["intercept"][0]), record)
-    if kind == ConvolutionLearner.kind:
-        state = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
-        learner = ConvolutionLearner(state["embeddings.weight"], record)
-        learner.load_state_dict(state)
-        return learner.eval()
+    with stated(path, stored_as(KIND)):
+        if any(a.dtype.kind != "f" or not np.isfinite(a).all() for a in tensors.values()):
+            raise ValueError("weights that are no finite numbers")
+        if kind == RidgeLearner.kind:
+            weights, intercept = tensors["weights"], tensors["intercept"]
+            if weights.ndim != 1 or intercept.shape != (1,):
+                raise ValueError(f"weights of shape {weights.shape}")
+            return RidgeLearner(weights, float(intercept[0]), record)
+        if kind == ConvolutionLearner.kind:
+            state = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
+            learner = ConvolutionLearner(state["embeddings.weight"], record)
+            learner.load_state_dict(state)
+            return learner.eval()
     raise StoredFileError(f"expected a learner of kind ridge or cnn in {path}, got {kind!r}")
 
 

@@ -18,11 +18,13 @@ from perplexit.igf.stored import (
     StoredFileError,
     json_kind,
     read_stored,
+    stored_as,
     stored_kind,
     tensor_path,
     write_stored,
 )
 from perplexit.outputs import OutputFile, paths_among
+from perplexit.reading import stated
 
 KIND = "information gain pairs"
 
@@ -108,13 +110,15 @@ class Pairs:
     def open(cls, path: str | Path) -> "Pairs":
         """The pairs that `save` wrote."""
         tensors, record = read_stored(path, KIND)
-        return cls(
-            tensors["context_ids"],
-            tensors["article"],
-            tensors["gain_nats"],
-            tensors["gain_perplexity"],
-            record,
-        )
+        with stated(path, stored_as(KIND)):
+            ids, article = tensors["context_ids"], tensors["article"]
+            gains = [tensors["gain_nats"], tensors["gain_perplexity"]]
+            integers = ids.dtype.kind == article.dtype.kind == "i" and ids.ndim == 2
+            floats = all(gain.dtype.kind == "f" and np.isfinite(gain).all() for gain in gains)
+            columns = all(column.shape == (len(ids),) for column in (article, *gains))
+            if not (integers and floats and columns) or int(ids.min(initial=0)) < 0:
+                raise ValueError("columns of other types or lengths, or with values that are none")
+            return cls(ids, article, gains[0], gains[1], record)
 
 
 def pairs_output(path: str | Path, *, inputs: object = ()) -> OutputFile:

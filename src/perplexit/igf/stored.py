@@ -10,15 +10,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from perplexit.errors import PerplexitError
+from perplexit.errors import PerplexitError, ResumeError
 from perplexit.files import write_atomically
+from perplexit.json_reader import parse_json
 from perplexit.outputs import Kind, OutputFile, header_has_mark
+from perplexit.reading import Expected
+from perplexit.tensor_reader import read_tensors
 
 PICKLE_SUFFIXES = (".jbl", ".joblib", ".pkl", ".pickle", ".pt", ".bin")
 _RECORD = "perplexit"
+CONDITIONS = Expected(
+    "the conditions of what was begun here", ResumeError, "remove the folder, or name another"
+)
 
 
 class StoredFileError(PerplexitError):
@@ -83,19 +88,19 @@ def read_stored(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]], d
     path = tensor_path(path)
     if not path.is_file():
         raise StoredFileError(f"expected {kind} in {path}, but there is no such file")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        record = json.loads(metadata[_RECORD])
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise StoredFileError(
-            f"expected {kind} written by Perplexit in {path}, but it cannot be read ({error}); "
-            "make it again"
-        ) from None
+    expected = stored_as(kind)
+    tensors, metadata = read_tensors(path, expected)
+    if _RECORD not in metadata:
+        expected.refuse(path, "tensors without a record")
+    record = parse_json(metadata[_RECORD], expected, dict[str, Any], place=path)
     if record.get("kind") != kind or record.get("version") != 1:
         raise StoredFileError(
             f"expected {kind} of version 1 in {path}, got {record.get('kind')!r} of version "
             f"{record.get('version')!r}; name another file, or make it again"
         )
     return tensors, record
+
+
+def stored_as(kind: str) -> Expected:
+    """What a file of this kind should hold; for those who read on in what `read_stored` gave."""
+    return Expected(f"{kind} written by Perplexit", StoredFileError, "make it again")

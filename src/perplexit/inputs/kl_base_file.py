@@ -16,9 +16,11 @@ Shape suffixes: N = targets, V = vocabulary.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +28,15 @@ from numpy.typing import NDArray
 from perplexit.errors import FingerprintMismatchError, ModelError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import PrefixMode
+from perplexit.reading import Expected, open_regular, stated
 
 MAGIC = b"_logits_"
 CLAMP = 16.0  # nats below the largest logit
 _HEADER_BYTES = 20
 _STEPS = 65535
+_ROUNDING = 1e-3  # nats that float32 may give a log-probability above 0
+_EXPECTED = Expected("llama.cpp's log-probabilities", ModelError, "write the file again")
+_LARGEST = 1 << 24  # ids of a chunk, and of a vocabulary
 
 
 def is_kl_base_file(path: str | Path) -> bool:
@@ -38,7 +44,7 @@ def is_kl_base_file(path: str | Path) -> bool:
     place = Path(path)
     if not place.is_file():
         return False
-    with place.open("rb") as file:
+    with open_regular(place, _EXPECTED) as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
@@ -83,7 +89,8 @@ class KlBaseFile:
                 f"{self.path}, which does not begin with {MAGIC.decode()!r}"
             )
         header = np.fromfile(self.path, dtype="<i4", count=3, offset=len(MAGIC))
-        if len(header) < 3 or not (2 < header[0] < 1 << 24 and header[1] > 0 and header[2] > 0):
+        sound = len(header) == 3 and 2 < header[0] < _LARGEST and 0 < header[1] < _LARGEST
+        if not sound or header[2] <= 0:
             raise ModelError(f"{self.path} has a damaged header; write it again")
         self.num_context, self.vocab_size, self.num_chunks = (int(value) for value in header)
         self.num_targets = self.num_context - 1 - self.num_context // 2
@@ -91,7 +98,7 @@ class KlBaseFile:
         tokens = self.num_chunks * self.num_context
         self._rows_offset = _HEADER_BYTES + 4 * tokens
         self._shape = (self.num_chunks, self.num_targets, row_width)
-        expected = self._rows_offset + 2 * int(np.prod(self._shape))
+        expected = self._rows_offset + 2 * math.prod(self._shape)
         found = self.path.stat().st_size
         if found != expected:
             raise ModelError(
@@ -103,10 +110,25 @@ class KlBaseFile:
     @cached_property
     def ids(self) -> NDArray[np.int32]:
         """The ids of each chunk as tokenised: (chunks, n_ctx)."""
-        flat = np.fromfile(
-            self.path, dtype="<i4", count=self.num_chunks * self.num_context, offset=_HEADER_BYTES
-        )
+        flat = self._read("<i4", self.num_chunks * self.num_context, _HEADER_BYTES)
+        wrong = np.flatnonzero((flat < 0) | (flat >= self.vocab_size))
+        if len(wrong):
+            _EXPECTED.refuse(
+                self.path,
+                f"the id {int(flat[wrong[0]])} in chunk {int(wrong[0]) // self.num_context}, "
+                f"outside its vocabulary of {self.vocab_size:,}",
+            )
         return flat.reshape(self.num_chunks, self.num_context).astype(np.int32)
+
+    def _read(self, dtype: str, count: int, offset: int) -> NDArray[Any]:
+        """Values of the file, read and not mapped: a file cut short meanwhile is an error."""
+        with open_regular(self.path, _EXPECTED) as file, stated(self.path, _EXPECTED):
+            file.seek(offset)
+            data = file.read(count * np.dtype(dtype).itemsize)
+        values = np.frombuffer(data, dtype=dtype) if len(data) % 4 == 0 else np.empty(0, dtype)
+        if len(values) != count:
+            _EXPECTED.refuse(self.path, "a file that was cut short while it was read")
+        return values
 
     @cached_property
     def fingerprint(self) -> str:
@@ -116,11 +138,12 @@ class KlBaseFile:
 
     def rows(self, chunk: int, start: int, stop: int) -> ClampedRows:
         """The distributions of the targets `start … stop - 1` of a chunk."""
-        mapped = np.memmap(
-            self.path, dtype="<u2", mode="r", offset=self._rows_offset, shape=self._shape
-        )
-        rows_NW = np.ascontiguousarray(mapped[chunk, start:stop])
+        width = self._shape[-1]
+        first = (chunk * self.num_targets + start) * width
+        flat = self._read("<u2", (stop - start) * width, self._rows_offset + 2 * first)
+        rows_NW = flat.reshape(stop - start, width)
         scale_N1, lowest_N1 = np.hsplit(rows_NW[:, :4].copy().view("<f4").astype(np.float64), 2)
+        self._check_rows(chunk, scale_N1, lowest_N1)
         steps_NV = rows_NW[:, 4 : 4 + self.vocab_size]
         logp_NV = lowest_N1 + scale_N1 * steps_NV
         is_tail_NV = (steps_NV == 0) & (scale_N1 * _STEPS >= CLAMP - 1e-3)
@@ -129,6 +152,14 @@ class KlBaseFile:
         left_N = 1 - np.exp(logp_NV).sum(axis=-1)
         tail_N = np.clip(left_N, 0, is_tail_NV.sum(axis=-1) * cap_N)
         return ClampedRows(logp_NV, tail_N, cap_N, scale_N1[:, 0])
+
+    def _check_rows(
+        self, chunk: int, scale_N1: NDArray[np.float64], lowest_N1: NDArray[np.float64]
+    ) -> None:
+        """Raise ModelError for a row whose log-probabilities cannot be any."""
+        finite = np.isfinite(scale_N1).all() and np.isfinite(lowest_N1).all()
+        if not finite or scale_N1.min(initial=0) < 0 or lowest_N1.max(initial=0) > _ROUNDING:
+            _EXPECTED.refuse(self.path, f"rows in chunk {chunk} that are no log-probabilities")
 
     def require_input(self, tokens: TokenFile) -> None:
         """Nothing, where an input's windows are the file's chunks.

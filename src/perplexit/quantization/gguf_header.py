@@ -7,7 +7,10 @@ from pathlib import Path
 from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
 from perplexit.errors import ModelError
+from perplexit.inputs.gguf_metadata import check_gguf
+from perplexit.reading import Expected, stated
 
+_EXPECTED = Expected("a GGUF file", ModelError, "download or compile it again")
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -46,13 +49,12 @@ class GgufHeader:
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """The header of the GGUF file at `path`. Raises ModelError where it is none."""
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise ModelError(
-            f"expected a GGUF file at {path}, but it cannot be read as one ({error}); "
-            "download or compile it again"
-        ) from error
+    check_gguf(path, _EXPECTED)
+    with stated(path, _EXPECTED):
+        return _header_of(GGUFReader(path))
+
+
+def _header_of(reader: GGUFReader) -> GgufHeader:
     counts = Counter(GGMLQuantizationType(tensor.tensor_type).name for tensor in reader.tensors)
     num_parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     field = reader.fields.get("general.architecture")

@@ -12,7 +12,9 @@ Shape suffixes: N = targets of one window, D = hidden size.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -20,7 +22,6 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from safetensors.torch import save_file
 
@@ -28,7 +29,8 @@ from perplexit.errors import RunError
 from perplexit.files import canonical_json, sha256_of_file, write_atomically
 from perplexit.functional.output_head import OutputHead
 from perplexit.json_reader import read_json
-from perplexit.reading import Expected, check_regular, stated
+from perplexit.reading import Expected, check_regular, open_regular, stated
+from perplexit.tensor_reader import opened_tensors
 
 FOLDER = "reference"
 RECORD = "reference.json"
@@ -37,6 +39,7 @@ HEAD = "head.safetensors"
 _EXPECTED = Expected(
     "the record of a reference", RunError, "evaluate the reference again with --save-reference"
 )
+_STATES = Expected("hidden states", RunError, "evaluate the reference again")
 StatesDtype = Literal["float32", "float16"]
 
 
@@ -112,7 +115,9 @@ class ReferenceStates:
         self._file_of: dict[int, Path] = {}
         for path in sorted(self.folder.glob("states-*.safetensors")):
             with _opened(path) as file:
-                self._file_of |= {int(name): path for name in file.keys()}  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    _check_states(path, name, file.get_slice(name), self._file_of)
+                    self._file_of[int(name)] = path
         self.num_bytes = sum(p.stat().st_size for p in set(self._file_of.values()))
 
     @property
@@ -137,7 +142,7 @@ class ReferenceStates:
         check_regular(path, expected)
         if sha256_of_file(path) != file.get("sha256"):
             expected.refuse(path, "another file than was saved (its hash differs)")
-        with stated(path, expected), safe_open(path, framework="pt") as content:
+        with opened_tensors(path, expected, framework="pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
             return OutputHead.of(tensors, json.loads(content.metadata()["perplexit"])).on(device)
 
@@ -165,16 +170,23 @@ class ReferenceStates:
         return states_ND
 
 
-def _opened(path: Path) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     expected = path.stem.removeprefix("states-")
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()[: len(expected)]
-        if found != expected:
-            raise RunError(f"{path} is damaged (its hash differs); evaluate the reference again")
-        return safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read ({error}); evaluate the reference again") from None
+    with open_regular(path, _STATES) as file, stated(path, _STATES):
+        found = hashlib.file_digest(file, "sha256").hexdigest()[: len(expected)]
+    if found != expected:
+        raise RunError(f"{path} is damaged (its hash differs); evaluate the reference again")
+    with opened_tensors(path, _STATES) as tensors:
+        yield tensors
+
+
+def _check_states(path: Path, name: str, states: Any, known: Mapping[int, Path]) -> None:
+    """Raise RunError unless a tensor is the states (N, D) of a window that has none yet."""
+    if not re.fullmatch(r"[0-9]{1,12}", name) or int(name) in known:
+        _STATES.refuse(path, f"states of the window {name!r} twice, or of none")
+    if states.get_dtype() not in ("F32", "F16") or len(states.get_shape()) != 2:
+        _STATES.refuse(path, f"states of {states.get_dtype()} {states.get_shape()}")
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -3,27 +3,82 @@
 Shape suffixes: P = recorded positions of one window, K = alternatives a position.
 """
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from perplexit.errors import ModelError
 from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
+from perplexit.json_reader import parse_json, read_json, typed
+from perplexit.reading import Expected, check_regular, open_regular, stated
+from perplexit.tensor_reader import read_parquet
 
 NO_ID = -1  # pads the alternatives of a position that lists fewer than another
 _COLUMNS = ("window", "position", "token_id", "logprob")
 _LISTS = ("top_ids", "top_logprobs")
 _BEFORE_FIRST = -1  # no window has this number
+
+
+_EXPECTED = Expected(
+    "a recording: JSONL with window, ids and logprobs on each line, or Parquet or CSV with the "
+    f"columns {', '.join(_COLUMNS)},",
+    ModelError,
+    "write the recording again",
+)
+_SIDECAR = Expected("what a recording says of itself", ModelError, "write the recording again")
+_LARGEST = (1 << 31) - 1
+_LARGEST_RECTANGLE, _WIDEST = 1 << 22, 64  # padded entries, and padded entries for each listed one
+
+
+Positive = Annotated[int, msgspec.Meta(gt=0, le=_LARGEST)]
+
+
+class RecordedModel(TypedDict):
+    """The model whose numbers were recorded."""
+
+    architecture: NotRequired[str]
+    num_parameters: NotRequired[Annotated[int, msgspec.Meta(ge=0)]]
+    weights_fingerprint: NotRequired[str]
+    vocab_size: NotRequired[Positive]
+    max_length: NotRequired[Positive | None]
+
+
+class RecordedSession(TypedDict):
+    """What it was run on."""
+
+    engine: NotRequired[str]
+    version: NotRequired[str | float]
+    dtype: NotRequired[str]
+    device: NotRequired[str]
+    settings: NotRequired[dict[str, Any]]
+
+
+class RecordingIdentity(TypedDict):
+    """What a recording says of itself; there may be more keys."""
+
+    model: NotRequired[RecordedModel]
+    session: NotRequired[RecordedSession]
+    log_base: NotRequired[float | str]
+
+
+class RecordedLine(RecordingIdentity):
+    """One line of a recording: a window, or (without `window`) what it says of itself."""
+
+    window: NotRequired[int]
+    ids: NotRequired[list[int]]
+    logprobs: NotRequired[list[float | None]]
+    top_ids: NotRequired[list[list[int] | None]]
+    top_logprobs: NotRequired[list[list[float] | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +113,31 @@ def read_recording(path: Path) -> tuple[dict[str, Any], dict[int, RecordedWindow
     if is_kl_base_file(path):
         return _of_base_file(KlBaseFile(path))
     beside = path.with_name(f"{path.name}.json")
-    identity = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    try:
+    identity = read_json(beside, _SIDECAR, dict[str, Any]) if beside.is_file() else {}
+    with stated(path, _EXPECTED):
         if path.suffix == ".parquet":
-            table = pq.read_table(path)
-            own = json.loads((table.schema.metadata or {}).get(b"perplexit", b"{}"))
-            return {**own, **identity}, _windows_of_table(table)
-        if path.suffix == ".csv":
-            return identity, _windows_of_table(pa_csv.read_csv(path))
-        own, windows = _windows_of_lines(path)
-        return {**own, **identity}, windows
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise ModelError(
-            f"expected {path} to be a recording: JSONL with window, ids and logprobs a line, or "
-            f"Parquet or CSV with the columns {', '.join(_COLUMNS)}; got something else: {error!r}"
-        ) from error
+            table = read_parquet(path, _EXPECTED)
+            text = (table.schema.metadata or {}).get(b"perplexit", b"{}")
+            own = parse_json(text, _EXPECTED, dict[str, Any], place=path)
+            windows = _windows_of_table(table)
+        elif path.suffix == ".csv":
+            check_regular(path, _EXPECTED)
+            own, windows = {}, _windows_of_table(pa_csv.read_csv(path))
+        else:
+            own, windows = _windows_of_lines(path)
+        for number, window in windows.items():
+            _check_window(number, window)
+    whole = {**own, **identity}
+    typed(whole, _SIDECAR, RecordingIdentity, place=beside if identity else path)
+    return whole, windows
+
+
+def _check_window(number: int, window: RecordedWindow) -> None:
+    """Raise ValueError for a window, position or id that cannot be."""
+    for values in (window.positions_P, window.ids_P):
+        low, high = int(values.min(initial=0)), int(values.max(initial=0))
+        if not 0 <= number <= _LARGEST or low < 0 or high > _LARGEST:
+            raise ValueError(f"window {number} has a position or an id out of range")
 
 
 def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:
@@ -110,6 +175,8 @@ def _windows_of_lines(path: Path) -> tuple[dict[str, Any], dict[int, RecordedWin
         if "window" not in record:
             own = dict(record)
             continue
+        if "ids" not in record or "logprobs" not in record:
+            raise ValueError(f"window {record['window']} lacks ids or logprobs")
         if record["window"] in windows:
             raise ValueError(f"window {record['window']} stands there twice")
         windows[int(record["window"])] = _window_of_record(record)
@@ -136,9 +203,12 @@ def _window_of_record(record: Mapping[str, Any]) -> RecordedWindow:
     )
 
 
-def _records(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+def _records(path: Path) -> Iterator[RecordedLine]:
+    with open_regular(path, _EXPECTED) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                place = f"{path}, line {number}"
+                yield parse_json(line, _EXPECTED, RecordedLine, place=place, non_finite=True)
 
 
 def _windows_of_table(table: pa.Table) -> dict[int, RecordedWindow]:
@@ -177,6 +247,11 @@ def _padded(lengths: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> 
         raise ValueError(f"{' and '.join(_LISTS)} stand in pairs")
     lengths_P = lengths[0].astype(np.int64)
     shape = (len(lengths_P), int(lengths_P.max(initial=0)))
+    if math.prod(shape) > _LARGEST_RECTANGLE + _WIDEST * len(values[0]):
+        raise ValueError(
+            f"one position lists {shape[1]:,} alternatives, the others next to none: such rows "
+            f"would take {16 * math.prod(shape):,} bytes"
+        )
     row = np.repeat(np.arange(shape[0]), lengths_P)
     column = np.arange(len(row)) - np.repeat(np.cumsum(lengths_P) - lengths_P, lengths_P)
     ids_PK = np.full(shape, NO_ID, dtype=np.int64)

@@ -5,19 +5,26 @@ This is the one lazy door through which an engine's packages come in. A new engi
 """
 
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
+from perplexit.json_reader import read_json
 from perplexit.programs import PROGRAM_FILE
 from perplexit.quantization.precisions import canonical_dtype, require_known_precision
+from perplexit.reading import Expected
 from perplexit.sessions.base import InferenceSession
+
+_PROGRAM = Expected("a compiled program's record", ModelError, "compile the checkpoint again")
+
+
+class _Program(TypedDict):
+    engine: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +156,8 @@ def split_address(address: str | Path) -> tuple[str, str]:
 
 def _prefix_of_folder(folder: Path) -> str:
     if (folder / PROGRAM_FILE).is_file():
-        try:
-            engine = json.loads((folder / PROGRAM_FILE).read_text(encoding="utf-8"))["engine"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"expected the record of a compiled program in {folder / PROGRAM_FILE}, could not "
-                f"read one ({error!r}); compile the checkpoint again"
-            ) from error
+        path = folder / PROGRAM_FILE
+        engine = read_json(path, _PROGRAM, _Program)["engine"]
         if engine not in _ENGINES:
             raise ModelError(f"{folder} is a program for the unknown engine {engine!r}{_known()}")
         return str(engine)

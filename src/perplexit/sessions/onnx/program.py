@@ -1,7 +1,6 @@
 """The folder of an ONNX program: ours with its record, or one that was exported elsewhere."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.files import sha256_of_file
+from perplexit.json_reader import read_json
 from perplexit.programs import (
     PROGRAM_FILE,
     ProgramFile,
@@ -25,6 +25,7 @@ from perplexit.programs import (
     ProgramVerification,
 )
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
+from perplexit.reading import Expected
 from perplexit.sessions.base import QuantizationDescription, SessionDescription
 from perplexit.sessions.onnx.engine import has_shared_arena
 from perplexit.sessions.onnx.io import takes_cache
@@ -42,6 +43,7 @@ _ONE_SCALE = (
     "ConvInteger",
     "QAttention",
 )
+_CONFIG = Expected("a model's configuration", ModelError, "put the checkpoint's config.json there")
 _FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}
 
 
@@ -212,11 +214,7 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"expected JSON in {path}, got {error}") from error
-    return dict(config) if isinstance(config, dict) else {}
+    return read_json(path, _CONFIG, dict[str, Any], non_finite=True)
 
 
 def _file(path: Path) -> ProgramFile:

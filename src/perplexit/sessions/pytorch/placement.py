@@ -1,6 +1,5 @@
 """Where a checkpoint's layers go, and which attention they run: what is decided at loading."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,10 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
+from perplexit.json_reader import read_json
+from perplexit.reading import Expected
 from perplexit.sessions.pytorch.call import CachePlace
 from perplexit.sessions.pytorch.device import chosen_device
 from perplexit.sessions.pytorch.forward import ForwardPass
 
+_MAP = Expected(
+    "module names and devices in JSON",
+    UsageError,
+    "for a map that is made for you use the device auto",
+)
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 DeviceMap = Mapping[str, str | int]
 
@@ -101,13 +107,7 @@ def read_device_map(given: DeviceMap | str | Path) -> dict[str, str | int]:
     """The map, read where it is a JSON file; UsageError for anything but names and devices."""
     content: Any = given
     if isinstance(given, str | Path):
-        try:
-            content = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"expected a JSON file of module names and devices, could not read {given} "
-                f"({error}); for a map that is made for you use the device auto"
-            ) from error
+        content = read_json(given, _MAP, dict[str, Any])
     good = isinstance(content, Mapping) and content
     if not good or not all(isinstance(x, str | int) for x in content.values()):
         raise UsageError(
