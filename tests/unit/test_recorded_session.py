@@ -171,7 +171,7 @@ def test_without_an_identity_the_file_is_its_own(tmp_path):
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "r.jsonl"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ModelError, match="to be a recording"):
+    with pytest.raises(ModelError, match="expected a recording"):
         RecordedInferenceSession(path)
 
 

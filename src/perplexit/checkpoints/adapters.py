@@ -1,24 +1,34 @@
 """PEFT adapters (LoRA and its like): a folder's identity, and a model with the adapter on it."""
 
 import hashlib
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from perplexit.checkpoints.cache import file_digest
 from perplexit.checkpoints.identity import canonical_json
 from perplexit.checkpoints.merging import Unmerged
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError
+from perplexit.json_reader import read_json, typed
+from perplexit.reading import Expected
+from perplexit.tensor_reader import opened_tensors
 
+_EXPECTED = Expected("a PEFT configuration", ModelError, "save the adapter again")
+_TENSORS = Expected("an adapter's weights", ModelError, "is the copy complete?")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Where the base model lay and how the adapter was trained says nothing about its numbers.
 _IRRELEVANT_KEYS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 _PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+
+
+class _AdapterConfig(TypedDict):
+    """The keys of adapter_config.json that are read here; PEFT reads the others."""
+
+    peft_type: str
+    base_model_name_or_path: NotRequired[str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +63,8 @@ def find_adapter(folder: str | Path) -> Adapter:
             f"expected the adapter's weights in {weights}, which is not there (pickled weights are "
             "not read); save the adapter again as safetensors"
         )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        kind = str(config["peft_type"]).upper()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"expected a PEFT configuration with a peft_type in {config_file}, could not read one "
-            f"({error!r}); save the adapter again"
-        ) from error
+    config = read_json(config_file, _EXPECTED, dict[str, Any], non_finite=True)
+    kind = typed(config, _EXPECTED, _AdapterConfig, place=config_file)["peft_type"].upper()
     if kind in _PROMPTS or config.get("alora_invocation_tokens"):
         raise CapabilityError(
             f"expected an adapter that changes the model's layers (LoRA and its like), got {kind} "
@@ -77,14 +81,8 @@ def find_adapter(folder: str | Path) -> Adapter:
 
 
 def _check_readable(weights: Path) -> None:
-    try:
-        with safe_open(str(weights), framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"expected the adapter's weights in {weights}, which cannot be read ({error}); is the "
-            "copy complete?"
-        ) from error
+    with opened_tensors(weights, _TENSORS):
+        pass
 
 
 def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Module:
@@ -105,7 +103,7 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that keys are missing is an error below
             adapted: Any = PeftModel.from_pretrained(model, str(adapter.folder))
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # of PEFT, whatever the configuration says
         raise ModelError(_mismatch(adapter, model, " ".join(str(error).split())[:300])) from error
     _check_complete(adapter, model, get_peft_model_state_dict(adapted))
     unmerged: nn.Module = adapted.get_base_model().eval()
@@ -116,7 +114,7 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of shared weights it warns; here they are measured
             merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of PEFT's many methods
         raise CapabilityError(
             f"the adapter {adapter.folder} ({adapter.kind}) cannot be merged: {error}; evaluate it "
             "without --merge-adapter"
@@ -146,7 +144,7 @@ def _fingerprint(config: dict[str, Any], weights: Path) -> str:
 
 def _check_complete(adapter: Adapter, model: nn.Module, expected: dict[str, Any]) -> None:
     """PEFT leaves out what has no place and keeps fresh weights where some are missing."""
-    with safe_open(str(adapter.folder / _WEIGHTS), framework="numpy") as file:
+    with opened_tensors(adapter.folder / _WEIGHTS, _TENSORS) as file:
         saved = set(file.keys())
     odd = sorted(saved ^ set(expected))
     if odd:

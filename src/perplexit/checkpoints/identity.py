@@ -1,13 +1,30 @@
 """A checkpoint's identity: the SHA-256 of its weights and its configuration."""
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from perplexit.checkpoints.cache import file_digest
 from perplexit.errors import ModelError
 from perplexit.files import canonical_json as canonical_text
+from perplexit.json_reader import LARGEST_TABLE, read_json
+from perplexit.reading import Expected
+
+_CONFIG = Expected("a model's configuration", ModelError, "is the download complete?")
+_INDEX = Expected(
+    "an index of weight files (a weight_map)", ModelError, "is the download complete?"
+)
+_SIZES = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "n_embd", "n_layer", "n_head",
+    "n_positions", "n_ctx", "d_model", "num_layers", "num_heads",
+}  # fmt: skip
+_LARGEST = 1 << 40
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
 
 # Who saved a configuration and from where says nothing about the numbers that the model gives.
 _IRRELEVANT_KEYS = ("_name_or_path", "transformers_version")
@@ -55,13 +72,19 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"expected a Hugging Face model folder with config.json and *.safetensors, but "
             f"{folder} has no config.json; name the folder that save_pretrained wrote"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"expected JSON in {path}, got something else: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"expected a JSON object in {path}, got {type(config).__name__}")
+    config = read_json(path, _CONFIG, dict[str, Any], non_finite=True)
+    for name, value in config.items():
+        if name in _SIZES:
+            _check_size(path, name, value)
     return config
+
+
+def _check_size(path: Path, name: str, value: Any) -> None:
+    """Refuse a size that is none, such as "12", true or -1; some models list one for each layer."""
+    sizes = value if isinstance(value, list) else [value]
+    wrong = [x for x in sizes if x is not None and (type(x) is not int or not 0 <= x <= _LARGEST)]
+    if wrong:
+        _CONFIG.refuse(path, f"{str(wrong[0])[:40]!r} at `$.{name}`, where a size belongs")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -91,13 +114,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor → file, as an index of sharded weights says. Raises ModelError where it cannot."""
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(tensor): str(file) for tensor, file in found.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"expected a weight_map in {index}, could not read one: {error!r}") from (
-            error
-        )
+    found = read_json(index, _INDEX, _Index, largest=LARGEST_TABLE)["weight_map"]
+    outside = [file for file in found.values() if Path(file).name != file]
+    if outside:
+        _INDEX.refuse(index, f"the file {outside[0]!r}, which is not beside it")
+    return found
 
 
 def _indexed_files(index: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from perplexit.checkpoints.configuration import check_weights_are_plain, checked
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.checkpoints.sources import CheckpointSource, find_checkpoint
 from perplexit.checkpoints.stored_tensors import StoredTensors
-from perplexit.errors import ModelError
+from perplexit.errors import ModelError, PerplexitError
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,9 @@ def _loaded(
             f"expected weights in safetensors files in {source.folder}, but one cannot be read "
             f"({_first_lines(error)}); is the download complete?"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except PerplexitError:
+        raise
+    except Exception as error:  # of transformers' many model classes
         raise ModelError(
             f"expected a causal language model that transformers knows in {source.folder}, but it "
             f"cannot be loaded: {_first_lines(error)} (code shipped with a model is never run)"

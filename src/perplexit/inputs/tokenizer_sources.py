@@ -4,12 +4,12 @@ A folder with a `tokenizer.json` is read by `tokenizers` alone; transformers is 
 what needs it. Remote code is never run.
 """
 
-import json
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import tokenizers
 
 from perplexit.errors import MissingPackageError, TokenizerError
@@ -20,7 +20,18 @@ from perplexit.inputs.tokenizer_backends import (
     LoadedTokenizer,
     SentencePieceBackend,
 )
+from perplexit.json_reader import LARGEST_TABLE, read_json, typed
+from perplexit.reading import Expected, open_regular, read_bytes, stated
 
+_EXPECTED = Expected(
+    "a tokenizer that `tokenizers` or SentencePiece can read",
+    TokenizerError,
+    "give the tokenizer.json or .model that a tokenizer saves",
+)
+_CONFIGURATION = Expected(
+    "a tokenizer's configuration", TokenizerError, "repair or remove the file"
+)
+_SPARSE_IDS, _SPARSENESS = 1 << 20, 64  # ids without a token: this many, and so many for each
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.tiktoken"]
 _NAMED_TOKENS = (
@@ -32,6 +43,33 @@ _NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
+
+
+_Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}$")]
+
+
+class NamedToken(TypedDict):
+    """A token with its flags, as a configuration writes it."""
+
+    content: str
+
+
+TokenEntry = str | NamedToken
+
+
+class TokenizerConfiguration(TypedDict):
+    """The keys of tokenizer_config.json and special_tokens_map.json that are read here."""
+
+    bos_token: NotRequired[TokenEntry | None]
+    eos_token: NotRequired[TokenEntry | None]
+    unk_token: NotRequired[TokenEntry | None]
+    sep_token: NotRequired[TokenEntry | None]
+    pad_token: NotRequired[TokenEntry | None]
+    cls_token: NotRequired[TokenEntry | None]
+    mask_token: NotRequired[TokenEntry | None]
+    added_tokens_decoder: NotRequired[dict[_Id, NamedToken] | None]
+    extra_special_tokens: NotRequired[dict[str, TokenEntry] | list[TokenEntry] | None]
+    additional_special_tokens: NotRequired[list[TokenEntry] | None]
 
 
 def load_tokenizer(source: str | Path | object) -> LoadedTokenizer:
@@ -57,7 +95,7 @@ def load_tokenizer(source: str | Path | object) -> LoadedTokenizer:
 
 def _from_file(path: Path) -> LoadedTokenizer:
     """By content, as file names vary (`tokenizer.model.v3`)."""
-    with path.open("rb") as file:
+    with open_regular(path, _EXPECTED) as file:
         head = file.read(64)
     if head.startswith(b"GGUF"):
         return _from_gguf(path)
@@ -74,13 +112,10 @@ def _from_folder(folder: Path) -> LoadedTokenizer:
 
 def _from_tokenizer_json(path: Path) -> LoadedTokenizer:
     """The tokenizer as transformers would build it: special tokens of the configuration count."""
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise TokenizerError(
-            f"{path} is no tokenizer that `tokenizers` can read ({error}). Expected the "
-            f"tokenizer.json that a Hugging Face tokenizer saves."
-        ) from error
+    text = read_bytes(path, _EXPECTED, largest=LARGEST_TABLE)
+    with stated(path, _EXPECTED):
+        tokenizer = tokenizers.Tokenizer.from_buffer(text)
+        _check_ids(path, tokenizer)
     configuration = _configuration(path.parent)
     _add_named_tokens(tokenizer, configuration)
     backend = HuggingFaceBackend(tokenizer)
@@ -92,6 +127,14 @@ def _from_tokenizer_json(path: Path) -> LoadedTokenizer:
     return LoadedTokenizer(backend, bos_id, eos_id)
 
 
+def _check_ids(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuse ids that leave nearly all of the vocabulary empty: each takes a place in tables."""
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    largest = max(ids, default=-1)
+    if largest >= _SPARSE_IDS + _SPARSENESS * len(ids):
+        _EXPECTED.refuse(path, f"the id {largest:,} among only {len(ids):,} tokens")
+
+
 def _configuration(folder: Path) -> dict[str, Any]:
     """What the files beside a tokenizer.json say; the newer file wins."""
     found: dict[str, Any] = {}
@@ -99,10 +142,8 @@ def _configuration(folder: Path) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise TokenizerError(f"{file} is no JSON ({error}). Repair or remove it.") from error
+        content = read_json(file, _CONFIGURATION, dict[str, Any], non_finite=True)
+        typed(content, _CONFIGURATION, TokenizerConfiguration, place=file)
         found |= {key: value for key, value in content.items() if value is not None}
     return found
 
