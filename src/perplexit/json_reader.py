@@ -11,13 +11,17 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
 from perplexit.reading import Expected, read_bytes, stated
 
 T = TypeVar("T")
+# The name of a file that lies beside the record: no path leads out of the folder.
+FileName = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^(?!\.\.?$)[^/\x00]+$")
+]
 
 # A byte of JSON becomes at most about 24 bytes of Python objects (`{},{},…`).
 LARGEST_RECORD = 8 << 20

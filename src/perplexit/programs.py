@@ -8,7 +8,7 @@ from typing import Any
 
 from perplexit.errors import ModelError
 from perplexit.files import sha256_of_file, write_atomically
-from perplexit.json_reader import read_json, typed
+from perplexit.json_reader import FileName, read_json, typed
 from perplexit.reading import Expected
 
 FORMAT_VERSION = 1
@@ -95,7 +95,7 @@ class ProgramVerification:
 class ProgramFile:
     """One file of the program."""
 
-    name: str
+    name: FileName
     num_bytes: int
     sha256: str
 

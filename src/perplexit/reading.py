@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from perplexit.errors import PerplexitError
 
-_LONGEST_REASON = 300  # characters of a library's own message
+_LONGEST_REASON = 300  # characters: of a library's own message, or of a value that was found
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class Expected:
     remedy: str
 
     def refuse(self, place: str | Path, got: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise the error: expected, got, what to do."""
+        """Raise the error: expected, got, what to do. Of what was got, at most 300 characters."""
+        got = got if len(got) <= _LONGEST_REASON else got[:_LONGEST_REASON] + "…"
         raise self.error(f"expected {self.content} in {place}, got {got}; {self.remedy}") from cause
 
 
@@ -110,7 +111,5 @@ def _in_words(cause: BaseException) -> str:
     if isinstance(cause, OSError) and cause.strerror:
         return f"an error of the system ({cause.strerror})"
     reason = " ".join(str(cause).split())
-    if len(reason) > _LONGEST_REASON:
-        reason = reason[:_LONGEST_REASON] + "…"
     name = type(cause).__name__
     return f"content that cannot be read ({name}: {reason})" if reason else name

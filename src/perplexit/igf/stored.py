@@ -94,9 +94,10 @@ def read_stored(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]], d
         expected.refuse(path, "tensors without a record")
     record = parse_json(metadata[_RECORD], expected, dict[str, Any], place=path)
     if record.get("kind") != kind or record.get("version") != 1:
+        found = f"{record.get('kind')!r:.60} of version {record.get('version')!r:.20}"
         raise StoredFileError(
-            f"expected {kind} of version 1 in {path}, got {record.get('kind')!r} of version "
-            f"{record.get('version')!r}; name another file, or make it again"
+            f"expected {kind} of version 1 in {path}, got {found}; name another file, or make it "
+            "again"
         )
     return tensors, record
 

@@ -18,8 +18,11 @@ from perplexit.inputs.token_file_writer import TOKEN_FILE, TokenFileWriter
 from perplexit.inputs.tokenizer import load
 from perplexit.inputs.windows import document_windows
 from perplexit.outputs import Kind, OutputFile, paths_among
+from perplexit.reading import Expected, open_regular
 
+_EXPECTED = Expected("lines of token ids", CorpusError, "check the path")
 _LINES_PER_BATCH = 1024
+_MOST_DIGITS = 20
 _LARGEST_ID = np.iinfo(np.int32).max
 
 
@@ -130,15 +133,12 @@ def _line_batches(path: Path, limit: int) -> Iterator[tuple[int, list[list[int]]
     """(number of the first line, ids of each line) for groups of lines."""
     batch: list[list[int]] = []
     first = 1
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                batch.append(_ids(line, f"{path}, line {number}", limit))
-                if len(batch) == _LINES_PER_BATCH:
-                    yield first, batch
-                    first, batch = number + 1, []
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error}.") from error
+    with open_regular(path, _EXPECTED) as file:
+        for number, line in enumerate(file, start=1):
+            batch.append(_ids(line, f"{path}, line {number}", limit))
+            if len(batch) == _LINES_PER_BATCH:
+                yield first, batch
+                first, batch = number + 1, []
     if batch:
         yield first, batch
 
@@ -150,6 +150,11 @@ def _ids(line: bytes, origin: str, limit: int) -> list[int]:
         raise CorpusError(
             f"{origin} holds {wrong[:20]!r}. Expected token ids separated by blanks. Text is "
             f"prepared without the option for ids."
+        )
+    longest = max(words, key=len, default=b"")
+    if len(longest) > _MOST_DIGITS:
+        raise CorpusError(
+            f"{origin} holds an id of {len(longest):,} digits. Expected ids below {limit}."
         )
     ids = [int(word) for word in words]
     if ids and max(ids) >= limit:

@@ -34,7 +34,7 @@ MAGIC = b"_logits_"
 CLAMP = 16.0  # nats below the largest logit
 _HEADER_BYTES = 20
 _STEPS = 65535
-_ROUNDING = 1e-3  # nats that float32 may give a log-probability above 0
+_ROUNDING = 1e-2  # nats that float32 may give a log-probability above 0
 _EXPECTED = Expected("llama.cpp's log-probabilities", ModelError, "write the file again")
 _LARGEST = 1 << 24  # ids of a chunk, and of a vocabulary
 
@@ -158,7 +158,8 @@ class KlBaseFile:
     ) -> None:
         """Raise ModelError for a row whose log-probabilities cannot be any."""
         finite = np.isfinite(scale_N1).all() and np.isfinite(lowest_N1).all()
-        if not finite or scale_N1.min(initial=0) < 0 or lowest_N1.max(initial=0) > _ROUNDING:
+        highest_N1 = lowest_N1 + scale_N1 * _STEPS
+        if not finite or scale_N1.min(initial=0) < 0 or highest_N1.max(initial=0) > _ROUNDING:
             _EXPECTED.refuse(self.path, f"rows in chunk {chunk} that are no log-probabilities")
 
     def require_input(self, tokens: TokenFile) -> None:

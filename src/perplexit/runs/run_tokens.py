@@ -59,12 +59,31 @@ def read_token_table(path: Path) -> pa.Table:
         found = table.schema.field(name).type if name in table.column_names else "no such column"
         if found != kind:
             EXPECTED.refuse(path, f"the column {name} of type {found}, not {kind}")
+    _check_optional(path, table.schema)
     with stated(path, EXPECTED):
         for name in ("document", "window", "position", "token_index", "num_bytes", "num_words"):
             column = table.column(name)
             if column.null_count or (pc.min(column).as_py() or 0) < 0:
                 EXPECTED.refuse(path, f"the column {name} with a value below 0, or with none")
     return table
+
+
+def _check_optional(path: Path, schema: pa.Schema) -> None:
+    """Raise RunError where a column that not every run has is of another type."""
+    kinds = {name: pa.float32() for name in ("entropy", *DIVERGENCES)}
+    kinds |= {"rank": pa.int32(), "same_top1": pa.bool_()}
+    lists = {"top_ids": pa.int32(), "top_logprobs": pa.float32()}
+    sizes = set()
+    for column in schema:
+        kind = column.type
+        fits = kind == kinds.get(column.name, kind)
+        if column.name in lists:
+            fits = pa.types.is_fixed_size_list(kind) and kind.value_type == lists[column.name]
+            sizes.add(kind.list_size if fits else -1)
+        if not fits or len(sizes) > 1:
+            EXPECTED.refuse(path, f"the column {column.name} of type {kind}")
+    if sizes and not lists.keys() <= set(schema.names):
+        EXPECTED.refuse(path, "one of top_ids and top_logprobs without the other")
 
 
 @dataclass(frozen=True)

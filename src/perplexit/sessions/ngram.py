@@ -18,8 +18,12 @@ from numpy.typing import NDArray
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
+from perplexit.json_reader import LARGEST_TABLE
+from perplexit.reading import Expected, check_regular, read_bytes, stated
 from perplexit.sessions.base import ModelDescription, SessionDescription
 
+_EXPECTED = Expected("an ARPA or KenLM binary model", ModelError, "write it again")
+_VOCABULARY = Expected("one word on each line", ModelError, "write the vocabulary again")
 _LN_10 = math.log(10.0)
 _ANY_ID = np.iinfo(np.int32).max
 _NO_UNKNOWN = -100.0  # KenLM's log10 p(<unk>) for a model without <unk>
@@ -132,12 +136,14 @@ def _loaded(file: Path) -> "kenlm.Model":
     config = kenlm.Config()
     config.show_progress = False
     config.arpa_complain = kenlm.ARPALoadComplain.NONE
+    check_regular(file, _EXPECTED)
     try:
         return kenlm.Model(str(file), config)
-    except OSError as error:
+    except Exception as error:  # OSError, or bytes of the file that are no text in its message
+        lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(
             f"expected an ARPA or KenLM binary model in {file}, which KenLM cannot read: "
-            f"{str(error).splitlines()[-1]}"
+            f"{lines[-1][:300]}"
         ) from error
 
 
@@ -146,7 +152,9 @@ def _vocabulary(file: Path) -> tuple[tuple[str, ...] | None, Path | None]:
     for beside in (file.with_name(f"{file.name}.vocabulary.txt"), file.parent / "vocabulary.txt"):
         if beside.is_file():
             # split("\n"), not splitlines(): a word may hold U+2028 and its like
-            words = tuple(beside.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+            data = read_bytes(beside, _VOCABULARY, largest=LARGEST_TABLE)
+            with stated(beside, _VOCABULARY):
+                words = tuple(data.decode("utf-8").removesuffix("\n").split("\n"))
             _check_words(words, beside)
             return words, beside
     return None, None
@@ -175,7 +183,8 @@ def _num_ngrams(file: Path) -> int:
     with file.open("rb") as lines:
         for number, line in enumerate(lines):
             if line.startswith(b"ngram "):
-                total += int(line.partition(b"=")[2])
+                with stated(file, _EXPECTED):
+                    total += max(0, int(line.partition(b"=")[2]))
             elif line.startswith(b"\\1-grams") or number > 100 or len(line) > 10_000:
                 break
     return total

@@ -214,7 +214,11 @@ def _records(path: Path) -> Iterator[RecordedLine]:
 def _windows_of_table(table: pa.Table) -> dict[int, RecordedWindow]:
     names = [name for name in _LISTS if name in table.column_names]
     table = table.select([*_COLUMNS, *names]).filter(pc.is_valid(table["logprob"]))
-    columns = [table[name].to_numpy() for name in _COLUMNS]
+    if any(table[name].null_count for name in _COLUMNS):
+        raise ValueError("a row lacks its window, position or id")
+    # A safe cast: 5.0 is an id, 5.5 and NaN are none.
+    types = [pa.int64(), pa.int64(), pa.int64(), pa.float64()]
+    columns = [table[n].cast(kind).to_numpy() for n, kind in zip(_COLUMNS, types, strict=True)]
     order = np.lexsort((columns[1], columns[0]))
     window, position, ids, logprob = (column[order] for column in columns)
     if np.any((np.diff(window) == 0) & (np.diff(position) == 0)):
