@@ -11,7 +11,7 @@ import lzma
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -45,7 +45,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
             raise CorpusError(
                 f"expected text in {path}, got compressed data; give it a name that ends in {found}"
             )
-        return cast("io.BufferedReader", file)
+        return file
     if found != suffix:
         file.close()
         raise CorpusError(

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from perplexit.errors import RunError
 from perplexit.metrics.likelihood import exp_or_inf
-from perplexit.reading import Expected, check_regular, stated
+from perplexit.reading import Expected, stated
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.tables import export_file, write_table
+from perplexit.tensor_reader import read_parquet
 
 DOCUMENTS_FILE = "documents.parquet"
 _EXPECTED = Expected("the documents of a run", RunError, "evaluate again")
@@ -29,9 +29,8 @@ def sources_of(run: Run) -> pa.Table | None:
     path = None if run.folder is None else run.folder / DOCUMENTS_FILE
     if path is None or not path.exists():
         return None
-    check_regular(path, _EXPECTED)
+    table = read_parquet(path, _EXPECTED)
     with stated(path, _EXPECTED):
-        table = pq.read_table(path)
         numbers = table.column("document").to_pylist()
         known = set(_SOURCES) <= set(table.column_names)
         if not known or numbers != list(range(run.num_documents)):
@@ -44,7 +43,8 @@ def with_sources(table: pa.Table, run: Run) -> pa.Table:
     sources = sources_of(run)
     if sources is None:
         return table
-    rows = sources.take(table.column("document"))
+    with stated(str(run.folder), _EXPECTED):
+        rows = sources.take(table.column("document"))
     place = table.column_names.index("document")
     for name in rows.column_names[1:]:
         place += 1
