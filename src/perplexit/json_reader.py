@@ -39,15 +39,17 @@ def read_json(
     *,
     largest: int = LARGEST_RECORD,
     non_finite: bool = False,
+    halves: bool = False,
 ) -> T:
     """The document in a regular file, as `schema`.
 
     largest:    bytes that the file may have.
     non_finite: whether NaN and Infinity (which JSON does not have) are allowed.
+    halves:     whether half of a surrogate pair, which is no text, is allowed.
     Raises `expected.error`, whatever is wrong.
     """
     data = read_bytes(path, expected, largest=largest)
-    return parse_json(data, expected, schema, place=path, non_finite=non_finite)
+    return parse_json(data, expected, schema, place=path, non_finite=non_finite, halves=halves)
 
 
 def parse_json(
@@ -57,6 +59,7 @@ def parse_json(
     *,
     place: str | Path,
     non_finite: bool = False,
+    halves: bool = False,
 ) -> T:
     """The document in `text`, as `schema`; `place` names it in errors. Raises as `read_json`."""
     with stated(place, expected):
@@ -72,8 +75,11 @@ def parse_json(
             )
         except json.JSONDecodeError as error:
             where = f"line {error.lineno}, column {error.colno}"
-            expected.refuse(place, f"text that is no JSON ({error.msg}: {where})", error)
-        _check_tree(value, place, expected, halves=_SURROGATE.search(content) is not None)
+            expected.refuse(
+                place, f"text that cannot be read as JSON ({error.msg}: {where})", error
+            )
+        suspicious = not halves and _SURROGATE.search(content) is not None
+        _check_tree(value, place, expected, suspicious=suspicious)
     return typed(value, expected, schema, place=place)
 
 
@@ -120,7 +126,7 @@ class _Hooks:
         return float(name.replace("Infinity", "inf"))
 
 
-def _check_tree(value: Any, place: str | Path, expected: Expected, *, halves: bool) -> None:
+def _check_tree(value: Any, place: str | Path, expected: Expected, *, suspicious: bool) -> None:
     """Refuse a document that is nested too deep; where there may be any, halves of surrogates."""
     level, depth = [value], 0
     while level:
@@ -129,12 +135,12 @@ def _check_tree(value: Any, place: str | Path, expected: Expected, *, halves: bo
         below: list[Any] = []
         for item in level:
             if isinstance(item, dict):
-                if halves:
+                if suspicious:
                     _check_text("".join(item), place, expected)
                 below.extend(item.values())
             elif isinstance(item, list):
                 below.extend(item)
-            elif halves and isinstance(item, str):
+            elif suspicious and isinstance(item, str):
                 _check_text(item, place, expected)
         level, depth = below, depth + 1
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,9 @@ class ProgramMetadata:
                 f"expected a program of format version {FORMAT_VERSION}, got {version!r}; compile "
                 "the checkpoint again with this version of Perplexit"
             )
+        unknown = sorted(set(record) - {each.name for each in fields(cls)})
+        if unknown:
+            _EXPECTED.refuse(place, f"the unknown key {unknown[0][:60]!r}")
         return typed(record, _EXPECTED, cls, place=place)
 
     def write(self, folder: Path) -> None:

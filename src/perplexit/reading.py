@@ -112,4 +112,4 @@ def _in_words(cause: BaseException) -> str:
         return f"an error of the system ({cause.strerror})"
     reason = " ".join(str(cause).split())
     name = type(cause).__name__
-    return f"content that cannot be read ({name}: {reason})" if reason else name
+    return f"content that cannot be understood ({name}: {reason})" if reason else name

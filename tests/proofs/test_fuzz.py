@@ -31,29 +31,18 @@ _START_SECONDS = 300.0  # imports of PyTorch and transformers, on a busy machine
 
 def cases_of(folder: Path, names: list[str], count: int, *, bug: str | None = None) -> Any:
     """Every case of these readers with how it ended; a process that dies ends a case, too."""
-    pending = dict.fromkeys(names, 0)
-    while pending:
-        name, number = None, 0
-        started = [name for name, first in pending.items() if first]
-        first = pending[started[0]] if started else 0
-        batch = started[:1] or list(pending)
-        for told in _worker(folder, batch, first, count, bug):
+    done = dict.fromkeys(names, 0)
+    while left := [name for name in names if done[name] < count]:
+        # a reader whose process ended midway goes on first, alone
+        batch = left[:1] if done[left[0]] else [name for name in left if not done[name]]
+        begun: tuple[str, int] | None = None
+        for told in _worker(folder, batch, done[batch[0]], count, bug):
             if "number" in told:
-                name, number = told["reader"], told["number"]
-            else:
-                yield {"reader": name, "case": number, **told}
-                if name is not None and told["how"] in ("hung", "died"):
-                    break
-                pending[name] = number + 1
-                if number + 1 == count:
-                    del pending[name]
-        else:
-            continue
-        if name is None:
-            return
-        pending[name] = number + 1
-        if number + 1 >= count:
-            del pending[name]
+                begun = told["reader"], told["number"]
+                continue
+            assert begun is not None, f"no case began: {told}"
+            yield {"reader": begun[0], "case": begun[1], **told}
+            done[begun[0]], begun = begun[1] + 1, None
 
 
 def _worker(

@@ -67,8 +67,8 @@ def test_d6_a_value_of_another_type_is_named_by_its_path(text: str, words: str) 
         ('{"a": {"b": 1, "b": 2}}', "'b' twice"),
         ('{"a": 1', "line 1"),
         (b'{"a": "\xff"}', "utf-8"),
-        (b"\x00" * 50, "no JSON"),
-        ("", "no JSON"),
+        (b"\x00" * 50, "cannot be read as JSON"),
+        ("", "cannot be read as JSON"),
     ],
 )
 def test_d6_what_json_does_not_mean_is_refused(text: str | bytes, words: str) -> None:

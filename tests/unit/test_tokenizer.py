@@ -334,7 +334,9 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
         load(tmp_path / "missing" / "tokenizer.json")
     broken = tmp_path / "tokenizer.json"
     broken.write_text('{"version": "1.0"}')
-    with pytest.raises(TokenizerError, match="no tokenizer that `tokenizers` can read"):
+    with pytest.raises(
+        TokenizerError, match="a tokenizer that `tokenizers` or SentencePiece can read"
+    ):
         load(broken)
     cut = tmp_path / "model.gguf"
     cut.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x01" + b"\x00" * 7 + b"\x05" + b"\x00" * 15)

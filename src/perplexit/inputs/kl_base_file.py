@@ -17,7 +17,7 @@ Shape suffixes: N = targets, V = vocabulary.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.errors import FingerprintMismatchError, ModelError
+from perplexit.errors import FingerprintMismatchError, ModelError, VocabularyError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import PrefixMode
 from perplexit.reading import Expected, open_regular, stated
@@ -113,7 +113,7 @@ class KlBaseFile:
         flat = self._read("<i4", self.num_chunks * self.num_context, _HEADER_BYTES)
         wrong = np.flatnonzero((flat < 0) | (flat >= self.vocab_size))
         if len(wrong):
-            _EXPECTED.refuse(
+            replace(_EXPECTED, error=VocabularyError).refuse(
                 self.path,
                 f"the id {int(flat[wrong[0]])} in chunk {int(wrong[0]) // self.num_context}, "
                 f"outside its vocabulary of {self.vocab_size:,}",

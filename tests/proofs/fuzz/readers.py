@@ -316,14 +316,14 @@ def _make_states(folder: Path) -> None:
     writer = StatesWriter(folder / FOLDER)
     states = np.ones((3, 4), np.float32)
     writer.add([0, 1], [states, states[:2]])
-    writer.keep_floor(1e-9, 1e-8)
+    writer.keep_measured({"self_kl_mean": 1e-9, "self_kl_max": 1e-8, "proof": None})
     writer.finish({"weights_fingerprint": "w", "head": "its own"})
 
 
 def _change_states(folder: Path, random: Random) -> None:
     inner = folder / "reference"
     if random.random() < 0.4:
-        json_file(random.choice(["reference.json", "floor.json"]))(inner, random)
+        json_file(random.choice(["reference.json", "measured.json"]))(inner, random)
         return
     (path,) = inner.glob("states-*")
     tensors_file(path.name)(inner, random)
@@ -333,7 +333,7 @@ def _change_states(folder: Path, random: Random) -> None:
 
 def _read_states(folder: Path) -> None:
 
-    StatesWriter(folder / "reference").floor()
+    StatesWriter(folder / "reference").measured()
     states = ReferenceStates(folder)
     assert isinstance(states.record, dict)
     for window in states.windows:
