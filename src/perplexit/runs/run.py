@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict, get_type_hints
 from perplexit.errors import RunError
 from perplexit.files import sha256_of_file
 from perplexit.json_reader import read_json, typed
-from perplexit.reading import Expected
+from perplexit.reading import Expected, stated
 from perplexit.runs.identity import (
     measurement_fingerprint,
     measurement_of,
@@ -192,7 +192,9 @@ class Run:
         path = self.folder / TOKENS_FILE
         if not path.is_file():
             return f"its {TOKENS_FILE} is missing"
-        if self.tokens_sha256 is not None and sha256_of_file(path) != self.tokens_sha256:
+        with stated(path, _EXPECTED):
+            found = None if self.tokens_sha256 is None else sha256_of_file(path)
+        if found != self.tokens_sha256:
             return f"its {TOKENS_FILE} is not the file that was recorded (its SHA-256 differs)"
         return None
 
