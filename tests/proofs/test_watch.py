@@ -171,9 +171,10 @@ def _make_inputs(shop: Workshop, logprobs: np.ndarray) -> None:
     for name in ("first", "second"):
         px.evaluate(f"completions:{shop.url}#chain", tokens, run=shop.work / name)
     words = ["<unk>", "<s>", "</s>", *map(str, range(VOCAB_SIZE))]
-    grams = "\n".join(f"-2.5\t{word}" for word in words)
+    grams = "\n".join(f"-2.5\t{word}\t-0.1" for word in words)
     (shop.work / "ids.arpa").write_text(
-        f"\\data\\\nngram 1={len(words)}\n\n\\1-grams:\n{grams}\n\n\\end\\\n"
+        f"\\data\\\nngram 1={len(words)}\nngram 2=1\n\n\\1-grams:\n{grams}\n\n"
+        "\\2-grams:\n-0.3\t5 6\n\n\\end\\\n"
     )
     with (shop.work / "losses.jsonl").open("w") as file:
         for index in range(tokens.num_windows):

@@ -2,18 +2,15 @@
 
 import asyncio
 import math
-import os
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-import httpx2
 import tenacity
 
-from perplexit.errors import CapabilityError, ModelError, PerplexitError, UsageError
+from perplexit.errors import CapabilityError, ModelError, PerplexitError
 from perplexit.sessions.completions.answers import (
     NUM_GENERATED,
     Card,
@@ -28,15 +25,17 @@ from perplexit.sessions.completions.answers import (
     generated_of,
 )
 from perplexit.sessions.completions.http import (
+    KEY_VARIABLES,
     ConnectionFailedError,
     HttpServer,
     ReplyBoundError,
     StatusError,
+    checked_url,
+    key_of_environment,
 )
 
 T = TypeVar("T")
 
-_KEY_VARIABLES = ("PERPLEXIT_API_KEY", "OPENAI_API_KEY")
 _ATTEMPTS = 6
 _LONGEST_WAIT_SECONDS = 30.0
 # A question with its repetitions and waits: slow processors read ten ids a second.
@@ -73,11 +72,11 @@ class CompletionsClient:
         attempts: int = _ATTEMPTS,
         concurrency: int = 1,
     ) -> None:
-        self.base_url = _checked_url(base_url)
+        self.base_url = checked_url(base_url)
         self._seconds = seconds
         self._attempts = attempts
         self._at_once = asyncio.Semaphore(concurrency)
-        self._http = HttpServer(self.base_url, _key())
+        self._http = HttpServer(self.base_url, key_of_environment())
         try:
             self.card = self._model_card(model)
         except BaseException:
@@ -224,7 +223,7 @@ class CompletionsClient:
         if error.status in (401, 403):
             return ModelError(
                 f"{self.base_url} refuses the API key (HTTP {error.status}); set "
-                f"{' or '.join(_KEY_VARIABLES)} in the environment"
+                f"{' or '.join(KEY_VARIABLES)} in the environment"
             )
         if error.status == 404:
             return CapabilityError(
@@ -232,9 +231,11 @@ class CompletionsClient:
                 "check the address (it usually ends in /v1)"
             )
         told = f"{self.base_url} refused a request with {error}"
-        if error.passes:
+        if error.passes and error.status != 500:
             return ModelError(f"{told}; it is overloaded or out of order. Try again later")
-        return RequestRefusedError(
+        if error.status < 400:
+            return RequestRefusedError(f"{told}, which is no answer; is it a completions server?")
+        return (ModelError if error.passes else RequestRefusedError)(
             f"{told}; is the window longer than the server's context less one, or are token-id "
             "prompts not taken?"
         )
@@ -247,40 +248,6 @@ def _request(style: Style, top_k: int) -> dict[str, Any]:
         return {"echo": True, "logprobs": 1}
     # texts do not tell which ids they are of: vLLM names ids when it is asked to
     return {"echo": True, "logprobs": top_k, "return_tokens_as_token_ids": True}
-
-
-def _key() -> str | None:
-    """The key from the environment. Raises UsageError, without it, where no header can hold it."""
-    for name in _KEY_VARIABLES:
-        key = os.environ.get(name, "").strip()
-        if key and not (key.isascii() and key.isprintable() and " " not in key):
-            raise UsageError(
-                f"expected printable ASCII without blanks in ${name}, got other characters; set "
-                "the key alone"
-            )
-        if key:
-            return key
-    return None
-
-
-def _checked_url(url: str) -> str:
-    if "@" in url or "?" in url:
-        raise UsageError(
-            "expected an address without a password, key or query in it: addresses are recorded. "
-            f"Set {' or '.join(_KEY_VARIABLES)} in the environment instead"
-        )
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        httpx2.URL(url)
-    except (ValueError, httpx2.InvalidURL):
-        usable = False
-    if not usable or not url.isprintable() or " " in url or "\\" in url:
-        raise UsageError(
-            f"expected completions:URL#MODEL with an http(s) URL, got {url!r}; for example "
-            "completions:http://127.0.0.1:8000/v1#my-model"
-        )
-    return url.rstrip("/") if parts.path.strip("/") else url.rstrip("/") + "/v1"
 
 
 def _passes(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Coroutine, Mapping
@@ -18,9 +19,11 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from perplexit.errors import ModelError
+from perplexit.errors import ModelError, UsageError
 
 T = TypeVar("T")
+
+KEY_VARIABLES = ("PERPLEXIT_API_KEY", "OPENAI_API_KEY")
 
 _CONNECT_SECONDS = 30.0
 _LONGEST_ERROR = 64 << 10  # bytes of an error's body that are looked at
@@ -172,6 +175,44 @@ class HttpServer:
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.aclose()
         self._loop.stop()
+
+
+def key_of_environment() -> str | None:
+    """The key from the environment. Raises UsageError, without it, where no header can hold it."""
+    for name in KEY_VARIABLES:
+        key = os.environ.get(name, "").strip()
+        if key and not (key.isascii() and key.isprintable() and " " not in key):
+            raise UsageError(
+                f"expected printable ASCII without blanks in ${name}, got other characters; set "
+                "the key alone"
+            )
+        if key:
+            return key
+    return None
+
+
+def checked_url(url: str) -> str:
+    """The address without a slash at its end, `/v1` added where it has no path.
+
+    Raises UsageError for one that is no http(s) address, or that holds what must not be recorded.
+    """
+    if "@" in url or "?" in url:
+        raise UsageError(
+            "expected an address without a password, key or query in it: addresses are recorded. "
+            f"Set {' or '.join(KEY_VARIABLES)} in the environment instead"
+        )
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL):
+        usable = False
+    if not usable or not url.isprintable() or " " in url or "\\" in url:
+        raise UsageError(
+            f"expected completions:URL#MODEL with an http(s) URL, got {url!r}; for example "
+            "completions:http://127.0.0.1:8000/v1#my-model"
+        )
+    return url.rstrip("/") if parts.path.strip("/") else url.rstrip("/") + "/v1"
 
 
 class _Redacting(logging.Filter):
