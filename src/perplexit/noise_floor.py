@@ -23,7 +23,8 @@ MAX_WINDOWS = 32
 class NoiseFloor:
     """The mean nll in the other batches minus the run's, over the same tokens.
 
-    nats_a_token: the interval's end that lies farther from 0 (the mean's size without an interval).
+    nats_a_token: the interval's end that lies farther from 0. Without an interval it is the mean
+                  size of the differences: their mean may be close to 0 by chance.
     batch_size:   windows a batch, when they were scored again.
     """
 
@@ -66,7 +67,7 @@ def noise_floor_of(session: InferenceSession, tokens: TokenFile, run: Run) -> No
     interval = mean_interval(delta_R, clusters, run.confidence)
     ends = [abs(end) for end in (interval.low, interval.high) if end is not None]
     return NoiseFloor(
-        nats_a_token=max(ends, default=abs(interval.value)),
+        nats_a_token=max(ends, default=float(np.abs(delta_R).mean())),
         mean=interval.value,
         low=interval.low,
         high=interval.high,

@@ -108,6 +108,7 @@ class Recording:
             raise
         run = replace(
             self.identified(run),
+            schema_version=SCHEMA_VERSION,
             status="complete",
             num_windows_resumed=resumed.num_windows,
             loaded_tokens=results.run_tokens(),
@@ -118,7 +119,7 @@ class Recording:
                 run.tokens,
                 confidence=run.confidence,
                 on_non_finite=run.on_non_finite,
-                protocol=self.tokens.spec["protocol"],
+                spec=self.tokens.spec,
             ),
             peak_memory_bytes={
                 "host_rss": self.memory.peak_bytes,

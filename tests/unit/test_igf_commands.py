@@ -406,6 +406,7 @@ def experiment_calls(monkeypatch) -> dict:
     monkeypatch.setattr(igf, "train_and_test", train_and_test)
     monkeypatch.setattr(igf, "load_model", lambda address: None)
     monkeypatch.setattr(igf, "load_learner", lambda path: f"the learner in {path}")
+    monkeypatch.setattr(f"{command}.options.tell_doubt", lambda learner: None)
     monkeypatch.setattr(f"{command}._labelling", lambda pairs: pairs and f"the cost of {pairs}")
     monkeypatch.setattr(
         f"{command}.options.use_threads", lambda number: seen.update(threads=number)

@@ -15,6 +15,8 @@ from perplexit.metrics.intervals import (
     MIN_BLOCKS,
     MIN_DOCUMENTS,
     Clusters,
+    _jackknife_variance,
+    _slow_variance,
     clusters_for,
     mean_interval,
     paired_interval,
@@ -94,12 +96,33 @@ def test_the_slow_variance_is_exact_for_independent_tokens_in_unequal_blocks() -
     assert np.mean(hits) == pytest.approx(0.95, abs=0.006)
 
 
-def test_two_blocks_give_the_textbook_interval_of_two_means() -> None:
-    nll = np.random.default_rng(0).gamma(1, 2, 600)
-    labels = np.arange(600) // 300
-    slow = mean_interval(nll, Clusters(labels, "window-block", 2))
-    plain = mean_interval(nll, Clusters(labels, "document", 2))
-    assert (slow.low, slow.high) == pytest.approx((plain.low, plain.high))
+def test_two_blocks_give_the_textbook_variance_of_two_means() -> None:
+    residuals, shares = np.array([0.3, -0.3]), np.array([0.5, 0.5])
+    assert _slow_variance(residuals, shares) == pytest.approx(
+        _jackknife_variance(residuals, shares)
+    )
+
+
+def test_losses_of_a_block_without_a_count_stay_in_the_variance() -> None:
+    """A block without a word has no weight, but its losses are in the sum of all."""
+    counts = np.array([40.0, 0, 40, 40, 40, 40, 0])
+    sums = np.array([100.0, 9, 90, 120, 80, 100, 11])
+    merged = ratio_interval(
+        np.array([109.0, 90, 120, 80, 111]), counts[counts > 0], "window-block", 0.95
+    )
+    assert ratio_interval(sums, counts, "window-block", 0.95).low == pytest.approx(merged.low)
+
+
+def test_four_unequal_windows_are_four_blocks() -> None:
+    window = np.repeat([0, 1, 2, 3], [1000, 1000, 1000, 10])
+    found = clusters_for(np.zeros_like(window), window)
+    assert found.num_clusters == 4
+    assert mean_interval(np.random.default_rng(0).gamma(1, 2, len(window)), found).has_interval
+
+
+def test_one_window_with_nearly_everything_leaves_the_others_their_blocks() -> None:
+    window = np.repeat(np.arange(40), [100_000, *[2] * 39])
+    assert clusters_for(np.zeros_like(window), window).num_clusters >= 16
 
 
 def test_paired_differences_are_covered_too() -> None:
@@ -127,7 +150,7 @@ def test_equal_clusters_give_the_textbook_interval_of_their_means() -> None:
     assert interval.degrees_of_freedom == pytest.approx(11)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(2, 12))
+@given(st.integers(0, 2**32 - 1), st.integers(4, 12))
 def test_the_variance_is_that_of_leaving_out_one_cluster_at_a_time(
     seed: int, num_clusters: int
 ) -> None:
@@ -148,8 +171,8 @@ def test_one_dominating_document_leaves_few_degrees_of_freedom() -> None:
     assert interval.degrees_of_freedom == 1.0
 
 
-def test_without_two_clusters_there_is_no_interval_but_a_reason() -> None:
-    interval = mean_interval(np.ones(5), Clusters(np.zeros(5, dtype=int), "window-block", 1))
+def test_without_four_clusters_there_is_no_interval_but_a_reason() -> None:
+    interval = mean_interval(np.ones(6), Clusters(np.arange(6) // 2, "window-block", 3))
     assert (interval.value, interval.low, interval.high, interval.standard_error) == (
         1.0,
         None,
@@ -157,7 +180,7 @@ def test_without_two_clusters_there_is_no_interval_but_a_reason() -> None:
         None,
     )
     assert interval.reason is not None
-    assert "at least 2" in interval.reason
+    assert "3 windows, and at least 4" in interval.reason
 
 
 def test_twenty_documents_are_clusters_nineteen_are_not() -> None:

@@ -227,7 +227,7 @@ def test_trap_31_every_protocol_declares_all_its_windows(tokenizer, name):
         len(tokens.window_ids(i).ids_T) for i in range(tokens.num_windows)
     )
     recorded = tokens.spec["protocol"]
-    assert (recorded["name"], recorded["version"]) == (name, 1)
+    assert (recorded["name"], recorded["version"]) == (name, PROTOCOLS[name].version)
     assert tokens.protocol == name
 
 

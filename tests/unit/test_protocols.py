@@ -51,7 +51,8 @@ def test_defaults():
         "gptq-2048": (2048, None, "none", "\n\n", "tokens"),
         "vllm": (1023, None, "none", "\n\n", "tokens"),
     }
-    assert all(entry.version == 1 and entry.name == name for name, entry in PROTOCOLS.items())
+    assert all(entry.name == name for name, entry in PROTOCOLS.items())
+    assert {name for name, entry in PROTOCOLS.items() if entry.version != 1} == {"lm-eval"}
 
 
 def test_auto_follows_the_tokenizer():

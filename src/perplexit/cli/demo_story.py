@@ -117,7 +117,7 @@ def table(scored: list[Scored]) -> Table:
             _on_two_lines(with_interval(run.perplexity, run.perplexity_low, run.perplexity_high)),
             "1" if comparison is None else _ratio(comparison),
             "-" if comparison is None else comparison.verdict,
-            with_interval(run.bits_per_byte, None, None),
+            with_interval(run.bits_per_byte, None, None),  # an interval does not fit 80 columns
             f"{in_mib(run.peak_memory_bytes.get('host_rss'))}\n{speed}",
         )
     return result

@@ -7,6 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from perplexit.cli.output import in_mib, with_interval
+from perplexit.metrics.estimate import counted
+
+MOST_DOMAINS = 20  # rows for people; the record has them all
 
 
 def input_record(token_file: Any) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def runs_table(records: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> 
             str(session.get("engine", "-")),
             str(session.get("dtype", "-")),
             quantization_name(session),
-            escape(_perplexity(record)),
+            escape(_estimate(record, "perplexity")),
             _count(record["num_tokens"]),
         )
     return table
@@ -118,9 +121,10 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, session = record["model"], record["session"]
     rows = [
         ("status", str(record["status"])),
-        ("perplexity", _perplexity(record)),
-        ("bits per byte", with_interval(record["bits_per_byte"], None, None)),
-        ("word perplexity", with_interval(record["word_perplexity"], None, None)),
+        ("perplexity", _estimate(record, "perplexity")),
+        ("bits per byte", _estimate(record, "bits_per_byte")),
+        ("byte perplexity", _estimate(record, "byte_perplexity")),
+        ("word perplexity", _estimate(record, "word_perplexity")),
         ("tokens scored", _count(record["num_tokens"])),
         ("interval", _interval(record)),
         ("protocol", str(record["protocol"])),
@@ -136,27 +140,46 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", _memory(record["peak_memory_bytes"])),
     ]
     if record["protocol_perplexity"] is not None:
-        rows.insert(
-            2, ("the protocol's own", with_interval(record["protocol_perplexity"], None, None))
-        )
+        rows.insert(2, ("the protocol's own", _estimate(record, "protocol_perplexity")))
+    rows += [
+        (f"perplexity of {row['domain']}", _estimate(row, "perplexity"))
+        for row in record["domains"][:MOST_DOMAINS]
+    ]
+    if record.get("macro_average_perplexity") is not None:
+        rows.append(("mean over domains", _estimate(record, "macro_average_perplexity")))
     if record["num_windows_resumed"]:
         rows.append(("windows not scored again", _count(record["num_windows_resumed"])))
     if record["num_non_finite"]:
         rows.append(("tokens left out (not finite)", _count(record["num_non_finite"])))
     rows += [("warning", warning) for warning in record["warnings"]]
-    rows += [(f"no {name}", reason) for name, reason in record["reasons"].items()]
-    return rows
+    return rows + _missing(record["reasons"])
 
 
-def _perplexity(record: Mapping[str, Any]) -> str:
-    return with_interval(record["perplexity"], record["perplexity_low"], record["perplexity_high"])
+def _missing(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+    """One row for each reason, with every figure that it leaves out."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        figure = name.removesuffix("_low").removesuffix("_high")
+        said = figure if figure in reasons else f"interval of {figure}"
+        if reason != reasons.get("perplexity_low") and said not in names.setdefault(reason, []):
+            names[reason].append(said)
+    return [
+        (f"no {', '.join(said).replace('_', ' ')}", reason)
+        for reason, said in names.items()
+        if said
+    ]
+
+
+def _estimate(record: Mapping[str, Any], name: str) -> str:
+    """A figure with its interval; a record of an older version may lack the ends."""
+    return with_interval(record[name], record.get(f"{name}_low"), record.get(f"{name}_high"))
 
 
 def _interval(record: Mapping[str, Any]) -> str:
-    return (
-        f"{record['confidence']:.0%}, clustered by {record['interval_method']} "
-        f"({record['num_clusters']} clusters)"
-    )
+    if "perplexity_low" in record["reasons"]:
+        return str(record["reasons"]["perplexity_low"])
+    found = counted(record["num_clusters"], "cluster")
+    return f"{record['confidence']:.0%}, clustered by {record['interval_method']} ({found})"
 
 
 def _mode(session: Mapping[str, Any]) -> str:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.group import continued_by, examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.output import people, print_json, stdout_kept_clean, with_interval
 
 EXAMPLES = examples(
     "perplexit igf experiment addresses/ --model gpt2/ --learner learner -o experiment/",
@@ -105,7 +106,7 @@ def experiment(
             held,
             plan=plan,
             output=output,
-            learner=None if learner is None else igf.load_learner(learner),
+            learner=options.learner_to_use(learner),
             labelling=_labelling(pairs),
             model_name=model,
             title=title,
@@ -142,12 +143,16 @@ def _table(document: dict[str, Any]) -> Table:
         table.add_row(
             method,
             str(found["num_seeds"]),
-            f"{found['median_perplexity'][-1]:.5g} \\[{low:.5g}, {high:.5g}]",
+            escape(with_interval(found["median_perplexity"][-1], low, high)),
             f"{found['acceptance']:.0%}",
             f"{found['seconds']['select'] + found['seconds']['train']:.1f}",
             "-"
             if row is None
             else f"{row['ratio']:.4f} \\[{row['ratio_low']:.4f}, {row['ratio_high']:.4f}]",
-            "-" if row is None else f"{row['p_t_holm']:.2g}",
+            "-" if row is None else _p(row["p_t_holm"]),
         )
     return table
+
+
+def _p(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.2g}"

@@ -100,7 +100,7 @@ def finetune(
             **read,
         )
         tuned = igf.load_model(model)
-        learned = None if learner is None else igf.load_learner(learner)
+        learned = options.learner_to_use(learner)
         unlike = None if learned is None else igf.unlike_pairs(learned.record, tuned)
         if unlike is not None:
             tell(f"Warning: {unlike}")

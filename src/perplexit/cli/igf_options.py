@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from perplexit.cli.output import people
+from perplexit import igf
+from perplexit.cli.output import people, tell
 from perplexit.errors import UsageError
 
 Corpus = Annotated[
@@ -119,3 +120,19 @@ def bar(label: str) -> Iterator[Callable[[int, int, str], None] | None]:
         yield lambda done, total, figures: drawn.update(
             task, completed=done, total=total, figures=figures
         )
+
+
+def learner_to_use(path: Path | None) -> Any:
+    """The learner of a file, with a word to people where it does not predict; None for no file."""
+    if path is None:
+        return None
+    learner = igf.load_learner(path)
+    tell_doubt(learner)
+    return learner
+
+
+def tell_doubt(learner: Any) -> None:
+    """Say in one sentence on stderr that a learner does not predict; nothing of one that does."""
+    doubt = igf.doubt_about(learner.record.get("scores"))
+    if doubt is not None:
+        tell(f"Warning: {doubt}")

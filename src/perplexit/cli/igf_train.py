@@ -78,6 +78,7 @@ def train(
         )
         path = igf.save_learner(learner, output)
     people().print(f"{kind.value} learner in {path}: {_sentence(learner.record['scores'])}")
+    options.tell_doubt(learner)
     if json:
         print_json({"learner": kind.value, "output": str(path), **learner.record})
 
@@ -88,7 +89,7 @@ def _sentence(scores: dict[str, Any]) -> str:
 
     return (
         f"on {scores['num_pairs']} pairs of {scores['num_articles']} held-out articles R² "
-        f"{scores['r2']:.3f}, Spearman {shown(scores['spearman'])}, precision at "
+        f"{shown(scores['r2'])}, Spearman {shown(scores['spearman'])}, precision at "
         f"{scores['threshold']:+g}: {shown(scores['precision'])} of {scores['accepted']:.1%} "
         f"accepted (base rate {scores['base_rate']:.3f})"
     )

@@ -25,7 +25,7 @@ from perplexit.comparison.sentences import Judged
 from perplexit.comparison.verdicts import Margin, Verdict, margin_of, verdict_of
 from perplexit.errors import FingerprintMismatchError
 from perplexit.metrics.estimate import Estimate
-from perplexit.metrics.intervals import Clusters, clusters_for, ratio_interval
+from perplexit.metrics.intervals import clusters_for, ratio_interval
 from perplexit.metrics.likelihood import exp_or_inf
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
@@ -187,10 +187,16 @@ def compare_bytes(
     segments = common_segments(*texts)
     clusters = clusters_for(segments.document_S, segments.window_S)
     delta_S = segments.candidate_S - segments.reference_S
-    interval = _per_byte(delta_S, segments, clusters, confidence)
-    relative = _loss_ratio(segments, clusters, confidence)
+
+    def ratio(over_S: NDArray[Any], under_S: NDArray[Any]) -> Estimate:
+        """Two sums over the clusters' segments, and their ratio's interval."""
+        sums_C, counts_C = clusters.sums(over_S), clusters.sums(under_S)
+        return ratio_interval(sums_C, counts_C, clusters.method, confidence)
+
+    interval = ratio(delta_S, segments.num_bytes_S)
+    relative = ratio(segments.candidate_S, segments.reference_S).clamped(lowest=0.0)
     ours, theirs = (
-        _per_byte(losses_S, segments, clusters, confidence).scaled(_BITS).clamped(lowest=0)
+        ratio(losses_S, segments.num_bytes_S).clamped(lowest=0.0).scaled(_BITS)
         for losses_S in (segments.reference_S, segments.candidate_S)
     )
     num_bytes = int(segments.num_bytes_S.sum())
@@ -234,30 +240,6 @@ def compare_bytes(
         reasons={} if interval.reason is None else {"byte_ratio_low": interval.reason},
         warnings=_warnings(runs, segments),
     )
-
-
-def _per_byte(
-    values_S: NDArray[np.float64], segments: Segments, clusters: Clusters, confidence: float
-) -> Estimate:
-    """Σ values / Σ bytes of the segments, with the interval of a ratio of two sums."""
-    sums_C, counts_C = (
-        np.bincount(clusters.labels, weights=x_S, minlength=clusters.num_clusters).astype(
-            np.float64
-        )
-        for x_S in (values_S, segments.num_bytes_S)
-    )
-    return ratio_interval(sums_C, counts_C, clusters.method, confidence)
-
-
-def _loss_ratio(segments: Segments, clusters: Clusters, confidence: float) -> Estimate:
-    """Σ candidate / Σ reference losses, with the interval of a ratio of two sums over clusters."""
-    sums_C, counts_C = (
-        np.bincount(clusters.labels, weights=losses_S, minlength=clusters.num_clusters).astype(
-            np.float64
-        )
-        for losses_S in (segments.candidate_S, segments.reference_S)
-    )
-    return ratio_interval(sums_C, counts_C, clusters.method, confidence)
 
 
 def _require_same_text(reference: Run, candidate: Run) -> None:

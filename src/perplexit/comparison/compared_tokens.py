@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from perplexit.comparison.divergences import Divergences
 from perplexit.comparison.flips import FirstChoices
 from perplexit.comparison.pairing import Pairs
+from perplexit.metrics.bounded import share_interval
 from perplexit.metrics.divergence import CONFIDENCE_EDGES
 from perplexit.metrics.estimate import Estimate
-from perplexit.metrics.intervals import clusters_for, mean_interval
+from perplexit.metrics.intervals import clusters_for
 from perplexit.runs.run import Run
 
 NUM_POINTS = 60
@@ -91,7 +92,7 @@ class ComparedTokens:
             tokens = self.pairs.tokens
             clusters = clusters_for(tokens.document[rows], tokens.window[rows])
             same = (~choices.changed[inside]).astype(np.float64)
-            share = mean_interval(same, clusters, self.confidence).clamped(0, 1)
+            share = share_interval(same, clusters, self.confidence)
             found.append(
                 AgreementBucket(
                     low_confidence=low,

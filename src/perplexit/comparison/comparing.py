@@ -18,7 +18,7 @@ from perplexit.comparison.verdicts import margin_of, verdict_of
 from perplexit.errors import UsageError
 from perplexit.metrics.bootstrap import Bootstrap, bootstrap_check
 from perplexit.metrics.estimate import Estimate
-from perplexit.metrics.intervals import Clusters, mean_interval, paired_interval
+from perplexit.metrics.intervals import clusters_within, mean_interval, paired_interval
 from perplexit.metrics.likelihood import exp_or_inf, json_figure, mean_nll
 from perplexit.metrics.totals import NllTotals
 from perplexit.runs.run import Run
@@ -113,8 +113,7 @@ def _domain_ratios(pairs: Pairs, confidence: float, margin: float) -> tuple[Doma
     ratios = []
     for code in np.unique(domain_M[domain_M >= 0]).tolist():
         inside = np.flatnonzero(domain_M == code)
-        _, labels = np.unique(pairs.clusters.labels[inside], return_inverse=True)
-        clusters = Clusters(labels, pairs.clusters.method, int(labels.max()) + 1)
+        clusters = clusters_within(pairs.clusters, inside, pairs.tokens.window[pairs.rows])
         interval = paired_interval(
             pairs.reference[inside], pairs.candidate[inside], clusters, confidence
         )

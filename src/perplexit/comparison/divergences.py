@@ -3,6 +3,7 @@
 Shape suffix: M = tokens that both runs scored with a finite loss, in window order.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.comparison.pairing import Pairs
-from perplexit.metrics.divergence import CONFIDENCE_EDGES, Distribution, distribution, mean_by
+from perplexit.metrics.bounded import positive_mean, share_interval
+from perplexit.metrics.divergence import (
+    CONFIDENCE_EDGES,
+    Distribution,
+    IntervalOf,
+    distribution,
+    mean_by,
+)
+from perplexit.metrics.intervals import mean_interval
 from perplexit.runs.identity import measurement_differences
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import DIVERGENCES, RunTokens
@@ -37,6 +46,22 @@ class Divergences:
     num_below_floor: int | None = None
 
 
+_INTERVALS: dict[str, IntervalOf] = {
+    "kl": positive_mean,
+    "kl_high": positive_mean,
+    "reverse_kl": positive_mean,
+    "js": lambda *given: positive_mean(*given).clamped(highest=math.log(2)),
+    "same_top1": share_interval,
+    "top_k_agreement": share_interval,
+    "delta_p": lambda *given: mean_interval(*given).clamped(-1.0, 1.0),
+}
+
+
+def interval_for(column: str) -> IntervalOf:
+    """Return how the mean of a divergence column is estimated."""
+    return _INTERVALS[column]
+
+
 def divergences_of(
     reference: Run, candidate: Run, pairs: Pairs, confidence: float
 ) -> tuple[Divergences | None, list[str]]:
@@ -55,7 +80,12 @@ def divergences_of(
         if infinite:
             warnings.append(f"{name} is left out: it is not finite for {infinite} tokens")
         else:
-            columns[name] = distribution(column.astype(np.float64), pairs.clusters, confidence)
+            columns[name] = distribution(
+                column.astype(np.float64),
+                pairs.clusters,
+                confidence,
+                interval_of=interval_for(name),
+            )
     found = Divergences(columns, _floor(reference, candidate))
     if found.floor is None or "kl" not in columns:
         return found, warnings

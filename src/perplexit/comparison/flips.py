@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from perplexit.comparison.divergences import held_against
 from perplexit.comparison.pairing import Pairs
 from perplexit.comparison.vocabulary import spell
+from perplexit.metrics.bounded import share_interval
 from perplexit.metrics.estimate import Estimate
-from perplexit.metrics.intervals import mean_interval
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import RunTokens
 
@@ -123,7 +123,7 @@ def flips_of(
     )
     agreement = None
     if choices.complete:
-        agreement = mean_interval((~changed_M).astype(np.float64), pairs.clusters, confidence)
+        agreement = share_interval((~changed_M).astype(np.float64), pairs.clusters, confidence)
     return Flips(len(places), len(changed_M), choices.complete, listed, agreement)
 
 

@@ -37,6 +37,7 @@ _HOME_OF = {
     "gain_measure": "perplexit.igf.gains",
     "collect_pairs": "perplexit.igf.collection",
     "train_learner": "perplexit.igf.learning",
+    "doubt_about": "perplexit.igf.scores",
     "load_learner": "perplexit.igf.learners",
     "save_learner": "perplexit.igf.learners",
     "pairs_output": "perplexit.igf.pairs",

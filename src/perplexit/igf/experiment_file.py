@@ -23,7 +23,8 @@ _EXPECTED = Expected("a whole experiment", RunError, "experiment again")
 class MethodOutcome:
     """What one way to select contexts came to, over its seeds.
 
-    median, low, high: test perplexity at each of `steps`, with the median's interval over seeds.
+    median, low, high: test perplexity at each of `steps`, with the median's interval over seeds;
+                the ends are None with one seed.
     acceptance: ids learnt from over ids that the filter looked at.
     tokens:     ids `trained`, `scored` (a forward pass to be selected) and `judged`, a run.
     seconds:    `select`, `train` and `evaluate`, a run.
@@ -33,8 +34,8 @@ class MethodOutcome:
     num_seeds: int
     steps: tuple[int, ...]
     median: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    low: tuple[float | None, ...]
+    high: tuple[float | None, ...]
     acceptance: float
     tokens: Mapping[str, float]
     seconds: Mapping[str, float]
@@ -49,7 +50,7 @@ class MethodOutcome:
 class PairedOutcome:
     """A method's final test perplexity over the reference method's, paired by seed.
 
-    p_t, p_wilcoxon: after Holm's correction for the experiment's comparisons.
+    p_t, p_wilcoxon: after Holm's correction for the experiment's comparisons; None where not known.
     curve_ratio: of the whole curves' mean log-perplexities.
     steps_to_reference_end: when its median reached what the reference's was at its end, or None.
     """
@@ -60,14 +61,14 @@ class PairedOutcome:
     low: float
     high: float
     seeds_better: int
-    p_t: float
-    p_wilcoxon: float
+    p_t: float | None
+    p_wilcoxon: float | None
     curve_ratio: float
     steps_to_reference_end: int | None
 
     def verdict(self, confidence: float) -> str:
         """`better`, `worse` or `inconclusive`, by the corrected paired t-test."""
-        if not self.p_t < 1 - confidence:
+        if self.p_t is None or not self.p_t < 1 - confidence:
             return "inconclusive"
         return "better" if self.ratio < 1 else "worse"
 
@@ -157,8 +158,8 @@ def _typed(document: Mapping[str, Any], folder: Path | None) -> Experiment:
 def _method(name: str, row: Mapping[str, Any]) -> MethodOutcome:
     steps = tuple(int(step) for step in row["steps"])
 
-    def curve(kind: str) -> tuple[float, ...]:
-        found = tuple(_number(x) for x in row[f"{kind}_perplexity"])
+    def curve(kind: str) -> tuple[float | None, ...]:
+        found = tuple(_number_or_none(x) for x in row[f"{kind}_perplexity"])
         if len(found) != len(steps) or not steps:
             raise ValueError(f"the {kind} curve of {name} does not have a figure a step")
         return found
@@ -167,7 +168,7 @@ def _method(name: str, row: Mapping[str, Any]) -> MethodOutcome:
         name=name,
         num_seeds=int(row["num_seeds"]),
         steps=steps,
-        median=curve("median"),
+        median=tuple(_number(x) for x in curve("median")),
         low=curve("low"),
         high=curve("high"),
         acceptance=_number(row["acceptance"]),
@@ -185,11 +186,15 @@ def _paired(row: Mapping[str, Any]) -> PairedOutcome:
         low=_number(row["ratio_low"]),
         high=_number(row["ratio_high"]),
         seeds_better=int(row["seeds_better"]),
-        p_t=_number(row["p_t_holm"]),
-        p_wilcoxon=_number(row["p_wilcoxon_holm"]),
+        p_t=_number_or_none(row["p_t_holm"]),
+        p_wilcoxon=_number_or_none(row["p_wilcoxon_holm"]),
         curve_ratio=_number(row["curve_ratio"]),
         steps_to_reference_end=None if reached is None else int(reached),
     )
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else _number(value)
 
 
 def _number(value: Any) -> float:

@@ -1,5 +1,6 @@
 """The picture of an experiment: median test perplexity against steps, with intervals."""
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -30,8 +31,10 @@ def draw_experiment(
         left.plot(found["steps"], found["median_perplexity"], label=method, linewidth=1.8, **style)
         left.fill_between(
             found["steps"],
-            found["low_perplexity"],
-            found["high_perplexity"],
+            *(  # one seed has no interval, and nothing is drawn
+                [math.nan if end is None else end for end in found[f"{side}_perplexity"]]
+                for side in ("low", "high")
+            ),
             color=colours[method],
             alpha=0.12,
             linewidth=0,

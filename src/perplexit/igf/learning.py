@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor, nn
 
 from perplexit.errors import UsageError
@@ -22,63 +21,10 @@ from perplexit.igf.learners import (
     input_embedding,
 )
 from perplexit.igf.pairs import GainStatistics, Pairs
+from perplexit.igf.scores import score_predictions
 
 LearnerKind = Literal["ridge", "cnn"]
 PENALTIES = tuple(float(p) for p in np.geomspace(0.3, 3000, 17))
-
-
-@dataclass(frozen=True, slots=True)
-class LearnerScores:
-    """How well predictions match on contexts of articles that were not learnt from.
-
-    mse, mse_of_mean: of the z-score; the second predicts the mean of the fitted pairs for all.
-    r2:        1 - mse / mse_of_mean.
-    spearman:  rank correlation; None where predictions do not vary.
-    precision: of the contexts predicted at or above `threshold`, the share that really are;
-               None where none is. base_rate: that share among all. accepted: how many are accepted.
-    """
-
-    num_pairs: int
-    num_articles: int
-    mse: float
-    mse_of_mean: float
-    r2: float
-    spearman: float | None
-    threshold: float
-    accepted: float
-    precision: float | None
-    base_rate: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The scores as JSON values."""
-        return asdict(self)
-
-
-def score_predictions(
-    predicted_N: NDArray[np.float64],
-    true_N: NDArray[np.float64],
-    *,
-    threshold: float = 1.0,
-    fitted_mean: float = 0.0,
-    num_articles: int = 0,
-) -> LearnerScores:
-    """The scores of predicted against true z-scores."""
-    mse = float(((predicted_N - true_N) ** 2).mean())
-    mse_of_mean = float(((fitted_mean - true_N) ** 2).mean())
-    varies = len(true_N) > 2 and np.ptp(predicted_N) > 0 and np.ptp(true_N) > 0
-    accepted = predicted_N >= threshold
-    return LearnerScores(
-        num_pairs=len(true_N),
-        num_articles=num_articles,
-        mse=mse,
-        mse_of_mean=mse_of_mean,
-        r2=1 - mse / mse_of_mean if mse_of_mean > 0 else 0.0,
-        spearman=float(stats.spearmanr(predicted_N, true_N).statistic) if varies else None,
-        threshold=threshold,
-        accepted=float(accepted.mean()),
-        precision=float((true_N[accepted] >= threshold).mean()) if accepted.any() else None,
-        base_rate=float((true_N >= threshold).mean()),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +129,7 @@ def _record(  # noqa: PLR0917 - the pieces of one record
         learner.predict(pairs.ids_NT[parts.report]),
         z_N[parts.report],
         threshold=threshold,
-        num_articles=len(np.unique(pairs.article_N[parts.report])),
+        article_N=pairs.article_N[parts.report],
     )
     return {
         "statistics": asdict(statistics),

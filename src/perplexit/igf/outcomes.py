@@ -5,7 +5,7 @@ of perplexities.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,15 +38,18 @@ def summarise(records: Records, *, confidence: float = 0.95) -> dict[str, Any]:
     return {"reference": reference, "methods": methods, "comparisons": rows}
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down adjusted p-values: family-wise error is held, whatever their dependence."""
-    order = np.argsort(p_values, kind="stable")
-    adjusted = np.empty(len(p_values))
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down adjusted p-values: family-wise error is held, whatever their dependence.
+
+    A p-value that is not known (None) stays so, and counts as a test all the same.
+    """
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, (len(p_values) - rank) * p_values[index])
+    for rank, (p, index) in enumerate(known):
+        highest = max(highest, (len(p_values) - rank) * p)
         adjusted[index] = min(1.0, highest)
-    return [float(p) for p in adjusted]
+    return adjusted
 
 
 def median_interval(
@@ -54,8 +57,11 @@ def median_interval(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Percentile-bootstrap interval of the median over seeds, at each point: two arrays [P].
 
-    S = seeds, P = points of the curve. The resamples follow from a fixed seed.
+    S = seeds, P = points of the curve. The resamples follow from a fixed seed. One seed has no
+    interval: NaN at each point.
     """
+    if len(values_SP) < 2:
+        return (np.full(values_SP.shape[1], np.nan),) * 2
     random = np.random.default_rng(20210801)
     rows = random.integers(0, len(values_SP), (_RESAMPLES, len(values_SP)))
     medians = np.median(values_SP[rows], axis=1)
@@ -74,8 +80,8 @@ def _method(runs: Mapping[int, Mapping[str, Any]], confidence: float) -> dict[st
         "num_seeds": len(ordered),
         "steps": list(ordered[0]["steps"]),
         "median_perplexity": [float(x) for x in np.exp(np.median(loss_SP, axis=0))],
-        "low_perplexity": [float(x) for x in np.exp(low)],
-        "high_perplexity": [float(x) for x in np.exp(high)],
+        "low_perplexity": [None if math.isnan(x) else math.exp(x) for x in low],
+        "high_perplexity": [None if math.isnan(x) else math.exp(x) for x in high],
         "final_perplexities": {str(s): math.exp(runs[s]["test_loss"][-1]) for s in sorted(runs)},
         "acceptance": context_tokens,
         **tokens,
@@ -122,12 +128,15 @@ def _mean_interval(values: NDArray[np.float64], confidence: float) -> tuple[floa
     return mean, mean - reach, mean + reach
 
 
-def _p(test: Any, differences: NDArray[np.float64]) -> float:
+def _p(test: Any, differences: NDArray[np.float64]) -> float | None:
+    """The test's p-value; None where it is not known, as for seeds that all differ alike."""
     if not np.any(differences):
         return 1.0  # no difference at all: both tests would divide zero by zero
+    if test is stats.ttest_rel and np.ptp(differences) == 0:
+        return None  # without spread there is no standard error to hold the difference against
     arguments = (differences, np.zeros_like(differences))
     found = test(*arguments) if test is stats.ttest_rel else test(differences)
-    return float(found.pvalue) if math.isfinite(found.pvalue) else 0.0
+    return float(found.pvalue) if math.isfinite(found.pvalue) else None
 
 
 def _steps_to(

@@ -8,7 +8,7 @@ Either way the bytes of a document's tokens sum to the bytes of the document.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +29,8 @@ class EncodedBatch:
     ids:             int32 [n].
     document_starts: int64 [D + 1], where each document's ids begin.
     byte_starts:     int64 [n + 1], where each token's bytes begin in `text_bytes`.
-    num_words:       int64 [n], words (as str.split() finds them) that begin in each token.
+    num_words:       int64 [n], words that begin in each token: as str.split() finds them, or as
+                     the protocol's tool counts them (`with_split_words`).
     text_bytes:      the UTF-8 of all documents.
     """
 
@@ -59,6 +60,20 @@ class EncodedBatch:
         text_starts = _starts(np.fromiter(map(len, texts_utf8), np.int64, len(texts_utf8)))
         before = _words_before(text_bytes, text_starts[:-1])
         return cls(ids, document_starts, byte_starts, np.diff(before[byte_starts]), text_bytes)
+
+    def with_split_words(self) -> "EncodedBatch":
+        r"""Return the batch with its words counted as `len(re.split(r"\s+", document))` does.
+
+        That is a word more where a document begins with white space, and one where it ends with it:
+        the empty strings on the far side. They are counted in the first and the last token.
+        """
+        text_starts = self.byte_starts[self.document_starts]
+        space = white_space(self.text_bytes)
+        words = word_starts(self.text_bytes, text_starts[:-1]).astype(np.int64)
+        filled_D = np.diff(text_starts) > 0
+        for ends_D in (text_starts[:-1][filled_D], text_starts[1:][filled_D] - 1):
+            np.add.at(words, ends_D[space[ends_D]], 1)
+        return replace(self, num_words=np.diff(_starts(words)[self.byte_starts]))
 
     @classmethod
     def without_text(cls, ids: NDArray[np.int32], ids_per_document: ArrayLike) -> "EncodedBatch":

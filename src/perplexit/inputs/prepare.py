@@ -3,6 +3,7 @@
 Shape suffixes: D = documents.
 """
 
+import re
 import shutil
 import weakref
 from collections import deque
@@ -127,6 +128,8 @@ class _Preparation:
         self.domains: dict[str, int] = {}
         self.num_special = 0
         self.num_own_bos = 0
+        self.splits_words = PROTOCOLS[plan.name].words == "pieces"
+        self.without_tokens = {"num_bytes": 0, "num_words": 0}
 
     def choose(self, batch: Sequence[Document]) -> _Numbered:
         """The documents that have text, with their numbers in the corpus; others are counted."""
@@ -138,7 +141,8 @@ class _Preparation:
         """The tokens of documents. It counts nothing, so that it may run in another thread."""
         texts = [(document.prompt or "") + (document.text or "") for _, document in kept]
         names = [d.origin if d.source_file else f"document {number}" for number, d in kept]
-        return self.tokenizer.encode_batch(texts, names=names)
+        encoded = self.tokenizer.encode_batch(texts, names=names)
+        return encoded.with_split_words() if self.splits_words else encoded
 
     def add(self, kept: _Numbered, encoded: EncodedBatch) -> None:
         """Write the documents that have tokens."""
@@ -158,6 +162,7 @@ class _Preparation:
                 + (f" ({reasons})." if reasons else ".")
                 + " Give at least one document that is not empty."
             )
+        counted = self.without_tokens
         return {
             "protocol": self.plan.to_json(),
             "tokenizer": self.tokenizer.to_json(),
@@ -167,6 +172,7 @@ class _Preparation:
                 "skipped": {reason: vars(entry) for reason, entry in self._reasons()},
                 "num_special_tokens": self.num_special,
                 "num_documents_with_own_bos": self.num_own_bos,
+                **({"without_tokens": counted} if any(counted.values()) else {}),
             },
         }
 
@@ -184,6 +190,10 @@ class _Preparation:
         entry.add(number)
         if entry.count <= _NUM_EXAMPLES:
             self.writer.sources.skip(reason, document)
+        if self.splits_words and document.text is not None:
+            # what the protocol's tool counts of a document in which nothing can be scored
+            self.without_tokens["num_bytes"] += len(document.text.encode())
+            self.without_tokens["num_words"] += len(re.split(r"\s+", document.text))
 
     def _write(self, encoded: EncodedBatch, kept: Sequence[Document]) -> None:
         first_D = encoded.ids[encoded.document_starts[:-1]]

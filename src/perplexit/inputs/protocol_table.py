@@ -27,6 +27,7 @@ from perplexit.inputs.windows import (
 )
 
 Aggregate = Literal["tokens", "window-means", "hf-guide", "window-perplexities"]
+Words = Literal["runs", "pieces"]
 Prefix = Literal["tokenizer", "bos", "bos-or-eos"]
 
 BLANK_LINE = "\n\n"
@@ -51,7 +52,7 @@ Generator = Callable[[NDArray[np.int64], WindowOptions], WindowArray]
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """One named way to cut text into windows.
+    r"""One named way to cut text into windows.
 
     joined_with:  the string between documents where they become one; None: windows never cross.
     max_length:   the default; None: a window is as long as its document.
@@ -63,6 +64,9 @@ class Protocol:
     aggregate:    how the tool it is named after turns losses into its perplexity.
     scores_repeatedly: a target where windows overlap counts once in each of them.
     beyond_max_length: ids that its longest window feeds beyond max_length.
+    words:        what a word is: "runs" of characters that are no white space, as `str.split()`
+                  finds them, or the "pieces" of `re.split(r"\s+", text)`, which are more by one
+                  for white space at a text's beginning and one for white space at its end.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Protocol:
     aggregate: Aggregate = "tokens"
     scores_repeatedly: bool = False
     beyond_max_length: int = 0
+    words: Words = "runs"
 
 
 def _half(max_length: int) -> int:
@@ -169,7 +174,7 @@ _TOOLS = (
     ),
     Protocol(
         name="lm-eval",
-        version=1,
+        version=2,  # version 1 counted words as all other protocols do
         summary="lm-evaluation-harness: rolling windows, a prefix token before each document",
         generate=lambda lengths_D, options: lm_eval_windows(
             lengths_D, **options.given("max_length", "bos_id")
@@ -178,6 +183,7 @@ _TOOLS = (
         bos=("first",),
         prefix="bos-or-eos",
         beyond_max_length=1,
+        words="pieces",
     ),
     Protocol(
         name="llama-cpp",

@@ -123,22 +123,38 @@ def protocol_perplexity(
     overlap. Sums are float64; `protocol` is the spec's entry, `window_N` the window of each token.
     Raises EmptyScoreError without a scored token.
     """
+    sum_W, weight_W = protocol_sums(protocol, nll_N, window_N)
+    mean = float(sum_W.sum() / weight_W.sum())
+    if protocol["aggregate"] == "window-perplexities":
+        return mean
+    with np.errstate(over="ignore"):
+        return float(np.exp(mean))
+
+
+def protocol_sums(
+    protocol: Mapping[str, Any], nll_N: NDArray[np.floating], window_N: NDArray[np.integer]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return (a sum, its weight) for each window with a scored token: [W] each.
+
+    Their ratio over all windows is the mean that `protocol_perplexity` takes exp of; for
+    `window-perplexities` it is the figure itself.
+    Raises EmptyScoreError without a scored token.
+    """
     if not len(nll_N):
         raise EmptyScoreError("No token was scored, so there is no perplexity to compute.")
-    nll = np.asarray(nll_N, dtype=np.float64)
     aggregate: Aggregate = protocol["aggregate"]
-    with np.errstate(over="ignore"):
-        if aggregate == "tokens":
-            return float(np.exp(nll.mean()))
-        _, row_N, count_W = np.unique(window_N, return_inverse=True, return_counts=True)
-        mean_W = np.bincount(row_N, weights=nll) / count_W
-        if aggregate == "window-perplexities":
-            return float(np.exp(mean_W).mean())
-        weight_W = np.ones(len(count_W))
-        if aggregate == "hf-guide":
-            overlapping = protocol["stride"] < protocol["max_length"]
-            weight_W = count_W - (overlapping & (np.arange(len(count_W)) > 0))
-        return float(np.exp(np.average(mean_W, weights=weight_W)))
+    _, row_N, count_W = np.unique(window_N, return_inverse=True, return_counts=True)
+    sum_W = np.bincount(row_N, weights=np.asarray(nll_N, np.float64)).astype(np.float64)
+    if aggregate == "tokens":
+        return sum_W, count_W.astype(np.float64)
+    mean_W, weight_W = sum_W / count_W, np.ones(len(count_W))
+    if aggregate == "window-perplexities":
+        with np.errstate(over="ignore"):
+            return np.exp(mean_W), weight_W
+    if aggregate == "hf-guide":
+        overlapping = protocol["stride"] < protocol["max_length"]
+        weight_W = count_W - 1.0 * (overlapping & (np.arange(len(count_W)) > 0))
+    return mean_W * weight_W, weight_W
 
 
 def _resolve_stride(protocol: Protocol, stride: int | None, max_length: int | None) -> int | None:

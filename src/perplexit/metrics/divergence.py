@@ -3,6 +3,7 @@
 Shape suffix: M = scored tokens, in window order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,14 +37,22 @@ class Distribution:
         return dict(self.percentiles)[50.0]
 
 
+IntervalOf = Callable[[NDArray[np.floating], Clusters, float], Estimate]
+
+
 def distribution(
-    values_M: NDArray[np.floating], clusters: Clusters, confidence: float = 0.95
+    values_M: NDArray[np.floating],
+    clusters: Clusters,
+    confidence: float = 0.95,
+    *,
+    interval_of: IntervalOf = mean_interval,
 ) -> Distribution:
     """The distribution of a per-token figure (KL, Δp, agreement) over the scored tokens.
 
+    interval_of: how the mean is estimated: `share_interval`, for example.
     Raises EmptyScoreError without tokens, NonFiniteError where a value is NaN or infinite.
     """
-    interval = mean_interval(values_M, clusters, confidence)
+    interval = interval_of(values_M, clusters, confidence)
     values = values_M.astype(np.float64)
     found = np.percentile(values, PERCENTILES, method="inverted_cdf")
     return Distribution(

@@ -5,6 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 
+def counted(count: int | None, unit: str) -> str:
+    """`1 cluster`, `24 clusters`; a dash for the number where it is unknown."""
+    number = "-" if count is None else f"{count:,}"
+    return f"{number} {unit}{'' if count == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A figure, the ends of its confidence interval, and where they come from.
@@ -42,8 +48,8 @@ class Estimate:
         """What the interval rests on: `95 %, 24 clusters: document`; empty without an interval."""
         if not self.has_interval or self.confidence is None:
             return ""
-        plural = "" if self.num_clusters == 1 else "s"
-        return f"{100 * self.confidence:g} %, {self.num_clusters} cluster{plural}: {self.method}"
+        found = counted(self.num_clusters, "cluster")
+        return f"{100 * self.confidence:g} %, {found}: {self.method}"
 
     def mapped(self, function: Callable[[float], float]) -> "Estimate":
         """Return the estimate of `function(figure)`, for an increasing function such as exp.

@@ -5,16 +5,18 @@ Shape suffixes: M = scored tokens of a run, in window order; C = clusters; Q = c
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from perplexit.errors import EmptyScoreError, UsageError
-from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.estimate import Estimate, counted
 from perplexit.metrics.totals import require_finite
 
 MIN_DOCUMENTS = 20  # fewer documents than this are too few clusters to trust
+MIN_CLUSTERS = 4  # fewer say next to nothing: two give 12.7 standard errors on either side
 # Measured: docs/decisions, on intervals. Losses of real text drift over some hundred tokens; blocks
 # need only be short against that, since the cosines over them leave out what is faster.
 BLOCK_TOKENS = 500
@@ -32,6 +34,12 @@ class Clusters:
     labels: NDArray[np.int64]
     method: str  # "document" or "window-block"
     num_clusters: int
+
+    def sums(self, values_M: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the sum of `values_M` in each cluster: [C], float64."""
+        return np.bincount(
+            self.labels, weights=values_M.astype(np.float64), minlength=self.num_clusters
+        ).astype(np.float64)
 
 
 def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer]) -> Clusters:
@@ -54,6 +62,21 @@ def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer])
     max_blocks = min(MAX_BLOCKS, max(MIN_BLOCKS, len(window_M) // BLOCK_TOKENS))
     block_index = _blocks(_dense(window_M), max_blocks)
     return Clusters(block_index, WINDOW_BLOCK, _count(block_index))
+
+
+def clusters_within(
+    clusters: Clusters, rows_K: NDArray[np.integer], window_M: NDArray[np.integer]
+) -> Clusters:
+    """Return the clusters of the tokens `rows_K` alone: those of one domain, for example.
+
+    Documents stay documents where the part has at least 4 of them; what has fewer, or was in blocks
+    before, is cut into blocks of its own windows.
+    """
+    labels = _dense(clusters.labels[rows_K])
+    if clusters.method == DOCUMENT and _count(labels) >= MIN_CLUSTERS:
+        return Clusters(labels, DOCUMENT, _count(labels))
+    window_K = window_M[rows_K]
+    return clusters_for(np.zeros_like(window_K), window_K)
 
 
 def mean_interval(
@@ -85,7 +108,7 @@ def mean_interval(
     Sources: Cochran, Sampling Techniques, ch. 6 (the ratio); Bell & McCaffrey 2002 (CR3); Carter,
     Schnepel & Steigerwald 2017 (effective number of clusters); Müller 2007 and Lazarus, Lewis,
     Stock & Watson 2018 (cosines and Student's t); coverage: docs/decisions.
-    Below two clusters there is no interval, and the reason is given.
+    Below four clusters there is no interval, and the reason is given.
     Raises EmptyScoreError without tokens, NonFiniteError for NaN or infinite values.
     """
     _check_confidence(confidence)
@@ -97,11 +120,8 @@ def mean_interval(
             "give the clusters of the same tokens"
         )
     require_finite(nll_M)
-    labels, num_clusters = clusters.labels, clusters.num_clusters
-    counts_C = np.bincount(labels, minlength=num_clusters)
-    sums_C = np.zeros(num_clusters)
-    np.add.at(sums_C, labels, nll_M.astype(np.float64))
-    return ratio_interval(sums_C, counts_C, clusters.method, confidence)
+    counts_C = np.bincount(clusters.labels, minlength=clusters.num_clusters)
+    return ratio_interval(clusters.sums(nll_M), counts_C, clusters.method, confidence)
 
 
 def paired_interval(
@@ -137,8 +157,8 @@ def ratio_interval(
     """
     num_clusters, num_tokens = len(counts_C), float(counts_C.sum())
     mean = float(sums_C.sum() / num_tokens)
-    if num_clusters < 2:
-        reason = f"no interval: {num_clusters} cluster ({method}), and at least 2 are needed"
+    reason = _why_no_interval(counts_C, method)
+    if reason is not None:
         return Estimate(mean, None, None, method, num_clusters, confidence, reason=reason)
     residuals_C = (sums_C - mean * counts_C) / num_tokens
     estimate = _slow_variance if method == WINDOW_BLOCK else _jackknife_variance
@@ -148,6 +168,17 @@ def ratio_interval(
     return Estimate(
         mean, mean - half, mean + half, method, num_clusters, confidence, error, degrees
     )
+
+
+def _why_no_interval(counts_C: NDArray[np.int64] | NDArray[np.float64], method: str) -> str | None:
+    unit = "window" if method == WINDOW_BLOCK else method
+    found = int(np.count_nonzero(counts_C))
+    if found < MIN_CLUSTERS:
+        return (
+            f"too little text for an interval: {counted(found, unit)}, and at least "
+            f"{MIN_CLUSTERS} are needed"
+        )
+    return None
 
 
 def _jackknife_variance(
@@ -167,8 +198,9 @@ def _slow_variance(
 
     Under independent tokens each projection has exactly the variance of the mean.
     """
-    kept_C = share_C > 0
-    residuals_C, share_C = residuals_C[kept_C], share_C[kept_C]
+    kept_C = np.flatnonzero(share_C > 0)  # a block without a word, say: its losses go to the last
+    residuals_C = np.add.reduceat(residuals_C, np.r_[0, kept_C[1:]])
+    share_C = share_C[kept_C]
     num_blocks = len(share_C)
     num_cosines = max(1, min(max(MIN_COSINES, num_blocks // BLOCKS_A_COSINE), num_blocks - 1))
     place_C = np.cumsum(share_C) - share_C / 2
@@ -182,10 +214,18 @@ def _slow_variance(
 
 
 def _blocks(window_index_M: NDArray[np.int64], max_blocks: int) -> NDArray[np.int64]:
-    """A block index for each token: contiguous windows, cut where the token counts are even."""
+    """A block index for each token: contiguous windows, cut where the token counts are even.
+
+    Few windows are a block each. Where one window holds nearly everything, the others keep blocks
+    of their own: cut where the numbers of windows are even.
+    """
     counts = np.bincount(window_index_M)
+    if len(counts) <= max_blocks:
+        return window_index_M
     middles = np.cumsum(counts) - counts / 2
-    block_of_window = np.floor(middles * min(max_blocks, len(counts)) / max(counts.sum(), 1))
+    block_of_window = np.floor(middles * max_blocks / counts.sum())
+    if len(np.unique(block_of_window)) < MIN_CLUSTERS:
+        block_of_window = np.arange(len(counts)) * max_blocks // len(counts)
     return _dense(block_of_window.astype(np.int64)[window_index_M])
 
 

@@ -110,25 +110,11 @@ class ScoredTokens(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GroupLikelihood:
-    """One document's or domain's totals, and the perplexity of those tokens alone."""
+    """One document's totals, and the perplexity of those tokens alone."""
 
     name: str
     totals: NllTotals
     perplexity: float
-
-
-@dataclass(frozen=True, slots=True)
-class DomainTable:
-    """A row a domain, and the figure that gives every domain the same weight.
-
-    macro_average_perplexity: `exp(mean over domains of the domain's mean nll)`, the geometric mean
-        of the domains' perplexities. The arithmetic mean of perplexities is dominated by the
-        hardest domain, so it is not offered. Weighing domains alike, whatever their length, is
-        what Paloma does (Magnusson et al. 2024, arXiv:2312.10523).
-    """
-
-    rows: tuple[GroupLikelihood, ...]
-    macro_average_perplexity: float
 
 
 def group_totals(
@@ -142,22 +128,26 @@ def group_totals(
     Raises NonFiniteError where a loss is NaN or infinite.
     """
     require_finite(nll_M)
-    if len(nll_M) == 0:
+    return {
+        group: NllTotals(
+            exact_sum(nll_M[rows]),
+            len(rows),
+            int(num_bytes_M[rows].sum(dtype=np.int64)),
+            int(num_words_M[rows].sum(dtype=np.int64)),
+        )
+        for group, rows in group_rows(group_M).items()
+    }
+
+
+def group_rows(group_M: NDArray[np.integer]) -> dict[int, NDArray[np.int64]]:
+    """Return the rows of each group, in order, by its index, in increasing order."""
+    if len(group_M) == 0:
         return {}
     order = np.argsort(group_M, kind="stable")
     group = group_M[order]
     starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
-    stops = np.r_[starts[1:], len(group)]
-    nll, num_bytes, num_words = nll_M[order], num_bytes_M[order], num_words_M[order]
-    return {
-        int(group[start]): NllTotals(
-            exact_sum(nll[start:stop]),
-            int(stop - start),
-            int(num_bytes[start:stop].sum(dtype=np.int64)),
-            int(num_words[start:stop].sum(dtype=np.int64)),
-        )
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
-    }
+    pieces = np.split(order, starts[1:])
+    return dict(zip(group[starts].tolist(), pieces, strict=True))
 
 
 def per_document(tokens: ScoredTokens) -> tuple[GroupLikelihood, ...]:
@@ -169,27 +159,12 @@ def per_document(tokens: ScoredTokens) -> tuple[GroupLikelihood, ...]:
     )
 
 
-def per_domain(tokens: ScoredTokens) -> DomainTable | None:
-    """A row a domain with at least one scored token; None where no scored token has a domain.
-
-    Tokens of documents without a domain (-1) are in no row.
-    """
-    if tokens.domain is None:
-        return None
-    by_domain = group_totals(tokens.domain, tokens.nll, tokens.num_bytes, tokens.num_words)
-    by_domain.pop(-1, None)
-    if not by_domain:
-        return None
-    rows = tuple(
-        GroupLikelihood(tokens.domains[code], totals, perplexity(totals))
-        for code, totals in by_domain.items()
-    )
-    return DomainTable(rows, macro_average_perplexity([row.totals for row in rows]))
-
-
 def macro_average_perplexity(groups: Sequence[NllTotals]) -> float:
     """`exp(mean over groups of nll_sum / num_tokens)`: each group weighs the same.
 
+    It is the geometric mean of the groups' perplexities (the arithmetic one is dominated by the
+    hardest group). Weighing domains alike, whatever their length, is what Paloma does (Magnusson
+    et al. 2024, arXiv:2312.10523).
     Raises EmptyScoreError where there is no group, or one without a scored token.
     """
     return exp_or_inf(_divide(math.fsum(mean_nll(group) for group in groups), len(groups), "group"))

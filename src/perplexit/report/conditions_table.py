@@ -1,9 +1,11 @@
 """The conditions of each run as a table, and what a reader must be told about them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from perplexit.comparison.digits import DASH
+from perplexit.metrics.estimate import counted
 from perplexit.report.subject import Subject
 from perplexit.report.wording import mebibytes
 from perplexit.runs.run import Run
@@ -33,7 +35,7 @@ def notes_of(subject: Subject) -> list[str]:
     said: dict[str, list[str]] = {}
     for label, run in zip(subject.labels, subject.runs, strict=True):
         notes = [*run.warnings]
-        notes += [f"{name} is missing: {why}" for name, why in run.reasons.items()]
+        notes += _missing(run.reasons)
         if run.num_non_finite:
             notes.append(f"{run.num_non_finite} tokens had no finite loss and are left out")
         for note in notes:
@@ -42,6 +44,24 @@ def notes_of(subject: Subject) -> list[str]:
         for note in comparison.warnings:
             said.setdefault(note, []).append(label)
     return [f"{', '.join(dict.fromkeys(labels))}: {note}" for note, labels in said.items()]
+
+
+def _missing(reasons: Mapping[str, str]) -> list[str]:
+    """One note for each reason, with every figure or interval that it leaves out."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        figure = name.removesuffix("_low").removesuffix("_high")
+        said = figure if figure in reasons else f"the interval of {figure}"
+        if said not in names.setdefault(why, []):
+            names[why].append(said)
+    return [f"missing: {', '.join(said)} ({why})" for why, said in names.items()]
+
+
+def _interval(run: Run, confidence: float) -> str:
+    if run.perplexity_low is None:
+        return "none"
+    clusters = counted(run.num_clusters, "cluster")
+    return f"{100 * confidence:g} %, {clusters} ({run.interval_method})"
 
 
 def _of(run: Run, confidence: float) -> dict[str, str]:
@@ -71,8 +91,10 @@ def _of(run: Run, confidence: float) -> dict[str, str]:
             for key, value in protocol.items()
             if key != "name" and value not in (None, "", -1)
         ),
-        "interval": f"{100 * confidence:g} %, {run.num_clusters} clusters ({run.interval_method})",
-        "tokens scored": f"{run.num_tokens or 0:,} in {run.num_windows:,} windows",
+        "interval": _interval(run, confidence),
+        "tokens scored": (
+            f"{counted(run.num_tokens, 'token')} in {counted(run.num_windows, 'window')}"
+        ),
         "text": run.text_fingerprint[:16] or DASH,
         "tokenizer": run.tokenizer_fingerprint[:16],
         "input": run.input_fingerprint[:16],

@@ -10,6 +10,7 @@ from typing import Any
 from perplexit.comparison.digits import DASH, figure, interval
 from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, MethodOutcome, PairedOutcome
+from perplexit.igf.scores import doubt_about
 from perplexit.report.charts import Chart
 from perplexit.report.experiment_charts import (
     LARGEST_NUMBER_OF_METHODS,
@@ -109,6 +110,9 @@ def _notes(experiment: Experiment) -> tuple[str, ...]:
         )
     if labelling_seconds(experiment) is None and any(m.needs_labels for m in experiment.methods):
         notes.append("What the labels cost was not recorded, so it is in no figure here.")
+    doubt = doubt_about(_part(_part(experiment.document, "learner"), "scores"))
+    if doubt is not None:
+        notes.append(doubt)
     return tuple(notes)
 
 
@@ -218,5 +222,7 @@ def _said(document: Mapping[str, Any], key: str) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return "not known"
     return "< 1e-15" if value < 1e-15 else f"{value:.2g}"

@@ -184,5 +184,5 @@ def _costs_spec(rows: Sequence[Row], names: Sequence[str]) -> Spec:
     }
 
 
-def _with_interval(value: float, low: float, high: float) -> str:
-    return f"{figure(value, low, high)} {interval(low, high)}"
+def _with_interval(value: float, low: float | None, high: float | None) -> str:
+    return f"{figure(value, low, high)} {interval(low, high)}".rstrip()

@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -13,12 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import EmptyScoreError
-from perplexit.inputs.protocols import protocol_perplexity
+from perplexit.inputs.protocols import protocol_perplexity, protocol_sums
 from perplexit.metrics import likelihood
-from perplexit.metrics.intervals import clusters_for, mean_interval
+from perplexit.metrics.bounded import averaged, positive_interval
+from perplexit.metrics.estimate import Estimate, counted
+from perplexit.metrics.intervals import (
+    MIN_CLUSTERS,
+    Clusters,
+    clusters_for,
+    clusters_within,
+    ratio_interval,
+)
+from perplexit.metrics.text_units import mean_loss, unit_estimates
 from perplexit.metrics.totals import NllTotals, finite_mask
 from perplexit.runs.run_tokens import RunTokens
 
+DRIFT = 3.0  # variance of means of real text over that of independent tokens: decision 5
 NO_TEXT = "the input holds ids without text (it was imported as plain id lines)"
 
 
@@ -27,12 +37,13 @@ def figures_of(
     *,
     confidence: float,
     on_non_finite: str,
-    protocol: Mapping[str, Any],
+    spec: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The fields of `run.json` that follow from the scored tokens, `reasons` for the null ones.
 
-    protocol: the input spec's entry; where its tool averages in another way, that tool's figure is
-        reported as `protocol_perplexity`.
+    spec: of the input. Where its protocol's tool averages in another way, that tool's figure is
+        reported as `protocol_perplexity`; where it counts documents without a token (lm-eval), the
+        words and bytes are those that the tool divides by.
     Raises NonFiniteError under the policy "error", EmptyScoreError where nothing finite is left.
     """
     keep, num_non_finite = finite_mask(
@@ -48,98 +59,148 @@ def figures_of(
             f"expected at least one scored token, got 0 of {len(tokens)} with a finite loss; "
             "score in a wider dtype, or look at the model"
         )
+    protocol = spec["protocol"]
+    beyond = spec.get("corpus", {}).get("without_tokens", {})
+    totals = NllTotals.of(scored.nll, scored.num_bytes, scored.num_words) + NllTotals(**beyond)
+    clusters = clusters_for(scored.document, scored.window)
     has_text = scored.token_bytes is not None
-    totals = NllTotals.of(scored.nll, scored.num_bytes, scored.num_words)
-    figures = _Figures()
-    figures.set("perplexity", likelihood.perplexity(totals))
+    figures = _Figures(reason=_too_little_text(scored, clusters, protocol))
     figures.record |= {
         "nll_sum": totals.nll_sum,
         "num_tokens": totals.num_tokens,
         "num_bytes": totals.num_bytes if has_text else None,
         "num_words": totals.num_words if has_text else None,
         "num_non_finite": num_non_finite,
+        "interval_method": clusters.method,
+        "num_clusters": clusters.num_clusters,
+        "confidence": confidence,
     }
-    _add_intervals(figures, scored, totals, confidence, has_text)
-    _add_text_units(figures, totals, has_text)
-    _add_protocol_perplexity(figures, scored, protocol)
-    _add_tables(figures, scored)
+    figures.set_units(scored, totals, clusters, confidence)
+    _add_protocol_perplexity(figures, scored, clusters, confidence, protocol)
+    _add_domains(figures, scored, clusters, confidence)
+    figures.record["loss_by_position"] = [
+        asdict(bucket) for bucket in likelihood.loss_by_position(scored.position, scored.nll)
+    ]
     return figures.record
 
 
 class _Figures:
-    """A record in the making: a figure that is not finite becomes null with its reason."""
+    """A record in the making: a figure that is not finite becomes null with its reason.
 
-    def __init__(self) -> None:
+    reason: why no figure of these tokens has an interval; None where they can have one.
+    """
+
+    def __init__(self, reason: str | None = None) -> None:
         self.record: dict[str, Any] = {"reasons": {}}
+        self._reason = reason
 
-    def set(self, name: str, value: float | None, reason: str | None = None) -> None:
+    def set(self, name: str, found: Estimate | str) -> None:
+        """Enter a figure as `name`, `name_low` and `name_high`; a sentence says why it has none."""
+        estimate = Estimate(math.nan, reason=found) if isinstance(found, str) else found
+        missing = found if isinstance(found, str) else None
+        why_no_end = missing or self._reason or estimate.reason
+        self._set(name, estimate.value, missing)
+        self._set(f"{name}_low", estimate.low, why_no_end)
+        self._set(f"{name}_high", estimate.high, why_no_end)
+
+    def set_units(
+        self, tokens: RunTokens, totals: NllTotals, clusters: Clusters, confidence: float
+    ) -> None:
+        """Enter the figures for each token, byte and word."""
+        for name, found in unit_estimates(tokens, totals, clusters, confidence).items():
+            without_text = tokens.token_bytes is None and name != "perplexity"
+            self.set(name, NO_TEXT if without_text else found)
+
+    def _set(self, name: str, value: float | None, reason: str | None) -> None:
         finite, why = likelihood.json_figure(name, value)
         self.record[name] = finite
         if why is not None:
             self.record["reasons"][name] = reason or why
 
 
-def _add_intervals(
-    figures: _Figures, scored: RunTokens, totals: NllTotals, confidence: float, has_text: bool
-) -> None:
-    interval = mean_interval(scored.nll, clusters_for(scored.document, scored.window), confidence)
-    figures.record |= {
-        "interval_method": interval.method,
-        "num_clusters": interval.num_clusters,
-        "confidence": confidence,
-    }
-    bits_per_nat_of_mean = (
-        totals.num_tokens / totals.num_bytes / math.log(2)
-        if has_text and totals.num_bytes
-        else None
+def _too_little_text(
+    scored: RunTokens, clusters: Clusters, protocol: Mapping[str, Any]
+) -> str | None:
+    """The sentence for a run whose figures cannot have an interval, with how much would do.
+
+    Enough are four windows, and as many tokens as bring the perplexity to ± 10 % if their losses
+    vary as these do, times the drift of real text (docs/decisions/0005).
+    """
+    if clusters.num_clusters >= MIN_CLUSTERS:
+        return None
+    num_tokens, num_windows = len(scored), len(np.unique(scored.window))
+    spread = float(scored.nll.astype(np.float64).std())
+    enough = DRIFT * (1.96 * spread / math.log(1.1)) ** 2
+    length = protocol.get("max_length")
+    if length is None:
+        enough = max(enough, MIN_CLUSTERS * num_tokens / num_windows)
+    else:
+        stride = protocol.get("stride")
+        enough = max(enough, length + (MIN_CLUSTERS - 1) * (length if stride is None else stride))
+    digits = 10 ** max(0, math.floor(math.log10(enough)) - 1)
+    return (
+        f"too few tokens for an interval: {counted(num_tokens, 'token')} in "
+        f"{counted(num_windows, 'window')}, and at least {MIN_CLUSTERS} "
+        f"windows are needed; about {math.ceil(enough / digits) * digits:,} tokens would give the "
+        "perplexity to about ± 10 %"
     )
-    for side, bound in (("low", interval.low), ("high", interval.high)):
-        ppl = None if bound is None else likelihood.exp_or_inf(bound)
-        figures.set(f"perplexity_{side}", ppl, interval.reason)
-        bits = (
-            None if bound is None or bits_per_nat_of_mean is None else bound * bits_per_nat_of_mean
-        )
-        figures.set(f"bits_per_byte_{side}", bits, interval.reason if has_text else NO_TEXT)
-
-
-def _add_text_units(figures: _Figures, totals: NllTotals, has_text: bool) -> None:
-    units: Mapping[str, Callable[[NllTotals], float]] = {
-        "bits_per_byte": likelihood.bits_per_byte,
-        "byte_perplexity": likelihood.byte_perplexity,
-        "word_perplexity": likelihood.word_perplexity,
-    }
-    for name, metric in units.items():
-        try:
-            figures.set(name, metric(totals), None if has_text else NO_TEXT)
-        except EmptyScoreError as error:
-            figures.set(name, None, str(error) if has_text else NO_TEXT)
 
 
 def _add_protocol_perplexity(
-    figures: _Figures, scored: RunTokens, protocol: Mapping[str, Any]
+    figures: _Figures,
+    scored: RunTokens,
+    clusters: Clusters,
+    confidence: float,
+    protocol: Mapping[str, Any],
 ) -> None:
-    figures.record["protocol_perplexity"] = None
-    if protocol.get("aggregate", "tokens") != "tokens":
-        value = protocol_perplexity(protocol, scored.nll, scored.window)
-        figures.set("protocol_perplexity", value)
+    aggregate = protocol.get("aggregate", "tokens")
+    if aggregate == "tokens":
+        ends = ("", "_low", "_high")
+        figures.record |= {f"protocol_perplexity{end}": None for end in ends}
+        return
+    sum_W, weight_W = protocol_sums(protocol, scored.nll, scored.window)
+    labels_W = clusters.labels[np.unique(scored.window, return_index=True)[1]]
+    of_windows = Clusters(labels_W, clusters.method, clusters.num_clusters)
+    sums_C, weights_C = of_windows.sums(sum_W), of_windows.sums(weight_W)
+    value = protocol_perplexity(protocol, scored.nll, scored.window)
+    if not math.isfinite(value):
+        found = Estimate(value, reason="protocol_perplexity has no interval: it overflows float64")
+    elif aggregate == "window-perplexities":
+        found = positive_interval(sums_C, weights_C, clusters.method, confidence).clamped(1.0)
+    else:
+        nats = ratio_interval(sums_C, weights_C, clusters.method, confidence)
+        found = nats.clamped(lowest=0.0).mapped(likelihood.exp_or_inf)
+    figures.set("protocol_perplexity", replace(found, value=value))
 
 
-def _add_tables(figures: _Figures, scored: RunTokens) -> None:
-    table = likelihood.per_domain(scored)
+def _add_domains(
+    figures: _Figures, scored: RunTokens, clusters: Clusters, confidence: float
+) -> None:
+    """A row for each domain, and the figure that gives every domain the same weight."""
     figures.record["domains"] = []
-    if table is not None:
-        figures.set("macro_average_perplexity", table.macro_average_perplexity)
-        for row in table.rows:
-            units = _Figures()
-            units.set("perplexity", row.perplexity)
-            _add_text_units(units, row.totals, scored.token_bytes is not None)
-            units.record.pop("reasons")
-            figures.record["domains"].append(
-                {"domain": row.name, **asdict(row.totals), **units.record}
-            )
-    figures.record["loss_by_position"] = [
-        asdict(bucket) for bucket in likelihood.loss_by_position(scored.position, scored.nll)
-    ]
+    groups = {} if not scored.domains else likelihood.group_rows(scored.domain)
+    groups.pop(-1, None)
+    totals, means = [], []
+    for code, rows in groups.items():
+        part = rows_of(scored, rows)
+        own = clusters_within(clusters, rows, scored.window)
+        totals.append(NllTotals.of(part.nll, part.num_bytes, part.num_words))
+        means.append(mean_loss(part, own, confidence))
+        units = _Figures()
+        units.set_units(part, totals[-1], own, confidence)
+        figures.record["domains"].append(
+            {
+                "domain": scored.domains[code],
+                **asdict(totals[-1]),
+                **units.record,
+                "interval_method": own.method,
+                "num_clusters": own.num_clusters,
+            }
+        )
+    if groups:
+        macro = averaged(means, confidence).clamped(lowest=0.0).mapped(likelihood.exp_or_inf)
+        value = likelihood.macro_average_perplexity(totals)
+        figures.set("macro_average_perplexity", replace(macro, value=value))
 
 
 def rows_of(tokens: RunTokens, rows: NDArray[np.bool_] | NDArray[np.int64]) -> RunTokens:

@@ -18,7 +18,8 @@ from perplexit.runs.identity import (
 from perplexit.runs.record_types import NESTED, CompleteRun
 from perplexit.runs.run_tokens import RunTokens
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
 _EXPECTED = Expected("a run's record", RunError, "evaluate again")
 _LARGEST = 64 << 20  # bytes: an input with hundreds of thousands of domains
 RUN_FILE = "run.json"
@@ -43,6 +44,8 @@ class Run:
     perplexity_low: float | None = None
     perplexity_high: float | None = None
     protocol_perplexity: float | None = None
+    protocol_perplexity_low: float | None = None
+    protocol_perplexity_high: float | None = None
     nll_sum: float | None = None
     num_tokens: int | None = None
     num_bytes: int | None = None
@@ -51,8 +54,14 @@ class Run:
     bits_per_byte_low: float | None = None
     bits_per_byte_high: float | None = None
     byte_perplexity: float | None = None
+    byte_perplexity_low: float | None = None
+    byte_perplexity_high: float | None = None
     word_perplexity: float | None = None
+    word_perplexity_low: float | None = None
+    word_perplexity_high: float | None = None
     macro_average_perplexity: float | None = None
+    macro_average_perplexity_low: float | None = None
+    macro_average_perplexity_high: float | None = None
     domains: list[dict[str, Any]] = field(default_factory=list)
     loss_by_position: list[dict[str, Any]] = field(default_factory=list)
     num_non_finite: int = 0
@@ -120,9 +129,10 @@ class Run:
     def from_json(cls, record: Mapping[str, Any], *, folder: Path | None = None) -> "Run":
         """The run that a `run.json` document describes; raises RunError for another schema."""
         version = record.get("schema_version") if isinstance(record, Mapping) else None
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise RunError(
-                f"expected a run of schema version {SCHEMA_VERSION}, got {version!r}"
+                f"expected a run of schema version {' or '.join(map(str, READABLE_VERSIONS))}, "
+                f"got {version!r}"
                 f"{f' in {folder}' if folder else ''}; use the Perplexit that wrote it, "
                 "or evaluate again"
             )

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from perplexit.errors import PerplexitError, RunError
+from perplexit.metrics.intervals import MIN_CLUSTERS
 from perplexit.runs.documents import DOCUMENTS_FILE, with_sources
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
@@ -36,11 +37,32 @@ def verify_run(folder: str | Path) -> list[str]:
             run.tokens,
             confidence=run.confidence,
             on_non_finite=run.on_non_finite,
-            protocol=run.input_spec["protocol"],
+            spec=run.input_spec,
         )
     except PerplexitError as error:
         return [str(error)]
-    return list(_differences(run.to_json(), Run.from_json(run.to_json() | figures).to_json()))
+    recorded = run.to_json()
+    computed = Run.from_json(recorded | figures).to_json()
+    if run.schema_version == 1:
+        recorded = _as_now(recorded, computed)
+    return list(_differences(recorded, computed))
+
+
+def _as_now(recorded: dict[str, Any], computed: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 1 with what it lacks, or measured in another way, as it is now.
+
+    Version 1 scaled the interval of bits per byte from that of the loss, gave two and three
+    clusters an interval, and domains and the other figures none.
+    """
+    new = {name for name in recorded if name.endswith(("_low", "_high"))} | {"reasons"}
+    if recorded["interval_method"] is not None and recorded["num_clusters"] >= MIN_CLUSTERS:
+        new -= {"perplexity_low", "perplexity_high"}
+    domains = [
+        now | then for now, then in zip(computed["domains"], recorded["domains"], strict=False)
+    ]
+    if len(domains) != len(recorded["domains"]):
+        domains = recorded["domains"]
+    return recorded | {name: computed[name] for name in new} | {"domains": domains}
 
 
 def _differences(recorded: dict[str, Any], computed: dict[str, Any]) -> list[str]:

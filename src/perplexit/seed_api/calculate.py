@@ -145,7 +145,8 @@ def _result(losses: list[NDArray[np.float32]]) -> LoaderResult:
         )
     window_M = np.repeat(np.arange(len(losses)), [len(nll_N) for nll_N in losses])
     clusters = clusters_for(np.zeros_like(window_M), window_M)
-    return LoaderResult(NllTotals.of(nll_M), len(losses), mean_interval(nll_M, clusters))
+    interval = mean_interval(nll_M, clusters).clamped(lowest=0.0)
+    return LoaderResult(NllTotals.of(nll_M), len(losses), interval)
 
 
 def _check_arguments(ctx_len: int, prompt_len: int, model_type: str) -> None:

@@ -1,0 +1,112 @@
+"""How well a secondary learner predicts, and what must be said of one that does not. No engine.
+
+Shape suffix: N = contexts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.intervals import DOCUMENT, Clusters, ratio_interval
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerScores:
+    """How well predictions match on contexts of articles that were not learnt from.
+
+    mse, mse_of_mean: of the z-score; the second predicts the mean of the fitted pairs for all.
+    r2:        1 - mse / mse_of_mean; None where the z-scores do not vary. r2_low, r2_high: its 95 %
+               interval, clustered by article; None with fewer than 4 articles.
+    spearman:  rank correlation; None where predictions do not vary.
+    precision: of the contexts predicted at or above `threshold`, the share that really are;
+               None where none is. base_rate: that share among all. accepted: how many are accepted.
+    """
+
+    num_pairs: int
+    num_articles: int
+    mse: float
+    mse_of_mean: float
+    r2: float | None
+    spearman: float | None
+    threshold: float
+    accepted: float
+    precision: float | None
+    base_rate: float
+    r2_low: float | None = None
+    r2_high: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The scores as JSON values."""
+        return asdict(self)
+
+
+def score_predictions(
+    predicted_N: NDArray[np.float64],
+    true_N: NDArray[np.float64],
+    *,
+    threshold: float = 1.0,
+    fitted_mean: float = 0.0,
+    article_N: NDArray[Any] | None = None,
+) -> LearnerScores:
+    """The scores of predicted against true z-scores; article_N: the article of each context."""
+    error_N, error_of_mean_N = (predicted_N - true_N) ** 2, (fitted_mean - true_N) ** 2
+    articles = np.zeros(len(true_N)) if article_N is None else article_N
+    names, labels = np.unique(articles, return_inverse=True)
+    varies = len(true_N) > 2 and np.ptp(predicted_N) > 0 and np.ptp(true_N) > 0
+    accepted = predicted_N >= threshold
+    gained = None
+    if error_of_mean_N.any():
+        clusters = Clusters(labels.astype(np.int64), DOCUMENT, len(names))
+        gained = _share_explained(error_N, error_of_mean_N, clusters)
+    return LearnerScores(
+        num_pairs=len(true_N),
+        num_articles=0 if article_N is None else len(names),
+        mse=float(error_N.mean()),
+        mse_of_mean=float(error_of_mean_N.mean()),
+        r2=None if gained is None else gained.value,
+        spearman=float(stats.spearmanr(predicted_N, true_N).statistic) if varies else None,
+        threshold=threshold,
+        accepted=float(accepted.mean()),
+        precision=float((true_N[accepted] >= threshold).mean()) if accepted.any() else None,
+        base_rate=float((true_N >= threshold).mean()),
+        r2_low=None if gained is None else gained.low,
+        r2_high=None if gained is None else gained.high,
+    )
+
+
+def _share_explained(
+    error_N: NDArray[np.float64], error_of_mean_N: NDArray[np.float64], clusters: Clusters
+) -> Estimate:
+    """R² = Σ (error of the mean - error) / Σ error of the mean, at most 1."""
+    sums_C, totals_C = clusters.sums(error_of_mean_N - error_N), clusters.sums(error_of_mean_N)
+    return ratio_interval(sums_C, totals_C, clusters.method, 0.95).clamped(highest=1.0)
+
+
+def doubt_about(scores: Mapping[str, Any] | None) -> str | None:
+    """Return the sentence that belongs to a learner that does not predict; None for one that does.
+
+    scores: of its record. A learner without them (one that was trained elsewhere) is not judged.
+    """
+    if not scores or "r2" not in scores:
+        return None
+    r2, low = scores["r2"], scores.get("r2_low")
+    held_out = f"on {scores['num_pairs']} held-out pairs"
+    if r2 is None:
+        return f"This learner cannot be judged: the gains {held_out} are all alike."
+    if r2 <= 0:
+        return (
+            f"This learner predicts nothing: {held_out} it is no better than predicting the mean "
+            f"for every context (R² {r2:.3f}). Filtering with it is filtering at random; collect "
+            "more pairs, or train another kind of learner."
+        )
+    if low is not None and low <= 0:
+        return (
+            f"It is not shown that this learner predicts anything: {held_out} its R² is {r2:.3f}, "
+            f"with an interval from {low:.3f} to {scores['r2_high']:.3f}. Collect more pairs."
+        )
+    return None
