@@ -56,6 +56,13 @@ class SkippedSpec(TypedDict):
     first: list[int]
 
 
+class UnscoredSpec(TypedDict):
+    """What the protocol's tool counts of documents without a token."""
+
+    num_bytes: int
+    num_words: int
+
+
 class CorpusSpec(TypedDict):
     """What was read."""
 
@@ -63,6 +70,7 @@ class CorpusSpec(TypedDict):
     skipped: NotRequired[dict[str, SkippedSpec]]
     num_special_tokens: NotRequired[int]
     num_documents_with_own_bos: NotRequired[int]
+    without_tokens: NotRequired[UnscoredSpec]
 
 
 class Spec(TypedDict):

@@ -60,8 +60,9 @@ def figures_of(
             "score in a wider dtype, or look at the model"
         )
     protocol = spec["protocol"]
-    beyond = spec.get("corpus", {}).get("without_tokens", {})
-    totals = NllTotals.of(scored.nll, scored.num_bytes, scored.num_words) + NllTotals(**beyond)
+    beyond = spec.get("corpus", {}).get("without_tokens", {"num_bytes": 0, "num_words": 0})
+    totals = NllTotals.of(scored.nll, scored.num_bytes, scored.num_words)
+    totals += NllTotals(num_bytes=beyond["num_bytes"], num_words=beyond["num_words"])
     clusters = clusters_for(scored.document, scored.window)
     has_text = scored.token_bytes is not None
     figures = _Figures(reason=_too_little_text(scored, clusters, protocol))

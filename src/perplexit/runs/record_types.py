@@ -61,12 +61,26 @@ class TokenizerRecord(TypedDict):
     bos_id: NotRequired[int | None]
 
 
+class UnscoredRecord(TypedDict):
+    """What the protocol's tool counts of documents without a token."""
+
+    num_bytes: int
+    num_words: int
+
+
+class CorpusRecord(TypedDict):
+    """What was read into the input."""
+
+    without_tokens: NotRequired[UnscoredRecord]
+
+
 class SpecRecord(TypedDict):
     """What the input says of itself."""
 
     protocol: NotRequired[ProtocolRecord]
     tokenizer: NotRequired[TokenizerRecord]
     domains: NotRequired[list[str]]
+    corpus: NotRequired[CorpusRecord]
 
 
 class ReferenceRecord(TypedDict):
