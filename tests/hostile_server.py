@@ -5,6 +5,7 @@ It speaks HTTP by hand over real sockets, since well-kept servers refuse to misb
 
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -109,10 +110,10 @@ class HostileServer:
 
 
 @contextmanager
-def hostile(server: HostileServer) -> Iterator[HostileServer]:
+def hostile(server: HostileServer, tls: ssl.SSLContext | None = None) -> Iterator[HostileServer]:
     """The server on a free loopback port, for as long as the block lasts."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server.url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    server.url = f"http{'s' if tls else ''}://127.0.0.1:{listening.getsockname()[1]}/v1"
     connections: list[socket.socket] = []
 
     def accept() -> None:
@@ -120,7 +121,11 @@ def hostile(server: HostileServer) -> Iterator[HostileServer]:
             while True:
                 connection, _ = listening.accept()
                 connections.append(connection)
-                threading.Thread(target=server.serve, args=(connection,), daemon=True).start()
+                threading.Thread(target=speak, args=(connection,), daemon=True).start()
+
+    def speak(connection: socket.socket) -> None:
+        with suppress(OSError):  # a client that does not trust the certificate
+            server.serve(tls.wrap_socket(connection, server_side=True) if tls else connection)
 
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()

@@ -8,7 +8,9 @@ import gzip
 import json
 import logging
 import os
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -143,13 +145,30 @@ def test_e1_sibling_cookies_are_not_sent_back() -> None:
     assert not [call for call in server.calls if "cookie" in call.headers]
 
 
-def test_e1_sibling_certificates_are_verified() -> None:
-    with hostile(HostileServer()) as server:
-        session = CompletionsInferenceSession(f"{server.url}#chain")
-        pool = session._client._http._client._transport._pool
-        assert pool._ssl_context.verify_mode.name == "CERT_REQUIRED"
-        assert pool._ssl_context.check_hostname
-        session.close()
+def test_e1_sibling_certificates_are_verified(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A certificate that nobody vouches for is refused before anything is sent."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl, which makes the certificate")
+    names = {"-keyout": tmp_path / "key.pem", "-out": tmp_path / "cert.pem", "-days": 2}
+    names |= {"-subj": "/CN=test", "-addext": "subjectAltName=IP:127.0.0.1", "-newkey": "rsa:2048"}
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-nodes",
+        *(str(x) for pair in names.items() for x in pair),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with hostile(HostileServer(), tls) as server:
+        with pytest.raises(ModelError, match="certificate verify failed"):
+            _scored(server)
+        assert server.calls == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        np.testing.assert_allclose(_scored(server)[0], _expected(_window()), atol=1e-6)
 
 
 # --- bytes and seconds -------------------------------------------------------------------------
