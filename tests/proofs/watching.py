@@ -6,8 +6,10 @@ loopback interface, and the reading of the resolver's configuration, with which 
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ _CALLS = (
     "network,open,openat,openat2,creat,mkdir,mkdirat,rename,renameat,renameat2,symlink,symlinkat,"
     "link,linkat,mknod,mknodat,truncate"
 )
+_LONGEST_SECONDS = 600
 _ADDRESS = re.compile(r'sin6?_addr=[^"]*"(?P<host>[^"]+)"|inet_pton\(AF_INET6, "(?P<six>[^"]+)"')
 _PORT = re.compile(r"sin6?_port=htons\((\d+)\)")
 _UNIX = re.compile(r'sun_path=@?"([^"]*)"')
@@ -68,21 +71,27 @@ def watched(
         "-e",
         f"trace={_CALLS}",
     ]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*strace, "-o", str(traces / "t"), *(str(part) for part in command)],
         cwd=cwd,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        stdout, stderr = process.communicate(timeout=_LONGEST_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):  # what strace followed outlives strace
+            os.killpg(process.pid, signal.SIGKILL)
     lines = [line for trace in sorted(traces.iterdir()) for line in _lines(trace)]
     asked = [each for line in lines for each in _addresses(line)]
     resolver = {path for line in lines for path in _RESOLVER if f'"{path}"' in line}
     return Watched(
-        done.returncode,
-        done.stdout,
-        done.stderr,
+        process.returncode,
+        stdout,
+        stderr,
         tuple(sorted({*(a for a, port in asked if port is None), *resolver})),
         tuple(sorted({port for _, port in asked if port is not None})),
         tuple(sorted({path for line in lines for path in _made(line, cwd)})),

@@ -13,6 +13,10 @@ from openvino import opset13 as ops
 
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError
 
+# OpenVINO's bindings look NumPy up when a tensor's data are first used. Two threads that do so at
+# once wait for each other for ever: one holds Python's lock, the other that of the look-up.
+np.copyto(ov.Tensor(ov.Type.i64, ov.Shape([1])).data, 0)
+
 # The node whose output the head reads: the program is cut there where the body is not float32.
 BOUNDARY = "perplexit_hidden_states"
 # Left alone, this engine computes "float32" in bfloat16 where the processor can, keeps keys and
