@@ -23,7 +23,7 @@ _HOME_OF = {
     "compare_runs": "perplexit.comparison",
     "Comparison": "perplexit.comparison",
     "compare_bytes": "perplexit.comparison.byte_aligned",
-    "ByteComparison": "perplexit.comparison.byte_aligned",
+    "ByteComparison": "perplexit.comparison.byte_record",
     "explain": "perplexit.diagnosis",
     "Explanation": "perplexit.diagnosis",
     "doctor": "perplexit.diagnosis",

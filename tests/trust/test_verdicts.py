@@ -20,7 +20,8 @@ import perplexit as px
 from perplexit.cli import demo_story, output
 from perplexit.cli.app import app
 from perplexit.comparison import VERDICTS, Comparison, compare_runs, judge, parse_gate
-from perplexit.comparison.byte_aligned import ByteComparison, compare_bytes
+from perplexit.comparison.byte_aligned import compare_bytes
+from perplexit.comparison.byte_record import ByteComparison
 from perplexit.comparison.digits import quantity
 from perplexit.comparison.sentences import Judged, changed_predictions
 from perplexit.comparison.verdicts import Margin, margin_of, resolution_of, share_of, verdict_of

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-from perplexit.comparison.byte_aligned import ByteComparison
+from perplexit.comparison.byte_record import ByteComparison
 from perplexit.comparison.record import Comparison, plain_json
 from perplexit.errors import UsageError
 from perplexit.metrics.estimate import Estimate

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perplexit.comparison.byte_aligned import ByteComparison, compare_bytes
+from perplexit.comparison.byte_aligned import compare_bytes
+from perplexit.comparison.byte_record import ByteComparison
 from perplexit.comparison.comparing import compare
 from perplexit.comparison.gates import (
     GateResult,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from perplexit.comparison import Comparison
-from perplexit.comparison.byte_aligned import ByteComparison, ChangedSegment
+from perplexit.comparison.byte_record import ByteComparison, ChangedSegment
 from perplexit.comparison.digits import DASH, figure, interval
 from perplexit.comparison.flips import Flip, Flips
 from perplexit.metrics.estimate import Estimate

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from perplexit.comparison import Comparison, compare
-from perplexit.comparison.byte_aligned import ByteComparison, compare_bytes
+from perplexit.comparison.byte_aligned import compare_bytes
+from perplexit.comparison.byte_record import ByteComparison
 from perplexit.comparison.pairing import only_by_bytes
 from perplexit.errors import UsageError
 from perplexit.runs.run import Run
