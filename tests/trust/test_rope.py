@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PhimoeConfig,
@@ -25,6 +27,7 @@ from transformers import (
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.compilation.compile_model import compile
 from perplexit.errors import CapabilityError, CompilationError, ModelError
+from perplexit.igf.losses import context_losses, measured_losses
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.onnx import OnnxInferenceSession
@@ -288,3 +291,29 @@ def test_b3_sibling_positions_that_start_after_the_padding_id(tmp_path):
     _assert_equal(session.token_nll(fits), _oracle(folder, fits))
     with pytest.raises(ModelError, match="at most 30 ids"):
         session.token_nll([window_of(ids_T)])
+
+
+def test_b3_sibling_positions_in_a_table_that_is_no_embedding(tmp_path):
+    torch.manual_seed(0)
+    config = GPTJConfig(
+        vocab_size=VOCAB, n_positions=32, n_embd=64, n_layer=2, n_head=4, rotary_dim=8,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    session = PytorchInferenceSession(_saved(GPTJForCausalLM(config), tmp_path / "model"))
+    session.token_nll(_windows((32,)))
+    with pytest.raises(ModelError, match="windows of at most 32 ids, for which GPTJForCausalLM"):
+        session.token_nll(_windows((40,)))
+    with pytest.raises(ModelError, match="at most 32 ids"):
+        cached_session(session, prompt_len=4).token_nll(_windows((40,)))
+
+
+def test_b3_sibling_information_gain_measures_each_context_at_its_own_length(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for length in (100, 65, 20):
+        window = random_window(length, length, VOCAB)
+        right = float(_oracle(folder, [window])[0].mean())
+        ids_1T = torch.tensor([window.ids_T.tolist()])
+        assert float(context_losses(model, ids_1T)[0].detach()) == pytest.approx(
+            right, abs=TOLERANCE
+        )
+        assert measured_losses(model, ids_1T)[0] == pytest.approx(right, abs=TOLERANCE)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.errors import NonFiniteError, UsageError
 from perplexit.functional.linear_nll import (
     DEFAULT_LOGITS_BYTES,
@@ -25,7 +26,8 @@ DEFAULT_BATCH_IDS = 1024
 
 def context_losses(model: nn.Module, contexts_BT: Tensor) -> Tensor:
     """The mean nll of each context in nats, [B], differentiable, in float32 or better."""
-    logits = model(input_ids=contexts_BT[:, :-1], use_cache=False).logits
+    with held_at(LengthDependentRope.of(model), contexts_BT.shape[1]):
+        logits = model(input_ids=contexts_BT[:, :-1], use_cache=False).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = functional.cross_entropy(
         logits.flatten(0, 1), contexts_BT[:, 1:].flatten(), reduction="none"
@@ -46,6 +48,7 @@ class ContextScorer:
         self._batch_ids = batch_ids
         with torch.inference_mode():
             self._forward, vocab_size = find_forward(model, _id_limit(model))
+            self._rope = LengthDependentRope.of(model)
         self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, vocab_size)
 
     def losses(self, contexts_NT: Tensor) -> NDArray[np.float64]:
@@ -74,7 +77,8 @@ class ContextScorer:
         return float(self.losses(contexts_NT).mean())
 
     def _batch(self, contexts_BT: Tensor) -> NDArray[np.float64]:
-        rows_NX = self._forward.rows(contexts_BT[:, :-1], None).flatten(0, 1)
+        with held_at(self._rope, contexts_BT.shape[1]):
+            rows_NX = self._forward.rows(contexts_BT[:, :-1], None).flatten(0, 1)
         statistics = statistics_of_hidden_states(
             rows_NX,
             contexts_BT[:, 1:].flatten(),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import ModelError, VocabularyError
@@ -17,6 +17,7 @@ from perplexit.functional.nll import TokenStatistics
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import TokenDetails
 from perplexit.sessions.pytorch.cuda import to_device
+from perplexit.sessions.pytorch.module import config_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,23 @@ def check_windows(
                 f"position embeddings, got {len(ids_T)} in window {window.index}; prepare the "
                 f"input with --max-length {position_limit}"
             )
+
+
+def refuse_beyond_positions(
+    model: nn.Module, windows: Sequence[WindowIds], error: Exception
+) -> None:
+    """Raise ModelError where a window that failed is longer than the model's table of positions.
+
+    Such a table may be no embedding: GPT-J and CodeGen keep sines, CTRL and Whisper a parameter.
+    """
+    limit = config_integer(model, "max_position_embeddings", "n_positions", "max_target_positions")
+    longest = max(len(window.ids_T) for window in windows)
+    if limit is not None and longest > limit:
+        raise ModelError(
+            f"expected windows of at most {limit} ids, for which {type(model).__name__} has "
+            f"positions, got {longest}, with which it fails ({str(error)[:120]}); prepare the "
+            f"input with --max-length {limit}"
+        ) from error
 
 
 def fed_length(window: WindowIds) -> int:

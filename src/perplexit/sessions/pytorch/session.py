@@ -24,7 +24,7 @@ from perplexit.sessions.pytorch.arrangement import (
     length_dependent_rope,
     refuse_cache,
 )
-from perplexit.sessions.pytorch.batch import check_windows, fed_length
+from perplexit.sessions.pytorch.batch import check_windows, fed_length, refuse_beyond_positions
 from perplexit.sessions.pytorch.cached import (
     CacheRoom,
     PytorchCache,
@@ -320,8 +320,9 @@ class PytorchInferenceSession:
         """What `work` gives; EngineOutOfMemoryError where memory runs out meanwhile."""
         try:
             return self._scoring(work)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, IndexError) as error:
             if not is_out_of_memory(error):
+                refuse_beyond_positions(self._module, windows, error)
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         # Raised out here (and not in a context manager, which would chain them): the engine's own
