@@ -11,6 +11,7 @@ from typing import Any, Literal
 from perplexit.conditions import check_same_conditions
 from perplexit.errors import UsageError
 from perplexit.inputs.token_file import TokenFile
+from perplexit.option_ranges import check_numbers
 from perplexit.recording import Progress, Recording
 from perplexit.resources.host import HostMemory
 from perplexit.runs.run import Run
@@ -80,6 +81,14 @@ def evaluate(
     Raises ResumeError where the folder's run was made under other conditions, NonFiniteError,
     VocabularyError, CapabilityError, EngineOutOfMemoryError, RunError, TokenFileError.
     """
+    check_numbers(
+        batch_size=batch_size,
+        top_k=top_k,
+        threads=threads,
+        prompt_len=prompt_len,
+        decode_chunk=decode_chunk,
+        tensor_parallel=tensor_parallel,
+    )
     _check_options(batch_size, top_k, confidence, on_non_finite)
     _check_mode(mode, prompt_len, decode_chunk)
     began = time.perf_counter()

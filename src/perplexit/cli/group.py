@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from perplexit.errors import PerplexitError, TrustWarning
+from perplexit.option_ranges import check_finite, check_whole
 
 INTERRUPTED = 130
 
@@ -19,6 +20,11 @@ class StatedErrors(TyperGroup):
 
     0 done, 1 a stated error, 2 usage, 3 a gate failed, 130 Ctrl-C. A traceback is a defect.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for command in self.commands.values():
+            command.invoke = _with_numbers_checked(command.invoke)  # type: ignore
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; raises typer.Exit with the code of what stopped it."""
@@ -36,6 +42,24 @@ class StatedErrors(TyperGroup):
         except KeyboardInterrupt:
             _complain("interrupted; nothing that was finished is lost", kind="Stopped")
             raise typer.Exit(INTERRUPTED) from None
+
+
+def _with_numbers_checked(invoke: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A command's `invoke` that first holds every number to its option's range."""
+
+    def checked(ctx: Any) -> Any:
+        for name, value in ctx.params.items():
+            if type(value) is int:
+                check_whole(name, value, shown=_option(name))
+            elif type(value) is float:
+                check_finite(_option(name), value)
+        return invoke(ctx)
+
+    return checked
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from perplexit.comparison.flips import CONTEXT_TOKENS, first_choices, flips_of, 
 from perplexit.comparison.pairing import Pairs, paired, require_same_input
 from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio
 from perplexit.comparison.verdicts import margin_of, verdict_of
-from perplexit.errors import UsageError
 from perplexit.metrics.bootstrap import Bootstrap, bootstrap_check
 from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import clusters_within, mean_interval, paired_interval
 from perplexit.metrics.likelihood import exp_or_inf, json_figure, mean_nll
 from perplexit.metrics.totals import NllTotals
+from perplexit.option_ranges import check_numbers
 from perplexit.runs.run import Run
 
 
@@ -42,8 +42,7 @@ def compare(
     Raises FingerprintMismatchError, which says what differs, where the two runs did not score the
     same prepared input; RunError where a run is incomplete; EmptyScoreError without common tokens.
     """
-    if num_most_changed < 0:
-        raise UsageError(f"num_most_changed must be 0 or above, got {num_most_changed}")
+    check_numbers(num_most_changed=num_most_changed)
     reference_run, candidate_run = _opened(reference), _opened(candidate)
     allowed = margin_of(
         reference_run, candidate_run, noise_floor=noise_floor, margin=margin, per_byte=False

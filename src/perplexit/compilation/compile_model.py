@@ -9,6 +9,7 @@ from typing import Any
 
 from perplexit.compilation.targets import load_builder, request_for
 from perplexit.errors import ModelError
+from perplexit.option_ranges import check_numbers
 from perplexit.outputs import Kind, OutputFolder, paths_among
 from perplexit.programs import PROGRAM_FILE, ProgramMetadata
 
@@ -51,6 +52,7 @@ def compile(
     whole or as it was. Raises OutputError where `output` holds something else, CompilationError,
     QuantizationError, ModelError, UsageError, and CapabilityError for what no engine here can do.
     """
+    check_numbers(max_length=max_length, batch_size=batch_size)
     request = request_for(
         to,
         quantization=quantization,

@@ -9,6 +9,7 @@ from torch import nn
 
 from perplexit.checkpoints.loading import load_checkpoint
 from perplexit.errors import MissingPackageError, UsageError
+from perplexit.option_ranges import check_numbers
 
 GPT2 = "openai-community/gpt2"
 
@@ -69,6 +70,7 @@ def with_lora(
 
 def set_threads(threads: int) -> None:
     """Compute with this many CPU threads from now on."""
+    check_numbers(threads=threads)
     torch.set_num_threads(threads)
 
 

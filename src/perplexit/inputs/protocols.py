@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from perplexit.errors import EmptyScoreError, UsageError
 from perplexit.inputs.protocol_table import PROTOCOLS, Aggregate, Protocol, WindowOptions
 from perplexit.inputs.windows import BosPolicy, WindowArray
+from perplexit.option_ranges import check_numbers
 
 BosOption = Literal["auto", "none", "first", "every"]
 
@@ -83,6 +84,7 @@ def resolve_protocol(
     none), `bos_id` and `eos_id` the tokens that it names so. Raises UsageError for an unknown name,
     a value out of range, and an option that contradicts the protocol.
     """
+    check_numbers(max_length=max_length, stride=stride)
     protocol = PROTOCOLS.get(name)
     if protocol is None:
         raise UsageError(f"Unknown protocol {name!r}. Known: {', '.join(PROTOCOLS)}.")

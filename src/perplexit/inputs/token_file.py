@@ -197,13 +197,12 @@ class TokenFile:
         row = self.windows.array[index].tolist()
         document, start, stop, target_start, target_stop, mode, prefix_id = row
         base = int(self.document_starts[document])
-        ids_T = np.asarray(self.token_ids[base + start : base + stop])
+        ids_T = np.array(self.token_ids[base + start : base + stop])  # a copy: it stays
         shift = start
         if mode == PrefixMode.INSERT:
             ids_T = np.concatenate((np.array([prefix_id], dtype=np.int32), ids_T))
             shift = start - 1
         elif mode == PrefixMode.OVERWRITE:
-            ids_T = ids_T.copy()
             ids_T[0] = prefix_id
         targets_N = np.arange(target_start - shift, target_stop - shift, dtype=np.int64)
         if self.scored_mask is not None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
+from perplexit.option_ranges import check_numbers
 from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
 from perplexit.quantization.gguf_types import requantized_gguf
 from perplexit.quantization.llamacpp_library import last_words, library_log
@@ -69,6 +70,7 @@ class LlamaCppInferenceSession(ScoresByDetails):
         original = model_file(Path(path))
         self._dtype = canonical_dtype(dtype or "float32")
         self._device = checked_device(device)
+        check_numbers(threads=threads)
         self._threads = threads or os.cpu_count() or 1
         self._path = requantized_gguf(original, quantization, threads=self._threads)
         header = read_gguf_header(self._path)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError, TrustWarning, UsageError
 from perplexit.inputs.windows import WindowIds
+from perplexit.option_ranges import check_numbers
 from perplexit.program_calls import (
     MOST_IDS_A_CALL,
     Feed,
@@ -86,6 +87,7 @@ class ProgramSession(ABC):
     ) -> None:
         path = program_folder(folder, self._engine)
         self._metadata = ProgramMetadata.read(path, engine=self._engine)
+        check_numbers(threads=threads)
         asked = Asked(self._checked_dtype(dtype, quantization), device, threads)
         self._metadata.check_files(path)
         if self._native:

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
 from perplexit.json_reader import read_json
+from perplexit.option_ranges import check_numbers
 from perplexit.programs import PROGRAM_FILE
 from perplexit.quantization.precisions import canonical_dtype, require_known_precision
 from perplexit.reading import Expected
@@ -123,6 +124,7 @@ def load_session(
         "tensor_parallel": tensor_parallel,
         "address": f"{prefix}:{location}",
     }
+    check_numbers(threads=threads, tensor_parallel=tensor_parallel)
     if dtype is not None:
         canonical_dtype(dtype)
     if quantization is not None:

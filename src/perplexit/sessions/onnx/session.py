@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.inputs.windows import WindowIds
+from perplexit.option_ranges import check_numbers
 from perplexit.program_calls import (
     check_vocabulary,
     nll_of_feeds,
@@ -79,6 +80,7 @@ class OnnxInferenceSession:
         if not program.foreign:
             self._metadata.check_files(program.graph.parent)
         provider = provider_of(device or "cpu")
+        check_numbers(threads=threads)
         self._threads = threads or num_cores()
         self._session: Any = open_session(program.graph, provider, self._threads)
         made_from = asdict(self._metadata.model)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from perplexit.errors import UsageError
+from perplexit.option_ranges import check_numbers
 from perplexit.resources.cores import num_cores
 
 # Larger batches than this many ids gain nothing: the matrix products already fill the machine.
@@ -49,11 +50,11 @@ def chosen_device(name: str | None) -> torch.device:
 def chosen_threads(threads: int | None) -> int:
     """`threads`, or OMP_NUM_THREADS where it is set, or the cores this process may use."""
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"expected at least 1 thread, got {threads}")
+        check_numbers(threads=threads)
         return threads
     from_environment = os.environ.get("OMP_NUM_THREADS", "")
-    if from_environment.isdecimal() and int(from_environment) > 0:
+    if from_environment.isdecimal() and 0 < len(from_environment) < 5 and int(from_environment):
+        check_numbers(threads=int(from_environment))
         return int(from_environment)
     return num_cores()
 
