@@ -14,8 +14,6 @@ _MOST_THREADS = 1024  # the largest machines have some 900 hardware threads
 _RANGES: dict[str, tuple[int, int]] = {
     "threads": (1, _MOST_THREADS),
     "tensor_parallel": (2, _MOST_THREADS),
-    "max_length": (1, _LARGEST),
-    "stride": (1, _LARGEST),
     "batch_size": (1, _LARGEST),
     "prompt_len": (1, _LARGEST),
     "decode_chunk": (1, _LARGEST),
