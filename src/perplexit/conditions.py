@@ -1,11 +1,12 @@
 """The conditions of a measurement: whether a model fits an input, and whether two runs match."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from perplexit.errors import ResumeError, VocabularyError
 from perplexit.inputs.token_file import TokenFile
+from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.runs.identity import depends_on_batch, flat_record, plain_json
 from perplexit.runs.run import Run
 from perplexit.sessions.base import InferenceSession
@@ -52,6 +53,55 @@ def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
     return warnings
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What an evaluation is asked for, known before its model is loaded; None where not said."""
+
+    input_fingerprint: str
+    top_k: int
+    on_non_finite: str
+    confidence: float
+    batch_size: int | str
+    mode: str
+    prompt_len: int | None
+    decode_chunk: int | None
+    dtype: str | None
+    quantization: str | None
+    saves_reference: bool
+    has_reference: bool
+
+
+def check_asked_conditions(recorded: Run, asked: Asked) -> None:
+    """Raise ResumeError where what is asked for cannot be what `recorded` was begun under.
+
+    It spares the loading of a model. `check_same_conditions` asks again with everything that the
+    loaded model says.
+    """
+    session, cached = recorded.session, asked.mode == "cached"
+    quantization = (session.get("quantization") or {}).get("name")
+    pairs: dict[str, tuple[Any, Any]] = {
+        "input_fingerprint": (recorded.input_fingerprint, asked.input_fingerprint),
+        "top_k": (recorded.top_k, asked.top_k),
+        "on_non_finite": (recorded.on_non_finite, asked.on_non_finite),
+        "confidence": (recorded.confidence, asked.confidence),
+        "mode": (session.get("mode", "full"), asked.mode),
+        "prompt_len": (session.get("prompt_len"), (asked.prompt_len or 1) if cached else None),
+        "decode_chunk": (
+            session.get("decode_chunk"),
+            (asked.decode_chunk or 1) if cached else None,
+        ),
+        "save_reference": (recorded.saved_reference is not None, asked.saves_reference),
+        "reference": (recorded.reference is not None, asked.has_reference),
+    }
+    if session.get("engine") == "pytorch":  # others may record another spelling of the same
+        dtype = canonical_dtype(asked.dtype or "float32")
+        pairs["dtype"] = (session.get("dtype"), dtype)
+        base, _, reach = (asked.quantization or "").partition(":")
+        wanted = ":".join(filter(None, (canonical_precision(base), reach))) or None
+        pairs["quantization"] = (quantization, wanted)
+    _refuse(recorded, pairs, asked.batch_size)
+
+
 def check_same_conditions(recorded: Run, wanted: Run, batch_size: int | str) -> None:
     """Raise ResumeError where going on with `recorded` would mix two measurements.
 
@@ -59,20 +109,31 @@ def check_same_conditions(recorded: Run, wanted: Run, batch_size: int | str) -> 
     precision, device, threads, what is recorded a token. An explicit batch size must be the
     recorded one; "auto" takes whatever was recorded.
     """
+    _refuse(recorded, _compared(recorded, wanted), batch_size)
+
+
+def _refuse(recorded: Run, pairs: Mapping[str, tuple[Any, Any]], batch_size: int | str) -> None:
+    """Raise ResumeError that names each pair (recorded, now) whose values differ."""
     differences = [
-        f"{name}: recorded {before!r}, now {after!r}"
-        for name, (before, after) in _compared(recorded, wanted).items()
+        f"{name}: recorded {_shown(before)}, now {_shown(after)}"
+        for name, (before, after) in pairs.items()
         if before != after
     ]
     planned = recorded.batch_plan.get("batch_size")
     if batch_size not in ("auto", planned):
-        differences.append(f"batch_size: recorded {planned!r}, now {batch_size!r}")
+        differences.append(f"batch_size: recorded {_shown(planned)}, now {_shown(batch_size)}")
     if differences:
         raise ResumeError(
             f"expected the conditions that the run {recorded.folder} was begun under, but "
             + "; ".join(differences)
             + ". Name another folder with --run, or repeat the recorded settings"
         )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not set" if value is None else str(value)
 
 
 def _compared(recorded: Run, wanted: Run) -> dict[str, tuple[Any, Any]]:

@@ -8,11 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from perplexit.conditions import check_same_conditions
+from perplexit.conditions import Asked, check_asked_conditions, check_same_conditions
 from perplexit.errors import UsageError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.option_ranges import check_numbers
 from perplexit.recording import Progress, Recording
+from perplexit.reference.request import requested_reference
 from perplexit.resources.host import HostMemory
 from perplexit.runs.run import Run
 from perplexit.runs.store import RunStore
@@ -95,6 +96,9 @@ def evaluate(
     with ExitStack() as stack:
         memory = stack.enter_context(HostMemory())
         token_file = tokens if isinstance(tokens, TokenFile) else TokenFile.open(tokens)
+        wanted_reference = requested_reference(
+            reference, token_file, save_reference=save_reference, dtype=reference_dtype
+        )
         store = None if run is None else stack.enter_context(RunStore(run))
         settings: dict[str, Any] = {
             "dtype": dtype,
@@ -109,6 +113,23 @@ def evaluate(
             "device_map": device_map,
             "tensor_parallel": tensor_parallel,
         }
+        recorded = None if store is None else store.record()
+        if recorded is not None:
+            asked = Asked(
+                input_fingerprint=token_file.input_fingerprint,
+                top_k=top_k,
+                on_non_finite=on_non_finite,
+                confidence=confidence,
+                batch_size=batch_size,
+                mode=mode,
+                prompt_len=prompt_len,
+                decode_chunk=decode_chunk,
+                dtype=dtype,
+                quantization=quantization,
+                saves_reference=save_reference,
+                has_reference=reference is not None,
+            )
+            check_asked_conditions(recorded, asked)
         if isinstance(session, str | Path):
             session = stack.enter_context(_loaded(session, **settings))
         elif any(value not in (None, False) for value in settings.values()):
@@ -128,8 +149,7 @@ def evaluate(
             recording.with_reference = stack.enter_context(
                 references.reference_scoring(
                     session,
-                    token_file,
-                    reference=reference,
+                    reference=wanted_reference,
                     save_in=None if not save_reference else (store.folder if store else "memory"),
                     dtype=reference_dtype,
                 )
@@ -137,7 +157,6 @@ def evaluate(
         wanted = recording.new_run(
             top_k=top_k, confidence=confidence, on_non_finite=on_non_finite, batch_size=batch_size
         )
-        recorded = None if store is None else store.record()
         if store is not None and recorded is not None:
             wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)
             wanted = recording.identified(wanted)

@@ -72,6 +72,75 @@ def test_f_values_are_shown_as_people_write_them(first: Any, second: Any, said: 
     assert plain("the strides differ", "stride", first, second).sentence.endswith(said)
 
 
+def nothing_may_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded before the error was stated")
+
+    monkeypatch.setattr("perplexit.evaluation.load_session", fail)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"dtype": "bf16"}, "dtype: recorded float32, now bfloat16"),
+        ({"quantization": "8bit"}, "quantization: recorded not set, now int8"),
+        ({"quantization": "int8:head"}, "quantization: recorded not set, now int8:head"),
+        ({"top_k": 2}, "top_k: recorded 0, now 2"),
+        ({"mode": "cached"}, "mode: recorded full, now cached"),
+        ({"mode": "cached", "prompt_len": 3}, "prompt_len: recorded not set, now 3"),
+        ({"confidence": 0.9}, "confidence: recorded 0.95, now 0.9"),
+        ({"on_non_finite": "count"}, "on_non_finite: recorded error, now count"),
+        ({"batch_size": 7}, "batch_size: recorded auto, now 7"),
+        ({"save_reference": True}, "save_reference: recorded no, now yes"),
+    ],
+)
+def test_f_another_setting_for_a_run_is_refused_before_a_model_is_loaded(
+    change: dict[str, Any],
+    named: str,
+    tokens: px.TokenFile,
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    px.evaluate(tiny_llama_dir, tokens, run=tmp_path / "run", threads=1)
+    nothing_may_be_loaded(monkeypatch)
+    with pytest.raises(px.errors.ResumeError) as caught:
+        px.evaluate(tiny_llama_dir, tokens, run=tmp_path / "run", threads=1, **change)
+    assert named in str(caught.value)
+    assert "{" not in str(caught.value)
+
+
+def test_f_sibling_the_same_settings_in_other_words_go_on(
+    tokens: px.TokenFile, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    options = {"run": tmp_path / "run", "threads": 1, "mode": "cached"}
+    first = px.evaluate(tiny_llama_dir, tokens, quantization="8bit", dtype="fp32", **options)
+    again = px.evaluate(tiny_llama_dir, tokens, quantization="int8", prompt_len=1, **options)
+    assert again.nll_sum == first.nll_sum
+
+
+def test_f_sibling_a_wrong_reference_is_refused_before_a_model_is_loaded(
+    tokens: px.TokenFile,
+    tiny_llama_dir: Path,
+    byte_tokenizer_json: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    px.evaluate(BigramSession(), tokens, run=tmp_path / "plain")
+    other = px.prepare(["Another text."] * 3, tokenizer=byte_tokenizer_json, max_length=32)
+    px.evaluate(BigramSession(), other, run=tmp_path / "other", top_k=2)
+    nothing_may_be_loaded(monkeypatch)
+    for options, kind, said in (
+        ({"reference": tmp_path / "plain"}, px.errors.RunError, "--save-reference"),
+        ({"reference": tmp_path / "other"}, px.errors.FingerprintMismatchError, "another"),
+        ({"reference": tmp_path / "nowhere"}, px.errors.ModelError, "no path here"),
+        ({"reference": "x", "save_reference": True}, px.errors.UsageError, "evaluate twice"),
+        ({"reference_dtype": "int3"}, px.errors.UsageError, "float16"),
+    ):
+        with pytest.raises(kind, match=said):
+            px.evaluate(tiny_llama_dir, tokens, **options)
+
+
 def test_f_igf_names_the_option_for_short_articles() -> None:
     articles = Articles.of([np.arange(20)])
     with pytest.raises(PerplexitError, match="--min-length"):

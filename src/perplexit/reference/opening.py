@@ -9,16 +9,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from perplexit.errors import CapabilityError, FingerprintMismatchError, RunError, UsageError
+from perplexit.errors import CapabilityError, RunError, UsageError
 from perplexit.files import TemporaryFolder
-from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
+from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.token_file import TokenFile
 from perplexit.reference.heads import proven_head
 from perplexit.reference.partial import KlBaseReference, TopKReference, floor_of_file
+from perplexit.reference.request import Reference
 from perplexit.reference.scoring import LiveLogits, ReferenceScoring, SavingScoring, StoredLogits
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesDtype, StatesWriter
 from perplexit.runs.identity import measurement_fingerprint, measurement_of
-from perplexit.runs.run import RUN_FILE, Run
+from perplexit.runs.run import Run
 from perplexit.sessions.base import (
     InferenceSession,
     LogitsSession,
@@ -89,35 +90,26 @@ class Opened:
 @contextmanager
 def reference_scoring(
     session: InferenceSession,
-    tokens: TokenFile,
     *,
-    reference: Run | InferenceSession | str | Path | None,
+    reference: Reference | None,
     save_in: Path | Literal["memory"] | None,
     dtype: StatesDtype,
 ) -> Iterator[Opened]:
-    """Scoring that saves hidden states, or holds a candidate against a reference.
+    """Yield scoring that saves hidden states, or that holds a candidate against a reference.
 
-    Raises UsageError where both are asked for, FingerprintMismatchError where the reference scored
-    another input, its checkpoint is no longer the one it was or its head does not give what it
-    recorded, CapabilityError where a session cannot give what is needed.
+    reference: as `requested_reference` gives it.
+    Raises FingerprintMismatchError where the reference's checkpoint is no longer the one it was or
+    its head does not give what it recorded, CapabilityError where a session cannot give what is
+    needed.
     """
-    if save_in is not None and reference is not None:
-        raise UsageError(
-            "a run either saves a reference or is held against one, but both were asked for; "
-            "evaluate twice"
-        )
     if save_in is not None:
         yield _saving(session, save_in, dtype)
         return
-    if isinstance(reference, str | Path):
-        if is_kl_base_file(reference):
-            yield _base_file(session, tokens, Path(reference))
-            return
-        reference = _run_or_address(reference)
-    if isinstance(reference, Run) and reference.saved_reference is None:
-        yield _alternatives(session, tokens, reference)
+    if isinstance(reference, KlBaseFile):
+        yield _base_file(session, reference)
+    elif isinstance(reference, Run) and reference.saved_reference is None:
+        yield _alternatives(session, reference)
     elif isinstance(reference, Run):
-        _require_complete_and_same_input(tokens, reference)
         states = _states_of(reference)
         with proven_head(reference, states) as head:
             scoring = ReferenceScoring(session, StoredLogits(states, head))
@@ -131,8 +123,6 @@ def reference_scoring(
 
 
 def _saving(session: InferenceSession, save_in: Path | str, dtype: StatesDtype) -> Opened:
-    if dtype not in ("float32", "float16"):
-        raise UsageError(f"reference_dtype must be float32 or float16, got {dtype!r}")
     scratch = None
     if save_in == "memory":
         scratch = TemporaryFolder("reference")
@@ -151,13 +141,6 @@ def _saving(session: InferenceSession, save_in: Path | str, dtype: StatesDtype) 
     return Opened(scoring.details, saved=saved, scratch=scratch, saving=(scoring, writer))
 
 
-def _run_or_address(reference: str | Path) -> Run | str:
-    path = Path(reference)
-    if (path / RUN_FILE).is_file() or path.name == RUN_FILE:
-        return Run.open(path)
-    return str(reference)
-
-
 @contextmanager
 def _loaded(address: str, **settings: Any) -> Iterator[InferenceSession]:
     session = load_session(address, **settings)
@@ -167,14 +150,12 @@ def _loaded(address: str, **settings: Any) -> Iterator[InferenceSession]:
         session.close()
 
 
-def _base_file(session: InferenceSession, tokens: TokenFile, path: Path) -> Opened:
-    file = KlBaseFile(path)
-    file.require_input(tokens)
+def _base_file(session: InferenceSession, file: KlBaseFile) -> Opened:
     scoring = ReferenceScoring(session, KlBaseReference(file))
     mean, largest = floor_of_file(file)
     record = {
         "kind": "llama.cpp base file",
-        "address": str(path),
+        "address": str(file.path),
         "weights_fingerprint": file.fingerprint,
         "engine": "llama.cpp",
         "dtype": "uint16 log-probabilities, the least likely tokens as one",
@@ -185,31 +166,13 @@ def _base_file(session: InferenceSession, tokens: TokenFile, path: Path) -> Open
     return Opened(scoring.details, reference=record, measured=(measured[0], measured[1]))
 
 
-def _alternatives(session: InferenceSession, tokens: TokenFile, run: Run) -> Opened:
+def _alternatives(session: InferenceSession, run: Run) -> Opened:
     """A reference that recorded its most likely tokens: KL becomes a pair of bounds."""
-    if not run.top_k:
-        raise RunError(
-            f"expected a run with stored hidden states, got {run.folder or run} without; evaluate "
-            "the reference with --save-reference or, where its engine has no hidden states, with "
-            "--top-k 20"
-        )
-    _require_complete_and_same_input(tokens, run)
     reference = TopKReference(run)
     scoring = ReferenceScoring(session, reference)
     kind = f"top {reference.num_alternatives} and a tail"
     described = _described(kind, run.model, run.session)
     return Opened(scoring.details, reference=described, measured=run)
-
-
-def _require_complete_and_same_input(tokens: TokenFile, run: Run) -> None:
-    if run.status != "complete":
-        raise UsageError(f"expected a complete reference run, got one that is {run.status}")
-    if run.input_fingerprint != tokens.input_fingerprint:
-        raise FingerprintMismatchError(
-            f"expected a reference over this very input, got one over another "
-            f"({run.input_fingerprint[:12]}… and {tokens.input_fingerprint[:12]}…); evaluate the "
-            "reference on the same token file"
-        )
 
 
 def _states_of(run: Run) -> ReferenceStates:
