@@ -69,6 +69,7 @@ class Asked:
     quantization: str | None
     saves_reference: bool
     has_reference: bool
+    loads_model: bool
 
 
 def check_asked_conditions(recorded: Run, asked: Asked) -> None:
@@ -93,7 +94,8 @@ def check_asked_conditions(recorded: Run, asked: Asked) -> None:
         "save_reference": (recorded.saved_reference is not None, asked.saves_reference),
         "reference": (recorded.reference is not None, asked.has_reference),
     }
-    if session.get("engine") == "pytorch":  # others may record another spelling of the same
+    # An open session has its own settings; other engines may spell the same settings otherwise.
+    if asked.loads_model and session.get("engine") == "pytorch":
         dtype = canonical_dtype(asked.dtype or "float32")
         pairs["dtype"] = (session.get("dtype"), dtype)
         base, _, reach = (asked.quantization or "").partition(":")

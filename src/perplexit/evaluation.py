@@ -128,6 +128,7 @@ def evaluate(
                 quantization=quantization,
                 saves_reference=save_reference,
                 has_reference=reference is not None,
+                loads_model=isinstance(session, str | Path),
             )
             check_asked_conditions(recorded, asked)
         if isinstance(session, str | Path):

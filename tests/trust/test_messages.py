@@ -119,6 +119,15 @@ def test_f_sibling_the_same_settings_in_other_words_go_on(
     assert again.nll_sum == first.nll_sum
 
 
+def test_f_sibling_an_open_session_goes_on_with_its_own_dtype(
+    tokens: px.TokenFile, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    session = px.load_session(tiny_llama_dir, dtype="bf16", threads=1)
+    first = px.evaluate(session, tokens, run=tmp_path / "run")
+    assert px.evaluate(session, tokens, run=tmp_path / "run").nll_sum == first.nll_sum
+    session.close()
+
+
 def test_f_sibling_a_wrong_reference_is_refused_before_a_model_is_loaded(
     tokens: px.TokenFile,
     tiny_llama_dir: Path,
