@@ -19,7 +19,8 @@ from perplexit.runs.run import Run
 from perplexit.runs.store import RunStore
 from perplexit.sessions.base import InferenceSession
 from perplexit.sessions.cached import cached_session
-from perplexit.sessions.registry import load_session
+from perplexit.sessions.registry import load_session, split_address
+from perplexit.tokenizer_check import check_tokenizer
 
 
 def evaluate(
@@ -49,6 +50,7 @@ def evaluate(
     reference_dtype: Literal["float32", "float16"] = "float32",
     reference: Run | InferenceSession | str | Path | None = None,
     measure_noise_floor: bool = False,
+    other_tokenizer: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """The run of a model over a prepared input: perplexity with its interval and its conditions.
@@ -77,10 +79,13 @@ def evaluate(
         with it (needs PyTorch).
     measure_noise_floor: score up to 32 windows again in batches of another size; how far that
         moves the mean loss is recorded, and no comparison calls less than that a difference.
+    other_tokenizer: go on where the model comes with another tokenizer than the input's; recorded.
     progress: called after every batch.
 
-    Raises ResumeError where the folder's run was made under other conditions, NonFiniteError,
-    VocabularyError, CapabilityError, EngineOutOfMemoryError, RunError, TokenFileError.
+    Raises ResumeError where the folder's run was made under other conditions,
+    FingerprintMismatchError where the model comes with another tokenizer than the input's,
+    NonFiniteError, VocabularyError, CapabilityError, EngineOutOfMemoryError, RunError,
+    TokenFileError.
     """
     check_numbers(
         batch_size=batch_size,
@@ -131,7 +136,10 @@ def evaluate(
                 loads_model=isinstance(session, str | Path),
             )
             check_asked_conditions(recorded, asked)
+        checked = None
         if isinstance(session, str | Path):
+            address = ":".join(split_address(session))
+            checked = check_tokenizer(address, token_file, other_tokenizer=other_tokenizer)
             session = stack.enter_context(_loaded(session, **settings))
         elif any(value not in (None, False) for value in settings.values()):
             raise UsageError(
@@ -143,7 +151,11 @@ def evaluate(
                 session, prompt_len=prompt_len or 1, decode_chunk=decode_chunk or 1
             )
         load_seconds = time.perf_counter() - began
-        recording = Recording(session, token_file, store, memory, progress)
+        if checked is None:  # a model of the hub is here only now
+            checked = check_tokenizer(
+                session.model.address, token_file, other_tokenizer=other_tokenizer
+            )
+        recording = Recording(session, token_file, store, memory, progress, checked)
         if save_reference or reference is not None:
             # The one lazy door to what needs PyTorch here.
             references = import_module("perplexit.reference.opening")

@@ -1,7 +1,7 @@
 """One evaluation under way: batches scored, committed part by part, and put on one record."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -36,6 +36,7 @@ class Recording:
     store: RunStore | None
     memory: HostMemory
     progress: Progress | None
+    tokenizer_check: Mapping[str, Any] | None = None  # see Run
     with_reference: Any = None  # a reference.opening.Opened, where divergences are asked for
 
     def new_run(
@@ -43,6 +44,11 @@ class Recording:
     ) -> Run:
         """The record of a run under these conditions that has scored nothing yet."""
         warnings = check_fits(self.session, self.tokens)
+        if self.tokenizer_check is not None and not self.tokenizer_check["same"]:
+            warnings.append(
+                "the input was prepared with another tokenizer than the model's own, as "
+                f"--other-tokenizer allows: {self.tokenizer_check['difference']}"
+            )
         description = asdict(self.session.description)
         threads = description.pop("threads")
         plan = plan_batches(
@@ -58,6 +64,7 @@ class Recording:
             input_fingerprint=self.tokens.input_fingerprint,
             text_fingerprint=self.tokens.text_fingerprint,
             tokenizer_fingerprint=self.tokens.tokenizer_fingerprint,
+            tokenizer_check=None if self.tokenizer_check is None else dict(self.tokenizer_check),
             protocol=self.tokens.protocol,
             input_spec=dict(self.tokens.spec),
             num_documents=self.tokens.num_documents,

@@ -177,6 +177,13 @@ def evaluate(
             "that is not larger is too small to matter.",
         ),
     ] = False,
+    other_tokenizer: Annotated[
+        bool,
+        typer.Option(
+            "--other-tokenizer",
+            help="Go on where the model comes with another tokenizer than the input's.",
+        ),
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the run's record as JSON on stdout.")
     ] = False,
@@ -222,6 +229,7 @@ def evaluate(
             reference_dtype=reference_dtype.value,
             reference=reference,
             measure_noise_floor=measure_noise_floor,
+            other_tokenizer=other_tokenizer,
             progress=progress,
         )
     people().print(run_table(result.to_json()))

@@ -3,22 +3,18 @@
 Shape suffixes: T = ids of one window, N = targets of one window.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from perplexit.diagnosis.doctor_probe import HARD_TEXT, Subject, packaged_text
 from perplexit.diagnosis.findings import Finding, skipped
 from perplexit.errors import TokenizerError
-from perplexit.inputs.document_bytes import documents_of
-from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import Tokenizer
+from perplexit.inputs.tokenizer_match import first_difference, match_tokenizer
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import SpellsTokens, TokenizesText
 
-_NUM_TEXT_BYTES = 20_000  # of the input's text that is tokenised again
 _NUM_BOS_TARGETS = 64
 _NATS_OF_A_BOS = 0.5
 _STANDARD_ERRORS = 4.0
@@ -83,13 +79,13 @@ def _input_compared(subject: Subject, own: Tokenizer) -> _Compared | None:
     tokens = subject.tokens
     if tokens is None:
         return None
-    if tokens.tokenizer_fingerprint == own.fingerprint:
+    found = match_tokenizer(tokens, own)
+    if found.by == "fingerprint":
         return _Compared(False, "the input's tokenizer is the model's own, by its fingerprint")
-    if not tokens.has_text:
+    if found.by == "nothing":
         return None
-    found = _input_difference(tokens, own)
-    if found:
-        return _Compared(True, f"the input was prepared with another tokenizer: {found}")
+    if found.difference is not None:
+        return _Compared(True, f"the input was prepared with another tokenizer: {found.difference}")
     return _Compared(False, "the input's ids are those of the model's own tokenizer")
 
 
@@ -101,7 +97,7 @@ def _engine_compared(subject: Subject, own: Tokenizer) -> _Compared | None:
         theirs = _engine_ids(session, text)
         if theirs is None:
             return None
-        found = _first_difference(own.encode_batch([text]).ids, theirs)
+        found = first_difference(own.encode_batch([text]).ids, theirs)
         if found:
             return _Compared(True, f"the engine's own tokenizer gives other ids: {found}")
     return _Compared(False, "the engine's own tokenizer gives the same ids")
@@ -115,32 +111,6 @@ def _spelling_compared(subject: Subject, own: Tokenizer) -> _Compared | None:
     if found:
         return _Compared(True, found)
     return _Compared(False, "the engine spells the ids as the tokenizer does")
-
-
-def _input_difference(tokens: TokenFile, own: Tokenizer) -> str | None:
-    """Where the model's own tokenizer gives other ids than the input has; None where nowhere."""
-    num_bytes = 0
-    for number, document in enumerate(documents_of(tokens)):
-        ids = own.encode_batch([document.decode("utf-8", "replace")]).ids
-        start, stop = tokens.document_starts[number : number + 2]
-        found = _first_difference(ids, tokens.token_ids[start:stop])
-        if found:
-            return f"document {number}: {found}"
-        num_bytes += len(document)
-        if num_bytes > _NUM_TEXT_BYTES:
-            break
-    return None
-
-
-def _first_difference(
-    ours: Sequence[int] | NDArray[Any], theirs: Sequence[int] | NDArray[Any]
-) -> str | None:
-    for position, (one, other) in enumerate(zip(ours, theirs, strict=False)):
-        if one != other:
-            return f"id {int(other)} at position {position}, where the model's own has {int(one)}"
-    if len(ours) != len(theirs):
-        return f"{len(theirs)} ids, where the model's own has {len(ours)}"
-    return None
 
 
 def _spelling_difference(subject: Subject, own: Tokenizer, session: SpellsTokens) -> str | None:

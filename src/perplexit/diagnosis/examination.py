@@ -17,10 +17,10 @@ from perplexit.diagnosis.doctor_probe import Subject, make_probe
 from perplexit.diagnosis.findings import Diagnosis, Finding, skipped
 from perplexit.errors import PerplexitError, UsageError
 from perplexit.inputs.token_file import TokenFile
-from perplexit.inputs.tokenizer import Tokenizer, load
-from perplexit.programs import PROGRAM_FILE, ProgramMetadata
+from perplexit.inputs.tokenizer import load
 from perplexit.sessions.base import InferenceSession
 from perplexit.sessions.registry import load_session
+from perplexit.tokenizer_check import own_tokenizer
 
 Progress = Callable[[str, int, int], None]  # a check's name, its number, how many there are
 
@@ -102,7 +102,7 @@ def doctor(
         token_file = (
             tokens if isinstance(tokens, TokenFile) or tokens is None else TokenFile.open(tokens)
         )
-        own = load(tokenizer) if tokenizer is not None else _own_tokenizer(session)
+        own = load(tokenizer) if tokenizer is not None else own_tokenizer(session.model.address)
         probe = make_probe(session, own, token_file, max_length)
         subject = Subject(session, own, token_file, probe, dtype, quantization)
         return Diagnosis(
@@ -142,21 +142,3 @@ def _found(check: Check, subject: Subject) -> Finding:
         return check.examine(subject)
     except PerplexitError as error:
         return Finding(check.name, "fail", str(error), advice="see the message")
-
-
-def _own_tokenizer(session: InferenceSession) -> Tokenizer | None:
-    """The tokenizer that comes with a model, or with the checkpoint that a program was made of."""
-    address = session.model.address
-    folder = Path(address.partition(":")[2])
-    if (folder / PROGRAM_FILE).is_file():
-        address = ProgramMetadata.read(folder).model.address
-    if (folder / "model.gguf").is_file():
-        address = f"gguf:{folder / 'model.gguf'}"
-    prefix, _, location = address.partition(":")
-    is_here = Path(location).expanduser().exists() or "@" in location  # of a hub id: its commit
-    if prefix not in ("hf", "gguf") or not is_here:
-        return None
-    try:
-        return load(address)
-    except PerplexitError:
-        return None

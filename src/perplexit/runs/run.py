@@ -74,6 +74,7 @@ class Run:
     input_fingerprint: str = ""
     text_fingerprint: str = ""
     tokenizer_fingerprint: str = ""
+    tokenizer_check: dict[str, Any] | None = None  # whether it is the model's own, and by what
     protocol: str = ""
     input_spec: dict[str, Any] = field(default_factory=dict)
     num_documents: int = 0
