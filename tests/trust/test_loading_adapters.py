@@ -71,12 +71,10 @@ CONFIGS = {
     "head": lora(target_modules=["lm_head"]),
     "embedding": lora(target_modules=["embed_tokens"]),
     "saved modules": lora(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
-    "patterns": lora(target_modules=ALL, rank_pattern={"q_proj": 8}, alpha_pattern={"v_proj": 32}),
     "ia3": peft.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"],
         task_type="CAUSAL_LM",
     ),
-    "lokr": peft.LoKrConfig(r=4, alpha=8, target_modules=ALL, task_type="CAUSAL_LM"),
 }  # fmt: skip
 
 
@@ -127,12 +125,11 @@ def test_b4_sibling_narrow_merges(untied, tied, tmp_path, dtype):
         losses(tied, WINDOWS, dtype=dtype, adapter=shared, merge_adapter=True)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "q4f16_0"])
-def test_b4_sibling_a_merge_that_is_quantized_afterwards(untied, tied, tmp_path, quantization):
+def test_b4_sibling_a_merge_that_is_quantized_afterwards(untied, tied, tmp_path):
     """It is held against the unmerged adapter before its weights are rounded."""
     folder = adapter(untied, tmp_path / "all", lora(target_modules=["q_proj", "down_proj"]))
-    merged = losses(untied, WINDOWS, adapter=folder, merge_adapter=True, quantization=quantization)
+    merged = losses(untied, WINDOWS, adapter=folder, merge_adapter=True, quantization="int8")
     assert np.abs(merged - right(untied, folder)).mean() < 0.5
     shared = adapter(tied, tmp_path / "shared", lora(target_modules=["embed_tokens"]))
     with pytest.raises(CapabilityError, match="nats apart"):
-        losses(tied, WINDOWS, adapter=shared, merge_adapter=True, quantization=quantization)
+        losses(tied, WINDOWS, adapter=shared, merge_adapter=True, quantization="int8")

@@ -27,6 +27,11 @@ def plain(tmp_path_factory):
     return saved(llama(num_hidden_layers=3), tmp_path_factory.mktemp("plain"))
 
 
+@pytest.fixture(scope="module")
+def right(plain):
+    return oracle_of(plain)
+
+
 def gpt2(positions):
     torch.manual_seed(4)
     return GPT2LMHeadModel(
@@ -65,10 +70,9 @@ def test_b6_sibling_positions_counted_from_two(tmp_path):
 
 
 @NARROW
-def test_b6_bfloat16_is_accepted_as_near_to_float32_as_the_model_s_own(plain):
+def test_b6_bfloat16_is_accepted_as_near_to_float32_as_the_model_s_own(plain, right):
     packed = PytorchInferenceSession(plain, dtype="bfloat16")
     assert settings(packed)["kernels"] == "packed"
-    right = oracle_of(plain)
 
     def distance(**options):
         return np.sqrt(np.mean((losses(plain, dtype="bfloat16", **options) - right) ** 2))
@@ -97,7 +101,7 @@ def test_b6_bfloat16_kernels_that_are_farther_are_put_back(plain, monkeypatch):
 
 @pytest.mark.parametrize("name", ["_reorder_linear_weight", "_linear_pointwise"])
 @pytest.mark.parametrize("change", ["gone", "other arguments", "other values"])
-def test_b6_private_operators_that_changed_fall_back(plain, monkeypatch, name, change):
+def test_b6_private_operators_that_changed_fall_back(plain, right, monkeypatch, name, change):
     ops = torch.ops.mkldnn
 
     class Changed:
@@ -112,7 +116,6 @@ def test_b6_private_operators_that_changed_fall_back(plain, monkeypatch, name, c
                 return lambda weight, size: (weight * 1.01).to_mkldnn()
             return lambda x, weight, bias, *rest: functional.linear(x, weight.to_dense()) * 1.01
 
-    right = oracle_of(plain)
     monkeypatch.setattr(torch.ops, "mkldnn", Changed())
     session = PytorchInferenceSession(plain)
     assert settings(session)["kernels"] == "plain"
@@ -120,7 +123,7 @@ def test_b6_private_operators_that_changed_fall_back(plain, monkeypatch, name, c
     assert np.abs(losses(plain) - right).max() < 1e-4
 
 
-def test_b6_sibling_an_operator_that_fails_only_on_the_model(plain, monkeypatch):
+def test_b6_sibling_an_operator_that_fails_only_on_the_model(plain, right, monkeypatch):
     product = PackedLinear.product
 
     def fails(self, input, *rest):
@@ -128,7 +131,6 @@ def test_b6_sibling_an_operator_that_fails_only_on_the_model(plain, monkeypatch)
             raise RuntimeError("could not create a primitive descriptor")
         return product(self, input, *rest)
 
-    right = oracle_of(plain)
     monkeypatch.setattr(PackedLinear, "product", fails)
     assert settings(PytorchInferenceSession(plain))["kernels_reason"].startswith("the packed model")
     assert np.abs(losses(plain) - right).max() < 1e-4

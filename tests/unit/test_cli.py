@@ -78,6 +78,7 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (EVAL, ["--reference-dtype", "float16"], "evaluate", "reference_dtype", "float16"),
     (EVAL, ["--reference", "runs/r"], "evaluate", "reference", "runs/r"),
     (EVAL, ["--measure-noise-floor"], "evaluate", "measure_noise_floor", True),
+    (EVAL, ["--other-tokenizer"], "evaluate", "other_tokenizer", True),
     (COMPARE, ["--confidence", "0.9"], "compare_runs", "confidence", 0.9),
     (COMPARE, ["--most-changed", "3"], "compare_runs", "num_most_changed", 3),
     (COMPARE, ["--noise-floor", "0.01"], "compare_runs", "noise_floor", 0.01),
