@@ -255,6 +255,7 @@ def test_e1_a_question_may_take_minutes_but_never_for_ever() -> None:
     for length in (24, 2048, 131072):
         seconds = client_module._SECONDS + client_module._SECONDS_PER_ID * length
         assert 100 < seconds < 4 * 3600
+        assert client_module._REPLY_SECONDS_PER_ID * length < client_module._SECONDS_PER_ID * length
     assert client_module._REPLY_SECONDS <= 60
 
 
@@ -554,7 +555,7 @@ def test_e1_ctrl_c_stops_within_about_a_second(kind: str, tokens: Path, tmp_path
         seconds = time.monotonic() - began
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert seconds < 3, seconds  # about 0.3 on a machine that does nothing else
+    assert seconds < 5, seconds  # about 0.3 on a machine that does nothing else
 
 
 # --- the key -----------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ _ATTEMPTS = 6
 _LONGEST_WAIT_SECONDS = 30.0
 # A question with its repetitions and waits: slow processors read ten ids a second.
 _SECONDS, _SECONDS_PER_ID = 120.0, 0.1
-_REPLY_SECONDS = 60.0  # from a reply's first byte to its last
+_REPLY_SECONDS, _REPLY_SECONDS_PER_ID = 30.0, 0.02  # from a reply's first byte to its last
 _REPLY_BYTES, _REPLY_BYTES_PER_ENTRY = 1 << 20, 512
 _MOST_REPLY_BYTES = 512 << 20
 _MOST_NAMES = 10  # models that a message lists
@@ -137,15 +137,14 @@ class CompletionsClient:
             **options,
         }
         largest = _REPLY_BYTES + _REPLY_BYTES_PER_ENTRY * len(ids) * (2 + top_k)
-        seconds = self._seconds or _SECONDS + _SECONDS_PER_ID * len(ids)
         async with self._at_once:
             body = await self._asked(
-                "/completions", question, min(largest, _MOST_REPLY_BYTES), seconds
+                "/completions", question, min(largest, _MOST_REPLY_BYTES), len(ids)
             )
         return choice_of(body, self.base_url)
 
     def _model_card(self, name: str | None) -> Card:
-        body = self._run(self._asked("/models", None, _REPLY_BYTES, self._seconds or _SECONDS))
+        body = self._run(self._asked("/models", None, _REPLY_BYTES, 0))
         with self._key_kept_out():
             cards = cards_of(body, self.base_url)
         for card in cards:
@@ -183,9 +182,11 @@ class CompletionsClient:
             raise type(error)(message) from None
 
     async def _asked(
-        self, path: str, question: dict[str, Any] | None, largest: int, seconds: float
+        self, path: str, question: dict[str, Any] | None, largest: int, num_ids: int
     ) -> bytes:
-        """The reply's body, after retries within `seconds`."""
+        """The reply's body, after retries within the seconds that so many ids may take."""
+        seconds = self._seconds or _SECONDS + _SECONDS_PER_ID * num_ids
+        reply_seconds = min(seconds, _REPLY_SECONDS + _REPLY_SECONDS_PER_ID * num_ids)
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_passes),
             stop=tenacity.stop_after_attempt(self._attempts),
@@ -198,7 +199,7 @@ class CompletionsClient:
         async def once() -> bytes:
             try:
                 return await self._http.reply(
-                    path, question, largest=largest, seconds=min(seconds, _REPLY_SECONDS)
+                    path, question, largest=largest, seconds=reply_seconds
                 )
             except ModelError as error:
                 last.append(error)
