@@ -179,6 +179,13 @@ class Run:
         """
         if self.loaded_tokens is not None:
             return self.loaded_tokens
+        return RunTokens.read(self.whole_tokens_file())
+
+    def whole_tokens_file(self) -> Path:
+        """The path of a complete run's `tokens.parquet`, which is the one that was recorded.
+
+        Raises RunError where the run is not complete, or its tokens are missing or others.
+        """
         if self.folder is None or self.status != "complete":
             raise RunError(
                 f"expected a complete run, got one that is {self.status}"
@@ -191,7 +198,7 @@ class Run:
                 f"expected the tokens of the complete run {self.folder}, but {damage}; evaluate "
                 "again with the same --run"
             )
-        return RunTokens.read(self.folder / TOKENS_FILE)
+        return self.folder / TOKENS_FILE
 
     def damage(self) -> str | None:
         """What is wrong with a complete run's tokens on disk, in words; None where nothing is.

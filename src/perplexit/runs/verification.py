@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from perplexit.errors import PerplexitError, RunError
+from perplexit.errors import PerplexitError
 from perplexit.metrics.intervals import MIN_CLUSTERS
 from perplexit.runs.documents import DOCUMENTS_FILE, with_sources
 from perplexit.runs.figures import figures_of
@@ -95,9 +95,7 @@ def export_tokens(folder: str | Path, path: str | Path, *, force: bool = False) 
     own = [Path(folder) / name for name in (RUN_FILE, TOKENS_FILE, DOCUMENTS_FILE)]
     file = export_file(path, _EXPORTED, inputs=own, force=force)
     run = Run.open(folder)
-    if run.status != "complete" or run.folder is None:
-        raise RunError(f"expected a complete run, got one that is {run.status} in {folder}")
-    table = _with_text(read_token_table(run.folder / TOKENS_FILE))
+    table = _with_text(read_token_table(run.whole_tokens_file()))
     return write_table(with_sources(table, run), file)
 
 
