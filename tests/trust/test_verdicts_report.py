@@ -166,6 +166,18 @@ def test_a3_sibling_the_kl_of_a_token_is_the_candidates_own(runs: list[Run]) -> 
     assert subject.comparisons[0].tokens.kl_of_rows() is None
 
 
+def test_a3_sibling_a_changed_choice_is_never_shown_as_the_same_token(runs: list[Run]) -> None:
+    """Two tokens tie for the first place: the KL's columns saw the other one of them."""
+    candidate = with_kl(runs[1], runs[0], scale=0.0)
+    same = np.ones(len(candidate.tokens), dtype=bool)
+    tops = [run.tokens.top_ids[:, 0] for run in (runs[0], candidate)]
+    same[np.flatnonzero(tops[0] == tops[1])[0]] = False
+    columns = replace(candidate.tokens, same_top1=same)
+    (flip,) = px.compare(runs[0], replace(candidate, loaded_tokens=columns)).flips.listed
+    assert flip.reference_top1 is not None
+    assert flip.candidate_top1 is None
+
+
 def test_a3_sibling_the_drawing_itself_has_the_runs_colours(runs: list[Run]) -> None:
     own = [with_kl(run, runs[0]) if n in (1, 2, 3) else run for n, run in enumerate(runs)]
     subject = Subject.of(own)

@@ -103,6 +103,7 @@ def flips_of(
         order = np.argsort(-sureness_M[places], kind="stable")
     chosen = places[order[:limit]]
     tops = [_first_choices(rows, pairs.rows[chosen]) for rows in (ours, theirs)]
+    tops[1][tops[0] == tops[1]] = UNKNOWN  # rank 1 shared by two tokens: the other one was chosen
     texts = spell([reference, candidate], {int(i) for top in tops for i in top if i != UNKNOWN})
     listed = tuple(
         Flip(
