@@ -149,7 +149,7 @@ def proven_head(run: Run, states: ReferenceStates) -> Iterator[Head]:
 def _require_proof(run: Run, states: ReferenceStates, head: Head, which: str) -> None:
     """Raise FingerprintMismatchError unless the head gives a window's recorded results."""
     measured = states.record.get("proof") or {}
-    window = int(measured["window"]) if "window" in measured else states.longest_window()
+    window = int(measured["window"]) if "window" in measured else _longest_window(run, states)
     if window is None:
         return  # nothing was scored
     recorded = RecordedLosses.of_window(run.tokens, window)
@@ -168,6 +168,13 @@ def _require_proof(run: Run, states: ReferenceStates, head: Head, which: str) ->
             raise _unproven(run, which, reason)
     if proof.ranks < _SHARE_OF_RANKS * float(measured.get("ranks", 1.0)):
         raise _unproven(run, which, f"on window {window} {proof.ranks:.0%} of the ranks agree")
+
+
+def _longest_window(run: Run, states: ReferenceStates) -> int | None:
+    """The stored window with the most scored tokens, the first of equals; None where none is."""
+    windows, counts = np.unique(run.tokens.window, return_counts=True)
+    stored = np.isin(windows, list(states.windows))
+    return int(windows[stored][counts[stored].argmax()]) if stored.any() else None
 
 
 def _unproven(run: Run, which: str, reason: str) -> FingerprintMismatchError:

@@ -146,17 +146,6 @@ class ReferenceStates:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
             return OutputHead.of(tensors, json.loads(content.metadata()["perplexit"])).on(device)
 
-    def longest_window(self) -> int | None:
-        """The stored window with the most targets, the first of equals; None where none is."""
-        longest, most = None, 0
-        for path in sorted(set(self._file_of.values())):
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118
-                    key = (file.get_slice(name).get_shape()[0], -int(name))
-                    if longest is None or key > (most, -longest):
-                        longest, most = int(name), key[0]
-        return longest
-
     def of_window(self, window: int) -> NDArray[np.float32]:
         """The states of a window's targets, float32 (N, D)."""
         path = self._file_of.get(window)
