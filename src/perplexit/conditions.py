@@ -7,7 +7,14 @@ from typing import Any
 from perplexit.errors import ResumeError, VocabularyError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
-from perplexit.runs.identity import depends_on_batch, flat_record, plain_json
+from perplexit.runs.identity import (
+    MOST_NAMED,
+    depends_on_batch,
+    differing_names,
+    flat_record,
+    further,
+    plain_json,
+)
 from perplexit.runs.run import Run
 from perplexit.sessions.base import InferenceSession
 
@@ -101,7 +108,8 @@ def check_asked_conditions(recorded: Run, asked: Asked) -> None:
         base, _, reach = (asked.quantization or "").partition(":")
         wanted = ":".join(filter(None, (canonical_precision(base), reach))) or None
         pairs["quantization"] = (quantization, wanted)
-    _refuse(recorded, pairs, asked.batch_size)
+    before, after = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
+    _refuse(recorded, before, after, asked.batch_size)
 
 
 def check_same_conditions(recorded: Run, wanted: Run, batch_size: int | str) -> None:
@@ -111,16 +119,19 @@ def check_same_conditions(recorded: Run, wanted: Run, batch_size: int | str) -> 
     precision, device, threads, what is recorded a token. An explicit batch size must be the
     recorded one; "auto" takes whatever was recorded.
     """
-    _refuse(recorded, _compared(recorded, wanted), batch_size)
+    before, after = _recorded_and_wanted(recorded, wanted)
+    _refuse(recorded, before, after, batch_size)
 
 
-def _refuse(recorded: Run, pairs: Mapping[str, tuple[Any, Any]], batch_size: int | str) -> None:
-    """Raise ResumeError that names each pair (recorded, now) whose values differ."""
+def _refuse(
+    recorded: Run, before: Mapping[str, Any], after: Mapping[str, Any], batch_size: int | str
+) -> None:
+    """Raise ResumeError that names what differs between recorded conditions and those wanted."""
+    names = differing_names(before, after)
     differences = [
-        f"{name}: recorded {_shown(before)}, now {_shown(after)}"
-        for name, (before, after) in pairs.items()
-        if before != after
-    ]
+        f"{name}: recorded {_shown(before.get(name))}, now {_shown(after.get(name))}"
+        for name in names[:MOST_NAMED]
+    ] + further(names)
     planned = recorded.batch_plan.get("batch_size")
     if batch_size not in ("auto", planned):
         differences.append(f"batch_size: recorded {_shown(planned)}, now {_shown(batch_size)}")
@@ -138,28 +149,28 @@ def _shown(value: Any) -> str:
     return "not set" if value is None else str(value)
 
 
-def _compared(recorded: Run, wanted: Run) -> dict[str, tuple[Any, Any]]:
+def _recorded_and_wanted(recorded: Run, wanted: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All that must be equal, of both, by dotted names."""
+    first, second = _conditions(recorded), _conditions(wanted)
+    for name in ("reference", "saved_reference"):
+        ours, theirs = getattr(recorded, name), getattr(wanted, name)
+        if ours is None or theirs is None:  # with and without one differ in that alone
+            first[name], second[name] = (x and x.get("kind", "kept") for x in (ours, theirs))
+        else:
+            first |= _flat(name, ours)
+            second |= _flat(name, theirs)
+    return first, second
+
+
+def _conditions(run: Run) -> dict[str, Any]:
     names = ["input_fingerprint", "threads", "top_k", "on_non_finite", "confidence"]
     names += ["perplexit_version"]
-    pairs = {name: (getattr(recorded, name), getattr(wanted, name)) for name in names}
-    pairs |= _paired("reference", recorded.reference, wanted.reference)
-    pairs |= _paired("saved_reference", recorded.saved_reference, wanted.saved_reference)
-    key = "weights_fingerprint"
-    pairs["adapter"] = (_adapter(recorded.model), _adapter(wanted.model))
-    pairs["model weights"] = (recorded.model.get(key), wanted.model.get(key))
-    return pairs | _paired("", recorded.session, wanted.session)
-
-
-def _paired(
-    name: str, recorded: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None
-) -> dict[str, tuple[Any, Any]]:
-    """The innermost values of two records side by side, or the two where one is missing."""
-    if recorded is None or wanted is None:
-        kinds = tuple(record and record.get("kind", "kept") for record in (recorded, wanted))
-        return {name: (kinds[0], kinds[1])}
-    before, after = _flat(name, recorded), _flat(name, wanted)
-    names = sorted(before | after)
-    return {key: (before.get(key), after.get(key)) for key in names}
+    return {
+        **{name: getattr(run, name) for name in names},
+        "adapter": _adapter(run.model),
+        "model weights": run.model.get("weights_fingerprint"),
+        **_flat("", run.session),
+    }
 
 
 def _adapter(model: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from perplexit.files import canonical_json
 
+MOST_NAMED = 6  # differences in one message
 _SHA256 = re.compile("[0-9a-f]{64}")
 # Of a session's description: where it computes by how many threads, and what memory it keeps.
 _NOT_DECIDING = frozenset(
@@ -81,14 +82,38 @@ def measurement_fingerprint(measurement: Mapping[str, Any]) -> str:
 def measurement_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, as `name (value and value)`; empty where nothing does.
 
-    Fingerprints are cut to 12 digits.
+    What matters most first, and no more than a reader takes in. Hashes are cut to 12 digits.
     """
     ours, theirs = flat_record(first), flat_record(second)
-    return [
-        f"{name} ({_short(ours.get(name))} and {_short(theirs.get(name))})"
-        for name in sorted(ours | theirs)
-        if ours.get(name) != theirs.get(name)
+    names = differing_names(ours, theirs)
+    shown = [
+        f"{name.removesuffix('.name')} ({_short(ours.get(name))} and {_short(theirs.get(name))})"
+        for name in names[:MOST_NAMED]
     ]
+    return [*shown, *further(names)]
+
+
+def differing_names(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The keys with different values in two flat records, an engine's own settings last.
+
+    What follows from another one is left out: a fingerprint whose parts differ, and the counts of a
+    quantization of another name.
+    """
+    differing = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    named = tuple(name.removesuffix("name") for name in differing if _is_quantization(name))
+    kept = [n for n in differing if _is_quantization(n) or not named or not n.startswith(named)]
+    parts = [name for name in kept if not name.endswith("measurement_fingerprint")]
+    return sorted(parts or kept, key=lambda name: ("settings." in name, name))
+
+
+def further(names: list[str]) -> list[str]:
+    """How many names were not shown, in words; nothing where all were."""
+    left = len(names) - MOST_NAMED
+    return [f"{left} further settings"] if left > 0 else []
+
+
+def _is_quantization(name: str) -> bool:
+    return name.endswith("quantization.name")
 
 
 def flat_record(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
