@@ -39,6 +39,7 @@ DOCTOR = ["doctor", "M", "in.safetensors"]
 REPORT = ["report", "a", "b", "-o", "report.html"]
 
 # command, the option as given, the verb it reaches, the keyword and the value that arrive there
+DOCUMENTS = ["runs", "export", "r", "-o", "d.csv", "--documents"]
 WORDS = ["runs", "export", "r", "-o", "w.csv", "--words"]
 TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (PREPARE, ["--tokenizer", "U"], "prepare", "tokenizer", "U"),
@@ -50,6 +51,8 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (PREPARE, ["--text-key", "page"], "prepare", "text_key", "page"),
     (PREPARE, ["--domain-key", "field"], "prepare", "domain_key", "field"),
     (PREPARE, ["--prompt-key", "question"], "prepare", "prompt_key", "question"),
+    (PREPARE, ["--keep", "id", "--keep", "n"], "prepare", "keep", ["id", "n"]),
+    (PREPARE, ["--force"], "prepare", "force", True),
     (PREPARE, ["--from-ids"], "import_id_lines", "tokenizer", "T"),
     (PREPARE, ["--from-ids"], "import_id_lines", "output", Path("out.safetensors")),
     (PREPARE, ["--export-ids", "ids.txt"], "export_id_lines", "1", Path("ids.txt")),
@@ -85,6 +88,10 @@ TRANSLATIONS: list[tuple[list[str], list[str], str, str, Any]] = [
     (COMPARE, ["--margin", "1%"], "compare_runs", "margin", "1%"),
     (COMPARE, ["--gate", "fp16"], "compare_runs", "gates", ["fp16"]),
     (COMPARE, ["--gate-on", "value"], "compare_runs", "gates_on", "value"),
+    (COMPILE, ["--force"], "compile", "force", True),
+    (REPORT, ["--force"], "write_report", "force", True),
+    (WORDS, ["--force"], "export_words", "force", True),
+    (DOCUMENTS, ["--documents"], "export_documents", "1", Path("d.csv")),
     (COMPILE, ["--to", "tvm"], "compile", "to", "tvm"),
     (COMPILE, ["-o", "there"], "compile", "output", Path("there")),
     (COMPILE, ["--quantization", "int4"], "compile", "quantization", "int4"),
@@ -200,6 +207,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         "export_tokens": None,
         "write_report": SimpleNamespace(headline="it is worse", num_bytes=1, to_json=dict),
         "export_words": None,
+        "export_documents": None,
     }.items():
         monkeypatch.setitem(vars(px), verb, recorder(verb, result))
     monkeypatch.setattr(px.Run, "open", lambda folder: record)
@@ -245,6 +253,7 @@ def test_trap_33_an_option_reaches_the_library(
 def test_trap_33_no_option_is_without_a_test() -> None:
     tested = {(command[0], option[0]) for command, option, *_ in TRANSLATIONS}
     tested |= {("compare", "--junit"), ("compare", "--markdown")}  # test_gate_reports_are_written
+    tested |= {("compare", "--force")}  # tests/trust/test_overwrite.py
     missing = set()
     for path, command in _commands():
         for param in command.params if path[0] not in WITH_THEIR_PART else ():

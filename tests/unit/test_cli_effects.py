@@ -54,7 +54,7 @@ def prepared(corpus: Path, tiny_llama_dir: Path) -> Callable[..., dict[str, Any]
 
     def prepare(*options: str | Path) -> dict[str, Any]:
         output = corpus.with_name("input.safetensors")
-        base = ["--tokenizer", tiny_llama_dir, "-o", output, "--max-length", "8"]
+        base = ["--tokenizer", tiny_llama_dir, "-o", output, "--max-length", "8", "--force"]
         return _run("prepare", corpus, *base, *options)
 
     return prepare

@@ -122,13 +122,14 @@ def prepare(
     for place in filter(None, (output, export_ids)):
         check_place(place, Kind("what is prepared", lambda _: True), check_overlap or ())
     with stdout_kept_clean():
+        if export_ids is not None:
+            px.check_id_lines_output(export_ids, output, corpus)
         if from_ids:
             _refuse_text_options(context)
             token_file = px.import_id_lines(
                 _only(corpus),
                 output=output,
                 tokenizer=tokenizer,
-                export_ids=export_ids,
                 force=force,
             )
         else:
@@ -149,10 +150,11 @@ def prepare(
                     domain_key=domain_key,
                     prompt_key=prompt_key,
                     keep=keep or (),
-                    export_ids=export_ids,
                     progress=progress,
                     force=force,
                 )
+        if export_ids is not None:
+            px.export_id_lines(token_file, export_ids)
         overlaps = {
             str(file): px.ngram_overlap(token_file, file, text_key=text_key or "text")
             for file in check_overlap or ()

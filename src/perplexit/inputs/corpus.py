@@ -20,6 +20,7 @@ from perplexit.inputs.corpus_tables import (
     jsonl_documents,
     parquet_documents,
 )
+from perplexit.inputs.long_text import LONG_CHARACTERS, decoded_pieces
 
 __all__ = ["Document", "Keys", "documents", "files_of", "is_read_in_folder", "paths_of"]
 
@@ -32,15 +33,16 @@ _LONGEST_PATH = 255
 _NUL_BYTES = 1 << 12  # how far into a text its encoding is looked at
 
 
-def documents(corpus: Any, keys: Keys) -> Iterator[Document]:
+def documents(corpus: Any, keys: Keys, *, stream: bool = False) -> Iterator[Document]:
     """Every document of `corpus`, in order.
 
     `corpus`: a path (a str is a path) or several, a `datasets` object, or an iterable of texts or
-    of rows (mappings). Raises CorpusError for what cannot be read, naming file and line, and
-    UsageError for something that is no corpus.
+    of rows (mappings). stream: large text files come in pieces, as `long_text`.
+    Raises CorpusError for what cannot be read, naming file and line, and UsageError for something
+    that is no corpus.
     """
     if isinstance(corpus, str | Path):
-        yield from _path_documents(Path(corpus), keys)
+        yield from _path_documents(Path(corpus), keys, stream)
     elif isinstance(corpus, Mapping):
         raise UsageError(
             f"Expected one split of a dataset, got {type(corpus).__name__} with "
@@ -49,7 +51,7 @@ def documents(corpus: Any, keys: Keys) -> Iterator[Document]:
     elif hasattr(corpus, "column_names") and hasattr(corpus, "select_columns"):
         yield from _dataset_documents(corpus, keys)
     elif isinstance(corpus, Iterable):
-        yield from _item_documents(corpus, keys)
+        yield from _item_documents(corpus, keys, stream)
     else:
         raise UsageError(
             f"Expected paths, a `datasets` object or texts, got {type(corpus).__name__}."
@@ -89,7 +91,7 @@ def is_table(path: Path) -> bool:
     return _kind(path) in TABLE_SUFFIXES
 
 
-def _path_documents(path: Path, keys: Keys) -> Iterator[Document]:
+def _path_documents(path: Path, keys: Keys, stream: bool) -> Iterator[Document]:
     if path.is_dir():
         files = _folder_files(path)
         if not files:
@@ -99,9 +101,9 @@ def _path_documents(path: Path, keys: Keys) -> Iterator[Document]:
                 f"or compressed .json."
             )
         for file in files:
-            yield from _file_documents(file, keys)
+            yield from _file_documents(file, keys, stream)
     elif path.is_file():
-        yield from _file_documents(path, keys)
+        yield from _file_documents(path, keys, stream)
     else:
         raise CorpusError(
             f"There is no file or folder {str(path)!r}. To pass text itself, give a list: ['text']."
@@ -124,7 +126,7 @@ def _kind(path: Path) -> str:
     return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
 
 
-def _file_documents(path: Path, keys: Keys) -> Iterator[Document]:
+def _file_documents(path: Path, keys: Keys, stream: bool) -> Iterator[Document]:
     kind = _kind(path)
     if kind in JSONL_SUFFIXES:
         yield from jsonl_documents(path, keys)
@@ -140,19 +142,23 @@ def _file_documents(path: Path, keys: Keys) -> Iterator[Document]:
             )
         yield from parquet_documents(path, keys)
     else:
-        yield _text_document(path, keys)
+        yield _text_document(path, keys, stream)
 
 
-def _text_document(path: Path, keys: Keys) -> Document:
+def _text_document(path: Path, keys: Keys, stream: bool) -> Document:
     if keys.beside_text:
         raise UsageError(
             f"{path} is a text file, one document without columns, so it has no "
             f"{keys.beside_text!r}. Use a table (JSON Lines, CSV, Parquet) for domains, prompts "
             "and columns to keep."
         )
-    with open_bytes(path) as file:
-        data = file.read()
+    file = open_bytes(path)
+    data = file.read(LONG_CHARACTERS + 1 if stream else -1)
     check_is_no_utf16(data[:_NUL_BYTES], path)
+    if stream and len(data) > LONG_CHARACTERS:
+        pieces = decoded_pieces(path, data, file)
+        return Document("", str(path), source_file=str(path), long_text=pieces)
+    file.close()
     return Document(decoded(data, str(path)), str(path), source_file=str(path))
 
 
@@ -164,11 +170,11 @@ def _dataset_documents(dataset: Any, keys: Keys) -> Iterator[Document]:
         yield row_document(row, keys, f"row {number} of the dataset", source_row=number)
 
 
-def _item_documents(items: Iterable[Any], keys: Keys) -> Iterator[Document]:
+def _item_documents(items: Iterable[Any], keys: Keys, stream: bool) -> Iterator[Document]:
     for number, item in enumerate(items):
         origin = f"item {number} of the list"
         if isinstance(item, Path):
-            yield from _path_documents(item, keys)
+            yield from _path_documents(item, keys, stream)
         elif isinstance(item, Mapping):
             yield row_document(item, keys, origin, source_row=number)
         elif isinstance(item, str) and not keys.beside_text:

@@ -35,6 +35,7 @@ class Document:
 
     source_file: as the file was reached; None in memory. source_row: the row of the file, or the
     item of the list, empty ones counted. kept: the values of the columns that are kept.
+    long_text: the pieces of a text that is not held at once; `text` is then "".
     """
 
     text: str | None
@@ -44,6 +45,7 @@ class Document:
     source_file: str | None = None
     source_row: int = 0
     kept: tuple[Any, ...] = ()
+    long_text: Iterable[str] | None = None
 
 
 def row_document(

@@ -45,6 +45,19 @@ class EncodedBatch:
         """Documents in the batch."""
         return len(self.document_starts) - 1
 
+    def document(self, index: int) -> "EncodedBatch":
+        """One document as a batch of its own."""
+        begin, end = self.document_starts[index : index + 2].tolist()
+        byte_starts = self.byte_starts[begin : end + 1]
+        first, last = int(byte_starts[0]), int(byte_starts[-1])
+        return EncodedBatch(
+            self.ids[begin:end],
+            np.array([0, end - begin]),
+            byte_starts - first,
+            self.num_words[begin:end],
+            self.text_bytes[first:last],
+        )
+
     @classmethod
     def of(
         cls,

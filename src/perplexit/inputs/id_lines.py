@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from perplexit.errors import CorpusError, OutputError
+from perplexit.errors import CorpusError
 from perplexit.inputs.corpus_rows import Document
 from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.token_file import TokenFile
@@ -26,17 +26,12 @@ _MOST_DIGITS = 20
 _LARGEST_ID = np.iinfo(np.int32).max
 
 
-def id_lines_output(path: str | Path, *, besides: OutputFile | None = None) -> OutputFile:
-    """The file for lines of ids, which is neither `besides` nor one of its inputs.
+def id_lines_output(path: str | Path) -> OutputFile:
+    """The file for lines of ids. Raises OutputError where something is there.
 
-    Raises OutputError where something is there: lines of ids carry no mark that says who wrote
-    them, so they are never replaced.
+    Lines of ids carry no mark that says who wrote them, so they are never replaced.
     """
-    inputs = () if besides is None else besides.inputs
-    file = OutputFile(Path(path), Kind("lines of ids", lambda _: False), inputs)
-    if besides is not None and file.place == besides.place:
-        raise OutputError(f"expected two outputs, got {path} twice; name another for the ids")
-    return file
+    return OutputFile(Path(path), Kind("lines of ids", lambda _: False))
 
 
 def export_id_lines(token_file: TokenFile, path: str | Path) -> int:
@@ -45,11 +40,7 @@ def export_id_lines(token_file: TokenFile, path: str | Path) -> int:
     Which of them are targets is lost where windows overlap or prompts are not scored.
     Raises OutputError where there is a file already.
     """
-    return write_id_lines(token_file, id_lines_output(path))
-
-
-def write_id_lines(token_file: TokenFile, file: OutputFile) -> int:
-    """As `export_id_lines`, into a file that was checked before."""
+    file = id_lines_output(path)
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="ascii", newline="\n") as lines:
@@ -66,19 +57,16 @@ def import_id_lines(
     *,
     output: str | Path,
     tokenizer: str | Path | object | None = None,
-    export_ids: str | Path | None = None,
     force: bool = False,
 ) -> TokenFile:
     """The token file of windows that another tool wrote; it knows no text (`has_text` is false).
 
     Lines of fewer than two ids have nothing to score; they are skipped and counted in the spec.
     With `tokenizer`, its fingerprint is recorded and ids outside its vocabulary are refused.
-    `export_ids`: a file to write the windows to again, as `export_id_lines` does.
     `force`: another token file at `output` is replaced.
     Raises CorpusError, with the line, for anything but ids separated by blanks; OutputError.
     """
     file = OutputFile(Path(output), TOKEN_FILE, paths_among(Path(path), tokenizer), force)
-    ids_file = None if export_ids is None else id_lines_output(export_ids, besides=file)
     loaded = None if tokenizer is None else load(tokenizer)
     limit = _LARGEST_ID + 1 if loaded is None else loaded.vocab_size
     short: list[int] = []
@@ -110,10 +98,7 @@ def import_id_lines(
                 else {},
             },
         }
-        result = writer.finish(spec, tokenizer_fingerprint=loaded.fingerprint if loaded else "")
-    if ids_file is not None:
-        write_id_lines(result, ids_file)
-    return result
+        return writer.finish(spec, tokenizer_fingerprint=loaded.fingerprint if loaded else "")
 
 
 def _append(writer: TokenFileWriter, lines: list[tuple[int, list[int]]], path: str) -> None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from perplexit.errors import CorpusError, TokenizerError, UsageError
 from perplexit.files import scratch_folder
 from perplexit.inputs.corpus import Document, Keys, documents, files_of, is_table, paths_of
 from perplexit.inputs.encoding import EncodedBatch
-from perplexit.inputs.id_lines import write_id_lines
-from perplexit.inputs.prepared_before import check_same_input, id_lines_beside, output_file
+from perplexit.inputs.long_text import in_memory_or_long
+from perplexit.inputs.prepared_before import check_same_input, output_file
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.protocols import ResolvedProtocol, resolve_protocol
 from perplexit.inputs.token_file import TokenFile
@@ -50,7 +51,6 @@ def prepare(
     domain_key: str | None = None,
     prompt_key: str | None = None,
     keep: str | Sequence[str] = (),
-    export_ids: str | Path | None = None,
     progress: Progress | None = None,
     force: bool = False,
 ) -> TokenFile:
@@ -62,7 +62,6 @@ def prepare(
     text_key:   the column with the text of a table; None: "text".
     prompt_key: the column with prompts; only the tokens of the answer (`text_key`) are scored.
     keep:       columns that stay with each document, beside its file and row (`TokenFile.sources`).
-    export_ids: a file to write the windows to as well, as `export_id_lines` does.
     force:      whether another token file at `output` is replaced; the same is, without it.
 
     Raises OutputError where `output` holds something else, UsageError for options that contradict
@@ -72,7 +71,6 @@ def prepare(
     target, cleanup = _target(output)
     file = output_file(target, corpus, read=(tokenizer,), force=force)
     keys = _keys(corpus, text_key, domain_key, prompt_key, keep)
-    ids_file = None if export_ids is None else id_lines_beside(file, export_ids, corpus)
     loaded = load(tokenizer)
     plan = _plan(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
     _check_joining(plan, keys)
@@ -86,15 +84,13 @@ def prepare(
         ):
             fingerprint = aside.submit(lambda: loaded.fingerprint)  # wanted at the end
             preparation = _Preparation(loaded, plan, writer)
-            batches = _batches(_joined(documents(corpus, keys), plan, preparation))
-            chosen = filter(len, map(preparation.choose, batches))
-            for kept, encoded in _ahead(preparation.encode, chosen):
-                preparation.add(kept, encoded)
-                if progress is not None:
-                    progress(writer.num_documents, writer.num_ids)
+            found = _joined(documents(corpus, keys, stream=True), plan, preparation)
+            for is_long, group in groupby(in_memory_or_long(found), _is_long):
+                written = preparation.add_long if is_long else preparation.add_short
+                for _ in written(group):
+                    if progress is not None:
+                        progress(writer.num_documents, writer.num_ids)
             result = writer.finish(preparation.spec(), tokenizer_fingerprint=fingerprint.result())
-        if ids_file is not None:
-            write_id_lines(result, ids_file)
     except BaseException:
         cleanup()
         raise
@@ -143,6 +139,46 @@ class _Preparation:
         names = [d.origin if d.source_file else f"document {number}" for number, d in kept]
         encoded = self.tokenizer.encode_batch(texts, names=names)
         return encoded.with_split_words() if self.splits_words else encoded
+
+    def add_short(self, found: Iterable[Document]) -> Iterator[None]:
+        """Write documents in batches; one step for each."""
+        chosen = filter(len, map(self.choose, _batches(found)))
+        for kept, encoded in _ahead(self.encode, chosen):
+            self.add(kept, encoded)
+            yield
+
+    def add_long(self, found: Iterable[Document]) -> Iterator[None]:
+        """Write documents part by part; one step for each part."""
+        for document in found:
+            number = self.num_read
+            self.num_read += 0 if self.plan.joined_with is not None else 1
+            yield from self._add_parts(document, number)
+
+    def _add_parts(self, document: Document, number: int) -> Iterator[None]:
+        before, masked = self.writer.num_ids, document.prompt is not None
+        prompt_bytes = len((document.prompt or "").encode())
+        first_scored, num_bytes, own_bos = 0, 0, False
+        pieces = chain([document.prompt or ""], document.long_text or ())
+        for part in self.tokenizer.encode_long(pieces, name=document.origin):
+            mask_n = part.byte_starts[1:] + num_bytes > prompt_bytes
+            first_scored += int(np.count_nonzero(~mask_n))
+            if len(part.ids) and self.writer.num_ids == before:
+                own_bos = int(part.ids[0]) == self.plan.prefix_id
+            self.writer.append_part(part, scored_mask=mask_n if masked else None)
+            num_bytes += len(part.text_bytes)
+            self.num_special += self.tokenizer.num_special(part.ids)
+            yield
+        length = self.writer.num_ids - before
+        if length == 0:
+            self._skip("blank, no tokens", number, document)
+            return
+        self.num_own_bos += own_bos
+        first = self.writer.num_documents
+        windows = self.plan.windows([length], first_document=first, own_bos_D=[own_bos])
+        domain = int(self._domain_codes([document])[0])
+        self.writer.end_document(
+            document, domain=domain, windows=windows, first_scored=first_scored if masked else 0
+        )
 
     def add(self, kept: _Numbered, encoded: EncodedBatch) -> None:
         """Write the documents that have tokens."""
@@ -284,12 +320,24 @@ def _joined(
     if plan.joined_with is None:
         yield from found
         return
-    texts = [document.text or "" for document in found]
-    preparation.num_read = len(texts)
-    yield Document(plan.joined_with.join(texts), "the joined documents")
+    yield Document("", "the joined documents", long_text=_joined_pieces(found, plan, preparation))
 
 
-def _batches(found: Iterator[Document]) -> Iterator[list[Document]]:
+def _joined_pieces(
+    found: Iterator[Document], plan: ResolvedProtocol, preparation: _Preparation
+) -> Iterator[str]:
+    for document in found:
+        if preparation.num_read:
+            yield plan.joined_with or ""
+        preparation.num_read += 1
+        yield from [document.text or ""] if document.long_text is None else document.long_text
+
+
+def _is_long(document: Document) -> bool:
+    return document.long_text is not None
+
+
+def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in groups of a size that keeps the tokenizer busy and memory flat."""
     batch: list[Document] = []
     size = 0

@@ -28,10 +28,12 @@ def output_file(
     return OutputFile(target, TOKEN_FILE, (*files_of(paths), *paths_among(*read)), force)
 
 
-def id_lines_beside(file: OutputFile, path: str | Path, corpus: Any) -> OutputFile:
-    """The file for lines of ids that `prepare` writes beside the token file, checked likewise."""
-    check_is_not_read_back(Path(path), paths_of(corpus))
-    return id_lines_output(path, besides=file)
+def check_id_lines_output(path: Path, token_file: Path, corpus: Any) -> None:
+    """Raise OutputError unless lines of ids can be written beside the token file."""
+    check_is_not_read_back(path, paths_of(corpus))
+    file = id_lines_output(path)
+    if file.place == OutputFile(token_file, TOKEN_FILE).place:
+        raise OutputError(f"expected two outputs, got {path} twice; name another for the ids")
 
 
 def check_is_not_read_back(target: Path, paths: Iterable[Path]) -> None:

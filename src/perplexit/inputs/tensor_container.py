@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -114,6 +114,13 @@ class TensorSpool:
         self._files[name].write(data.data)
         self._hashes[name].update(data.data)
         self._num_rows[name] += len(data)
+
+    def read_back(self, name: str, num_bytes: int) -> Iterator[bytes]:
+        """The last bytes that were appended to a tensor, in pieces."""
+        self._files[name].flush()
+        with (self._folder / name).open("rb") as file:
+            file.seek(-num_bytes, os.SEEK_END)
+            yield from iter(lambda: file.read(_COPY_BYTES), b"")
 
     def entries(self) -> list[TensorEntry]:
         """The tensors as they stand."""

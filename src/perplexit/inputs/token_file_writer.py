@@ -71,6 +71,8 @@ class TokenFileWriter:
         self._text_hash = hashlib.sha256()
         self._num_bytes = 0
         self._num_targets = 0
+        self._long_bytes = 0  # of the document whose parts are being added
+        self._documents_end = 0  # ids of the documents that are complete
         self._spool.append("document_starts", np.zeros(1, dtype=np.int64))
         self._spool.append("byte_starts", np.zeros(1, dtype=np.int64))
         if keep:
@@ -134,6 +136,38 @@ class TokenFileWriter:
         self._spool.append("document_domains", domains_D)
         self._append_text(batch)
         self._spool.append("token_ids", batch.ids)
+        self._documents_end = self.num_ids
+
+    def append_part(self, part: EncodedBatch, *, scored_mask: NDArray[np.bool_] | None) -> None:
+        """Add the next tokens of a long document, which `end_document` completes."""
+        self._long_bytes += len(part.text_bytes)
+        self._append_bytes(part)
+        if scored_mask is not None:
+            self._spool.append("scored_mask", scored_mask)
+        self._spool.append("token_ids", part.ids)
+
+    def end_document(
+        self, document: Document, *, domain: int, windows: WindowArray, first_scored: int = 0
+    ) -> None:
+        """Complete the document whose parts were added, with its windows.
+
+        first_scored: the token from which on the mask is true.
+        """
+        length = self.num_ids - self._documents_end
+        _check_windows(windows, np.array([length]), self.num_documents)
+        counts_W = np.maximum(windows[:, 4] - np.maximum(windows[:, 3], first_scored), 0)
+        windows, counts_W = windows[counts_W > 0], counts_W[counts_W > 0]
+        self._text_hash.update(frame(self._long_bytes))
+        for piece in self._spool.read_back("text_bytes", self._long_bytes):
+            self._text_hash.update(piece)
+        self._long_bytes = 0
+        self._num_targets += int(counts_W.sum())
+        self._spool.append("windows", windows)
+        self._spool.append("document_starts", np.array([self.num_ids]))
+        self._documents_end = self.num_ids
+        self._spool.append("document_domains", np.array([domain], dtype=np.int32))
+        for name, rows in self.sources.tensors([document]).items():
+            self._spool.append(name, rows)
 
     def finish(self, spec: Mapping[str, Any], *, tokenizer_fingerprint: str) -> TokenFile:
         """Write the file and open it. Raises EmptyScoreError where no window has a target."""
@@ -162,12 +196,6 @@ class TokenFileWriter:
         return TokenFile.open(self._file.path)
 
     def _append_text(self, batch: EncodedBatch) -> None:
-        if len(batch.num_words) and int(batch.num_words.max()) > _LARGEST_WORD_COUNT:
-            raise CorpusError(
-                f"One token stands for {int(batch.num_words.max())} words, more than the "
-                f"{_LARGEST_WORD_COUNT} that a token file can hold: the tokenizer knows next to "
-                f"nothing of this text. Use another tokenizer."
-            )
         text_starts_D = batch.byte_starts[batch.document_starts]
         view = memoryview(batch.text_bytes)
         for start, stop in zip(
@@ -175,6 +203,15 @@ class TokenFileWriter:
         ):
             self._text_hash.update(frame(stop - start))
             self._text_hash.update(view[start:stop])
+        self._append_bytes(batch)
+
+    def _append_bytes(self, batch: EncodedBatch) -> None:
+        if len(batch.num_words) and int(batch.num_words.max()) > _LARGEST_WORD_COUNT:
+            raise CorpusError(
+                f"One token stands for {int(batch.num_words.max())} words, more than the "
+                f"{_LARGEST_WORD_COUNT} that a token file can hold: the tokenizer knows next to "
+                f"nothing of this text. Use another tokenizer."
+            )
         self._spool.append("byte_starts", batch.byte_starts[1:] + self._num_bytes)
         self._spool.append("num_words", batch.num_words)
         self._spool.append("text_bytes", np.frombuffer(batch.text_bytes, dtype=np.uint8))

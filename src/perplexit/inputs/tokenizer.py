@@ -5,8 +5,8 @@ twice. Special tokens that stand in the text itself are parsed as the tokenizer 
 transformers would), and counted.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, TokenizerError
 from perplexit.inputs.encoding import EncodedBatch, bytes_from_spans
+from perplexit.inputs.long_text import parts_of
 from perplexit.inputs.tokenizer_backends import LoadedTokenizer, Spans
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 
@@ -22,6 +23,7 @@ _LONG_TEXT = 64  # characters that no honest vocabulary turns into next to nothi
 _NEARLY_ALL = 0.9
 _NUM_PROBES = 8
 _PROBE_CHARACTERS = 500
+_PARTS_AT_A_TIME = 4
 
 
 class Tokenizer:
@@ -100,6 +102,40 @@ class Tokenizer:
             own_lengths = self._own_length_V[flat[part]]
             lengths[part] = bytes_from_spans(texts[index], begins, ends, own_lengths)
         return EncodedBatch.of(flat, np.diff(bounds), lengths, utf8)
+
+    def encode_long(self, pieces: Iterable[str], *, name: str) -> Iterator[EncodedBatch]:
+        """The tokens of one long text, part after part; the ids are those of the whole.
+
+        pieces: the text, in pieces of any size. Raises as `encode_batch` does, and TokenizerError
+        where the text has no place for a cut (see `text_cuts`).
+        """
+        before = ""
+        parts = parts_of(pieces, self._backend.cut_rule, name)
+        while group := list(islice(parts, _PARTS_AT_A_TIME)):
+            contexts = [before, *(part[-1] for part in group[:-1])]
+            before = group[-1][-1:]
+            texts = [context + part for context, part in zip(contexts, group, strict=True)]
+            batch = self.encode_batch(texts, names=[name] * len(texts))
+            for index, context in enumerate(contexts):
+                yield self._without_context(batch.document(index), context, name)
+
+    def _without_context(self, part: EncodedBatch, context: str, name: str) -> EncodedBatch:
+        """A part without the tokens of the character before it, which are their own."""
+        own = self._backend.encode_ids([context])[0] if context else []
+        num_bytes = len(context.encode())
+        first = len(own)
+        if part.ids[:first].tolist() != own or int(part.byte_starts[first]) != num_bytes:
+            raise TokenizerError(
+                f"expected the tokens of {name} to be independent of a cut behind {context!r}, but "
+                "they are not. Divide the text into documents, for example one for each line."
+            )
+        return EncodedBatch(
+            part.ids[first:],
+            np.array([0, len(part.ids) - first]),
+            part.byte_starts[first:] - num_bytes,
+            part.num_words[first:],
+            part.text_bytes[num_bytes:],
+        )
 
     def num_special(self, ids: NDArray[np.int32]) -> int:
         """How many of `ids` are special tokens."""

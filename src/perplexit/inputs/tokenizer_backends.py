@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from perplexit.files import canonical_json
 from perplexit.inputs.spelling import spell_piece, spell_vocabulary
+from perplexit.inputs.text_cuts import CutRule, rule_of_sentencepiece, rule_of_tokenizers
 
 _SET_TYPES = {str, int, float}  # of which no value is null or false; bool is another type
 
@@ -59,6 +60,11 @@ class TokenizerBackend(Protocol):
     @property
     def added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The special ids that the tokenizer puts before and after a text by itself."""
+        ...
+
+    @property
+    def cut_rule(self) -> CutRule:
+        """Where a long text may be cut without changing its ids."""
         ...
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -142,6 +148,12 @@ class HuggingFaceBackend:
                 return tuple(with_special[:start]), tuple(with_special[start + len(plain) :])
         return (), ()
 
+    @cached_property
+    def cut_rule(self) -> CutRule:
+        """Where a long text may be cut without changing its ids."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        return rule_of_tokenizers(self._serialised, self.spelled, vocabulary)
+
     def token_to_id(self, token: str) -> int | None:
         """The id of `token`, None where the vocabulary lacks it."""
         return self._tokenizer.token_to_id(token)
@@ -188,6 +200,12 @@ class SentencePieceBackend:
     def is_special(self) -> NDArray[np.bool_]:
         """Which ids are control tokens."""
         return self._flags(self._processor.is_control)
+
+    @cached_property
+    def cut_rule(self) -> CutRule:
+        """Where a long text may be cut without changing its ids."""
+        pieces = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
+        return rule_of_sentencepiece(self._processor.serialized_model_proto(), pieces)
 
     @cached_property
     def _is_byte(self) -> NDArray[np.bool_]:
