@@ -190,6 +190,7 @@ TOKENIZERS = {
     "SentencePiece Unigram": lambda: sentence_piece("unigram"),
 }
 # What has no place for a cut in texts without blanks, or in none at all.
+SOUP = ("WordPiece", "unicode")
 WHOLE = {"Unigram over whole texts", "SentencePiece Unigram"}
 
 
@@ -198,8 +199,11 @@ def loaded():
     return functools.cache(lambda name: load(TOKENIZERS[name]()))
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    # nearly all of these characters are unknown to WordPiece, which is refused whole or in parts
+    [(name, kind) for name in TOKENIZERS for kind in TEXTS if (name, kind) != SOUP],
+)
 def test_d4_parts_give_the_ids_of_the_whole(loaded, monkeypatch, name, kind):
     """Parts of a few thousand characters, so that every text has many cuts."""
     monkeypatch.setattr(long_text, "PART_CHARACTERS", 700)
@@ -279,7 +283,7 @@ def test_d4_sibling_an_unknown_pre_tokenizer_is_never_cut(loaded):
 def test_d4_sibling_wrong_bytes_deep_in_a_long_text_are_named(tmp_path, byte_tokenizer_json):
     data = prose(3_000_000).encode()
     path = tmp_path / "long.txt"
-    for place in (len(data), 2_500_001):
+    for place in (len(data), data.index(b" ", 2_500_000)):
         path.write_bytes(data[:place] + b"\xff" + data[place:])
         with pytest.raises(CorpusError, match=rf"long\.txt is not UTF-8: byte {place} \(0xFF\)"):
             px.prepare(path, tokenizer=byte_tokenizer_json)
