@@ -16,6 +16,8 @@ _SWITCHES = {
     "HF_HUB_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "DO_NOT_TRACK": "1",
+    # Where the package `kernels` is installed, transformers would fetch code for some layers.
+    "USE_HUB_KERNELS": "NO",
 }
 # OpenVINO and NNCF send through this package, which has no switch but a file in the home folder;
 # without it they use their own stub, which sends nothing.

@@ -126,3 +126,23 @@ def test_b8_sibling_quantizations_on_loading(tmp_path, precision, invariant):
     run = evaluated(PytorchInferenceSession(folder, quantization=precision), tmp_path)
     assert run.session["settings"]["weights"]["batch_invariant"] is invariant
     assert says_so(run) is not invariant
+
+
+def test_b8_sibling_an_openvino_that_rounds_activations_all_the_same(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    from perplexit.sessions import openvino as session_module  # noqa: PLC0415 - optional
+
+    program = px.compile(saved(llama(), tmp_path / "m"), to="openvino", output=tmp_path / "p")
+    run = evaluated(px.load_session(f"openvino:{program.folder}"), tmp_path)
+    assert "weights" not in run.session["settings"]
+    opened = session_module.open_program
+
+    def rounding(*args, **options):
+        program = opened(*args, **options)
+        for says in program.properties.values():
+            says["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "32"
+        return program
+
+    monkeypatch.setattr(session_module, "open_program", rounding)
+    (tmp_path / "again").mkdir()
+    assert says_so(evaluated(px.load_session(f"openvino:{program.folder}"), tmp_path / "again"))

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -98,6 +100,22 @@ def test_b5_sibling_code_beside_the_weights_is_not_run(plain, tmp_path):
     (folder / "custom_generate" / "generate.py").write_text(f"open({str(ran)!r}, 'w')\n")
     refused(folder, "never run")
     assert not ran.exists()
+
+
+def test_b5_sibling_layers_fetch_no_kernels_from_a_hub():
+    """Where `kernels` is installed, transformers asks for code of Mamba's layers by itself."""
+    script = (
+        "import perplexit\n"
+        "from transformers.integrations import hub_kernels\n"
+        "hub_kernels.is_kernels_available = lambda: True\n"
+        "def fetched(*args, **options): raise AssertionError(args)\n"
+        "hub_kernels.get_kernel = fetched\n"
+        "print(hub_kernels.lazy_load_kernel('causal-conv1d'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from perplexit.errors import ModelError
 
 # Buffers of other versions that a model computes for itself, none of which is a weight.
 _HARMLESS = re.compile(
-    r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
+    r"rotary(_pos)?_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
     r"|\.(attn|attention|self_attn)\.(masked_bias|rotary_emb\.inv_freq|causal_mask)$"
     r"|(^|\.)position_ids$|\._extra_state$|\.num_batches_tracked$"
 )
@@ -153,12 +153,17 @@ class StoredTensors:
             one, other = _parameter(model, target), _parameter(model, source)
             if one is None or other is None or one is other or one.device.type == "meta":
                 continue
-            if one.data_ptr() != other.data_ptr():
+            if one.data_ptr() != other.data_ptr() and not _equal(one, other):
                 raise ModelError(
                     f"expected {target} to be {source}, as config.json of {self.source.folder} "
                     "says (tie_word_embeddings), but the files hold two that differ; set "
                     "tie_word_embeddings to false, or remove the one that is not the model's"
                 )
+
+
+def _equal(one: nn.Parameter, other: nn.Parameter) -> bool:
+    """Whether two tensors hold the same, wherever they are: layers may be spread over devices."""
+    return one.shape == other.shape and bool((one == other.to(one.device)).all())
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:

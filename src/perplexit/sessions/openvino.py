@@ -52,11 +52,17 @@ class OpenVinoInferenceSession(ProgramSession):
             threads=threads,
             streams=min(threads, _MOST_STREAMS),
         )
-        settings = {
+        settings: dict[str, Any] = {
             "properties": {graph: dict(says) for graph, says in program.properties.items()},
             "head_dtype": "float32",
             "opset": self._metadata.opset,
         }
+        groups = {says["DYNAMIC_QUANTIZATION_GROUP_SIZE"] for says in program.properties.values()}
+        if groups != {"0"}:
+            settings["weights"] = {
+                "activations": f"8 bits, groups of {', '.join(sorted(groups))} (OpenVINO)",
+                "batch_invariant": False,
+            }
         threads = effective_threads(program)
         return Opened(
             program.run,

@@ -185,7 +185,7 @@ class ProgramSession(ABC):
         quantization = None
         if metadata.quantization is not None:
             fields = asdict(metadata.quantization)
-            settings["weights"] = dict(fields.pop("settings"))
+            settings["weights"] = {**fields.pop("settings"), **opened.settings.get("weights", {})}
             quantization = QuantizationDescription(**fields)
         return SessionDescription(
             engine=opened.engine,
