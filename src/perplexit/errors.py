@@ -47,6 +47,7 @@ __all__ = [
     "RunError",
     "TokenFileError",
     "TokenizerError",
+    "TrustWarning",
     "UnknownPrecisionError",
     "UsageError",
     "VocabularyError",
