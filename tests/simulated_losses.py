@@ -16,7 +16,7 @@ from perplexit.metrics.intervals import clusters_for, mean_interval, ratio_inter
 
 _SPREAD, _SHIFT = 0.8, 0.3
 MEAN = float(np.exp(_SPREAD**2 / 2 + _SHIFT))
-_VARIANCE = float((np.exp(_SPREAD**2) - 1) * np.exp(_SPREAD**2 + 2 * _SHIFT))
+VARIANCE = float((np.exp(_SPREAD**2) - 1) * np.exp(_SPREAD**2 + 2 * _SHIFT))
 
 
 def autoregressive(shape: tuple[int, int], rho: float, random: np.random.Generator) -> np.ndarray:
@@ -66,7 +66,7 @@ def losses(
     nll_RM = np.exp(_SPREAD * autoregressive(shape, rho, random) + _SHIFT)
     if drift_share:
         drift_RM = DRIFTS[drift_shape](shape, drift_length, random)
-        nll_RM += np.sqrt(drift_share * _VARIANCE) * drift_RM
+        nll_RM += np.sqrt(drift_share * VARIANCE) * drift_RM
     return nll_RM
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from perplexit.runs.run_tokens import RunTokens
-from tests.simulated_losses import MEAN, autoregressive, losses
+from tests.simulated_losses import MEAN, VARIANCE, autoregressive, losses
 
 BYTES_PER_TOKEN, WORDS_PER_TOKEN = 4.0, 0.7
 CONFIDENCE = 0.95
@@ -85,19 +85,28 @@ def document_runs(
 
 
 def drifting_runs(
-    repetitions: int, num_tokens: int, window: int, seed: int, **options: float | str
+    repetitions: int,
+    num_tokens: int,
+    window: int,
+    seed: int,
+    *,
+    rates_drift: bool = False,
+    **options: float | str,
 ) -> Iterator[RunTokens]:
-    """Runs over one text whose difficulty drifts, and whose bytes and words for each token do."""
+    """Runs over one text whose difficulty drifts.
+
+    rates_drift: bytes and words for each token drift too, by the same share of their mean.
+    """
     random = np.random.default_rng(seed)
-    length = float(options.get("drift_length", 400.0))
+    share, length = float(options.get("drift_share", 0)), float(options.get("drift_length", 400))
+    spread = np.sqrt(share * VARIANCE) / MEAN if rates_drift else 0.0
     window_R = np.arange(num_tokens) // window
     nothing_R = np.zeros(num_tokens, dtype=int)
     for nll_R in losses((repetitions, num_tokens), random, **options):  # type: ignore[arg-type]
         drift_R = autoregressive((2, num_tokens), float(np.exp(-1 / length)), random)
-        rates_R = (
-            BYTES_PER_TOKEN * np.exp(0.1 * drift_R[0] - 0.1**2 / 2),
-            np.clip(WORDS_PER_TOKEN + 0.05 * drift_R[1], 0.4, 1.0),
-        )
+        bytes_R = BYTES_PER_TOKEN * np.exp(spread * drift_R[0] - spread**2 / 2)
+        words_R = np.clip(WORDS_PER_TOKEN * (1 + spread * drift_R[1]), 0.4, 1.0)
+        rates_R = (1.0 + random.poisson(bytes_R - 1), words_R)
         yield run_tokens(nll_R, nothing_R, window_R, random, rates_R=rates_R)
 
 

@@ -155,8 +155,8 @@ NOTES = (
     "The model is SmolLM2-135M-Instruct. It was tuned to answer, not to continue speeches: compare "
     "these figures with each other, not with published ones.",
     "Its weights are shipped at 4 bits already (Q4_1). The reference computes in fp32, but with "
-    "those weights; so a further 4-bit quantization costs less here than it would from full "
-    "precision.",
+    "those weights. A further 4-bit quantization adds an error of its own, and costs more on "
+    "weights that were rounded before than on weights that were not.",
     "Memory is the largest resident size of the process that made the run, weights included.",
 )
 

@@ -189,7 +189,8 @@ def _trade_off(subject: Subject) -> Iterator[Chart]:
                 "short": label if speed is None else f"{label} · {speed:,.0f}/s",
                 "mebibytes": memory / 2**20,
                 "value": run.perplexity,
-                "speed": speed or 0,
+                "speed": speed or 0,  # the smallest point where it is not known
+                "speed_said": DASH if speed is None else f"{speed:,.0f}",
                 "said": said if speed is None else f"{said}, {speed:,.0f} tokens/s",
             }
         )
@@ -206,7 +207,7 @@ def _trade_off(subject: Subject) -> Iterator[Chart]:
                 str(r["run"]),
                 f"{r['mebibytes']:,.0f}",
                 figure(float(r["value"] or 0)),
-                f"{r['speed']:,.0f}",
+                str(r["speed_said"]),
             )
             for r in rows
         ),

@@ -128,9 +128,11 @@ def _costs(experiment: Experiment, name: str) -> Iterator[Chart]:
     rows: list[Row] = []
     for method in experiment.methods:
         for part in _SECONDS:
-            seconds = (labels or 0.0) if part == "labels" else method.seconds[part]
+            seconds = labels if part == "labels" else method.seconds[part]
             if part == "labels" and not method.needs_labels:
                 seconds = 0.0
+            if seconds is None:
+                continue  # what labels cost was not recorded: no bar, and a note says so
             said = f"{method.name}, {part}: {seconds:,.1f} s"
             rows.append({"run": method.name, "part": part, "seconds": seconds, "said": said})
     yield Chart(

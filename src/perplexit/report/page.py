@@ -8,13 +8,14 @@ style run, by their hashes, and lets nothing be fetched.
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from perplexit import __version__
 from perplexit.comparison import ChangedToken, Comparison
 from perplexit.comparison.digits import DASH, figure, interval
+from perplexit.metrics.estimate import counted
 from perplexit.report.charts import Chart
 from perplexit.report.conditions_table import conditions_of, notes_of
 from perplexit.report.experiment_chapter import Chapter
@@ -134,11 +135,11 @@ def _facts(subject: Subject) -> list[str]:
     windows = f"protocol {run.protocol}"
     if protocol.get("max_length"):
         windows += f", windows of {protocol['max_length']:,}"
-    counted = f"{run.num_tokens or 0:,} scored tokens"
+    scored = counted(run.num_tokens, "scored token")
     if run.num_bytes:
-        counted += f" ({run.num_bytes:,} bytes)"
-    documents = f"{run.num_documents:,} document{'' if run.num_documents == 1 else 's'}"
-    return [f"{counted} in {documents}", windows, f"input {run.input_fingerprint[:12]}"]
+        scored += f" ({run.num_bytes:,} bytes)"
+    documents = counted(run.num_documents, "document")
+    return [f"{scored} in {documents}", windows, f"input {run.input_fingerprint[:12]}"]
 
 
 def _run_rows(subject: Subject) -> list[dict[str, Any]]:
@@ -187,13 +188,19 @@ def _domain_table(subject: Subject) -> list[dict[str, Any]]:
         cells = []
         for index, run in enumerate(runs):
             own = next((d for d in run.domains if d["domain"] == entry["domain"]), None)
-            shown = figure(own["perplexity"]) if own else DASH
+            shown = _domain_perplexity(own) if own else DASH
             ratio, verdict = _domain_ratio(subject, index, entry)
             cells.append({"perplexity": shown, "ratio": ratio, "verdict": verdict})
         rows.append(
             {"domain": entry["domain"], "tokens": f"{entry['num_tokens']:,}", "cells": cells}
         )
     return rows
+
+
+def _domain_perplexity(own: Mapping[str, Any]) -> str:
+    """A domain's perplexity with its interval, which runs of version 1 do not have."""
+    low, high = own.get("perplexity_low"), own.get("perplexity_high")
+    return f"{figure(own['perplexity'], low, high)} {interval(low, high)}".strip()
 
 
 def _domain_ratio(subject: Subject, index: int, entry: dict[str, Any]) -> tuple[str, str]:

@@ -167,7 +167,9 @@ def _add_protocol_perplexity(
     if not math.isfinite(value):
         found = Estimate(value, reason="protocol_perplexity has no interval: it overflows float64")
     elif aggregate == "window-perplexities":
-        found = positive_interval(sums_C, weights_C, clusters.method, confidence).clamped(1.0)
+        found = positive_interval(sums_C, weights_C, clusters.method, confidence)
+        plain = ratio_interval(sums_C, weights_C, clusters.method, confidence)
+        found = replace(found, low=plain.low).clamped(1.0)  # the wider end on either side
     else:
         nats = ratio_interval(sums_C, weights_C, clusters.method, confidence)
         found = nats.clamped(lowest=0.0).mapped(likelihood.exp_or_inf)
