@@ -72,6 +72,12 @@ class Model:
         return torch.cat(found).numpy()
 
 
+def relative_error(rounded: list[torch.Tensor], weights: list[torch.Tensor]) -> float:
+    """Σ (rounded - weight)² / Σ weight², over all linear layers."""
+    wrong = sum(float(((a - b) ** 2).sum()) for a, b in zip(rounded, weights, strict=True))
+    return wrong / sum(float((weight**2).sum()) for weight in weights)
+
+
 def ratio(difference: np.ndarray) -> Estimate:
     windows = np.arange(len(difference)) // (WINDOW - 1)
     clusters = clusters_for(np.zeros_like(windows), windows)
@@ -84,6 +90,9 @@ def main() -> None:
     shipped, rounded = model.losses(model.shipped), model.losses(once)
     from_shipped = model.losses([int4(weight) for weight in model.shipped]) - shipped
     from_rounded = model.losses([int4(weight) for weight in once]) - rounded
+    for name, weights in (("shipped", model.shipped), ("rounded once more", once)):
+        error = relative_error([int4(weight) for weight in weights], weights)
+        print(f"relative error of int4, weights {name}: {error:.4f}")
     print(f"{len(shipped)} targets, shipped weights: perplexity {np.exp(shipped.mean()):.4g}")
     for name, difference in (
         ("rounded once more, like Q4_1", rounded - shipped),

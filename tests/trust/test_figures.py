@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import perplexit as px
+from perplexit.cli.demo_story import NOTES
 from perplexit.cli.figures import run_table
 from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.protocol_table import PROTOCOLS
@@ -393,3 +394,15 @@ def test_c5_sibling_no_other_protocol_has_a_tool_that_counts_words(byte_tokenize
     tokens = prepared(["  two words\n", " a b c "], byte_tokenizer_json)
     assert int(tokens.num_words.astype(int).sum()) == 5
     assert MEAN > 1
+
+
+# --- C6: what is said of a further 4 bits -------------------------------------------------------
+
+
+def test_c6_the_demo_and_the_page_say_what_was_measured() -> None:
+    """`bench/rounding_twice.py`: int4 costs 1.074 times more on weights rounded before."""
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    said = " ".join(NOTES)
+    assert "costs more on weights that were rounded before" in said
+    assert "4 bits cost more on weights that were rounded before" in page
+    assert "costs less" not in said + page
