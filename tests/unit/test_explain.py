@@ -58,7 +58,9 @@ def measure(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> M
             options = {name: value for name, value in options.items() if value != "default"}
             tokens = px.prepare(texts, output=folder / "in.safetensors", **options)
             alive.append(model)
-            made[key] = px.evaluate(model, tokens, dtype=dtype, run=folder / "run")
+            made[key] = px.evaluate(
+                model, tokens, dtype=dtype, run=folder / "run", other_tokenizer=True
+            )
         return made[key]
 
     return run
