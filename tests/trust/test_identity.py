@@ -252,3 +252,21 @@ def test_a2_sibling_a_base_file_is_the_recorded_run_of_that_file(
     candidate = px.evaluate(model_dir, tokens, reference=tmp_path / "base.kld")
     assert px.compare(recorded, candidate).divergences is not None
     assert px.compare(px.evaluate(model_dir, tokens), candidate).divergences is None
+
+
+def test_a_sibling_the_unit_of_a_recording_is_in_the_fingerprint(
+    model_dir: Path, tokens: TokenFile, tmp_path: Path
+) -> None:
+    """It may stand in a file beside the recording, whose own hash is the same either way."""
+    lines = []
+    for index in range(tokens.num_windows):
+        ids = tokens.window_ids(index).ids_T.tolist()
+        logprobs = [None, *[-1.5] * (len(ids) - 1)]
+        lines.append(json.dumps({"window": index, "ids": ids, "logprobs": logprobs}))
+    recording = tmp_path / "device.jsonl"
+    recording.write_text("\n".join(lines))
+    nats = px.evaluate(f"recorded:{recording}", tokens)
+    recording.with_name("device.jsonl.json").write_text(json.dumps({"log_base": 2}))
+    bits = px.evaluate(f"recorded:{recording}", tokens)
+    assert bits.nll_sum < nats.nll_sum
+    assert bits.measurement_fingerprint != nats.measurement_fingerprint

@@ -205,7 +205,11 @@ def _described(
         version=str(session.get("version", "unknown")),
         dtype=str(session.get("dtype", "unknown")),
         device=str(session.get("device", "unknown")),
-        settings={"recording_sha256": digest, **session.get("settings", {})},
+        settings={
+            **session.get("settings", {}),
+            "recording_sha256": digest,  # of the file alone: the unit may stand in one beside it
+            "log_base": identity.get("log_base", "e"),
+        },
     )
 
 
