@@ -144,8 +144,8 @@ class ProgramMetadata:
         version = record.get("format_version")
         if version != FORMAT_VERSION:
             raise ModelError(
-                f"expected a program of format version {FORMAT_VERSION}, got {version!r}; compile "
-                "the checkpoint again with this version of Perplexit"
+                f"expected a program of format version {FORMAT_VERSION}, got {version!r:.40}; "
+                "compile the checkpoint again with this version of Perplexit"
             )
         unknown = sorted(set(record) - {each.name for each in fields(cls)})
         if unknown:

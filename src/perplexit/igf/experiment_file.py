@@ -115,8 +115,9 @@ class Experiment:
         where = f" in {folder}" if folder else ""
         if kind != EXPERIMENT_KIND or version != SCHEMA_VERSION:
             raise RunError(
-                f"expected an {EXPERIMENT_KIND} of version {SCHEMA_VERSION}{where}, got {kind!r} "
-                f"of version {version!r}; use the Perplexit that wrote it, or experiment again"
+                f"expected an {EXPERIMENT_KIND} of version {SCHEMA_VERSION}{where}, got "
+                f"{kind!r:.60} of version {version!r:.40}; use the Perplexit that wrote it, or "
+                "experiment again"
             )
         with stated(folder or "an experiment", _EXPECTED):
             found = _typed(document, folder)

@@ -253,7 +253,7 @@ def load_learner(path: str | Path) -> Learner:
             learner = ConvolutionLearner(state["embeddings.weight"], record)
             learner.load_state_dict(state)
             return learner.eval()
-    raise StoredFileError(f"expected a learner of kind ridge or cnn in {path}, got {kind!r}")
+    raise StoredFileError(f"expected a learner of kind ridge or cnn in {path}, got {kind!r:.60}")
 
 
 def learner_path(path: str | Path) -> Path:

@@ -142,7 +142,9 @@ class KlBaseFile:
         first = (chunk * self.num_targets + start) * width
         flat = self._read("<u2", (stop - start) * width, self._rows_offset + 2 * first)
         rows_NW = flat.reshape(stop - start, width)
-        scale_N1, lowest_N1 = np.hsplit(rows_NW[:, :4].copy().view("<f4").astype(np.float64), 2)
+        with np.errstate(invalid="ignore"):  # a NaN is refused below
+            pairs_N2 = rows_NW[:, :4].copy().view("<f4").astype(np.float64)
+        scale_N1, lowest_N1 = np.hsplit(pairs_N2, 2)
         self._check_rows(chunk, scale_N1, lowest_N1)
         steps_NV = rows_NW[:, 4 : 4 + self.vocab_size]
         logp_NV = lowest_N1 + scale_N1 * steps_NV

@@ -133,7 +133,7 @@ class Run:
         if version not in READABLE_VERSIONS:
             raise RunError(
                 f"expected a run of schema version {' or '.join(map(str, READABLE_VERSIONS))}, "
-                f"got {version!r}"
+                f"got {version!r:.40}"
                 f"{f' in {folder}' if folder else ''}; use the Perplexit that wrote it, "
                 "or evaluate again"
             )

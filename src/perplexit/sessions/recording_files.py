@@ -260,7 +260,8 @@ def _padded(lengths: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> 
     column = np.arange(len(row)) - np.repeat(np.cumsum(lengths_P) - lengths_P, lengths_P)
     ids_PK = np.full(shape, NO_ID, dtype=np.int64)
     logprobs_PK = np.full(shape, -np.inf)
-    ids_PK[row, column], logprobs_PK[row, column] = values
+    with np.errstate(invalid="ignore"):  # a NaN becomes an id below 0
+        ids_PK[row, column], logprobs_PK[row, column] = values
     if np.any(ids_PK[row, column] < 0):
         raise ValueError("an alternative's id is below 0")
     return ids_PK, logprobs_PK

@@ -161,7 +161,9 @@ def _prefix_of_folder(folder: Path) -> str:
         path = folder / PROGRAM_FILE
         engine = read_json(path, _PROGRAM, _Program)["engine"]
         if engine not in _ENGINES:
-            raise ModelError(f"{folder} is a program for the unknown engine {engine!r}{_known()}")
+            raise ModelError(
+                f"{folder} is a program for the unknown engine {engine!r:.60}{_known()}"
+            )
         return str(engine)
     if any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors")):
         return "onnx"  # of another exporter; a checkpoint may hold an export beside its weights

@@ -1,5 +1,6 @@
 """Structure-aware changes of a JSON tree, a table, tensors and bytes, from a seeded Random."""
 
+import copy
 import json
 import struct
 from random import Random
@@ -39,11 +40,11 @@ def changed_json(document: Any, random: Random) -> bytes:
 def _changed_tree(tree: Any, random: Random) -> Any:
     places = list(_places(tree))
     if not places:
-        return random.choice(VALUES)
+        return _hostile(random)
     holder, key = random.choice(places)
     kind = random.randrange(7)
     if kind <= 2:
-        holder[key] = random.choice(VALUES)
+        holder[key] = _hostile(random)
     elif kind == 3:
         del holder[key]
     elif kind == 4:  # the value of another place
@@ -55,8 +56,13 @@ def _changed_tree(tree: Any, random: Random) -> Any:
     elif isinstance(holder, dict):
         holder[str(key) + random.choice(["", "x", "\u0000"])] = holder.pop(key)
     else:
-        holder.append(holder[key])
+        holder.append(copy.deepcopy(holder[key]))
     return tree
+
+
+def _hostile(random: Random) -> Any:
+    """One of VALUES, a copy: a change of it is no other case's."""
+    return copy.deepcopy(random.choice(VALUES))
 
 
 def _near(value: Any, random: Random) -> Any:
