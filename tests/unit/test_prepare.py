@@ -433,5 +433,5 @@ def test_the_input_is_not_overwritten(tmp_path):
     (tmp_path / "short.txt").write_text("1\n2\n")
     with pytest.raises(EmptyScoreError):
         import_id_lines(tmp_path / "short.txt", output=tmp_path / "x.safetensors")
-    with pytest.raises(CorpusError, match="cannot be read"):
+    with pytest.raises(CorpusError, match="no such file"):
         import_id_lines(tmp_path / "missing.txt", output=tmp_path / "x.safetensors")
