@@ -30,6 +30,7 @@ from perplexit.errors import CapabilityError, CompilationError, ModelError
 from perplexit.igf.losses import context_losses, measured_losses
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.cached import cached_session
+from perplexit.sessions.llamacpp import LlamaCppInferenceSession
 from perplexit.sessions.onnx import OnnxInferenceSession
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.oracles import oracle_details, random_window, window_of
@@ -317,3 +318,54 @@ def test_b3_sibling_information_gain_measures_each_context_at_its_own_length(fol
             right, abs=TOLERANCE
         )
         assert measured_losses(model, ids_1T)[0] == pytest.approx(right, abs=TOLERANCE)
+
+
+def _longrope_gguf(folder: Path, border: int) -> tuple[Path, nn.Module]:
+    """A GGUF with both factors of a LongRoPE, and the same model in PyTorch."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    torch.manual_seed(0)
+    sizes = {**_SIZES, "max_position_embeddings": 1024}
+    rope = {**LONGROPE, "original_max_position_embeddings": border, "attention_factor": 1.0}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope)).eval()
+    plain = LlamaForCausalLM(LlamaConfig(**sizes))
+    plain.load_state_dict(model.state_dict())
+    compile(_saved(plain, folder / "model"), to="gguf", output=folder / "program")
+    reader = gguf.GGUFReader(next((folder / "program").glob("*.gguf")))
+    writer = gguf.GGUFWriter(folder / "long.gguf", "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+    writer.add_rope_scaling_orig_ctx_len(border)
+    writer.add_rope_scaling_attn_factors(1.0)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for kind in ("long", "short"):
+        factors = np.array(LONGROPE[f"{kind}_factor"], np.float32)
+        writer.add_tensor(f"rope_factors_{kind}.weight", factors)
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    return folder / "long.gguf", model
+
+
+def test_b3_sibling_llama_cpp_chooses_by_its_context_and_not_by_the_window(tmp_path):
+    path, model = _longrope_gguf(tmp_path, border=256)
+    windows = _windows((200, 400, 256, 257, 100))
+    right = [oracle_details(model, window).nll_N for window in windows]
+    session = LlamaCppInferenceSession(path)
+    _assert_equal(session.token_nll(windows), right)
+    _assert_equal(session.token_nll(windows[::-1])[::-1], right)
+    _assert_equal([session.token_nll([window])[0] for window in windows], right)
+
+
+def test_b3_sibling_a_border_that_llama_cpp_steps_over_is_refused(tmp_path):
+    path, model = _longrope_gguf(tmp_path, border=64)
+    session = LlamaCppInferenceSession(path)
+    long = _windows((90,))
+    _assert_equal(session.token_nll(long), [oracle_details(model, long[0]).nll_N])
+    for _ in range(2):
+        with pytest.raises(CapabilityError, match="long factors of the LongRoPE"):
+            session.token_nll(_windows((60,)))

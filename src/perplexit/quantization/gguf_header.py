@@ -38,6 +38,7 @@ class GgufHeader:
     tensor_types: how many tensors have each type, by GGUF's name for it.
     matrix_dtype: the narrowest floating-point type among the matrices that are not quantized;
         llama.cpp rounds activations to it when it multiplies with them.
+    rope_border: of a LongRoPE, the longest context with the short factors; None without one.
     """
 
     architecture: str
@@ -45,6 +46,7 @@ class GgufHeader:
     tensor_types: dict[str, int]
     matrix_dtype: str
     quantization: GgufQuantization | None
+    rope_border: int | None = None
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -64,7 +66,19 @@ def _header_of(reader: GGUFReader) -> GgufHeader:
         tensor_types=dict(sorted(counts.items())),
         matrix_dtype=_narrowest_matrix(reader),
         quantization=_quantization(reader, num_parameters),
+        rope_border=_rope_border(reader),
     )
+
+
+def _rope_border(reader: GGUFReader) -> int | None:
+    """As llama.cpp has it: the trained context where the original one is not given."""
+    if not any("rope_factors_long" in tensor.name for tensor in reader.tensors):
+        return None
+    for name in (".rope.scaling.original_context_length", ".context_length"):
+        for key, field in reader.fields.items():
+            if key.endswith(name):
+                return int(field.contents())
+    return None
 
 
 def _narrowest_matrix(reader: GGUFReader) -> str:

@@ -81,6 +81,7 @@ class LlamaCppInferenceSession(ScoresByDetails):
         self._batch = llama_cpp.llama_batch_init(self._chunk, 0, 1)
         self._context: Any = None
         self._context_length = 0
+        self._rope_border = header.rope_border
         try:
             effective = effective_settings(self._make_context(1))
         except BaseException:
@@ -133,10 +134,27 @@ class LlamaCppInferenceSession(ScoresByDetails):
         return [self._window_details(window, with_details, top_k) for window in windows]
 
     def _prepare(self, windows: Sequence[WindowIds]) -> None:
-        longest = max((len(window.ids_T) for window in windows), default=0)
         self._check_ids(windows)
-        if longest > self._context_length:
-            self._make_context(longest)
+        if self._rope_border is None:
+            self._fit(max((len(window.ids_T) for window in windows), default=0))
+
+    def _fit(self, length: int) -> None:
+        """Make a context that a window fits in, with the frequencies of its own length.
+
+        llama.cpp chooses between a LongRoPE's two by the size of the context, not by the window.
+        """
+        border, held = self._rope_border, self._context_length
+        if length <= held and (border is None or (length > border) == (held > border)):
+            return
+        self._make_context(length)
+        made = int(llama_cpp.llama_n_ctx(self._context))  # in steps of 256
+        if border is not None and length <= border < made:
+            self._context_length = 0
+            raise CapabilityError(
+                f"expected windows of more than {border} ids, got one of {length}: llama.cpp makes "
+                f"a context of {made} for it, in which it takes the long factors of the LongRoPE "
+                f"in {self._path.name}; score the checkpoint itself (hf:…), or longer windows"
+            )
 
     def _window_details(self, window: WindowIds, with_details: bool, top_k: int) -> TokenDetails:
         parts = [self._no_details(with_details, top_k)]
@@ -151,6 +169,8 @@ class LlamaCppInferenceSession(ScoresByDetails):
         """(logits, ids) of consecutive targets; each view is valid until the next is asked for."""
         # From an empty cache: reusing the overlap of sliding windows would be another protocol.
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        if self._rope_border is not None:
+            self._fit(len(window.ids_T))
         ids_T, rows_N = window.ids_T, window.targets_N - 1
         wanted_T = np.zeros(len(ids_T), dtype=np.int8)
         wanted_T[rows_N] = 1
