@@ -170,7 +170,8 @@ def test_a_stored_run_says_the_same_as_the_one_in_memory(tokens: TokenFile, tmp_
     np.testing.assert_array_equal(opened.tokens.nll, in_memory.tokens.nll)
     np.testing.assert_array_equal(opened.tokens.top_ids, in_memory.tokens.top_ids)
     assert opened.tokens.text_of(3) == in_memory.tokens.text_of(3)
-    assert {p.name for p in (tmp_path / "run").iterdir()} <= {"run.json", "tokens.parquet", ".lock"}
+    kept = {"run.json", "tokens.parquet", "documents.parquet", ".lock"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} <= kept
     json.loads((tmp_path / "run" / "run.json").read_text(), parse_constant=pytest.fail)
     columns = pq.read_schema(tmp_path / "run" / "tokens.parquet").names
     promised = {"document", "window", "position", "token_index", "byte_start", "token_id"}

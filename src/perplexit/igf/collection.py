@@ -173,7 +173,8 @@ class _Parts:
             try:
                 tensors, record = read_stored(path, PART_KIND)
             except StoredFileError:
-                continue  # cut off while it was written by something else than us: measured again
+                path.unlink()  # cut off, in a folder of our own: measured again
+                continue
             with stated(path, stored_as(PART_KIND)):
                 start = int(record["start"])
                 gains[start : start + len(tensors["gain_nats"])] = tensors["gain_nats"]
