@@ -27,7 +27,7 @@ _VERSION = 2  # of what is made of a file: a folder of another version is not us
 
 
 def check_is_gguf(path: Path) -> None:
-    """Raise ModelError where `path` is missing, no GGUF file, or declares what is not in it."""
+    """Raise ModelError where `path` is missing or does not begin as a GGUF file does."""
     if not path.is_file():
         raise ModelError(f"expected a .gguf file at {path}, found none; check the path")
     with open_regular(path, _EXPECTED) as file:
@@ -37,7 +37,6 @@ def check_is_gguf(path: Path) -> None:
             f"expected a GGUF file (it begins with b'GGUF'), but {path} begins with {magic!r}; "
             "is the download complete?"
         )
-    check_gguf(path, _EXPECTED)
 
 
 def dequantized_folder(path: Path) -> Path:
@@ -69,6 +68,13 @@ def _check_packages(path: Path) -> None:
 
 
 def _convert(path: Path, folder: Path) -> None:
+    try:
+        check_gguf(path, _EXPECTED)
+    except ModelError as error:
+        raise ModelError(
+            f"transformers cannot dequantize {path.name}: {error}. "
+            f"llama.cpp may say more: gguf:{path}"
+        ) from error
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         # Its progress bar over tensors asks no setting of transformers; errors come as exceptions.

@@ -10,7 +10,7 @@ from perplexit.files import canonical_json as canonical_text
 from perplexit.json_reader import LARGEST_TABLE, FileName, read_json
 from perplexit.reading import Expected
 
-_CONFIG = Expected("a model's configuration", ModelError, "is the download complete?")
+_CONFIG = Expected("JSON of a model's configuration", ModelError, "is the download complete?")
 _INDEX = Expected(
     "an index of weight files (a weight_map)", ModelError, "is the download complete?"
 )
