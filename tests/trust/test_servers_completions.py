@@ -511,7 +511,7 @@ RETRY_AFTER = {
 }
 
 
-@pytest.mark.parametrize("header", RETRY_AFTER)
+@pytest.mark.parametrize("header", RETRY_AFTER, ids=[f"case {i}" for i in range(len(RETRY_AFTER))])
 def test_e1_retry_after_is_bounded(header: str, monkeypatch: pytest.MonkeyPatch) -> None:
     naps, _ = _waits(monkeypatch, header)
     low, high = RETRY_AFTER[header]
