@@ -24,7 +24,7 @@ from perplexit.functional.blocked_nll import blocked_statistics
 from perplexit.functional.linear_nll import statistics_by_chunks
 from perplexit.functional.nll import TokenStatistics
 from perplexit.sessions.pytorch.call import CachePlace, ModuleCall, field_of
-from perplexit.sessions.pytorch.independence import depends_on_others
+from perplexit.sessions.pytorch.independence import NOT_REPEATABLE, depends_on_others
 from perplexit.sessions.pytorch.module import position_limit
 
 _PROBE_LENGTH = 8
@@ -219,6 +219,8 @@ class _Probe:
             )
         changed_BTV = whole.rows(changed_BT.to(device), None) if causal else plain_BTV
         if not _close(plain_BTV[:, :half], changed_BTV[:, :half], slack=100.0):
+            if not _close(plain_BTV, whole.rows(ids_BT, None), slack=100.0):
+                raise ModelError(NOT_REPEATABLE)
             raise ModelError(
                 "expected a causal language model, but a later id changes an earlier prediction; "
                 "perplexity is defined for models that see the past alone"

@@ -17,6 +17,11 @@ _IDS = 24  # of a row: more than a tiny index or window holds, and quick
 # Of the largest value. Rounding in another order stays below; a nll must be right within 1e-4.
 _TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4}
 _TOLERANCE_16_BITS = 0.2
+NOT_REPEATABLE = (
+    "expected a model that gives the same for the same ids, but its predictions change from call "
+    "to call (something in it is drawn at random, or it remembers earlier calls); its perplexity "
+    "is no fixed number, so it is not scored"
+)
 
 
 def depends_on_others(
@@ -40,11 +45,7 @@ def depends_on_others(
         first_BTX = forward.rows(ids_BT[:1], None)
         again_BTX = forward.rows(ids_BT[:1], None)
         if not _equal(first_BTX, again_BTX):
-            raise ModelError(
-                "expected a model that gives the same for the same ids, but its predictions change "
-                "from call to call (something in it is drawn at random, or it remembers earlier "
-                "calls); its perplexity is no fixed number, so it is not scored"
-            )
+            raise ModelError(NOT_REPEATABLE)
         both_BTX = forward.rows(ids_BT, None)
         short_BTX = forward.rows(ids_BT[:1, :part], None)
         changes = [(first_BTX, both_BTX[:1]), (first_BTX[:, :part], short_BTX)]
