@@ -247,6 +247,9 @@ class _Toy(nn.Module):
         self.table_VV = nn.Parameter(torch.randn(VOCAB, VOCAB, generator=generator))
         self.rule = rule
 
+    def get_input_embeddings(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=self.table_VV)
+
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.table_VV[input_ids] * self.rule(input_ids))
 
