@@ -150,6 +150,19 @@ def test_f_sibling_a_wrong_reference_is_refused_before_a_model_is_loaded(
             px.evaluate(tiny_llama_dir, tokens, **options)
 
 
+@pytest.mark.parametrize("content", ["The committee met on Tuesday.\n" * 9, "short", ""])
+def test_f_a_text_in_place_of_a_token_file_is_told_how_to_be_prepared(
+    content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "my.txt"
+    path.write_text(content)
+    done = command("eval", "MODEL", path)
+    assert done.returncode == 1
+    if content:
+        assert f"perplexit prepare {path} --tokenizer MODEL -o my.safetensors" in done.stderr
+    assert not re.search(r"\d{12}", done.stderr.replace(str(path), ""))
+
+
 def test_f_igf_names_the_option_for_short_articles() -> None:
     articles = Articles.of([np.arange(20)])
     with pytest.raises(PerplexitError, match="--min-length"):

@@ -194,7 +194,7 @@ def _quantization(session: Mapping[str, Any]) -> str:
         return "-"
     return (
         f"{what.get('name')} by {what.get('library')}: {what.get('num_modules')} modules, "
-        f"{in_mib(what.get('num_bytes'))}, {what.get('effective_bits'):.3g} bits a parameter"
+        f"{in_mib(what.get('num_bytes'))}, {what.get('effective_bits'):.3g} bits per parameter"
     )
 
 

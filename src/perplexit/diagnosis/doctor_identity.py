@@ -61,7 +61,7 @@ def dtype(subject: Subject) -> Finding:
     if quantization is not None:
         sentence += (
             f"; weights {quantization.name} by {quantization.library} "
-            f"({quantization.effective_bits:.3g} bits a parameter)"
+            f"({quantization.effective_bits:.3g} bits per parameter)"
         )
     if subject.quantization is not None and (
         quantization is None

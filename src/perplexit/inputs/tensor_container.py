@@ -225,8 +225,9 @@ def _parse_header(path: Path, data: NDArray[np.uint8]) -> tuple[dict[str, Any], 
     length = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or length > min(len(data) - 8, _LARGEST_HEADER):
         raise TokenFileError(
-            f"{path} is no token file, or is cut short: its header should be {length} bytes long, "
-            f"the file has {len(data)} bytes."
+            f"expected a token file made by `perplexit prepare`, got {path}, which is another "
+            f"file or was cut short. To score a text, prepare it first: perplexit prepare {path} "
+            f"--tokenizer MODEL -o {path.with_suffix('.safetensors').name}"
         )
     text = data[8 : 8 + length].tobytes()
     return parse_json(text, _EXPECTED, dict[str, Any], place=path), 8 + length

@@ -20,7 +20,7 @@ class GgufQuantization:
     """What a GGUF file's quantization really did, counted over its tensors.
 
     num_bytes: of the quantized tensors, scales included.
-    effective_bits: bits a parameter over the whole file.
+    effective_bits: bits per parameter over the whole file.
     unquantized: names of the matrices that were left alone.
     """
 

@@ -116,7 +116,7 @@ def _quantization(entry: Any) -> str:
         return "none"
     return (
         f"{entry.get('name')} by {entry.get('library')}: {entry.get('num_modules')} modules, "
-        f"{float(entry.get('effective_bits', 0)):.2f} bits a parameter"
+        f"{float(entry.get('effective_bits', 0)):.2f} bits per parameter"
     )
 
 

@@ -51,7 +51,7 @@ class QuantizationDescription:
     library: str
     num_modules: int
     num_bytes: int  # bytes of the quantized tensors, scales included
-    effective_bits: float  # bits a parameter over the whole model
+    effective_bits: float  # bits per parameter over the whole model
     unquantized: tuple[str, ...] = ()  # names of the large tensors that were left alone
 
 
