@@ -1,5 +1,6 @@
 """OpenVINO made to compute in the precision that was asked for, and asked what it really does."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,18 @@ from numpy.typing import NDArray
 from openvino import opset13 as ops
 
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError
+from perplexit.resources.cores import has_virtual_amx
 
 # OpenVINO's bindings look NumPy up when a tensor's data are first used. Two threads that do so at
 # once wait for each other for ever: one holds Python's lock, the other that of the look-up.
 np.copyto(ov.Tensor(ov.Type.i64, ov.Shape([1])).data, 0)
+
+# In a virtual machine with AMX, compiling a bfloat16 graph ended the process (SIGFPE; OpenVINO
+# 2026.4). Its oneDNN reads this variable once, at its first product; what a user set stays.
+_MAX_ISA = "ONEDNN_MAX_CPU_ISA"
+_SAFE_ISA = "AVX512_CORE_BF16"
+if has_virtual_amx():
+    os.environ.setdefault(_MAX_ISA, _SAFE_ISA)
 
 # The node whose output the head reads: the program is cut there where the body is not float32.
 BOUNDARY = "perplexit_hidden_states"
@@ -134,6 +143,8 @@ def _cut(model: ov.Model) -> tuple[ov.Model, ov.Model]:
 def _checked(graph: Any, precision: str) -> dict[str, str]:
     """The effective properties. Raises CapabilityError where the precision is another."""
     says = {name: _plain(graph.get_property(name)) for name in _REPORTED}
+    if _MAX_ISA in os.environ:
+        says[_MAX_ISA] = os.environ[_MAX_ISA]
     if says["INFERENCE_PRECISION_HINT"] != precision:
         raise CapabilityError(
             f"expected OpenVINO to compute in {precision}, but on this processor it computes in "
