@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from perplexit.inputs.document_sources import KEPT_LAYOUT, SOURCE_LAYOUT
 from perplexit.inputs.tensor_container import (
     DTYPES,
     TensorEntry,
@@ -46,6 +47,11 @@ def write_forged(target: Path, spec: str, tensors: dict[str, np.ndarray], source
         digest = hashlib.sha256(data.tobytes()).hexdigest()
         entries.append(TensorEntry(name, names[data.dtype], data.shape, digest))
     identities = {e.name: tensor_identity(e.dtype, e.shape, e.sha256) for e in entries}
+    if "source" in metadata:
+        own = {n: identities.pop(n) for n in (*SOURCE_LAYOUT, *KEPT_LAYOUT) if n in identities}
+        source = canonical_json({**json.loads(metadata["source"]), "tensors": own})
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        metadata |= {"source": source, "source_fingerprint": digest}
     metadata |= {"spec": spec, "tensors": canonical_json(identities)}
     metadata["input_fingerprint"] = input_fingerprint(metadata)
     ordered = sorted(entries, key=lambda e: (-DTYPES[e.dtype].itemsize, e.name))

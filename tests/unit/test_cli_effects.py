@@ -418,7 +418,7 @@ def test_trap_33_compile_makes_what_was_asked_for(
     [
         (["--to", "abacus"], 1, "abacus"),
         (["--device", "cuda"], 1, "cuda"),
-        (["--quantization", "int3"], 1, "int3"),
+        (["--quantization", "int3"], 2, "int3"),
         (["--max-length", "1"], 2, "max_length"),
     ],
 )

@@ -283,5 +283,5 @@ def test_resuming_in_another_precision_is_refused(tiny_llama_dir, tmp_path):
     tokens = px.prepare(["Some text. " * 30], tokenizer=str(tiny_llama_dir), max_length=32,
                         stride=16, output=tmp_path / "in.safetensors")  # fmt: skip
     px.evaluate(f"hf:{tiny_llama_dir}", tokens, run=tmp_path / "run", quantization="int8")
-    with pytest.raises(px.errors.ResumeError, match=r"quantization\.name"):
+    with pytest.raises(px.errors.ResumeError, match="quantization: recorded int8, now mxint8"):
         px.evaluate(f"hf:{tiny_llama_dir}", tokens, run=tmp_path / "run", quantization="mxint8")

@@ -196,7 +196,7 @@ def test_other_files_are_told_apart(tmp_path, path):
         TokenFile.open(other)
     text = tmp_path / "text.txt"
     text.write_text("Just a text, not a token file.")
-    with pytest.raises(TokenFileError, match="no token file"):
+    with pytest.raises(TokenFileError, match="prepare it first: perplexit prepare"):
         TokenFile.open(text)
     with pytest.raises(TokenFileError, match="no such file"):
         TokenFile.open(tmp_path / "missing.safetensors")
