@@ -262,7 +262,7 @@ def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(tiny_llama_dir)
         ({"device": "cuda:7"}, UsageError, "cpu"),
         ({"device": "abacus"}, UsageError, "abacus"),
         ({"dtype": "int3"}, UsageError, "int3"),
-        ({"threads": 0}, UsageError, "at least 1"),
+        ({"threads": 0}, UsageError, "from 1 to 1,024"),
         ({"quantization": "int7"}, QuantizationError, "nf4.*int8.*q4f16_0.*int7"),
     ],
 )
