@@ -232,9 +232,7 @@ def test_trap_26_a_refusal_names_the_setting_that_differs_and_no_other(
         return made
 
     px.evaluate(session(True), tokens, run=tmp_path / "run")
-    with pytest.raises(
-        ResumeError, match=r"settings\.memory\.arena: recorded True, now False"
-    ) as e:
+    with pytest.raises(ResumeError, match=r"settings\.memory\.arena: recorded yes, now no") as e:
         px.evaluate(session(False), tokens, run=tmp_path / "run")
     assert "providers" not in str(e.value)
     assert "pattern" not in str(e.value)

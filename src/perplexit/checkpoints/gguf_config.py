@@ -78,7 +78,9 @@ def whole_config(path: Path) -> Any:
     Raises ModelError by the name of what transformers would lose.
     """
     told = _Told(GGUFReader(path), path)
-    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    config = AutoConfig.from_pretrained(
+        str(path.parent), gguf_file=path.name, trust_remote_code=False
+    )
     if not any(told.keys):
         return config
     try:
