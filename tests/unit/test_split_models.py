@@ -85,7 +85,7 @@ def test_a_head_that_is_capped_after_its_layers_stays_so_when_spread(tiny_gemma2
 def test_a_map_that_cannot_run_or_be_read_is_refused(tiny_gemma2_dir, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="tied head"):
         PytorchInferenceSession(tiny_gemma2_dir, device_map={"model": "cpu", "lm_head": "disk"})
-    with pytest.raises(UsageError, match="in JSON .* no such file"):
+    with pytest.raises(UsageError, match=r"in JSON .* no such file"):
         PytorchInferenceSession(tiny_gemma2_dir, device_map=tmp_path / "none.json")
     with pytest.raises(UsageError, match="a device map such as"):
         PytorchInferenceSession(tiny_gemma2_dir, device_map={"model": 1.5})
