@@ -204,7 +204,8 @@ def test_exports_agree(run: Run, tmp_path: Path) -> None:
         as_csv = list(csv.DictReader(file))
     as_lines = [json.loads(line) for line in paths[2].read_text(encoding="utf-8").splitlines()]
     assert as_lines == as_parquet
-    columns = [COLUMNS[0], "source_file", "source_row", *COLUMNS[1:]]
+    document, *others = COLUMNS
+    columns = [document, "source_file", "source_row", *others]
     assert list(as_csv[0]) == columns == list(as_parquet[0])
     assert [row["word"] for row in as_csv] == [row["word"] for row in as_parquet]
     assert [float(r["nll"] or "nan") for r in as_csv] == pytest.approx(
