@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from perplexit.errors import CapabilityError, VocabularyError
+from perplexit.errors import CapabilityError, RunError, VocabularyError
 from perplexit.functional.divergence import TokenDivergences, token_divergences
 from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
 from perplexit.functional.nll import TokenStatistics, token_statistics
@@ -204,7 +204,8 @@ class SavingScoring:
         self._session, self._writer = session, writer
         self.head = session.head_to_keep() if isinstance(session, KeepsHead) else None
         self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, session.model.vocab_size)
-        self._measured: dict[str, Any] | None = None
+        # On the run's first batch, whichever process scored it: a resumed run repeats its figures.
+        self._measured = writer.measured()
 
     def details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """As `token_details`; the states are on disk when this returns."""
@@ -222,8 +223,16 @@ class SavingScoring:
         return results
 
     def measured(self) -> dict[str, Any]:
-        """The floor and the head's proof; of an earlier process where nothing was left to score."""
-        return self._measured or self._writer.measured()
+        """Return the floor and the head's proof.
+
+        Raises RunError where nothing was scored here and an earlier process's figures are gone.
+        """
+        if self._measured is None:
+            raise RunError(
+                f"expected what was measured of the states in {self._writer.folder}, but it is "
+                "gone; evaluate the reference again in a new folder"
+            )
+        return self._measured
 
     def _stored(self, states_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         stored_ND: NDArray[np.float32] = states_ND.astype(self._writer.dtype).astype(np.float32)

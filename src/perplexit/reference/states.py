@@ -80,9 +80,12 @@ class StatesWriter:
         text = json.dumps(measured)
         write_atomically(self.folder / MEASURED, lambda path: _write_bytes(path, text.encode()))
 
-    def measured(self) -> dict[str, Any]:
-        """What was kept so. Raises RunError where it is missing or damaged."""
-        return read_json(self.folder / MEASURED, _EXPECTED, dict[str, Any])
+    def measured(self) -> dict[str, Any] | None:
+        """Return what an earlier process of this run kept so; None where it is not there whole."""
+        try:
+            return read_json(self.folder / MEASURED, _EXPECTED, dict[str, Any])
+        except RunError:
+            return None
 
     def keep_head(self, head: OutputHead) -> dict[str, str]:
         """Write the head beside the states; its file's name and hash, for the record."""
