@@ -100,7 +100,7 @@ _QSA = {
 }
 
 # Narrower than others: so wide, a state of 48 steps makes 1e-4 nats of a batch's other rounding.
-_SPREADS = {"mamba": 1.0}
+_SPREADS = {"mamba": 1.0, "zamba": 1.0, "zamba2": 1.0}
 
 # What cannot be made tiny, and why.
 NOT_MADE = {
