@@ -8,6 +8,7 @@ links and names in another case are followed to the file that they mean.
 
 import filecmp
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +31,11 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class OutputFile:
-    """A file that is to be written. Making one raises OutputError where it must not be.
+class _Output(ABC):
+    """What is to be written. Making one raises OutputError where it must not be.
 
     inputs: files and folders that the same call reads.
-    force:  whether a file of this kind with other content may be replaced.
+    force:  whether a thing of this kind with other content may be replaced.
     """
 
     path: Path
@@ -49,6 +50,15 @@ class OutputFile:
     def place(self) -> Path:
         """Where the content goes: `path` with links followed, so that a link stays one."""
         return Path(os.path.realpath(self.path))
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise OutputError where `path` may not be written, whatever its content will be."""
+
+
+@dataclass(frozen=True)
+class OutputFile(_Output):
+    """A file that is to be written."""
 
     @property
     def exists(self) -> bool:
@@ -94,24 +104,11 @@ class OutputFile:
 
 
 @dataclass(frozen=True)
-class OutputFolder:
-    """A folder that is to be written as one thing. Making one raises OutputError, as above.
+class OutputFolder(_Output):
+    """A folder that is to be written as one thing.
 
     `kind.is_made` must also say no to a folder in which somebody put another file.
     """
-
-    path: Path
-    kind: Kind
-    inputs: tuple[Path, ...] = ()
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        self.check()
-
-    @property
-    def place(self) -> Path:
-        """Where the folder is put: `path` with links followed, so that a link stays one."""
-        return Path(os.path.realpath(self.path))
 
     @property
     def exists(self) -> bool:

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from perplexit.comparison.record import (
-    plain_json,
     recorded_estimate,
     shown_with_basis,
     told_in_json,
@@ -12,6 +11,7 @@ from perplexit.comparison.record import (
 from perplexit.comparison.sentences import Judged
 from perplexit.comparison.verdicts import Margin, Verdict
 from perplexit.metrics.estimate import Estimate
+from perplexit.runs.identity import plain_json
 
 
 @dataclass(frozen=True, slots=True)

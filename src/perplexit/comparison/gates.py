@@ -13,9 +13,10 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 from perplexit.comparison.byte_record import ByteComparison
-from perplexit.comparison.record import Comparison, plain_json
+from perplexit.comparison.record import Comparison
 from perplexit.errors import UsageError
 from perplexit.metrics.estimate import Estimate
+from perplexit.runs.identity import plain_json
 
 JudgedOn = Literal["interval", "value"]
 

@@ -13,6 +13,7 @@ from perplexit.comparison.verdicts import Margin, Verdict, resolution_of
 from perplexit.metrics.bootstrap import Bootstrap
 from perplexit.metrics.divergence import Distribution
 from perplexit.metrics.estimate import Estimate
+from perplexit.runs.identity import plain_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,17 +281,6 @@ def shown_with_basis(found: Estimate, form: str, *, basis: bool = True) -> str:
     ends = _range(found.low, found.high, form.removeprefix("+"))
     rests_on = f"({found.basis})" if basis and found.basis else ""
     return " ".join(filter(None, (f"{found.value:{form}}", ends, rests_on)))
-
-
-def plain_json(value: Any) -> Any:
-    """Plain JSON values, None for every number that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: plain_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_json(item) for item in value]
-    return value
 
 
 def _range(low: float | None, high: float | None, form: str) -> str:
