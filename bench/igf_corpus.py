@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from perplexit.checkpoints.gguf import dequantized_folder
+from perplexit.checkpoints.gguf_dequantized import dequantized_folder
 from perplexit.igf.articles import Articles, read_articles
 from perplexit.igf.losses import context_losses
 from perplexit.igf.models import load_model

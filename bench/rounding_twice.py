@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perplexit.checkpoints.gguf import dequantized_folder
+from perplexit.checkpoints.gguf_dequantized import dequantized_folder
 from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import clusters_for, mean_interval
 

@@ -77,7 +77,7 @@ def real_gguf_path() -> Path:
 @pytest.fixture(scope="session")
 def real_model_dir(real_gguf_path: Path) -> Path:
     """The packaged model as a float32 safetensors folder with its tokenizer; kept between runs."""
-    from perplexit.checkpoints.gguf import dequantized_folder  # noqa: PLC0415 - imports torch
+    from perplexit.checkpoints.gguf_dequantized import dequantized_folder  # noqa: PLC0415 - imports torch
 
     return dequantized_folder(real_gguf_path)
 

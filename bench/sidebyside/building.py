@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 import perplexit as px
-from perplexit.checkpoints.gguf import dequantized_folder
+from perplexit.checkpoints.gguf_dequantized import dequantized_folder
 from perplexit.cli.demo_story import MODEL_FILE, MODEL_PACKAGE
 from perplexit.cli.packaged import packaged_file
 

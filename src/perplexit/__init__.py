@@ -52,7 +52,7 @@ _HOME_OF = {
     "LlamaCppInferenceSession": "perplexit.sessions.llamacpp",
     "CompletionsInferenceSession": "perplexit.sessions.completions",
     "NgramInferenceSession": "perplexit.sessions.ngram",
-    "RecordedInferenceSession": "perplexit.sessions.recorded",
+    "RecordedInferenceSession": "perplexit.sessions.loss_file",
     "calculate_perplexity": "perplexit.seed_api",
     "torch_perplexity": "perplexit.seed_api",
     "compute_perplexity": "perplexit.seed_api",

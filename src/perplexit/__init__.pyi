@@ -36,12 +36,12 @@ from perplexit.sessions.completions import (
     CompletionsInferenceSession as CompletionsInferenceSession,
 )
 from perplexit.sessions.llamacpp import LlamaCppInferenceSession as LlamaCppInferenceSession
+from perplexit.sessions.loss_file import RecordedInferenceSession as RecordedInferenceSession
 from perplexit.sessions.ngram import NgramInferenceSession as NgramInferenceSession
 from perplexit.sessions.onnx import OnnxInferenceSession as OnnxInferenceSession
 from perplexit.sessions.openvino import OpenVinoInferenceSession as OpenVinoInferenceSession
 from perplexit.sessions.pt2 import Pt2InferenceSession as Pt2InferenceSession
 from perplexit.sessions.pytorch import PytorchInferenceSession as PytorchInferenceSession
-from perplexit.sessions.recorded import RecordedInferenceSession as RecordedInferenceSession
 from perplexit.sessions.registry import load_session as load_session
 from perplexit.sessions.tvm import TvmInferenceSession as TvmInferenceSession
 

@@ -8,7 +8,7 @@ from perplexit.errors import FingerprintMismatchError, PerplexitError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import Tokenizer, load
 from perplexit.inputs.tokenizer_match import match_tokenizer
-from perplexit.programs import PROGRAM_FILE, ProgramMetadata
+from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from perplexit.compilation.compile_model import compile
 from perplexit.errors import CapabilityError, ModelError
-from perplexit.programs import PROGRAM_FILE
+from perplexit.program_record import PROGRAM_FILE
 from perplexit.sessions.base import CachingSession
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.onnx import OnnxInferenceSession

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import InferenceSession
+from perplexit.sessions.loss_file import RecordedInferenceSession
 from perplexit.sessions.pytorch import PytorchInferenceSession
-from perplexit.sessions.recorded import RecordedInferenceSession
 from tests.markov_server import MarkovServer, serving
 from tests.tiny_models import VOCAB_SIZE
 

@@ -12,9 +12,9 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 import perplexit as px
 from perplexit.inputs.id_lines import import_id_lines
-from perplexit.programs import PROGRAM_FILE
+from perplexit.program_record import PROGRAM_FILE
 from perplexit.sessions.onnx import OnnxInferenceSession
-from perplexit.sessions.onnx.program import _rounded_together
+from perplexit.sessions.onnx.program_folder import _rounded_together
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.contract.test_cached_onnx import with_weights_laid_out
 from tests.trust.loading_models import VOCAB_SIZE, WINDOWS, llama, saved

@@ -14,7 +14,7 @@ from perplexit.cli import demo_story
 from perplexit.cli.app import app
 from perplexit.errors import OutputError, PerplexitError, RunError
 from perplexit.igf.pairs import Pairs
-from perplexit.programs import (
+from perplexit.program_record import (
     ProgramFile,
     ProgramMemory,
     ProgramMetadata,

@@ -18,9 +18,9 @@ from perplexit.cli.app import app
 from perplexit.errors import ModelError, PerplexitError, RunError, TokenizerError, VocabularyError
 from perplexit.inputs.kl_base_file import MAGIC, KlBaseFile
 from perplexit.inputs.tokenizer import load
-from perplexit.programs import ProgramMetadata
+from perplexit.program_record import ProgramMetadata
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesWriter
-from perplexit.sessions.recording_files import read_recording
+from perplexit.sessions.loss_file_formats import read_recording
 from tests.proofs.fuzz.readers import READERS, fresh_copy
 from tests.report_runs import toy_runs
 from tests.unit import tokenizer_zoo as zoo

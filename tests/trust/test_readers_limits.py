@@ -20,7 +20,7 @@ from perplexit.errors import ModelError, RunError, TokenizerError, UsageError
 from perplexit.inputs.gguf_metadata import metadata_fingerprint
 from perplexit.inputs.tokenizer import load
 from perplexit.reading import Expected
-from perplexit.sessions.recording_files import read_recording
+from perplexit.sessions.loss_file_formats import read_recording
 from perplexit.tensor_reader import read_parquet
 from tests.toy_sessions import BigramSession
 from tests.unit import tokenizer_zoo as zoo

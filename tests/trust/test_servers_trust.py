@@ -23,7 +23,7 @@ import perplexit.igf as igf
 from perplexit.cli.app import app
 from perplexit.errors import PerplexitError, TrustWarning, UsageError
 from perplexit.igf.stored import PICKLE_SUFFIXES, StoredFileError
-from perplexit.programs import (
+from perplexit.program_record import (
     ProgramFile,
     ProgramMemory,
     ProgramMetadata,

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from perplexit.checkpoints import cache
-from perplexit.checkpoints.gguf import dequantized_folder
+from perplexit.checkpoints.gguf_dequantized import dequantized_folder
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.checkpoints.loading import load_checkpoint
-from perplexit.checkpoints.sources import find_checkpoint
+from perplexit.checkpoints.location import find_checkpoint
 from perplexit.errors import MissingPackageError, ModelError
 from tests.tiny_models import TINY_MODELS
 
@@ -204,7 +204,7 @@ def test_a_damaged_gguf_leaves_no_half_made_folder(tmp_path, monkeypatch):
 
 def test_without_accelerate_the_message_is_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setenv("PERPLEXIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("perplexit.checkpoints.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("perplexit.checkpoints.gguf_dequantized.find_spec", lambda name: None)
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(MissingPackageError, match=r"pip install 'perplexit\[pytorch\]'"):
         dequantized_folder(tmp_path / "model.gguf")

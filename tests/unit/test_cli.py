@@ -19,7 +19,7 @@ from perplexit.cli.packaged import packaged_file
 from perplexit.cli.progress import running_figures
 from perplexit.compilation.compile_model import CompiledProgram
 from perplexit.errors import GateError, MissingPackageError, ModelError, UsageError
-from perplexit.programs import (
+from perplexit.program_record import (
     ProgramFile,
     ProgramMemory,
     ProgramMetadata,

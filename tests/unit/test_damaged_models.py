@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from perplexit.cli.app import app
 from perplexit.errors import ModelError
-from perplexit.programs import PROGRAM_FILE
+from perplexit.program_record import PROGRAM_FILE
 from perplexit.sessions.registry import load_session
 
 
@@ -97,7 +97,7 @@ def test_a_folder_without_a_program_says_how_to_make_one(tmp_path, engine) -> No
 
 
 def test_llamacpps_address_of_a_file_is_not_a_checkpoint(programs) -> None:
-    from perplexit.checkpoints.sources import find_checkpoint  # noqa: PLC0415 - imports torch
+    from perplexit.checkpoints.location import find_checkpoint  # noqa: PLC0415 - imports torch
 
     file = programs["gguf"] / "model.gguf"
     with pytest.raises(ModelError, match=f"write hf:{file}"):

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import perplexit.compilation.onnx_build as onnx_build
+from perplexit.compilation.body_and_head import rows_at_a_time
 from perplexit.compilation.compile_model import compile
-from perplexit.compilation.model_parts import rows_at_a_time
 from perplexit.errors import (
     CapabilityError,
     CompilationError,
@@ -19,7 +19,7 @@ from perplexit.errors import (
     QuantizationError,
     UsageError,
 )
-from perplexit.programs import ProgramMetadata
+from perplexit.program_record import ProgramMetadata
 from perplexit.quantization.onnx_blocks import QuantizedWeight, _blocks_of
 from perplexit.quantization.precisions import WeightBlocks
 from perplexit.sessions.cached import cached_session

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from perplexit.errors import CompilationError
-from perplexit.program_calls import program_nll
-from perplexit.programs import ProgramShapes
+from perplexit.program_batches import program_nll
+from perplexit.program_record import ProgramShapes
 from tests.oracles import oracle_details, random_window
 from tests.tiny_models import VOCAB_SIZE
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from perplexit.errors import CapabilityError, FingerprintMismatchError, ModelError
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.recorded import RecordedInferenceSession
+from perplexit.sessions.loss_file import RecordedInferenceSession
 
 
 def _windows(seed: int = 0, count: int = 4) -> list[WindowIds]:

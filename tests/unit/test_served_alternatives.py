@@ -21,7 +21,7 @@ from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.alternatives import contradiction, most_likely_first
 from perplexit.sessions.base import AlternativesSession, TokenDetails
 from perplexit.sessions.completions import CompletionsInferenceSession
-from perplexit.sessions.recorded import RecordedInferenceSession
+from perplexit.sessions.loss_file import RecordedInferenceSession
 from tests.markov_server import ALTERNATIVES_FAULTS, VOCAB_SIZE, MarkovServer, chain, serving
 
 STYLES = ["prompt_logprobs", "echo"]

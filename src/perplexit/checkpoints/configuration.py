@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from perplexit.checkpoints.identity import read_config
-from perplexit.checkpoints.sources import CheckpointSource
+from perplexit.checkpoints.location import CheckpointSource
 from perplexit.errors import ModelError
 
 # Fields that change what a forward pass computes, in the configurations of some class or other.

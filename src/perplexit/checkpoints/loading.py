@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from perplexit.checkpoints.configuration import check_weights_are_plain, checked_config
+from perplexit.checkpoints.location import CheckpointSource, find_checkpoint
 from perplexit.checkpoints.quiet import quiet_transformers
-from perplexit.checkpoints.sources import CheckpointSource, find_checkpoint
 from perplexit.checkpoints.stored_tensors import StoredTensors
 from perplexit.errors import ModelError, PerplexitError
 

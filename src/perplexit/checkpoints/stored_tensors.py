@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from perplexit.checkpoints.identity import weight_files, weight_map
-from perplexit.checkpoints.sources import CheckpointSource
+from perplexit.checkpoints.location import CheckpointSource
 from perplexit.errors import ModelError
 
 # Buffers of other versions that a model computes for itself, none of which is a weight.

@@ -11,7 +11,7 @@ from perplexit.compilation.targets import load_builder, request_for
 from perplexit.errors import ModelError
 from perplexit.option_ranges import check_numbers
 from perplexit.outputs import Kind, OutputFolder, paths_among
-from perplexit.programs import PROGRAM_FILE, ProgramMetadata
+from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def compile(
     target = OutputFolder(Path(output), PROGRAM, paths_among(checkpoint), force)
     load_checkpoint, build_program = load_builder(to)
     if target.exists:
-        find_checkpoint = import_module("perplexit.checkpoints.sources").find_checkpoint
+        find_checkpoint = import_module("perplexit.checkpoints.location").find_checkpoint
         fingerprint = find_checkpoint(model).fingerprint
         target.check_replaceable(_is_same(target.path, asked, fingerprint))
     with target.staged() as temporary:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.checkpoints.quiet import quiet_transformers
-from perplexit.compilation.model_parts import LogitsHead, check_rotary, rows_at_a_time
+from perplexit.compilation.body_and_head import LogitsHead, check_rotary, rows_at_a_time
 from perplexit.errors import CompilationError, UsageError
-from perplexit.programs import ProgramShapes
+from perplexit.program_record import ProgramShapes
 
 DEFAULT_BATCH_SIZE, DEFAULT_LENGTH = 1, 512
 _SUMMED_AT_ONCE = 256

@@ -13,7 +13,7 @@ from perplexit.compilation.checkpoint_nll import window_nll
 from perplexit.compilation.gguf_file import WRITTEN_TYPES, llamacpp_nll, write_gguf
 from perplexit.compilation.targets import CompileRequest
 from perplexit.errors import CompilationError, QuantizationError
-from perplexit.programs import (
+from perplexit.program_record import (
     ProgramMemory,
     ProgramMetadata,
     ProgramModel,
@@ -23,7 +23,7 @@ from perplexit.programs import (
     files_of,
 )
 from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
-from perplexit.quantization.gguf_types import quantize_gguf
+from perplexit.quantization.gguf_quantizer import quantize_gguf
 
 GGUF_FILE = "model.gguf"
 _NUM_IDS = 64

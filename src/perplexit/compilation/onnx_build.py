@@ -10,10 +10,10 @@ import torch
 
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
+from perplexit.compilation.body_and_head import describe_model, memory_of
 from perplexit.compilation.half_body import halve_body
-from perplexit.compilation.model_parts import describe_model, memory_of
-from perplexit.compilation.onnx_cached_program import CacheShape
 from perplexit.compilation.onnx_export import ExportedGraph, export_graph
+from perplexit.compilation.onnx_key_values import CacheShape
 from perplexit.compilation.onnx_verification import (
     check_quantization_changed,
     checkpoint_nll,
@@ -21,7 +21,7 @@ from perplexit.compilation.onnx_verification import (
     verification_windows,
 )
 from perplexit.compilation.targets import CompileRequest
-from perplexit.programs import (
+from perplexit.program_record import (
     ProgramCache,
     ProgramMetadata,
     ProgramQuantization,

@@ -18,20 +18,20 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
-from perplexit.compilation.graph_cache import cached_graph
-from perplexit.compilation.model_parts import (
+from perplexit.compilation.body_and_head import (
     check_rotary,
     exportable_attention,
     head_of,
     rows_at_a_time,
 )
-from perplexit.compilation.onnx_cached_program import (
+from perplexit.compilation.onnx_graph_cache import cached_graph
+from perplexit.compilation.onnx_key_values import (
     CachedLogitsProgram,
     CacheShape,
     cache_shape,
 )
 from perplexit.errors import CompilationError
-from perplexit.programs import ProgramShapes
+from perplexit.program_record import ProgramShapes
 
 _OPSET = 23  # the first with an Attention operator, which holds the scores once, not three times
 
@@ -60,7 +60,7 @@ def export_graph(
     With `perplexity`: input_ids_BT, attention_mask_BT, target_rows_N (the row of the flattened
     B·T hidden states that predicts the target) and target_ids_N → nll_N.
     Without: input_ids_BT, attention_mask_BT → logits_BTV; where the length is free and the model
-    keeps keys and values, with pasts in and presents out (see `onnx_cached_program`).
+    keeps keys and values, with pasts in and presents out (see `onnx_key_values`).
     """
     check_rotary(model, shapes)
     model.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from perplexit.compilation.checkpoint_nll import window_nll
 from perplexit.errors import CompilationError, QuantizationError
-from perplexit.programs import ProgramModel, ProgramShapes
+from perplexit.program_record import ProgramModel, ProgramShapes
 
 # Nats a token. In float16, PyTorch and ONNX Runtime round their sums at other places.
 TOLERANCES = {"float32": 1e-3, "float16": 0.1}

@@ -9,18 +9,18 @@ import openvino as ov
 
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
-from perplexit.compilation.model_parts import describe_model, memory_of
-from perplexit.compilation.openvino_graph import convert_graph
-from perplexit.compilation.openvino_head import HEAD_PREFIX, ROWS, columns_at_a_time
-from perplexit.compilation.targets import CompileRequest
-from perplexit.compilation.verification import (
+from perplexit.compilation.body_and_head import describe_model, memory_of
+from perplexit.compilation.loss_check import (
     checkpoint_losses,
     program_losses,
     verification_windows,
     verified,
     verified_change,
 )
-from perplexit.programs import ProgramMetadata, files_of
+from perplexit.compilation.openvino_graph import convert_graph
+from perplexit.compilation.openvino_head import HEAD_PREFIX, ROWS, columns_at_a_time
+from perplexit.compilation.targets import CompileRequest
+from perplexit.program_record import ProgramMetadata, files_of
 from perplexit.quantization.openvino_engine import open_program
 from perplexit.quantization.openvino_weights import compress_weights
 

@@ -13,7 +13,7 @@ import torch
 from openvino import opset13 as ops
 
 from perplexit.checkpoints.quiet import quiet_transformers
-from perplexit.compilation.model_parts import (
+from perplexit.compilation.body_and_head import (
     Body,
     LogitsHead,
     check_rotary,
@@ -22,7 +22,7 @@ from perplexit.compilation.model_parts import (
 from perplexit.compilation.openvino_attention import skip_future_keys
 from perplexit.compilation.openvino_head import mark_head, nll_of_targets
 from perplexit.errors import CompilationError
-from perplexit.programs import ProgramShapes
+from perplexit.program_record import ProgramShapes
 from perplexit.quantization.openvino_engine import BOUNDARY
 
 

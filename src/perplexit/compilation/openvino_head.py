@@ -19,7 +19,7 @@ import torch
 from openvino import opset13 as ops
 from torch import Tensor, nn
 
-from perplexit.compilation.model_parts import LogitsHead
+from perplexit.compilation.body_and_head import LogitsHead
 from perplexit.errors import CompilationError
 
 HEAD_PREFIX = "perplexit_head"

@@ -16,18 +16,18 @@ import torch._inductor
 
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
+from perplexit.compilation.body_and_head import describe_model, memory_of, rows_at_a_time
 from perplexit.compilation.fixed_graph import exported_fixed, fixed_shapes
-from perplexit.compilation.model_parts import describe_model, memory_of, rows_at_a_time
-from perplexit.compilation.targets import CompileRequest
-from perplexit.compilation.verification import (
+from perplexit.compilation.loss_check import (
     checkpoint_losses,
     program_losses,
     verification_windows,
     verified,
 )
+from perplexit.compilation.targets import CompileRequest
 from perplexit.errors import CapabilityError, CompilationError
-from perplexit.program_calls import RunProgram
-from perplexit.programs import ProgramMetadata, files_of
+from perplexit.program_batches import RunProgram
+from perplexit.program_record import ProgramMetadata, files_of
 
 PACKAGE_FILE = "model.pt2"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
-from perplexit.programs import ProgramMetadata, ProgramShapes
+from perplexit.program_record import ProgramMetadata, ProgramShapes
 from perplexit.quantization.precisions import Recipe, canonical_dtype, recipe_for
 
 

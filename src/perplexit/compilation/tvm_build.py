@@ -16,20 +16,20 @@ from tvm.relax.frontend.torch import from_exported_program
 
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
+from perplexit.compilation.body_and_head import describe_model, memory_of, rows_at_a_time
 from perplexit.compilation.fixed_graph import exported_fixed, fixed_shapes
-from perplexit.compilation.group_modules import pack_model, record_of
-from perplexit.compilation.model_parts import describe_model, memory_of, rows_at_a_time
-from perplexit.compilation.targets import CompileRequest
-from perplexit.compilation.tvm_schedule import cpu_pipeline, cpu_target
-from perplexit.compilation.verification import (
+from perplexit.compilation.four_bit_layers import pack_model, record_of
+from perplexit.compilation.loss_check import (
     checkpoint_losses,
     program_losses,
     verification_windows,
     verified,
     verified_change,
 )
+from perplexit.compilation.targets import CompileRequest
+from perplexit.compilation.tvm_schedule import cpu_pipeline, cpu_target
 from perplexit.errors import CompilationError
-from perplexit.programs import ProgramMetadata, ProgramShapes, files_of
+from perplexit.program_record import ProgramMetadata, ProgramShapes, files_of
 from perplexit.quantization.tvm_engine import (
     CPU_TARGETS,
     LIBRARY_FILE,

@@ -17,7 +17,7 @@ from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import Tokenizer
 from perplexit.inputs.windows import PrefixMode, WindowIds
 from perplexit.sessions.base import InferenceSession
-from perplexit.sessions.recorded import RecordedInferenceSession
+from perplexit.sessions.loss_file import RecordedInferenceSession
 
 Losses = list[NDArray[np.float32]]
 

@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 
 from perplexit.errors import QuantizationError
-from perplexit.programs import ProgramQuantization
+from perplexit.program_record import ProgramQuantization
 from perplexit.quantization.precisions import Recipe
 
 _BITS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8, "f16": 16, "bf16": 16, "f32": 32}

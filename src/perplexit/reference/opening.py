@@ -25,7 +25,7 @@ from perplexit.sessions.base import (
     LogitsSession,
     TokenDetails,
 )
-from perplexit.sessions.recorded import described_base_file
+from perplexit.sessions.loss_file import described_base_file
 from perplexit.sessions.registry import load_session
 
 

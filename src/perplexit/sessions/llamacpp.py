@@ -21,7 +21,7 @@ from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError
 from perplexit.inputs.windows import WindowIds
 from perplexit.option_ranges import check_numbers
 from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
-from perplexit.quantization.gguf_types import requantized_gguf
+from perplexit.quantization.gguf_quantizer import requantized_gguf
 from perplexit.quantization.llamacpp_library import last_words, library_log
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.sessions.base import (

@@ -8,7 +8,7 @@ from typing import Any
 import llama_cpp
 
 from perplexit.errors import CapabilityError, ModelError, TokenizerError
-from perplexit.programs import PROGRAM_FILE, ProgramMetadata
+from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.gguf_header import GgufQuantization
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.sessions.base import QuantizationDescription

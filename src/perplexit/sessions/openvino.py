@@ -8,11 +8,11 @@ import openvino
 from perplexit.errors import CapabilityError
 from perplexit.quantization.openvino_engine import effective_threads, open_program
 from perplexit.resources.cores import num_cores
-from perplexit.sessions.program_session import (
+from perplexit.sessions.compiled_program import (
     Asked,
-    Opened,
     ProgramLogits,
     ProgramSession,
+    RunningProgram,
     gives_logits,
 )
 
@@ -39,7 +39,7 @@ class OpenVinoInferenceSession(ProgramSession):
         logits = cls is OpenVinoInferenceSession and gives_logits(folder, cls._engine)
         return super().__new__(OpenVinoLogitsSession if logits else cls)
 
-    def _open(self, folder: Path, asked: Asked) -> Opened:
+    def _open(self, folder: Path, asked: Asked) -> RunningProgram:
         if asked.device not in (None, "cpu"):
             raise CapabilityError(
                 f"expected device cpu for OpenVINO, got {asked.device!r}: its other devices do not "
@@ -64,7 +64,7 @@ class OpenVinoInferenceSession(ProgramSession):
                 "batch_invariant": False,
             }
         threads = effective_threads(program)
-        return Opened(
+        return RunningProgram(
             program.run,
             "openvino",
             openvino.__version__,

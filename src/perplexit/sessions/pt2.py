@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError
-from perplexit.program_calls import Feed
-from perplexit.sessions.program_session import (
+from perplexit.program_batches import Feed
+from perplexit.sessions.compiled_program import (
     Asked,
-    Opened,
     ProgramLogits,
     ProgramSession,
+    RunningProgram,
     gives_logits,
 )
 
@@ -35,7 +35,7 @@ class Pt2InferenceSession(ProgramSession):
         logits = cls is Pt2InferenceSession and gives_logits(folder, cls._engine)
         return super().__new__(Pt2LogitsSession if logits else cls)
 
-    def _open(self, folder: Path, asked: Asked) -> Opened:
+    def _open(self, folder: Path, asked: Asked) -> RunningProgram:
         if asked.device not in (None, "cpu"):
             raise CapabilityError(
                 f"the program was compiled for the cpu, got device {asked.device!r}; leave it out"
@@ -56,7 +56,7 @@ class Pt2InferenceSession(ProgramSession):
             return array
 
         settings = {"made_for": self._metadata.made_by.get("processor", ""), "native_code": True}
-        return Opened(
+        return RunningProgram(
             run, "aotinductor", torch.__version__, "cpu", torch.get_num_threads(), settings
         )
 

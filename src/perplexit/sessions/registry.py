@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
 from perplexit.json_reader import read_json
 from perplexit.option_ranges import check_numbers
-from perplexit.programs import PROGRAM_FILE
+from perplexit.program_record import PROGRAM_FILE
 from perplexit.quantization.precisions import canonical_dtype, require_known_precision
 from perplexit.reading import Expected
 from perplexit.sessions.base import InferenceSession
@@ -77,7 +77,7 @@ _ENGINES = {
     ),
     "ngram": _Engine("perplexit.sessions.ngram:NgramInferenceSession", "ngram", "ngram:FILE"),
     "recorded": _Engine(
-        "perplexit.sessions.recorded:RecordedInferenceSession", "all", "recorded:FILE"
+        "perplexit.sessions.loss_file:RecordedInferenceSession", "all", "recorded:FILE"
     ),
 }
 _PREFIX_OF_SUFFIX = {".gguf": "gguf", ".arpa": "ngram"}

@@ -7,11 +7,11 @@ import tvm
 
 from perplexit.errors import CapabilityError
 from perplexit.quantization.tvm_engine import OpenedLibrary
-from perplexit.sessions.program_session import (
+from perplexit.sessions.compiled_program import (
     Asked,
-    Opened,
     ProgramLogits,
     ProgramSession,
+    RunningProgram,
     gives_logits,
 )
 
@@ -31,7 +31,7 @@ class TvmInferenceSession(ProgramSession):
         logits = cls is TvmInferenceSession and gives_logits(folder, cls._engine)
         return super().__new__(TvmLogitsSession if logits else cls)
 
-    def _open(self, folder: Path, asked: Asked) -> Opened:
+    def _open(self, folder: Path, asked: Asked) -> RunningProgram:
         target = self._metadata.made_by["target"]
         same = {target, "cpu"} if target == "llvm" else {target}
         if asked.device is not None and asked.device not in same:
@@ -45,7 +45,7 @@ class TvmInferenceSession(ProgramSession):
         library = OpenedLibrary(folder, target, level)
         device = "cpu" if target == "llvm" else target
         settings = {"target": target, "processor_level": level, "native_code": True}
-        return Opened(library.run, "tvm", tvm.__version__, device, asked.threads, settings)
+        return RunningProgram(library.run, "tvm", tvm.__version__, device, asked.threads, settings)
 
 
 class TvmLogitsSession(ProgramLogits, TvmInferenceSession):

@@ -33,14 +33,14 @@ from perplexit.inputs.prepare import prepare
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import load
 from perplexit.inputs.windows import WindowIds
-from perplexit.programs import ProgramMetadata
+from perplexit.program_record import ProgramMetadata
 from perplexit.quantization.gguf_header import read_gguf_header
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesWriter
 from perplexit.runs.run import Run
 from perplexit.runs.store import Part, RunStore, UnreadableRun, find_runs
 from perplexit.runs.verification import export_tokens, verify_run
+from perplexit.sessions.loss_file import RecordedInferenceSession
 from perplexit.sessions.pytorch.placement import read_device_map
-from perplexit.sessions.recorded import RecordedInferenceSession
 from perplexit.sessions.registry import split_address
 from tests.forged_token_files import content_of, write_forged
 from tests.proofs.fuzz.mutations import changed_array, changed_bytes, changed_json, changed_table

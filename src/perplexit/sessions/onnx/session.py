@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.option_ranges import check_numbers
-from perplexit.program_calls import (
+from perplexit.program_batches import (
     check_vocabulary,
     nll_of_feeds,
     padded_ids,
@@ -36,10 +36,10 @@ from perplexit.sessions.base import (
 )
 from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.logit_rows import details_of_rows
-from perplexit.sessions.onnx.cached import OnnxCache, cache_bytes, with_logits_probed
 from perplexit.sessions.onnx.engine import open_session, provider_of, translated
-from perplexit.sessions.onnx.io import ports_of
-from perplexit.sessions.onnx.program import check_asked, describe, find_program
+from perplexit.sessions.onnx.past_key_values import OnnxCache, cache_bytes, with_logits_probed
+from perplexit.sessions.onnx.ports import ports_of
+from perplexit.sessions.onnx.program_folder import check_asked, describe, find_program
 
 _MOST_WINDOWS = 32  # decoded together: beyond, copying caches costs what batching gains
 _MOST_IDS = 4096  # ids a batch: beyond, a CPU gains no speed and only pays memory

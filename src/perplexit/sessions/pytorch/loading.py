@@ -12,7 +12,7 @@ from torch import nn
 
 from perplexit.checkpoints.adapters import Adapter, adapted_fingerprint, find_adapter, with_adapter
 from perplexit.checkpoints.loading import Checkpoint, load_checkpoint
-from perplexit.checkpoints.sources import CheckpointSource, find_checkpoint
+from perplexit.checkpoints.location import CheckpointSource, find_checkpoint
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.quantization.pytorch_quantization import (

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, ModelError, TrustWarning, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.option_ranges import check_numbers
-from perplexit.program_calls import (
+from perplexit.program_batches import (
     MOST_IDS_A_CALL,
     Feed,
     RunProgram,
@@ -25,8 +25,8 @@ from perplexit.program_calls import (
     program_nll,
     windows_at_once,
 )
-from perplexit.program_calls import target_logit_rows as logit_rows
-from perplexit.programs import PROGRAM_FILE, ProgramMetadata
+from perplexit.program_batches import target_logit_rows as logit_rows
+from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import (
@@ -52,7 +52,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class RunningProgram:
     """A program ready to run, and the conditions in effect."""
 
     run: RunProgram
@@ -97,7 +97,7 @@ class ProgramSession(ABC):
                 TrustWarning,
                 stacklevel=2,
             )
-        self._opened: Opened | None = self._open(path, asked)
+        self._opened: RunningProgram | None = self._open(path, asked)
         made_from = asdict(self._metadata.model)
         made_from["address"] = address or f"{self._engine}:{folder}"
         self._model = ModelDescription(**made_from)
@@ -105,7 +105,7 @@ class ProgramSession(ABC):
         self._description = self._described(self._opened, asked.dtype)
 
     @abstractmethod
-    def _open(self, folder: Path, asked: Asked) -> Opened:
+    def _open(self, folder: Path, asked: Asked) -> RunningProgram:
         """The program, ready to run as asked."""
 
     @property
@@ -171,7 +171,7 @@ class ProgramSession(ABC):
             )
         return wanted
 
-    def _described(self, opened: Opened, dtype: str) -> SessionDescription:
+    def _described(self, opened: RunningProgram, dtype: str) -> SessionDescription:
         metadata = self._metadata
         settings = {
             **opened.settings,

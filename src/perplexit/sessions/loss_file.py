@@ -30,7 +30,7 @@ from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.alternatives import contradiction, most_likely_first
 from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
-from perplexit.sessions.recording_files import RecordedWindow, base_file_identity, read_recording
+from perplexit.sessions.loss_file_formats import RecordedWindow, base_file_identity, read_recording
 
 _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-2  # devices write half precision, or a few digits

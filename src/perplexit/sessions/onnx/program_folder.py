@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.files import sha256_of_file
 from perplexit.json_reader import read_json
-from perplexit.programs import (
+from perplexit.program_record import (
     PROGRAM_FILE,
     ProgramFile,
     ProgramMemory,
@@ -28,7 +28,7 @@ from perplexit.quantization.precisions import canonical_dtype, canonical_precisi
 from perplexit.reading import Expected
 from perplexit.sessions.base import QuantizationDescription, SessionDescription
 from perplexit.sessions.onnx.engine import has_shared_arena
-from perplexit.sessions.onnx.io import takes_cache
+from perplexit.sessions.onnx.ports import takes_cache
 
 OUR_FILE = "model.onnx"
 # Where exporters put the graph, best first: one file for prefill and decode before one for either.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from perplexit.checkpoints.cache import cache_folder
 from perplexit.files import write_atomically
-from perplexit.programs import ProgramShapes
+from perplexit.program_record import ProgramShapes
 
 _PLACE = "checkpoint"  # where a cached graph says that a weight is: its name is enough
-_EXPORTER = ("onnx_export.py", "onnx_cached_program.py", "model_parts.py")
+_EXPORTER = ("onnx_export.py", "onnx_key_values.py", "body_and_head.py")
 _MADE_BY = ("torch", "transformers", "onnxscript", "onnx-ir")
 
 

@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import CompilationError
-from perplexit.programs import ProgramMemory, ProgramModel, ProgramShapes
+from perplexit.program_record import ProgramMemory, ProgramModel, ProgramShapes
 
 _HEAD_LOGITS_BYTES = 16 * 2**20
 _LONGEST = 2**24  # ids: more than any window has

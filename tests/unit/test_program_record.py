@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perplexit.errors import ModelError
-from perplexit.programs import (
+from perplexit.program_record import (
     PROGRAM_FILE,
     ProgramMemory,
     ProgramMetadata,

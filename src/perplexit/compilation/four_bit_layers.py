@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from perplexit.errors import QuantizationError
-from perplexit.programs import ProgramQuantization
+from perplexit.program_record import ProgramQuantization
 from perplexit.quantization.group_quantization import GROUP_SIZE, MAX_CODE, quantize_groups
 
 
-class PackedMatrix(nn.Module):
+class FourBitMatrix(nn.Module):
     """A matrix (N, K) as 4-bit codes, two a byte, eight a little-endian word; float16 scales.
 
     Both are parameters, not buffers: compilers take buffers for constants, unpack them beforehand
@@ -45,10 +45,10 @@ def _constant(array: NDArray[Any]) -> nn.Parameter:
     return nn.Parameter(torch.from_numpy(array.copy()), requires_grad=False)
 
 
-class PackedLinear(nn.Module):
+class FourBitLinear(nn.Module):
     """Stands in for a Linear (or GPT-2's Conv1D, whose weight is its transpose)."""
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None) -> None:
+    def __init__(self, matrix: FourBitMatrix, bias: Tensor | None) -> None:
         super().__init__()
         self.matrix, self.bias = matrix, bias
 
@@ -58,12 +58,12 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, weight_NK, self.bias)
 
 
-class PackedEmbedding(nn.Module):
+class FourBitEmbedding(nn.Module):
     """Stands in for an Embedding: the rows looked up are unpacked, no others."""
 
-    matrix: PackedMatrix
+    matrix: FourBitMatrix
 
-    def __init__(self, matrix: PackedMatrix, scale: float | None) -> None:
+    def __init__(self, matrix: FourBitMatrix, scale: float | None) -> None:
         super().__init__()
         self.matrix, self.scale = matrix, scale
 
@@ -83,7 +83,7 @@ def pack_model(model: Any, *, with_embedding_and_head: bool) -> tuple[int, int]:
     Tied matrices stay one. Raises QuantizationError where there was nothing to pack.
     """
     kept = () if with_embedding_and_head else (model.get_output_embeddings(),)
-    shared: dict[int, PackedMatrix] = {}
+    shared: dict[int, FourBitMatrix] = {}
     num_modules = 0
     for name, module in list(model.named_modules()):
         packed = _packed(module, shared, with_embedding_and_head)
@@ -118,20 +118,20 @@ def record_of(model: Any, name: str, packed: tuple[int, int], num_parameters: in
     )
 
 
-def _packed(module: nn.Module, shared: dict[int, PackedMatrix], embedding: bool) -> Any:
+def _packed(module: nn.Module, shared: dict[int, FourBitMatrix], embedding: bool) -> Any:
     makers: dict[str, Callable[[Any], Any]] = {
-        "Linear": lambda m: PackedLinear(_matrix(m.weight, m.weight, shared), m.bias),
-        "Conv1D": lambda m: PackedLinear(_matrix(m.weight, m.weight.T, shared), m.bias),
+        "Linear": lambda m: FourBitLinear(_matrix(m.weight, m.weight, shared), m.bias),
+        "Conv1D": lambda m: FourBitLinear(_matrix(m.weight, m.weight.T, shared), m.bias),
     }
     if embedding and isinstance(module, nn.Embedding):
         scale = getattr(module, "embed_scale", None)  # Gemma's embedding multiplies
         matrix = _matrix(module.weight, module.weight, shared)
-        return PackedEmbedding(matrix, None if scale is None else float(scale))
+        return FourBitEmbedding(matrix, None if scale is None else float(scale))
     maker = makers.get(type(module).__name__)
     return maker(module) if maker else None
 
 
-def _matrix(key: Tensor, weight_NK: Tensor, shared: dict[int, PackedMatrix]) -> PackedMatrix:
+def _matrix(key: Tensor, weight_NK: Tensor, shared: dict[int, FourBitMatrix]) -> FourBitMatrix:
     if id(key) not in shared:
-        shared[id(key)] = PackedMatrix(weight_NK)
+        shared[id(key)] = FourBitMatrix(weight_NK)
     return shared[id(key)]

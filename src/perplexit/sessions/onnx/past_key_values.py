@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.sessions.base import FedRows, TokenDetails
 from perplexit.sessions.logit_rows import details_of_rows
-from perplexit.sessions.onnx.io import GraphPorts
+from perplexit.sessions.onnx.ports import GraphPorts
 
 Feed = dict[str, Any]
 Run = Callable[[list[str], Feed], list[Any]]  # names of outputs, inputs → OrtValues

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, VocabularyError
 from perplexit.inputs.parts import balanced_parts
 from perplexit.inputs.windows import WindowIds
-from perplexit.programs import ProgramShapes
+from perplexit.program_record import ProgramShapes
 
 Feed = dict[str, NDArray[np.int64]]
 RunProgram = Callable[[Feed], NDArray[np.float32]]

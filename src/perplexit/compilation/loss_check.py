@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CompilationError, QuantizationError
 from perplexit.inputs.windows import WindowIds
-from perplexit.program_calls import RunProgram, program_nll, target_logit_rows
-from perplexit.programs import ProgramModel, ProgramShapes, ProgramVerification
+from perplexit.program_batches import RunProgram, program_nll, target_logit_rows
+from perplexit.program_record import ProgramModel, ProgramShapes, ProgramVerification
 
 TOLERANCE = 1e-3  # nats a token
 _MEAN_TOLERANCE = 4.0  # in the mean, of quantized weights on random ids; noise costs tens

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from perplexit.checkpoints.gguf import check_is_gguf, dequantized_folder
+from perplexit.checkpoints.gguf_dequantized import check_is_gguf, dequantized_folder
 from perplexit.checkpoints.identity import weights_fingerprint, weights_stamp
 from perplexit.errors import ModelError
 
