@@ -16,8 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import perplexit as px
-from perplexit.cli.demo_story import MODEL_FILE, MODEL_PACKAGE, TEXT_FILE, TEXT_PACKAGE
-from perplexit.cli.packaged import packaged_file
+from perplexit.cli.demo_files import (
+    MODEL_FILE,
+    MODEL_PACKAGE,
+    TEXT_FILE,
+    TEXT_PACKAGE,
+    packaged_file,
+)
 
 MIB = 2**20
 ENTRY = "from perplexit.cli.app import main; main()"

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from perplexit.cli.demo_story import TEXT_FILE, TEXT_PACKAGE
-from perplexit.cli.packaged import packaged_file
+from perplexit.cli.demo_files import TEXT_FILE, TEXT_PACKAGE, packaged_file
 
 NUM_NEWEST = 4  # some 40,000 ids; the first is newer than the demo's model
 

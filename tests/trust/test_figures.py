@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import perplexit as px
-from perplexit.cli.demo_story import NOTES
-from perplexit.cli.figures import run_table
+from perplexit.cli.demo_runs import NOTES
+from perplexit.cli.record_tables import run_table
 from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.token_file import TokenFile
-from perplexit.metrics.bounded import averaged, share_interval
+from perplexit.metrics.bounded_intervals import averaged, share_interval
 from perplexit.metrics.intervals import clusters_for, ratio_interval
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import RUN_FILE, Run

@@ -11,7 +11,7 @@ from perplexit.cli import igf_options
 from perplexit.igf.experiment_file import PairedOutcome
 from perplexit.igf.outcomes import holm, summarise
 from perplexit.igf.scores import doubt_about, score_predictions
-from perplexit.metrics.divergence import mean_by
+from perplexit.metrics.distribution import mean_by
 from perplexit.metrics.likelihood import loss_by_position
 from tests.report_experiments import document_of
 
@@ -117,7 +117,7 @@ def test_c4_a_learner_is_doubted_where_it_is_used(capsys, monkeypatch) -> None:
 
 def test_c4_sibling_the_report_says_it_too() -> None:
     from perplexit.igf.experiment_file import Experiment  # noqa: PLC0415
-    from perplexit.report.experiment_chapter import _notes  # noqa: PLC0415
+    from perplexit.report.experiment_section import _notes  # noqa: PLC0415
 
     document = document_of() | {"learner": {"kind": "ridge", "scores": predictions(-0.05)}}
     assert any("predicts nothing" in note for note in _notes(Experiment.of(document)))

@@ -11,7 +11,7 @@ import pytest
 
 import perplexit as px
 from perplexit.cli.output import people
-from perplexit.diagnosis.differences import plain
+from perplexit.diagnosis.run_differences import plain
 from perplexit.errors import CompilationError, PerplexitError
 from perplexit.files import replaced_folder
 from perplexit.igf.articles import Articles

@@ -17,19 +17,19 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import perplexit as px
-from perplexit.cli import demo_story, output
+from perplexit.cli import demo_runs, output
 from perplexit.cli.app import app
 from perplexit.comparison import VERDICTS, Comparison, compare_runs, judge, parse_gate
-from perplexit.comparison.byte_aligned import compare_bytes
-from perplexit.comparison.byte_record import ByteComparison
-from perplexit.comparison.digits import quantity
-from perplexit.comparison.sentences import Judged, changed_predictions
+from perplexit.comparison.byte_comparison import ByteComparison
+from perplexit.comparison.compare_by_byte import compare_bytes
+from perplexit.comparison.number_format import quantity
+from perplexit.comparison.verdict_sentences import Judged, changed_predictions
 from perplexit.comparison.verdicts import Margin, margin_of, resolution_of, share_of, verdict_of
 from perplexit.errors import UsageError
 from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import clusters_for, mean_interval
-from perplexit.report.subject import Subject
-from perplexit.report.wording import findings_of, headline
+from perplexit.report.headlines import findings_of, headline
+from perplexit.report.labelled_runs import LabelledRuns
 from perplexit.runs.run import Run
 from tests.report_runs import shifted, toy_runs, with_kl
 from tests.toy_sessions import BigramSession
@@ -79,7 +79,7 @@ def test_c3_an_interval_that_crosses_the_noise_floor_is_inconclusive() -> None:
 def test_c3_an_inconclusive_headline_names_kl_and_agreement(runs: list[Run]) -> None:
     """nf4's case: wide interval around 1, and predictions that moved without doubt."""
     candidate = with_kl(shifted(runs[0], 0.18, spread=1.0), runs[0], scale=0.3)
-    subject = Subject.of([runs[0], candidate], labels=["fp32", "nf4"])
+    subject = LabelledRuns.of([runs[0], candidate], labels=["fp32", "nf4"])
     comparison = subject.comparisons[0]
     assert comparison.verdict == "inconclusive"
     assert comparison.ppl_ratio_low < 1 < comparison.ppl_ratio_high
@@ -303,7 +303,7 @@ def test_c3_several_candidates_in_one_sentence(runs: list[Run], tmp_path: Path) 
     unsure = shifted(runs[0], 0.0005, spread=0.5)
     worse, better, same = shifted(runs[0], 0.1), shifted(runs[0], -0.1), runs[2]
     labels = ["full", "worse", "unsure", "same", "better"]
-    subject = Subject.of([runs[0], worse, unsure, same, better], labels=labels)
+    subject = LabelledRuns.of([runs[0], worse, unsure, same, better], labels=labels)
     assert headline(subject) == (
         "Of 4 candidates against full, 1 is worse, 1 better, 1 equivalent and 1 inconclusive."
     )
@@ -314,7 +314,7 @@ def test_c3_several_candidates_in_one_sentence(runs: list[Run], tmp_path: Path) 
         "better",
     ]
     moved = with_kl(unsure, runs[0], scale=0.2)
-    none = Subject.of([runs[0], unsure, moved], labels=["full", "a", "b"])
+    none = LabelledRuns.of([runs[0], unsure, moved], labels=["full", "a", "b"])
     assert headline(none) == (
         "None of 2 candidates can be told from full by perplexity, but the predictions of 1 did "
         "change."
@@ -561,11 +561,11 @@ def test_f_the_demos_table_cuts_nothing_off(width: int, verdict: str) -> None:
         verdict=verdict, ppl_ratio=1.05, ppl_ratio_low=1.04, ppl_ratio_high=1.06
     )
     scored: Any = [
-        demo_story.Scored(way.name, run, comparison)  # type: ignore[arg-type]
-        for way, comparison in zip(demo_story.WAYS, [None, found, found, found], strict=True)
+        demo_runs.Scored(way.name, run, comparison)  # type: ignore[arg-type]
+        for way, comparison in zip(demo_runs.WAYS, [None, found, found, found], strict=True)
     ]
     shown = io.StringIO()
-    Console(width=width, file=shown).print(demo_story.table(scored))
+    Console(width=width, file=shown).print(demo_runs.table(scored))
     text = shown.getvalue()
     assert "…" not in text
     for part in (verdict, "[1.04000, 1.06000]", "[21.15, 28.52]", "1,755 MiB", "1,007/s"):

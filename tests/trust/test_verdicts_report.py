@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import perplexit as px
-from perplexit.report import charts
-from perplexit.report.chapter import charts_of
+from perplexit.report import chart_drawings as charts
 from perplexit.report.chart_rows import agreement_rows, kl_rows
-from perplexit.report.subject import Subject
+from perplexit.report.labelled_runs import LabelledRuns
+from perplexit.report.run_charts import charts_of
 from perplexit.report.token_data import token_data
 from perplexit.runs.run import Run
 from tests.report_runs import toy_runs, with_kl
@@ -66,7 +66,7 @@ def test_a3_any_subset_with_kl_is_drawn_under_its_own_name_and_colour(
     for size in range(1, count):
         for chosen in combinations(range(1, count), size):
             own = [with_kl(run, runs[0]) if n in chosen else run for n, run in enumerate(runs)]
-            subject = Subject.of(own[:count], num_most_changed=0)
+            subject = LabelledRuns.of(own[:count], num_most_changed=0)
             specs.clear()
             made = [chart.name for chart in charts_of(subject)]
             spec = specs[made.index("kl")]
@@ -79,7 +79,7 @@ def test_a3_every_chart_gives_a_run_one_colour(
     runs: list[Run], specs: list[dict[str, Any]]
 ) -> None:
     own = [with_kl(run, runs[0]) if n in (2, 5) else run for n, run in enumerate(runs)]
-    subject = Subject.of(own)
+    subject = LabelledRuns.of(own)
     colour = {label: f"var(--run{n})" for n, label in enumerate(subject.labels)}
     charts_of(subject)
     assert len(specs) >= 6
@@ -97,7 +97,7 @@ def test_a3_a_kl_that_compare_refused_is_nowhere_in_the_report(
     comparison = px.compare(runs[0], candidate)
     assert comparison.divergences is None
     assert any("another" in warning for warning in comparison.warnings)
-    subject = Subject.of([runs[0], candidate])
+    subject = LabelledRuns.of([runs[0], candidate])
     assert kl_rows(subject) == []
     data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
     assert [run["kl"] for run in data["runs"]] == [None, None]
@@ -113,8 +113,8 @@ def test_a3_agreement_that_belongs_to_another_reference_is_not_drawn(runs: list[
     wrong = replace(
         wrong, loaded_tokens=replace(wrong.tokens, same_top1=np.ones(len(wrong.tokens), bool))
     )
-    found = agreement_rows(Subject.of([runs[0], wrong]))
-    true = agreement_rows(Subject.of([runs[0], runs[7]]))
+    found = agreement_rows(LabelledRuns.of([runs[0], wrong]))
+    true = agreement_rows(LabelledRuns.of([runs[0], runs[7]]))
     assert [row["share"] for row in found] == [row["share"] for row in true]
     assert min(float(row["share"]) for row in found) < 1
 
@@ -124,7 +124,7 @@ def test_a3_sibling_a_kl_that_is_not_finite_is_not_drawn(runs: list[Run]) -> Non
     kl = candidate.tokens.kl.copy()
     kl[4] = np.inf
     broken = replace(candidate, loaded_tokens=replace(candidate.tokens, kl=kl))
-    subject = Subject.of([runs[0], broken])
+    subject = LabelledRuns.of([runs[0], broken])
     assert "kl" not in subject.comparisons[0].divergences.columns
     assert kl_rows(subject) == []
     data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
@@ -145,7 +145,7 @@ def test_a3_sibling_agreement_of_a_candidate_among_others_keeps_its_colour(
         )
         for n, run in enumerate(runs)
     ]
-    subject = Subject.of(bare)
+    subject = LabelledRuns.of(bare)
     made = [chart.name for chart in charts_of(subject)]
     spec = specs[made.index("agreement")]
     assert colours_of(spec) == {subject.labels[3]: "var(--run3)"}
@@ -158,7 +158,7 @@ def test_a3_sibling_the_kl_of_a_token_is_the_candidates_own(runs: list[Run]) -> 
     nll = candidate.tokens.nll.copy()
     nll[[3, 30]] = np.nan
     candidate = replace(candidate, loaded_tokens=replace(candidate.tokens, nll=nll))
-    subject = Subject.of([runs[0], runs[1], candidate])
+    subject = LabelledRuns.of([runs[0], runs[1], candidate])
     kl_R = subject.comparisons[1].tokens.kl_of_rows()
     assert np.flatnonzero(np.isnan(kl_R)).tolist() == [3, 30]
     kept = np.isfinite(kl_R)
@@ -180,7 +180,7 @@ def test_a3_sibling_a_changed_choice_is_never_shown_as_the_same_token(runs: list
 
 def test_a3_sibling_the_drawing_itself_has_the_runs_colours(runs: list[Run]) -> None:
     own = [with_kl(run, runs[0]) if n in (1, 2, 3) else run for n, run in enumerate(runs)]
-    subject = Subject.of(own)
+    subject = LabelledRuns.of(own)
     svg = next(chart.svg for chart in charts_of(subject) if chart.name == "kl")
     for n, label in enumerate(subject.labels):
         assert (f'stroke="var(--run{n})"' in svg) == (n in (1, 2, 3))

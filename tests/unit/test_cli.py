@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import perplexit as px
 from perplexit.cli.app import app
-from perplexit.cli.packaged import packaged_file
+from perplexit.cli.demo_files import packaged_file
 from perplexit.cli.progress import running_figures
 from perplexit.compilation.compile_model import CompiledProgram
 from perplexit.errors import GateError, MissingPackageError, ModelError, UsageError
@@ -211,7 +211,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     }.items():
         monkeypatch.setitem(vars(px), verb, recorder(verb, result))
     monkeypatch.setattr(px.Run, "open", lambda folder: record)
-    story = "perplexit.cli.demo_story"
+    story = "perplexit.cli.demo_runs"
     monkeypatch.setattr(f"{story}.score_four_ways", recorder("score_four_ways", []))
     monkeypatch.setattr(f"{story}.table", lambda scored: "the table")
     monkeypatch.setattr(f"{story}.explanation", lambda scored, out: "the story")

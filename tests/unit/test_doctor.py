@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 import perplexit as px
 from perplexit.cli.app import app
 from perplexit.diagnosis import Diagnosis
+from perplexit.diagnosis.doctor_checks import CHECKS
 from perplexit.diagnosis.doctor_probe import packaged_text
-from perplexit.diagnosis.examination import CHECKS
 from perplexit.errors import UsageError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
@@ -476,7 +476,7 @@ def test_a_lower_precision_warns_and_passes_with_wider_limits(trained_dir: Path)
 
 def test_a_precision_that_is_not_in_effect_fails(trained_dir: Path, monkeypatch) -> None:
     monkeypatch.setattr(
-        "perplexit.diagnosis.examination.load_session",
+        "perplexit.diagnosis.doctor_checks.load_session",
         lambda model, **_: PytorchInferenceSession(model, dtype="bf16"),
     )
     diagnosis = px.doctor(trained_dir, dtype="float32")

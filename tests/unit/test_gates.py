@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from perplexit.comparison.gates import Gate, judge, junit_xml, markdown, parse_gate
-from perplexit.comparison.record import Comparison
+from perplexit.comparison.token_comparison import Comparison
 from perplexit.errors import UsageError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perplexit.errors import EmptyScoreError, NonFiniteError
-from perplexit.metrics.divergence import distribution, mean_by
+from perplexit.metrics.distribution import distribution, mean_by
 from perplexit.metrics.intervals import clusters_for
 
 

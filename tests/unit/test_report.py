@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 
 import perplexit as px
 from perplexit.comparison.compared_tokens import exceedance
-from perplexit.comparison.digits import decimals, figure, interval, quantity
+from perplexit.comparison.number_format import decimals, figure, interval, quantity
 from perplexit.errors import FingerprintMismatchError, MissingPackageError, RunError, UsageError
-from perplexit.report import extra
+from perplexit.report import report_packages
 from perplexit.report import token_data as token_data_module
-from perplexit.report.chapter import charts_of
 from perplexit.report.chart_rows import agreement_rows
-from perplexit.report.conditions_table import conditions_of, notes_of
-from perplexit.report.page import json_block
-from perplexit.report.subject import Subject, labels_of
+from perplexit.report.headlines import findings_of, headline
+from perplexit.report.html_page import json_block
+from perplexit.report.labelled_runs import LabelledRuns, labels_of
+from perplexit.report.measurement_table import conditions_of, notes_of
+from perplexit.report.run_charts import charts_of
 from perplexit.report.token_data import CONTINUATION, GAP, PLAIN, packed, token_data
-from perplexit.report.wording import findings_of, headline
 from perplexit.runs.run import Run
 from tests.report_runs import toy_runs, with_kl
 
@@ -43,8 +43,8 @@ def runs(byte_tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def subject(runs: list[Run]) -> Subject:
-    return Subject.of(runs)
+def subject(runs: list[Run]) -> LabelledRuns:
+    return LabelledRuns.of(runs)
 
 
 def unpacked(column: dict[str, Any]) -> np.ndarray:
@@ -78,7 +78,7 @@ def test_no_text_can_end_the_data_block(text: str) -> None:
         assert json.loads(block) == {"text": hostile}
 
 
-def test_the_page_holds_every_token_with_its_numbers(subject: Subject) -> None:
+def test_the_page_holds_every_token_with_its_numbers(subject: LabelledRuns) -> None:
     tokens = px.TokenFile.open(str(subject.reference.input_path))
     data = token_data(subject, tokens=tokens, max_tokens=10**6, max_alternatives=3)
     assert data["numShown"] == data["numTokens"] == tokens.num_ids
@@ -100,7 +100,7 @@ def test_the_page_holds_every_token_with_its_numbers(subject: Subject) -> None:
     assert set(kinds) == {PLAIN, CONTINUATION}  # 🙂 is spelled by several tokens
 
 
-def test_without_the_input_what_was_not_scored_is_a_gap(subject: Subject) -> None:
+def test_without_the_input_what_was_not_scored_is_a_gap(subject: LabelledRuns) -> None:
     data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
     kinds = unpacked(data["kind"])
     assert (kinds == GAP).sum() == len(TEXTS)  # each document's first token
@@ -117,7 +117,7 @@ def test_the_page_is_cut_at_max_tokens_and_says_so(runs: list[Run], tmp_path: Pa
 
 
 def test_many_runs_over_much_text_keep_fewer_alternatives(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+    subject: LabelledRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = len(subject.reference.tokens) + len(TEXTS)
     monkeypatch.setattr(token_data_module, "ALTERNATIVES_BYTES", tokens * 3 * 4 * 4 / 3 * 2.5)
@@ -125,19 +125,19 @@ def test_many_runs_over_much_text_keep_fewer_alternatives(
     assert [run["top"]["count"] for run in data["runs"]] == [2, 2, 2]
 
 
-def test_the_first_sentence_says_the_comparison(subject: Subject, runs: list[Run]) -> None:
+def test_the_first_sentence_says_the_comparison(subject: LabelledRuns, runs: list[Run]) -> None:
     comparison = px.compare(runs[0], runs[1])
     assert comparison.verdict == "worse"
-    pair = Subject.of(runs[:2])
+    pair = LabelledRuns.of(runs[:2])
     ratio = figure(comparison.ppl_ratio, comparison.ppl_ratio_low, comparison.ppl_ratio_high)
     assert headline(pair).startswith(f"noise-1.5 is worse than full: perplexity ratio {ratio} [")
     assert "more on average" in findings_of(pair)[0].detail
-    swapped = headline(Subject.of([runs[1], runs[0]]))
+    swapped = headline(LabelledRuns.of([runs[1], runs[0]]))
     assert swapped.startswith("full is better than noise-1.5")
-    same = Subject.of([runs[0], runs[2]])
+    same = LabelledRuns.of([runs[0], runs[2]])
     assert "is equivalent to full within the noise" in headline(same)
     assert headline(subject) == "Of 2 candidates against full, 1 is worse and 1 equivalent."
-    assert headline(Subject.of(runs[:1])).startswith("full has a perplexity of ")
+    assert headline(LabelledRuns.of(runs[:1])).startswith("full has a perplexity of ")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_exceedance_is_the_share_above() -> None:
     assert exceedance(np.zeros(4)) == []
 
 
-def test_agreement_is_recounted(subject: Subject) -> None:
+def test_agreement_is_recounted(subject: LabelledRuns) -> None:
     rows = agreement_rows(subject)
     reference, candidate = subject.runs[0].tokens, subject.runs[1].tokens
     same = reference.top_ids[:, 0] == candidate.top_ids[:, 0]
@@ -193,16 +193,16 @@ def test_agreement_is_recounted(subject: Subject) -> None:
     assert all(r["share"] == 1.0 for r in rows if r["run"] == "noise-1e-07")
 
 
-def test_which_charts_there_are(subject: Subject, runs: list[Run]) -> None:
+def test_which_charts_there_are(subject: LabelledRuns, runs: list[Run]) -> None:
     names = [chart.name for chart in charts_of(subject)]
     assert names == ["perplexity", "ratio", "change", "agreement", "position", "trade-off"]
-    alone = [chart.name for chart in charts_of(Subject.of(runs[:1]))]
+    alone = [chart.name for chart in charts_of(LabelledRuns.of(runs[:1]))]
     assert alone == ["perplexity", "loss", "position"]
 
 
 def test_a_kl_column_gets_its_chart_and_its_place_in_the_text(runs: list[Run]) -> None:
     candidate = with_kl(runs[1], runs[0])
-    subject = Subject.of([runs[0], candidate])
+    subject = LabelledRuns.of([runs[0], candidate])
     assert "kl" in [chart.name for chart in charts_of(subject)]
     data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
     total = candidate.tokens.kl.sum(dtype=np.float64)
@@ -212,7 +212,7 @@ def test_a_kl_column_gets_its_chart_and_its_place_in_the_text(runs: list[Run]) -
 
 def test_charts_take_their_colours_from_the_page_and_escape_names(runs: list[Run]) -> None:
     hostile = '"><script>alert(1)</script>'
-    for chart in charts_of(Subject.of(runs[:2], labels=["a & b", hostile])):
+    for chart in charts_of(LabelledRuns.of(runs[:2], labels=["a & b", hostile])):
         assert "<script" not in chart.svg
         assert "var(--" in chart.svg
         assert not re.search(r"style=|href=|url\(|<image|<foreignObject", chart.svg)
@@ -228,7 +228,7 @@ def test_characters_that_no_drawing_holds_are_written_out(
     runs: list[Run], label: str, says: str
 ) -> None:
     """The renderer aborts the process, or cannot parse its script, where they come as they are."""
-    for chart in charts_of(Subject.of(runs[:2], labels=["full", label])):
+    for chart in charts_of(LabelledRuns.of(runs[:2], labels=["full", label])):
         assert says in chart.svg
 
 
@@ -271,7 +271,7 @@ def test_the_summary_is_json(runs: list[Run], tmp_path: Path) -> None:
     assert [r["label"] for r in again["runs"]] == ["full", "noise-1.5", "noise-1e-07"]
 
 
-def test_conditions_that_differ_are_marked_and_notes_said_once(subject: Subject) -> None:
+def test_conditions_that_differ_are_marked_and_notes_said_once(subject: LabelledRuns) -> None:
     differing = {c.name for c in conditions_of(subject) if c.differs}
     assert {"model", "weights", "dtype"} <= differing
     assert not {"input", "protocol", "tokenizer", "threads"} & differing
@@ -302,15 +302,15 @@ def test_without_the_extra_the_message_is_the_command(monkeypatch: pytest.Monkey
     def missing(module: str) -> Any:
         raise ImportError(f"No module named {module!r}")
 
-    monkeypatch.setattr(extra, "import_module", missing)
+    monkeypatch.setattr(report_packages, "import_module", missing)
     with pytest.raises(MissingPackageError, match=r"pip install 'perplexit\[report\]'"):
-        extra.loaded("vl_convert")
+        report_packages.loaded("vl_convert")
 
 
 def test_alternatives_are_spelled_by_the_tokenizer_and_no_other(
     runs: list[Run], byte_tokenizer_json: Path, tmp_path: Path
 ) -> None:
-    subject = Subject.of(runs[:2])
+    subject = LabelledRuns.of(runs[:2])
     found = token_data(
         subject, tokenizer=byte_tokenizer_json, max_tokens=10**6, max_alternatives=5
     )["vocabulary"]

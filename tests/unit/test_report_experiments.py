@@ -13,8 +13,8 @@ import perplexit as px
 from perplexit.cli.app import app
 from perplexit.errors import RunError, UsageError
 from perplexit.igf.experiment_file import Experiment, holds_experiment
-from perplexit.report.experiment_chapter import chapters_of, headline_of
 from perplexit.report.experiment_charts import experiment_charts
+from perplexit.report.experiment_section import chapters_of, headline_of
 from tests.report_experiments import document_of, experiment_folder
 from tests.report_runs import toy_runs
 

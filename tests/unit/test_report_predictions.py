@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 import perplexit as px
-from perplexit.report.predictions import aligned_rows, changed_choices, prediction_rows
-from perplexit.report.subject import Subject
+from perplexit.report.labelled_runs import LabelledRuns
+from perplexit.report.prediction_tables import aligned_rows, changed_choices, prediction_rows
 from tests.report_runs import toy_runs
 from tests.tiny_models import save_tiny_model
 from tests.toy_sessions import BigramSession
@@ -42,7 +42,7 @@ def test_changed_first_choices_stand_in_the_page_as_text(
     byte_tokenizer_json: Path, tmp_path: Path
 ) -> None:
     runs = toy_runs(tmp_path, TEXTS, byte_tokenizer_json, noises=(1.5,))
-    subject = Subject.of(runs)
+    subject = LabelledRuns.of(runs)
     (changed,) = changed_choices(subject)
     flips = subject.comparisons[0].flips
     assert f"{flips.count:,} of {flips.num_tokens:,}" in changed.says
@@ -66,7 +66,7 @@ def test_divergences_with_delta_p_have_a_table(tiny_llama_dir: Path, tmp_path: P
     px.evaluate(other, tokens, reference=tmp_path / "full", run=tmp_path / "other-run")
     px.evaluate(tiny_llama_dir, tokens, run=tmp_path / "plain")
     runs = [px.Run.open(tmp_path / name) for name in ("full", "other-run", "plain")]
-    rows = {row.name: row.cells for row in prediction_rows(Subject.of(runs))}
+    rows = {row.name: row.cells for row in prediction_rows(LabelledRuns.of(runs))}
     assert {"KL", "Δp", "Δp, root mean square", "Δp, 0.1 %", "same first choice"} <= set(rows)
     assert rows["KL"][0].interval.startswith("[")
     assert rows["KL"][1].value == "–"

@@ -21,7 +21,7 @@ from perplexit.cli import (
     report,
     runs,
 )
-from perplexit.cli.group import StatedErrors, examples
+from perplexit.cli.command_group import StatedErrors, examples
 
 app = typer.Typer(
     name="perplexit",

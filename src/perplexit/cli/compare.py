@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 import perplexit as px
+from perplexit.cli.command_group import examples
 from perplexit.cli.gate_files import MarkdownSummary, junit_output
-from perplexit.cli.group import examples
 from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell, tell_wrapped
 from perplexit.errors import GateError, UsageError
 

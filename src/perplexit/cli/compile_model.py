@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 import perplexit as px
-from perplexit.cli.figures import program_table
-from perplexit.cli.group import examples
+from perplexit.cli.command_group import examples
 from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
+from perplexit.cli.record_tables import program_table
 from perplexit.compilation.targets import TARGETS
 from perplexit.quantization.precisions import known_precisions
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from perplexit.cli import demo_story
-from perplexit.cli.group import continued_by, examples
+from perplexit.cli import demo_runs
+from perplexit.cli.command_group import continued_by, examples
 from perplexit.cli.output import people, print_json, stdout_kept_clean, tell_wrapped
 
 EXAMPLES = examples("perplexit demo", "perplexit demo --out elsewhere/ --json")
@@ -27,8 +27,8 @@ def demo(
     compilation, and needs no network.
     """
     with continued_by(f"perplexit demo --out {out}"), stdout_kept_clean():
-        scored = demo_story.score_four_ways(out)
-    people().print(demo_story.table(scored))
-    tell_wrapped("\n" + demo_story.explanation(scored, out))
+        scored = demo_runs.score_four_ways(out)
+    people().print(demo_runs.table(scored))
+    tell_wrapped("\n" + demo_runs.explanation(scored, out))
     if json:
-        print_json(demo_story.document(scored))
+        print_json(demo_runs.document(scored))

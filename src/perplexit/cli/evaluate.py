@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 import typer
 
 import perplexit as px
-from perplexit.cli.figures import run_table
-from perplexit.cli.group import continued_by, examples
+from perplexit.cli.command_group import continued_by, examples
 from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
 from perplexit.cli.progress import scoring_progress
+from perplexit.cli.record_tables import run_table
 from perplexit.errors import UsageError
 from perplexit.quantization.precisions import precisions_by_engine
 

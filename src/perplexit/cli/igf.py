@@ -3,7 +3,7 @@
 import typer
 
 from perplexit.cli import igf_collect, igf_experiment, igf_finetune, igf_train
-from perplexit.cli.group import StatedErrors, examples
+from perplexit.cli.command_group import StatedErrors, examples
 
 app = typer.Typer(
     cls=StatedErrors,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from perplexit import igf
 from perplexit.cli import igf_options as options
-from perplexit.cli.group import continued_by, examples
+from perplexit.cli.command_group import continued_by, examples
 from perplexit.cli.output import people, print_json, stdout_kept_clean, with_interval
 
 EXAMPLES = examples(

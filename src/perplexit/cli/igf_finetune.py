@@ -7,7 +7,7 @@ import typer
 
 from perplexit import igf
 from perplexit.cli import igf_options as options
-from perplexit.cli.group import continued_by, examples
+from perplexit.cli.command_group import continued_by, examples
 from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
 
 _NOT_ASKED = ("output", "checkpoints", "threads", "json", "force")  # of what decides the weights

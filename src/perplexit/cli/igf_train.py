@@ -8,7 +8,7 @@ import typer
 
 from perplexit import igf
 from perplexit.cli import igf_options as options
-from perplexit.cli.group import examples
+from perplexit.cli.command_group import examples
 from perplexit.cli.output import Force, people, print_json, stdout_kept_clean
 
 EXAMPLES = examples(

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 import perplexit as px
-from perplexit.cli.figures import input_record, input_table
-from perplexit.cli.group import examples
+from perplexit.cli.command_group import examples
 from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
 from perplexit.cli.progress import preparing_progress
+from perplexit.cli.record_tables import input_record, input_table
 from perplexit.errors import UsageError
 from perplexit.outputs import Kind, check_place
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import perplexit as px
-from perplexit.cli.group import examples
+from perplexit.cli.command_group import examples
 from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell
 
 EXAMPLES = examples(

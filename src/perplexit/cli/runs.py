@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 
 import perplexit as px
-from perplexit.cli.figures import run_table, runs_table
-from perplexit.cli.group import examples
+from perplexit.cli.command_group import examples
 from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
+from perplexit.cli.record_tables import run_table, runs_table
 from perplexit.errors import RunError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="List, show, verify and export runs.")

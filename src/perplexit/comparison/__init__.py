@@ -1,10 +1,10 @@
 """Two runs over the same tokens: paired ratio, interval, verdict, divergences, gates, ranking."""
 
-from perplexit.comparison.comparing import compare
+from perplexit.comparison.compare_by_token import compare
+from perplexit.comparison.compare_several import ComparedRuns, compare_runs
 from perplexit.comparison.gates import Gate, GateResult, judge, junit_xml, markdown, parse_gate
-from perplexit.comparison.many import ComparedRuns, compare_runs
 from perplexit.comparison.ranking import RankedRun, ranked
-from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio
+from perplexit.comparison.token_comparison import ChangedToken, Comparison, DomainRatio
 from perplexit.comparison.verdicts import VERDICTS, Verdict
 
 __all__ = [

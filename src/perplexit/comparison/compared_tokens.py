@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from perplexit.comparison.divergences import Divergences
 from perplexit.comparison.flips import FirstChoices
 from perplexit.comparison.pairing import Pairs
-from perplexit.metrics.bounded import share_interval
-from perplexit.metrics.divergence import CONFIDENCE_EDGES
+from perplexit.metrics.bounded_intervals import share_interval
+from perplexit.metrics.distribution import CONFIDENCE_EDGES
 from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import clusters_for
 from perplexit.runs.run import Run

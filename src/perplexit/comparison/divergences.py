@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.comparison.pairing import Pairs
-from perplexit.metrics.bounded import positive_mean, share_interval
-from perplexit.metrics.divergence import (
+from perplexit.metrics.bounded_intervals import positive_mean, share_interval
+from perplexit.metrics.distribution import (
     CONFIDENCE_EDGES,
     Distribution,
     IntervalOf,

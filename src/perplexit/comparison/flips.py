@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from perplexit.comparison.divergences import held_against
 from perplexit.comparison.pairing import Pairs
-from perplexit.comparison.vocabulary import spell
-from perplexit.metrics.bounded import share_interval
+from perplexit.comparison.token_spelling import spell
+from perplexit.metrics.bounded_intervals import share_interval
 from perplexit.metrics.estimate import Estimate
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import RunTokens

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-from perplexit.comparison.byte_record import ByteComparison
-from perplexit.comparison.record import Comparison
+from perplexit.comparison.byte_comparison import ByteComparison
+from perplexit.comparison.token_comparison import Comparison
 from perplexit.errors import UsageError
 from perplexit.metrics.estimate import Estimate
 from perplexit.runs.identity import plain_json

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perplexit.comparison.comparing import compare
-from perplexit.comparison.record import Comparison
+from perplexit.comparison.compare_by_token import compare
+from perplexit.comparison.token_comparison import Comparison
 from perplexit.runs.run import Run
 
 

@@ -5,9 +5,9 @@ Shape suffix: N = targets of one window.
 
 import numpy as np
 
-from perplexit.diagnosis.doctor_probe import Subject
+from perplexit.diagnosis.doctor_findings import Finding, skipped
+from perplexit.diagnosis.doctor_probe import ExaminedModel
 from perplexit.diagnosis.doctor_repeats import largest_difference, tolerance
-from perplexit.diagnosis.findings import Finding, skipped
 from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.sessions.base import CachingSession
 from perplexit.sessions.cached import cached_session
@@ -21,7 +21,7 @@ _OTHER_KINDS = (
 )
 
 
-def decode(subject: Subject) -> Finding:
+def decode(subject: ExaminedModel) -> Finding:
     """Whether prefill and decode give the losses of the whole forward pass."""
     session = subject.session
     if not isinstance(session, CachingSession):

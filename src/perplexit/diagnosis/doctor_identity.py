@@ -1,12 +1,12 @@
 """The doctor's checks of vocabulary, window length and precision."""
 
 from perplexit.conditions import UNKNOWN_VOCABULARY
-from perplexit.diagnosis.doctor_probe import Subject
-from perplexit.diagnosis.findings import Finding, skipped
+from perplexit.diagnosis.doctor_findings import Finding, skipped
+from perplexit.diagnosis.doctor_probe import ExaminedModel
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 
 
-def vocabulary(subject: Subject) -> Finding:
+def vocabulary(subject: ExaminedModel) -> Finding:
     """Whether every id has a row in the model, and how many rows have no token."""
     rows = subject.session.model.vocab_size
     if rows >= UNKNOWN_VOCABULARY:
@@ -37,7 +37,7 @@ def vocabulary(subject: Subject) -> Finding:
     return Finding("vocabulary", "pass", sentence, max(largest + 1, num_tokens), rows)
 
 
-def window_length(subject: Subject) -> Finding:
+def window_length(subject: ExaminedModel) -> Finding:
     """Whether the windows are ones that the model was made for."""
     made_for = subject.session.model.max_length
     longest = subject.probe.max_length
@@ -52,7 +52,7 @@ def window_length(subject: Subject) -> Finding:
     return Finding("window length", "warn", sentence, longest, made_for, advice)
 
 
-def dtype(subject: Subject) -> Finding:
+def dtype(subject: ExaminedModel) -> Finding:
     """Whether the precision in effect is the one asked for; float32 where none was."""
     description = subject.session.description
     quantization = description.quantization

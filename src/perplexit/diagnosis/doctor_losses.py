@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.conditions import UNKNOWN_VOCABULARY
-from perplexit.diagnosis.doctor_probe import Subject
-from perplexit.diagnosis.findings import Finding, judged, skipped
+from perplexit.diagnosis.doctor_findings import Finding, judged, skipped
+from perplexit.diagnosis.doctor_probe import ExaminedModel
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import LogitsSession
 
@@ -29,7 +29,7 @@ _JUMP_NATS = 0.5
 _STANDARD_ERRORS = 4.0
 
 
-def finite(subject: Subject) -> Finding:
+def finite(subject: ExaminedModel) -> Finding:
     """Whether every loss is a finite number."""
     num_tokens = 0
     for window, nll_N in _first_losses(subject):
@@ -50,7 +50,7 @@ def finite(subject: Subject) -> Finding:
     return Finding("finite", "pass", f"all of {num_tokens} losses are finite", 0, 0)
 
 
-def _first_losses(subject: Subject) -> Iterator[tuple[WindowIds, NDArray[np.float32]]]:
+def _first_losses(subject: ExaminedModel) -> Iterator[tuple[WindowIds, NDArray[np.float32]]]:
     if not subject.computes:
         windows = subject.recorded_windows
         yield from zip(windows, subject.session.token_nll(windows), strict=True)
@@ -59,7 +59,7 @@ def _first_losses(subject: Subject) -> Iterator[tuple[WindowIds, NDArray[np.floa
     yield subject.probe.long_window, subject.long_losses
 
 
-def probabilities(subject: Subject) -> Finding:
+def probabilities(subject: ExaminedModel) -> Finding:
     """Whether the probabilities of all ids sum to 1, and none is masked."""
     if isinstance(subject.session, LogitsSession):
         return _from_logits(subject, subject.session)
@@ -83,7 +83,7 @@ def probabilities(subject: Subject) -> Finding:
     return _judged_sum(float(np.exp(-np.concatenate(losses).astype(np.float64)).sum()), vocab_size)
 
 
-def _from_logits(subject: Subject, session: LogitsSession) -> Finding:
+def _from_logits(subject: ExaminedModel, session: LogitsSession) -> Finding:
     """By the normaliser that a loss implies: log Z = nll + logit of the target."""
     window = subject.probe.short_windows[1]
     nll_N = subject.repeated[0][1].astype(np.float64)
@@ -134,7 +134,7 @@ def _judged_sum(total: float, vocab_size: int, spare_mass: float = 0.0) -> Findi
     )
 
 
-def position(subject: Subject) -> Finding:
+def position(subject: ExaminedModel) -> Finding:
     """Whether the loss jumps at long context: the same ids behind all the text, and behind little.
 
     More context makes text easier, so a stretch that is much harder behind the long context than
@@ -180,7 +180,7 @@ def position(subject: Subject) -> Finding:
     )
 
 
-def level(subject: Subject) -> Finding:
+def level(subject: ExaminedModel) -> Finding:
     """Whether real text is far more likely than the same ids shuffled, and than chance."""
     windows = subject.probe.short_windows
     generator = np.random.default_rng(0)

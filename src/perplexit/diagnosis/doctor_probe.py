@@ -87,7 +87,7 @@ class Probe:
 
 
 @dataclass
-class Subject:
+class ExaminedModel:
     """What is examined: a session, its own tokenizer, the input, the probe, and what was asked.
 
     Losses that several checks need are computed once.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from perplexit.diagnosis.doctor_probe import Losses, Subject
-from perplexit.diagnosis.findings import Finding, judged, skipped
+from perplexit.diagnosis.doctor_findings import Finding, judged, skipped
+from perplexit.diagnosis.doctor_probe import ExaminedModel, Losses
 from perplexit.errors import ModelError
 from perplexit.inputs.windows import WindowIds
 
@@ -17,14 +17,14 @@ _EXACT = 2e-3  # nats a token, in float32: what engines of one model may differ 
 _ROUNDED = 0.5  # nats a token, in fewer bits
 
 
-def tolerance(subject: Subject) -> float:
+def tolerance(subject: ExaminedModel) -> float:
     """The largest difference in nats a token that this precision explains."""
     description = subject.session.description
     exact = description.dtype in ("float32", "float64") and description.quantization is None
     return _EXACT if exact else _ROUNDED
 
 
-def prefix_cache(subject: Subject) -> Finding:
+def prefix_cache(subject: ExaminedModel) -> Finding:
     """Whether a request that was made before gives the same losses, and all of them."""
     wanted = [len(window.targets_N) for window in subject.probe.short_windows]
     for count, losses in zip(("first", "second", "third"), subject.repeated, strict=True):
@@ -55,7 +55,7 @@ def prefix_cache(subject: Subject) -> Finding:
     return Finding("prefix cache", "pass", sentence, 0, 0)
 
 
-def dropout(subject: Subject) -> Finding:
+def dropout(subject: ExaminedModel) -> Finding:
     """Whether passes differ by more than sums in another order do."""
     figure = _repeat_difference(subject)
     return judged(
@@ -68,7 +68,7 @@ def dropout(subject: Subject) -> Finding:
     )
 
 
-def determinism(subject: Subject) -> Finding:
+def determinism(subject: ExaminedModel) -> Finding:
     """Whether passes are identical to the last bit."""
     figure = _repeat_difference(subject)
     return judged(
@@ -82,7 +82,7 @@ def determinism(subject: Subject) -> Finding:
     )
 
 
-def batch(subject: Subject) -> Finding:
+def batch(subject: ExaminedModel) -> Finding:
     """Whether a window has the same losses alone, in a batch and in a shuffled batch."""
     windows = subject.probe.equal_windows
     if subject.session.max_batch_size(len(windows[0].ids_T)) == 1:
@@ -102,7 +102,7 @@ def batch(subject: Subject) -> Finding:
     )
 
 
-def padding(subject: Subject) -> Finding:
+def padding(subject: ExaminedModel) -> Finding:
     """Whether a window has the same losses alone and padded to a longer neighbour's length."""
     windows = subject.probe.short_windows
     if subject.session.max_batch_size(len(windows[0].ids_T)) == 1:
@@ -119,7 +119,7 @@ def padding(subject: Subject) -> Finding:
     )
 
 
-def alignment(subject: Subject) -> Finding:
+def alignment(subject: ExaminedModel) -> Finding:
     """Whether one id changed in the middle changes its own loss, and none before it."""
     window = subject.probe.equal_windows[0]
     place = len(window.ids_T) // 2
@@ -161,11 +161,11 @@ def _check_lengths(first: Losses, second: Losses) -> None:
         raise ModelError(f"expected {counts[0]} losses a window as before, got {counts[1]}")
 
 
-def _alone(subject: Subject, windows: Sequence[WindowIds]) -> Losses:
+def _alone(subject: ExaminedModel, windows: Sequence[WindowIds]) -> Losses:
     return [subject.session.token_nll([window])[0] for window in windows]
 
 
-def _repeat_difference(subject: Subject) -> float:
+def _repeat_difference(subject: ExaminedModel) -> float:
     first, second, third = subject.repeated
     return max(largest_difference(first, second), largest_difference(second, third))
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perplexit.diagnosis.doctor_probe import HARD_TEXT, Subject, packaged_text
-from perplexit.diagnosis.findings import Finding, skipped
+from perplexit.diagnosis.doctor_findings import Finding, skipped
+from perplexit.diagnosis.doctor_probe import HARD_TEXT, ExaminedModel, packaged_text
 from perplexit.errors import TokenizerError
 from perplexit.inputs.tokenizer import Tokenizer
 from perplexit.inputs.tokenizer_match import first_difference, match_tokenizer
@@ -22,7 +22,7 @@ _NUM_SPELLED = 64
 _MOST_WINDOWS = 4096
 
 
-def tokenizer(subject: Subject) -> Finding:
+def tokenizer(subject: ExaminedModel) -> Finding:
     """Whether input, model and engine turn one text into the same ids."""
     own = subject.tokenizer
     if own is None:
@@ -40,7 +40,7 @@ def tokenizer(subject: Subject) -> Finding:
     return skipped("tokenizer", "nothing to compare: the probe is made with the model's own")
 
 
-def bos(subject: Subject) -> Finding:
+def bos(subject: ExaminedModel) -> Finding:
     """Whether a BOS stands where the model was trained with one, once."""
     bos_id, added = _bos_of(subject)
     if bos_id is None:
@@ -75,7 +75,7 @@ class _Compared(NamedTuple):
     sentence: str
 
 
-def _input_compared(subject: Subject, own: Tokenizer) -> _Compared | None:
+def _input_compared(subject: ExaminedModel, own: Tokenizer) -> _Compared | None:
     tokens = subject.tokens
     if tokens is None:
         return None
@@ -89,7 +89,7 @@ def _input_compared(subject: Subject, own: Tokenizer) -> _Compared | None:
     return _Compared(False, "the input's ids are those of the model's own tokenizer")
 
 
-def _engine_compared(subject: Subject, own: Tokenizer) -> _Compared | None:
+def _engine_compared(subject: ExaminedModel, own: Tokenizer) -> _Compared | None:
     session = subject.session
     if not isinstance(session, TokenizesText):
         return None
@@ -103,7 +103,7 @@ def _engine_compared(subject: Subject, own: Tokenizer) -> _Compared | None:
     return _Compared(False, "the engine's own tokenizer gives the same ids")
 
 
-def _spelling_compared(subject: Subject, own: Tokenizer) -> _Compared | None:
+def _spelling_compared(subject: ExaminedModel, own: Tokenizer) -> _Compared | None:
     session = subject.session
     if not isinstance(session, SpellsTokens):
         return None
@@ -113,7 +113,9 @@ def _spelling_compared(subject: Subject, own: Tokenizer) -> _Compared | None:
     return _Compared(False, "the engine spells the ids as the tokenizer does")
 
 
-def _spelling_difference(subject: Subject, own: Tokenizer, session: SpellsTokens) -> str | None:
+def _spelling_difference(
+    subject: ExaminedModel, own: Tokenizer, session: SpellsTokens
+) -> str | None:
     ids = subject.probe.ids_S[:_NUM_SPELLED].tolist()
     texts = session.own_token_texts(ids)
     for index, text, spelled in zip(ids, texts, own.spelling_of(ids), strict=True):
@@ -125,7 +127,7 @@ def _spelling_difference(subject: Subject, own: Tokenizer, session: SpellsTokens
     return None
 
 
-def _bos_of(subject: Subject) -> tuple[int | None, tuple[int, ...]]:
+def _bos_of(subject: ExaminedModel) -> tuple[int | None, tuple[int, ...]]:
     """(the BOS, what goes before a text): by the engine's own tokenizer, the model's, the input's.
 
     In that order: a file's conversion can lose what the engine still knows.
@@ -157,7 +159,7 @@ def _engine_prefix(session: TokenizesText) -> tuple[int, ...] | None:
     return tuple(whole[: next(starts, 0)])
 
 
-def _bos_counts(subject: Subject, bos_id: int) -> tuple[int, int, int]:
+def _bos_counts(subject: ExaminedModel, bos_id: int) -> tuple[int, int, int]:
     """(windows, those that begin with the BOS, those that begin with it twice)."""
     if subject.tokens is not None:
         rows = range(min(subject.tokens.num_windows, _MOST_WINDOWS))
@@ -169,7 +171,7 @@ def _bos_counts(subject: Subject, bos_id: int) -> tuple[int, int, int]:
     return len(starts), num_with, sum(start == (bos_id, bos_id) for start in starts)
 
 
-def _measured_bos(subject: Subject, bos_id: int, *, is_fed: bool, is_added: bool) -> Finding:
+def _measured_bos(subject: ExaminedModel, bos_id: int, *, is_fed: bool, is_added: bool) -> Finding:
     """What a BOS before the text does to the loss of the same tokens."""
     fed = f"a BOS (id {bos_id}) is fed" if is_fed else f"no BOS is fed (id {bos_id})"
     if not subject.computes or bos_id >= subject.session.model.vocab_size:

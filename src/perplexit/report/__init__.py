@@ -4,6 +4,6 @@ Nothing here scores anything: every figure comes from the runs' records, from `c
 the metrics over the stored tokens.
 """
 
-from perplexit.report.writing import Report, write_report
+from perplexit.report.report_file import Report, write_report
 
 __all__ = ["Report", "write_report"]

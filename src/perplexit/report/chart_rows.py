@@ -1,12 +1,12 @@
 """The rows behind the report's charts: figures of runs and comparisons, under their labels."""
 
 from perplexit.comparison.compared_tokens import losses_above
-from perplexit.report.subject import Subject
+from perplexit.report.labelled_runs import LabelledRuns
 
 Row = dict[str, str | float | int | None]
 
 
-def change_rows(subject: Subject) -> list[Row]:
+def change_rows(subject: LabelledRuns) -> list[Row]:
     """How much losses change: a curve for each candidate and direction."""
     return [
         {"run": label, "direction": direction, "change": x, "share": share}
@@ -20,7 +20,7 @@ def change_rows(subject: Subject) -> list[Row]:
     ]
 
 
-def kl_rows(subject: Subject) -> list[Row]:
+def kl_rows(subject: LabelledRuns) -> list[Row]:
     """How far distributions moved, for the candidates whose comparison has a KL."""
     return [
         {"run": label, "kl": x, "share": share}
@@ -30,7 +30,7 @@ def kl_rows(subject: Subject) -> list[Row]:
     ]
 
 
-def loss_rows(subject: Subject) -> list[Row]:
+def loss_rows(subject: LabelledRuns) -> list[Row]:
     """How losses are spread, a curve for each run."""
     return [
         {"run": label, "loss": x, "share": share}
@@ -39,7 +39,7 @@ def loss_rows(subject: Subject) -> list[Row]:
     ]
 
 
-def position_rows(subject: Subject) -> list[Row]:
+def position_rows(subject: LabelledRuns) -> list[Row]:
     """Mean loss by the target's position in its window, one row per run and bucket."""
     return [
         {
@@ -56,7 +56,7 @@ def position_rows(subject: Subject) -> list[Row]:
     ]
 
 
-def agreement_rows(subject: Subject) -> list[Row]:
+def agreement_rows(subject: LabelledRuns) -> list[Row]:
     """The share of tokens with the same first choice, by the reference's confidence in its own."""
     return [
         {

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from perplexit.comparison.digits import DASH, figure, interval
+from perplexit.comparison.number_format import DASH, figure, interval
 from perplexit.igf.experiment_file import Experiment, MethodOutcome
-from perplexit.report import charts
+from perplexit.report import chart_drawings as charts
+from perplexit.report.chart_drawings import Chart
 from perplexit.report.chart_rows import Row
-from perplexit.report.charts import Chart
-from perplexit.report.drawing import Spec, drawn
+from perplexit.report.vega_svg import Spec, drawn
 
 LARGEST_NUMBER_OF_METHODS = 8  # as many as there are colours that can be told apart
 _SECONDS = ("labels", "select", "train")

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from perplexit.comparison import Comparison
 from perplexit.inputs.token_file import TokenFile
-from perplexit.report.subject import Subject
-from perplexit.report.vocabulary import vocabulary_of
+from perplexit.report.alternative_texts import vocabulary_of
+from perplexit.report.labelled_runs import LabelledRuns
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
 
@@ -23,7 +23,7 @@ THOUSANDTHS = 1000.0  # entropy and log-probabilities are kept to 0.001 nats
 
 
 def token_data(
-    subject: Subject,
+    subject: LabelledRuns,
     *,
     tokens: TokenFile | None = None,
     tokenizer: str | Path | None = None,
@@ -68,7 +68,7 @@ def token_data(
     }
 
 
-def _affordable(subject: Subject, num_shown: int) -> int:
+def _affordable(subject: LabelledRuns, num_shown: int) -> int:
     """How many alternatives a token fit into their share of the page: at least one."""
     largest_id = max(int(run.model.get("vocab_size") or 0) for run in subject.runs)
     id_bytes = 2 if largest_id <= np.iinfo(np.uint16).max else 4
@@ -179,7 +179,7 @@ def _next_character(at: NDArray[np.int64], later: NDArray[np.bool_]) -> NDArray[
     return moved
 
 
-def _domains(subject: Subject, text: RunText, num_shown: int) -> Packed | None:
+def _domains(subject: LabelledRuns, text: RunText, num_shown: int) -> Packed | None:
     """The domain's name of each document that has one."""
     rows = subject.reference.tokens
     if not rows.domains or num_shown == 0:

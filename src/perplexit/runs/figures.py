@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from perplexit.errors import EmptyScoreError
 from perplexit.inputs.protocols import protocol_perplexity, protocol_sums
 from perplexit.metrics import likelihood
-from perplexit.metrics.bounded import averaged, positive_interval
+from perplexit.metrics.bounded_intervals import averaged, positive_interval
 from perplexit.metrics.estimate import Estimate, counted
 from perplexit.metrics.intervals import (
     MIN_CLUSTERS,

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from perplexit import programs as p
 from perplexit.checkpoints.adapters import find_adapter
 from perplexit.checkpoints.identity import read_config, weight_files, weights_fingerprint
-from perplexit.cli.figures import run_table, runs_table
+from perplexit.cli.record_tables import run_table, runs_table
 from perplexit.comparison import compare_runs
 from perplexit.igf.articles import Articles
 from perplexit.igf.experiment_file import Experiment

@@ -13,7 +13,7 @@ from perplexit.comparison.compared_tokens import compared_tokens
 from perplexit.comparison.divergences import buckets_of, divergences_of
 from perplexit.comparison.flips import CONTEXT_TOKENS, first_choices, flips_of, text_around
 from perplexit.comparison.pairing import Pairs, paired, require_same_input
-from perplexit.comparison.record import ChangedToken, Comparison, DomainRatio
+from perplexit.comparison.token_comparison import ChangedToken, Comparison, DomainRatio
 from perplexit.comparison.verdicts import margin_of, verdict_of
 from perplexit.metrics.bootstrap import Bootstrap, bootstrap_check
 from perplexit.metrics.estimate import Estimate

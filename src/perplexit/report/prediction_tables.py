@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from perplexit.comparison import Comparison
-from perplexit.comparison.byte_record import ByteComparison, ChangedSegment
-from perplexit.comparison.digits import DASH, figure, interval
+from perplexit.comparison.byte_comparison import ByteComparison, ChangedSegment
 from perplexit.comparison.flips import Flip, Flips
+from perplexit.comparison.number_format import DASH, figure, interval
 from perplexit.metrics.estimate import Estimate
-from perplexit.report.subject import Subject
+from perplexit.report.labelled_runs import LabelledRuns
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ _FIGURES = (
 )
 
 
-def prediction_rows(subject: Subject) -> list[PredictionRow]:
+def prediction_rows(subject: LabelledRuns) -> list[PredictionRow]:
     """The divergences of the candidates that have any; empty where none has."""
     figures = [_figures(comparison) for comparison in subject.comparisons]
     return [
@@ -85,7 +85,7 @@ def _figures(comparison: Comparison) -> dict[str, Estimate]:
     return figures
 
 
-def changed_choices(subject: Subject) -> list[ChangedChoices]:
+def changed_choices(subject: LabelledRuns) -> list[ChangedChoices]:
     """For each candidate whose first choices can be told from the reference's."""
     return [
         ChangedChoices(label, _flips_in_words(comparison), comparison.flips.listed)
@@ -94,7 +94,7 @@ def changed_choices(subject: Subject) -> list[ChangedChoices]:
     ]
 
 
-def aligned_rows(subject: Subject) -> list[AlignedRow]:
+def aligned_rows(subject: LabelledRuns) -> list[AlignedRow]:
     """A row a run that could only be compared byte by byte."""
     return [_aligned(label, found) for label, found in subject.aligned]
 

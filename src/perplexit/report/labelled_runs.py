@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from perplexit.comparison import Comparison, compare
-from perplexit.comparison.byte_aligned import compare_bytes
-from perplexit.comparison.byte_record import ByteComparison
+from perplexit.comparison.byte_comparison import ByteComparison
+from perplexit.comparison.compare_by_byte import compare_bytes
 from perplexit.comparison.pairing import only_by_bytes
 from perplexit.errors import UsageError
 from perplexit.runs.run import Run
@@ -16,7 +16,7 @@ LARGEST_NUMBER_OF_RUNS = 8  # as many as there are colours that can be told apar
 
 
 @dataclass(frozen=True)
-class Subject:
+class LabelledRuns:
     """Runs with their labels, and a comparison with the reference for each but the first."""
 
     runs: tuple[Run, ...]
@@ -35,7 +35,7 @@ class Subject:
         noise_floor: float = 0.0,
         margin: float | str = 0.0,
         num_most_changed: int = 20,
-    ) -> "Subject":
+    ) -> "LabelledRuns":
         """The runs compared with the first of them; over the same text in other tokens, by bytes.
 
         Raises UsageError for no run, too many, or another number of labels; RunError for a run

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.comparison.byte_record import ByteComparison, ChangedSegment
+from perplexit.comparison.byte_comparison import ByteComparison, ChangedSegment
 from perplexit.comparison.byte_segments import Segments, common_segments, scored_bytes
 from perplexit.comparison.verdicts import margin_of, verdict_of
 from perplexit.errors import FingerprintMismatchError

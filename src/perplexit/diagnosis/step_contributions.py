@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from perplexit.diagnosis.input_path import input_steps
-from perplexit.diagnosis.session_path import Model, Setting, opened, session_steps
+from perplexit.diagnosis.input_steps import input_steps
+from perplexit.diagnosis.session_steps import Model, Setting, opened, session_steps
 from perplexit.errors import PerplexitError
 from perplexit.evaluation import evaluate
 from perplexit.inputs.token_file import TokenFile

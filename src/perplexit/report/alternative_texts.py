@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.comparison.vocabulary import shown, spelled_by_models
+from perplexit.comparison.token_spelling import shown, spelled_by_models
 from perplexit.errors import FingerprintMismatchError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer_sources import load_tokenizer
-from perplexit.report.subject import Subject
+from perplexit.report.labelled_runs import LabelledRuns
 
 
 def vocabulary_of(
-    subject: Subject,
+    subject: LabelledRuns,
     ids: NDArray[np.integer],
     *,
     tokenizer: str | Path | None = None,
@@ -34,7 +34,7 @@ def vocabulary_of(
     return _seen_in_text(subject, wanted, tokens)
 
 
-def _spelled_by(subject: Subject, tokenizer: str | Path | None) -> list[bytes] | None:
+def _spelled_by(subject: LabelledRuns, tokenizer: str | Path | None) -> list[bytes] | None:
     fingerprint = subject.reference.tokenizer_fingerprint
     if tokenizer is not None:
         backend = load_tokenizer(tokenizer).backend
@@ -48,7 +48,7 @@ def _spelled_by(subject: Subject, tokenizer: str | Path | None) -> list[bytes] |
 
 
 def _seen_in_text(
-    subject: Subject, wanted: NDArray[np.integer], tokens: TokenFile | None
+    subject: LabelledRuns, wanted: NDArray[np.integer], tokens: TokenFile | None
 ) -> dict[int, str]:
     """The ids that occur in the text, as they are spelled there."""
     if tokens is not None and tokens.has_text:

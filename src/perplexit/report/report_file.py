@@ -9,12 +9,12 @@ from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, holds_experiment
 from perplexit.inputs.token_file import TokenFile
 from perplexit.outputs import Kind, OutputFile, begins_with_mark, paths_among
-from perplexit.report.chapter import charts_of
-from perplexit.report.experiment_chapter import Chapter, chapters_of
-from perplexit.report.page import page_of
-from perplexit.report.subject import Subject
+from perplexit.report.experiment_section import Chapter, chapters_of
+from perplexit.report.headlines import findings_of, headline
+from perplexit.report.html_page import page_of
+from perplexit.report.labelled_runs import LabelledRuns
+from perplexit.report.run_charts import charts_of
 from perplexit.report.token_data import token_data
-from perplexit.report.wording import findings_of, headline
 from perplexit.runs.run import Run
 from perplexit.runs.words import input_of
 
@@ -31,7 +31,7 @@ class Report:
     path: Path
     num_bytes: int
     headline: str
-    subject: Subject | None  # None where it is of experiments alone
+    subject: LabelledRuns | None  # None where it is of experiments alone
     num_tokens: int  # with their text, scored or not
     num_tokens_shown: int
     experiments: tuple[Experiment, ...] = ()
@@ -49,7 +49,7 @@ class Report:
         }
 
 
-def _runs_to_json(subject: Subject | None) -> dict[str, Any]:
+def _runs_to_json(subject: LabelledRuns | None) -> dict[str, Any]:
     if subject is None:
         return {"input_fingerprint": None, "runs": [], "comparisons": [], "aligned": []}
     return {
@@ -134,7 +134,7 @@ def write_report(
     subject = None
     data: dict[str, Any] = {"numTokens": 0, "numShown": 0}
     if measured or not experiments:
-        subject = Subject.of(
+        subject = LabelledRuns.of(
             measured,
             labels=labels,
             confidence=confidence,
@@ -188,7 +188,7 @@ def _opened(
     return runs, experiments
 
 
-def _page(subject: Subject | None, data: dict[str, Any], chapters: Sequence[Chapter]) -> bytes:
+def _page(subject: LabelledRuns | None, data: dict[str, Any], chapters: Sequence[Chapter]) -> bytes:
     if subject is None:
         page = page_of(None, (), data, (), chapters)
     else:

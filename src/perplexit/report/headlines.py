@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from perplexit.comparison import VERDICTS, Comparison
-from perplexit.comparison.digits import DASH, figure, interval
-from perplexit.report.subject import Subject
+from perplexit.comparison.number_format import DASH, figure, interval
+from perplexit.report.labelled_runs import LabelledRuns
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ def ratio_of(comparison: Comparison) -> str:
     return f"{figure(comparison.ppl_ratio, low, high)} {interval(low, high)}".strip()
 
 
-def findings_of(subject: Subject) -> list[Finding]:
+def findings_of(subject: LabelledRuns) -> list[Finding]:
     """One finding for each candidate."""
     return [
         Finding(
@@ -38,7 +38,7 @@ def findings_of(subject: Subject) -> list[Finding]:
     ]
 
 
-def headline(subject: Subject) -> str:
+def headline(subject: LabelledRuns) -> str:
     """The first sentence of the report."""
     run = subject.reference
     if not subject.comparisons and subject.aligned:
@@ -53,7 +53,7 @@ def headline(subject: Subject) -> str:
     return _headline_of_several(subject)
 
 
-def _headline_of_several(subject: Subject) -> str:
+def _headline_of_several(subject: LabelledRuns) -> str:
     counts: dict[str, int] = dict.fromkeys(VERDICTS, 0)
     for comparison in subject.comparisons:
         counts[comparison.verdict] += 1
@@ -75,7 +75,7 @@ def _headline_of_several(subject: Subject) -> str:
     return f"Of {number} candidates against {reference}, {_listed(counts)}."
 
 
-def _headline_of_bytes(subject: Subject) -> str:
+def _headline_of_bytes(subject: LabelledRuns) -> str:
     """Of runs over the same text in other tokens alone."""
     if len(subject.aligned) > 1:
         number = len(subject.aligned)

@@ -13,8 +13,8 @@ from perplexit.diagnosis import (
     doctor_repeats,
     doctor_tokenizer,
 )
-from perplexit.diagnosis.doctor_probe import Subject, make_probe
-from perplexit.diagnosis.findings import Diagnosis, Finding, skipped
+from perplexit.diagnosis.doctor_findings import Diagnosis, Finding, skipped
+from perplexit.diagnosis.doctor_probe import ExaminedModel, make_probe
 from perplexit.errors import PerplexitError, UsageError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import load
@@ -33,7 +33,7 @@ class Check:
     """
 
     name: str
-    examine: Callable[[Subject], Finding]
+    examine: Callable[[ExaminedModel], Finding]
     needs: tuple[str, ...] = ()
     computes: bool = True
 
@@ -104,7 +104,7 @@ def doctor(
         )
         own = load(tokenizer) if tokenizer is not None else own_tokenizer(session.model.address)
         probe = make_probe(session, own, token_file, max_length)
-        subject = Subject(session, own, token_file, probe, dtype, quantization)
+        subject = ExaminedModel(session, own, token_file, probe, dtype, quantization)
         return Diagnosis(
             model=asdict(session.model),
             session=asdict(session.description),
@@ -115,7 +115,7 @@ def doctor(
         )
 
 
-def _examined(subject: Subject, progress: Progress | None) -> tuple[Finding, ...]:
+def _examined(subject: ExaminedModel, progress: Progress | None) -> tuple[Finding, ...]:
     findings: list[Finding] = []
     cause: dict[str, str] = {}  # of each check that cannot be relied on: the failure behind it
     for number, check in enumerate(CHECKS):
@@ -136,7 +136,7 @@ def _examined(subject: Subject, progress: Progress | None) -> tuple[Finding, ...
     return tuple(findings)
 
 
-def _found(check: Check, subject: Subject) -> Finding:
+def _found(check: Check, subject: ExaminedModel) -> Finding:
     """What the check finds; a stated error of the engine is a failure of the check."""
     try:
         return check.examine(subject)

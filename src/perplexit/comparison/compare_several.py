@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perplexit.comparison.byte_aligned import compare_bytes
-from perplexit.comparison.byte_record import ByteComparison
-from perplexit.comparison.comparing import compare
+from perplexit.comparison.byte_comparison import ByteComparison
+from perplexit.comparison.compare_by_byte import compare_bytes
+from perplexit.comparison.compare_by_token import compare
 from perplexit.comparison.gates import (
     GateResult,
     JudgedOn,
@@ -18,7 +18,7 @@ from perplexit.comparison.gates import (
 )
 from perplexit.comparison.pairing import only_by_bytes
 from perplexit.comparison.ranking import ranked
-from perplexit.comparison.record import Comparison
+from perplexit.comparison.token_comparison import Comparison
 from perplexit.runs.run import Run
 
 

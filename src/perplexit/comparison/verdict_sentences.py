@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from perplexit.comparison.digits import (
+from perplexit.comparison.number_format import (
     change,
     exact_percent,
     figure,

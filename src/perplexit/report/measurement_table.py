@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perplexit.comparison.digits import DASH
+from perplexit.comparison.number_format import DASH
 from perplexit.metrics.estimate import counted
-from perplexit.report.subject import Subject
-from perplexit.report.wording import mebibytes
+from perplexit.report.headlines import mebibytes
+from perplexit.report.labelled_runs import LabelledRuns
 from perplexit.runs.run import Run
 
 
@@ -24,13 +24,13 @@ class Condition:
         return len(set(self.values)) > 1
 
 
-def conditions_of(subject: Subject) -> list[Condition]:
+def conditions_of(subject: LabelledRuns) -> list[Condition]:
     """Every condition that a figure depends on."""
     per_run = [_of(run, subject.confidence) for run in subject.runs]
     return [Condition(name, tuple(values[name] for values in per_run)) for name in per_run[0]]
 
 
-def notes_of(subject: Subject) -> list[str]:
+def notes_of(subject: LabelledRuns) -> list[str]:
     """Warnings of the runs and the comparisons, and why a figure is missing; each once."""
     said: dict[str, list[str]] = {}
     for label, run in zip(subject.labels, subject.runs, strict=True):

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from perplexit.diagnosis.differences import Difference, differences
-from perplexit.diagnosis.session_path import Model
-from perplexit.diagnosis.steps import Step, measured, steps_between
+from perplexit.diagnosis.run_differences import Difference, differences
+from perplexit.diagnosis.session_steps import Model
+from perplexit.diagnosis.step_contributions import Step, measured, steps_between
 from perplexit.errors import FingerprintMismatchError, PerplexitError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run import Run

@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from perplexit.comparison.record import (
+from perplexit.comparison.token_comparison import (
     recorded_estimate,
     shown_with_basis,
     told_in_json,
 )
-from perplexit.comparison.sentences import Judged
+from perplexit.comparison.verdict_sentences import Judged
 from perplexit.comparison.verdicts import Margin, Verdict
 from perplexit.metrics.estimate import Estimate
 from perplexit.runs.identity import plain_json
