@@ -22,12 +22,12 @@ from perplexit.cli.app import app
 from perplexit.comparison import VERDICTS, Comparison, compare_runs, judge, parse_gate
 from perplexit.comparison.byte_comparison import ByteComparison
 from perplexit.comparison.compare_by_byte import compare_bytes
-from perplexit.comparison.number_format import quantity
 from perplexit.comparison.verdict_sentences import Judged, changed_predictions
 from perplexit.comparison.verdicts import Margin, margin_of, resolution_of, share_of, verdict_of
 from perplexit.errors import UsageError
 from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import clusters_for, mean_interval
+from perplexit.metrics.number_format import quantity
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.labelled_runs import LabelledRuns
 from perplexit.runs.run import Run
@@ -79,13 +79,13 @@ def test_c3_an_interval_that_crosses_the_noise_floor_is_inconclusive() -> None:
 def test_c3_an_inconclusive_headline_names_kl_and_agreement(runs: list[Run]) -> None:
     """nf4's case: wide interval around 1, and predictions that moved without doubt."""
     candidate = with_kl(shifted(runs[0], 0.18, spread=1.0), runs[0], scale=0.3)
-    subject = LabelledRuns.of([runs[0], candidate], labels=["fp32", "nf4"])
-    comparison = subject.comparisons[0]
+    labelled = LabelledRuns.of([runs[0], candidate], labels=["fp32", "nf4"])
+    comparison = labelled.comparisons[0]
     assert comparison.verdict == "inconclusive"
     assert comparison.ppl_ratio_low < 1 < comparison.ppl_ratio_high
     kl = candidate.tokens.kl.mean(dtype=np.float64)
     same = 100 * candidate.tokens.same_top1.mean()
-    says = plain(headline(subject))
+    says = plain(headline(labelled))
     assert says.startswith(
         f"nf4 cannot be told from fp32 by perplexity on {comparison.num_tokens:,} tokens, "
         f"but KL is {kl:.3f}"[:-1]
@@ -303,11 +303,11 @@ def test_c3_several_candidates_in_one_sentence(runs: list[Run], tmp_path: Path) 
     unsure = shifted(runs[0], 0.0005, spread=0.5)
     worse, better, same = shifted(runs[0], 0.1), shifted(runs[0], -0.1), runs[2]
     labels = ["full", "worse", "unsure", "same", "better"]
-    subject = LabelledRuns.of([runs[0], worse, unsure, same, better], labels=labels)
-    assert headline(subject) == (
+    labelled = LabelledRuns.of([runs[0], worse, unsure, same, better], labels=labels)
+    assert headline(labelled) == (
         "Of 4 candidates against full, 1 is worse, 1 better, 1 equivalent and 1 inconclusive."
     )
-    assert [finding.kind for finding in findings_of(subject)] == [
+    assert [finding.kind for finding in findings_of(labelled)] == [
         "worse",
         "inconclusive",
         "equivalent",

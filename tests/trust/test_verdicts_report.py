@@ -66,11 +66,11 @@ def test_a3_any_subset_with_kl_is_drawn_under_its_own_name_and_colour(
     for size in range(1, count):
         for chosen in combinations(range(1, count), size):
             own = [with_kl(run, runs[0]) if n in chosen else run for n, run in enumerate(runs)]
-            subject = LabelledRuns.of(own[:count], num_most_changed=0)
+            labelled = LabelledRuns.of(own[:count], num_most_changed=0)
             specs.clear()
-            made = [chart.name for chart in charts_of(subject)]
+            made = [chart.name for chart in charts_of(labelled)]
             spec = specs[made.index("kl")]
-            expected = {subject.labels[n]: f"var(--run{n})" for n in chosen}
+            expected = {labelled.labels[n]: f"var(--run{n})" for n in chosen}
             assert drawn_runs(spec) == set(expected)
             assert colours_of(spec) == expected
 
@@ -79,9 +79,9 @@ def test_a3_every_chart_gives_a_run_one_colour(
     runs: list[Run], specs: list[dict[str, Any]]
 ) -> None:
     own = [with_kl(run, runs[0]) if n in (2, 5) else run for n, run in enumerate(runs)]
-    subject = LabelledRuns.of(own)
-    colour = {label: f"var(--run{n})" for n, label in enumerate(subject.labels)}
-    charts_of(subject)
+    labelled = LabelledRuns.of(own)
+    colour = {label: f"var(--run{n})" for n, label in enumerate(labelled.labels)}
+    charts_of(labelled)
     assert len(specs) >= 6
     for spec in specs:
         found = colours_of(spec)
@@ -97,11 +97,11 @@ def test_a3_a_kl_that_compare_refused_is_nowhere_in_the_report(
     comparison = px.compare(runs[0], candidate)
     assert comparison.divergences is None
     assert any("another" in warning for warning in comparison.warnings)
-    subject = LabelledRuns.of([runs[0], candidate])
-    assert kl_rows(subject) == []
-    data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
+    labelled = LabelledRuns.of([runs[0], candidate])
+    assert kl_rows(labelled) == []
+    data = token_data(labelled, tokens=None, max_tokens=10**6, max_alternatives=0)
     assert [run["kl"] for run in data["runs"]] == [None, None]
-    assert "kl" not in [chart.name for chart in charts_of(subject)]
+    assert "kl" not in [chart.name for chart in charts_of(labelled)]
     page = px.write_report([runs[0], candidate], tmp_path / "r.html").path.read_text("utf-8")
     assert 'id="chart-kl"' not in page
     assert "of the reference from the candidate" not in page  # the table's row of KL
@@ -124,12 +124,12 @@ def test_a3_sibling_a_kl_that_is_not_finite_is_not_drawn(runs: list[Run]) -> Non
     kl = candidate.tokens.kl.copy()
     kl[4] = np.inf
     broken = replace(candidate, loaded_tokens=replace(candidate.tokens, kl=kl))
-    subject = LabelledRuns.of([runs[0], broken])
-    assert "kl" not in subject.comparisons[0].divergences.columns
-    assert kl_rows(subject) == []
-    data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
+    labelled = LabelledRuns.of([runs[0], broken])
+    assert "kl" not in labelled.comparisons[0].divergences.columns
+    assert kl_rows(labelled) == []
+    data = token_data(labelled, tokens=None, max_tokens=10**6, max_alternatives=0)
     assert data["runs"][1]["kl"] is None
-    for rows in subject.comparisons[0].buckets.values():
+    for rows in labelled.comparisons[0].buckets.values():
         assert all("mean_kl" not in row and "top1_agreement" in row for row in rows)
 
 
@@ -145,11 +145,11 @@ def test_a3_sibling_agreement_of_a_candidate_among_others_keeps_its_colour(
         )
         for n, run in enumerate(runs)
     ]
-    subject = LabelledRuns.of(bare)
-    made = [chart.name for chart in charts_of(subject)]
+    labelled = LabelledRuns.of(bare)
+    made = [chart.name for chart in charts_of(labelled)]
     spec = specs[made.index("agreement")]
-    assert colours_of(spec) == {subject.labels[3]: "var(--run3)"}
-    assert drawn_runs(spec) == {subject.labels[3]}
+    assert colours_of(spec) == {labelled.labels[3]: "var(--run3)"}
+    assert drawn_runs(spec) == {labelled.labels[3]}
 
 
 def test_a3_sibling_the_kl_of_a_token_is_the_candidates_own(runs: list[Run]) -> None:
@@ -158,12 +158,12 @@ def test_a3_sibling_the_kl_of_a_token_is_the_candidates_own(runs: list[Run]) -> 
     nll = candidate.tokens.nll.copy()
     nll[[3, 30]] = np.nan
     candidate = replace(candidate, loaded_tokens=replace(candidate.tokens, nll=nll))
-    subject = LabelledRuns.of([runs[0], runs[1], candidate])
-    kl_R = subject.comparisons[1].tokens.kl_of_rows()
+    labelled = LabelledRuns.of([runs[0], runs[1], candidate])
+    kl_R = labelled.comparisons[1].tokens.kl_of_rows()
     assert np.flatnonzero(np.isnan(kl_R)).tolist() == [3, 30]
     kept = np.isfinite(kl_R)
     np.testing.assert_array_equal(kl_R[kept], candidate.tokens.kl[kept].astype(np.float64))
-    assert subject.comparisons[0].tokens.kl_of_rows() is None
+    assert labelled.comparisons[0].tokens.kl_of_rows() is None
 
 
 def test_a3_sibling_a_changed_choice_is_never_shown_as_the_same_token(runs: list[Run]) -> None:
@@ -180,9 +180,9 @@ def test_a3_sibling_a_changed_choice_is_never_shown_as_the_same_token(runs: list
 
 def test_a3_sibling_the_drawing_itself_has_the_runs_colours(runs: list[Run]) -> None:
     own = [with_kl(run, runs[0]) if n in (1, 2, 3) else run for n, run in enumerate(runs)]
-    subject = LabelledRuns.of(own)
-    svg = next(chart.svg for chart in charts_of(subject) if chart.name == "kl")
-    for n, label in enumerate(subject.labels):
+    labelled = LabelledRuns.of(own)
+    svg = next(chart.svg for chart in charts_of(labelled) if chart.name == "kl")
+    for n, label in enumerate(labelled.labels):
         assert (f'stroke="var(--run{n})"' in svg) == (n in (1, 2, 3))
         assert (f">{label}</text>" in svg) == (n in (1, 2, 3))
 

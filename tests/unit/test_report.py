@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import perplexit as px
 from perplexit.comparison.compared_tokens import exceedance
-from perplexit.comparison.number_format import decimals, figure, interval, quantity
 from perplexit.errors import FingerprintMismatchError, MissingPackageError, RunError, UsageError
+from perplexit.metrics.number_format import decimals, figure, interval, quantity
 from perplexit.report import report_packages
 from perplexit.report import token_data as token_data_module
 from perplexit.report.chart_rows import agreement_rows
@@ -43,7 +43,7 @@ def runs(byte_tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def subject(runs: list[Run]) -> LabelledRuns:
+def labelled(runs: list[Run]) -> LabelledRuns:
     return LabelledRuns.of(runs)
 
 
@@ -78,16 +78,16 @@ def test_no_text_can_end_the_data_block(text: str) -> None:
         assert json.loads(block) == {"text": hostile}
 
 
-def test_the_page_holds_every_token_with_its_numbers(subject: LabelledRuns) -> None:
-    tokens = px.TokenFile.open(str(subject.reference.input_path))
-    data = token_data(subject, tokens=tokens, max_tokens=10**6, max_alternatives=3)
+def test_the_page_holds_every_token_with_its_numbers(labelled: LabelledRuns) -> None:
+    tokens = px.TokenFile.open(str(labelled.reference.input_path))
+    data = token_data(labelled, tokens=tokens, max_tokens=10**6, max_alternatives=3)
     assert data["numShown"] == data["numTokens"] == tokens.num_ids
     assert data["text"] == "".join(TEXTS)
     units = unpacked(data["units"])
     assert units.sum() == len("".join(TEXTS).encode("utf-16-le")) // 2
-    rows = subject.reference.tokens
+    rows = labelled.reference.tokens
     flat = tokens.document_starts[rows.document] + rows.token_index
-    for run, shown in zip(subject.runs, data["runs"], strict=True):
+    for run, shown in zip(labelled.runs, data["runs"], strict=True):
         nll = unpacked(shown["nll"])
         np.testing.assert_array_equal(nll[flat], run.tokens.nll)
         assert np.isnan(np.delete(nll, flat)).all()
@@ -100,11 +100,11 @@ def test_the_page_holds_every_token_with_its_numbers(subject: LabelledRuns) -> N
     assert set(kinds) == {PLAIN, CONTINUATION}  # 🙂 is spelled by several tokens
 
 
-def test_without_the_input_what_was_not_scored_is_a_gap(subject: LabelledRuns) -> None:
-    data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
+def test_without_the_input_what_was_not_scored_is_a_gap(labelled: LabelledRuns) -> None:
+    data = token_data(labelled, tokens=None, max_tokens=10**6, max_alternatives=0)
     kinds = unpacked(data["kind"])
     assert (kinds == GAP).sum() == len(TEXTS)  # each document's first token
-    assert data["numTokens"] == len(subject.reference.tokens) + len(TEXTS)
+    assert data["numTokens"] == len(labelled.reference.tokens) + len(TEXTS)
     assert "he loss of a token." in data["text"]
     assert all(run["top"] is None for run in data["runs"])
 
@@ -117,15 +117,15 @@ def test_the_page_is_cut_at_max_tokens_and_says_so(runs: list[Run], tmp_path: Pa
 
 
 def test_many_runs_over_much_text_keep_fewer_alternatives(
-    subject: LabelledRuns, monkeypatch: pytest.MonkeyPatch
+    labelled: LabelledRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = len(subject.reference.tokens) + len(TEXTS)
+    tokens = len(labelled.reference.tokens) + len(TEXTS)
     monkeypatch.setattr(token_data_module, "ALTERNATIVES_BYTES", tokens * 3 * 4 * 4 / 3 * 2.5)
-    data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=5)
+    data = token_data(labelled, tokens=None, max_tokens=10**6, max_alternatives=5)
     assert [run["top"]["count"] for run in data["runs"]] == [2, 2, 2]
 
 
-def test_the_first_sentence_says_the_comparison(subject: LabelledRuns, runs: list[Run]) -> None:
+def test_the_first_sentence_says_the_comparison(labelled: LabelledRuns, runs: list[Run]) -> None:
     comparison = px.compare(runs[0], runs[1])
     assert comparison.verdict == "worse"
     pair = LabelledRuns.of(runs[:2])
@@ -136,7 +136,7 @@ def test_the_first_sentence_says_the_comparison(subject: LabelledRuns, runs: lis
     assert swapped.startswith("full is better than noise-1.5")
     same = LabelledRuns.of([runs[0], runs[2]])
     assert "is equivalent to full within the noise" in headline(same)
-    assert headline(subject) == "Of 2 candidates against full, 1 is worse and 1 equivalent."
+    assert headline(labelled) == "Of 2 candidates against full, 1 is worse and 1 equivalent."
     assert headline(LabelledRuns.of(runs[:1])).startswith("full has a perplexity of ")
 
 
@@ -181,9 +181,9 @@ def test_exceedance_is_the_share_above() -> None:
     assert exceedance(np.zeros(4)) == []
 
 
-def test_agreement_is_recounted(subject: LabelledRuns) -> None:
-    rows = agreement_rows(subject)
-    reference, candidate = subject.runs[0].tokens, subject.runs[1].tokens
+def test_agreement_is_recounted(labelled: LabelledRuns) -> None:
+    rows = agreement_rows(labelled)
+    reference, candidate = labelled.runs[0].tokens, labelled.runs[1].tokens
     same = reference.top_ids[:, 0] == candidate.top_ids[:, 0]
     sure = np.exp(reference.top_logprobs[:, 0])
     row = next(r for r in rows if r["run"] == "noise-1.5" and r["confidence"] == "10–25 %")
@@ -193,8 +193,8 @@ def test_agreement_is_recounted(subject: LabelledRuns) -> None:
     assert all(r["share"] == 1.0 for r in rows if r["run"] == "noise-1e-07")
 
 
-def test_which_charts_there_are(subject: LabelledRuns, runs: list[Run]) -> None:
-    names = [chart.name for chart in charts_of(subject)]
+def test_which_charts_there_are(labelled: LabelledRuns, runs: list[Run]) -> None:
+    names = [chart.name for chart in charts_of(labelled)]
     assert names == ["perplexity", "ratio", "change", "agreement", "position", "trade-off"]
     alone = [chart.name for chart in charts_of(LabelledRuns.of(runs[:1]))]
     assert alone == ["perplexity", "loss", "position"]
@@ -202,9 +202,9 @@ def test_which_charts_there_are(subject: LabelledRuns, runs: list[Run]) -> None:
 
 def test_a_kl_column_gets_its_chart_and_its_place_in_the_text(runs: list[Run]) -> None:
     candidate = with_kl(runs[1], runs[0])
-    subject = LabelledRuns.of([runs[0], candidate])
-    assert "kl" in [chart.name for chart in charts_of(subject)]
-    data = token_data(subject, tokens=None, max_tokens=10**6, max_alternatives=0)
+    labelled = LabelledRuns.of([runs[0], candidate])
+    assert "kl" in [chart.name for chart in charts_of(labelled)]
+    data = token_data(labelled, tokens=None, max_tokens=10**6, max_alternatives=0)
     total = candidate.tokens.kl.sum(dtype=np.float64)
     assert np.nansum(unpacked(data["runs"][1]["kl"])) == pytest.approx(total, rel=1e-5)
     assert data["runs"][0]["kl"] is None
@@ -271,11 +271,11 @@ def test_the_summary_is_json(runs: list[Run], tmp_path: Path) -> None:
     assert [r["label"] for r in again["runs"]] == ["full", "noise-1.5", "noise-1e-07"]
 
 
-def test_conditions_that_differ_are_marked_and_notes_said_once(subject: LabelledRuns) -> None:
-    differing = {c.name for c in conditions_of(subject) if c.differs}
+def test_conditions_that_differ_are_marked_and_notes_said_once(labelled: LabelledRuns) -> None:
+    differing = {c.name for c in conditions_of(labelled) if c.differs}
     assert {"model", "weights", "dtype"} <= differing
     assert not {"input", "protocol", "tokenizer", "threads"} & differing
-    notes = notes_of(subject)
+    notes = notes_of(labelled)
     assert len(notes) == 1
     assert notes[0].startswith("full, noise-1.5, noise-1e-07: the model has 400 vocabulary rows")
 
@@ -310,9 +310,9 @@ def test_without_the_extra_the_message_is_the_command(monkeypatch: pytest.Monkey
 def test_alternatives_are_spelled_by_the_tokenizer_and_no_other(
     runs: list[Run], byte_tokenizer_json: Path, tmp_path: Path
 ) -> None:
-    subject = LabelledRuns.of(runs[:2])
+    labelled = LabelledRuns.of(runs[:2])
     found = token_data(
-        subject, tokenizer=byte_tokenizer_json, max_tokens=10**6, max_alternatives=5
+        labelled, tokenizer=byte_tokenizer_json, max_tokens=10**6, max_alternatives=5
     )["vocabulary"]
     from tokenizers import Tokenizer  # noqa: PLC0415 - only this test asks the library itself
 
@@ -325,4 +325,4 @@ def test_alternatives_are_spelled_by_the_tokenizer_and_no_other(
     changed["model"]["merges"].pop()
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(FingerprintMismatchError, match="the tokenizer of the runs"):
-        token_data(subject, tokenizer=tmp_path, max_tokens=10, max_alternatives=5)
+        token_data(labelled, tokenizer=tmp_path, max_tokens=10, max_alternatives=5)

@@ -14,7 +14,7 @@ from perplexit.cli.app import app
 from perplexit.errors import RunError, UsageError
 from perplexit.igf.experiment_file import Experiment, holds_experiment
 from perplexit.report.experiment_charts import experiment_charts
-from perplexit.report.experiment_section import chapters_of, headline_of
+from perplexit.report.experiment_section import experiment_sections, headline_of
 from tests.report_experiments import document_of, experiment_folder
 from tests.report_runs import toy_runs
 
@@ -68,8 +68,8 @@ def test_the_first_sentence_never_claims_a_win_that_is_none(gains: dict, says: s
 
 def test_the_chapter_holds_the_documents_figures(folder: Path) -> None:
     document = document_of()
-    (chapter,) = chapters_of([Experiment.open(folder)])
-    rows = {row["name"]: row for row in chapter.methods}
+    (section,) = experiment_sections([Experiment.open(folder)])
+    rows = {row["name"]: row for row in section.methods}
     quantile = document["methods"]["igf-quantile"]
     assert float(rows["igf-quantile"]["perplexity"]) == pytest.approx(
         quantile["median_perplexity"][-1], rel=1e-3
@@ -82,14 +82,14 @@ def test_the_chapter_holds_the_documents_figures(folder: Path) -> None:
     assert rows["random-skip"]["labels"] == ""
     assert rows["igf-quantile"]["acceptance"] == "25 %"
     assert rows["standard"]["verdict"] is None
-    assert dict(chapter.learner)["Spearman"] == "0.79"
-    assert ("learning rate", "0.0005") in chapter.conditions
-    assert [chart.name for chart in chapter.charts] == [
+    assert dict(section.learner)["Spearman"] == "0.79"
+    assert ("learning rate", "0.0005") in section.conditions
+    assert [chart.name for chart in section.charts] == [
         "igf-1-curves",
         "igf-1-ratios",
         "igf-1-cost",
     ]
-    costs = {row[0]: row[1:] for row in chapter.charts[2].rows}
+    costs = {row[0]: row[1:] for row in section.charts[2].rows}
     assert costs["igf-quantile"] == ("228.3", "0.1", "4.0")
     assert costs["high-loss"][0] == "0.0"
 
@@ -99,10 +99,10 @@ def test_an_unfinished_experiment_says_so_and_names_no_cost_that_is_unknown() ->
     document["status"] = "interrupted"
     document["plan"]["seeds"] = list(range(12))
     document["labelling"] = None
-    (chapter,) = chapters_of([Experiment.of(document)])
-    assert "32 of 48 fine-tunings" in chapter.notes[0]
-    assert "not recorded" in chapter.notes[1]
-    assert {row[1] for row in chapter.charts[2].rows} == {"0.0", "–"}
+    (section,) = experiment_sections([Experiment.of(document)])
+    assert "32 of 48 fine-tunings" in section.notes[0]
+    assert "not recorded" in section.notes[1]
+    assert {row[1] for row in section.charts[2].rows} == {"0.0", "–"}
 
 
 def test_methods_without_a_comparison_keep_their_colours() -> None:

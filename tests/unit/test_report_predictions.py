@@ -42,9 +42,9 @@ def test_changed_first_choices_stand_in_the_page_as_text(
     byte_tokenizer_json: Path, tmp_path: Path
 ) -> None:
     runs = toy_runs(tmp_path, TEXTS, byte_tokenizer_json, noises=(1.5,))
-    subject = LabelledRuns.of(runs)
-    (changed,) = changed_choices(subject)
-    flips = subject.comparisons[0].flips
+    labelled = LabelledRuns.of(runs)
+    (changed,) = changed_choices(labelled)
+    flips = labelled.comparisons[0].flips
     assert f"{flips.count:,} of {flips.num_tokens:,}" in changed.says
     px.write_report(runs, tmp_path / "r.html")
     shown = text_of(tmp_path / "r.html")
@@ -85,7 +85,7 @@ def test_runs_in_other_tokens_are_set_beside_byte_by_byte(
     )
     other = px.evaluate(BigramSession(400, seed=3), letters, run=tmp_path / "letters")
     written = px.write_report([runs[0], other, runs[1]], tmp_path / "r.html")
-    (row,) = aligned_rows(written.subject)
+    (row,) = aligned_rows(written.runs)
     shown = text_of(tmp_path / "r.html")
     assert row.label == "letters"
     assert "Other tokens, byte by byte" in shown

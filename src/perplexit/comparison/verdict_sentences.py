@@ -4,14 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from perplexit.comparison.number_format import (
-    change,
-    exact_percent,
-    figure,
-    interval,
-    percent,
-    quantity,
-)
 from perplexit.comparison.verdicts import (
     LARGEST_FACTOR,
     SMALLEST_DIFFERENCE,
@@ -21,6 +13,14 @@ from perplexit.comparison.verdicts import (
     verdict_of,
 )
 from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.number_format import (
+    change,
+    exact_percent,
+    figure,
+    interval,
+    percent,
+    quantity,
+)
 
 ROUND_MARGINS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # shares of the perplexity to suggest
 

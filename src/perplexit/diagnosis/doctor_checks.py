@@ -104,18 +104,18 @@ def doctor(
         )
         own = load(tokenizer) if tokenizer is not None else own_tokenizer(session.model.address)
         probe = make_probe(session, own, token_file, max_length)
-        subject = ExaminedModel(session, own, token_file, probe, dtype, quantization)
+        examined = ExaminedModel(session, own, token_file, probe, dtype, quantization)
         return Diagnosis(
             model=asdict(session.model),
             session=asdict(session.description),
             input_fingerprint=None if token_file is None else token_file.input_fingerprint,
             max_length=probe.max_length,
-            findings=_examined(subject, progress),
+            findings=_examined(examined, progress),
             seconds=time.perf_counter() - began,
         )
 
 
-def _examined(subject: ExaminedModel, progress: Progress | None) -> tuple[Finding, ...]:
+def _examined(examined: ExaminedModel, progress: Progress | None) -> tuple[Finding, ...]:
     findings: list[Finding] = []
     cause: dict[str, str] = {}  # of each check that cannot be relied on: the failure behind it
     for number, check in enumerate(CHECKS):
@@ -126,19 +126,19 @@ def _examined(subject: ExaminedModel, progress: Progress | None) -> tuple[Findin
             cause[check.name] = behind
             findings.append(skipped(check.name, f"tells nothing while {behind!r} fails"))
             continue
-        if check.computes and not subject.computes:
+        if check.computes and not examined.computes:
             findings.append(skipped(check.name, "a recording computes nothing"))
             continue
-        finding = _found(check, subject)
+        finding = _found(check, examined)
         if finding.status == "fail":
             cause[check.name] = check.name
         findings.append(finding)
     return tuple(findings)
 
 
-def _found(check: Check, subject: ExaminedModel) -> Finding:
+def _found(check: Check, examined: ExaminedModel) -> Finding:
     """What the check finds; a stated error of the engine is a failure of the check."""
     try:
-        return check.examine(subject)
+        return check.examine(examined)
     except PerplexitError as error:
         return Finding(check.name, "fail", str(error), advice="see the message")

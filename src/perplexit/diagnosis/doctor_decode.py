@@ -21,9 +21,9 @@ _OTHER_KINDS = (
 )
 
 
-def decode(subject: ExaminedModel) -> Finding:
+def decode(examined: ExaminedModel) -> Finding:
     """Whether prefill and decode give the losses of the whole forward pass."""
-    session = subject.session
+    session = examined.session
     if not isinstance(session, CachingSession):
         return skipped(
             "decode", "this engine, or this program, scores whole windows and keeps no cache"
@@ -34,15 +34,15 @@ def decode(subject: ExaminedModel) -> Finding:
         return Finding("decode", "fail", str(error), advice=f"{_ADVICE} ({_OTHER_KINDS})")
     except CapabilityError as error:
         return skipped("decode", str(error))
-    windows = [subject.probe.short_windows[place] for place in _PLACES]
-    whole = [subject.repeated[0][place] for place in _PLACES]
+    windows = [examined.probe.short_windows[place] for place in _PLACES]
+    whole = [examined.repeated[0][place] for place in _PLACES]
     figure = 0.0
     for prompt_len, decode_chunk in _WAYS:
         cached = cached_session(session, prompt_len=prompt_len, decode_chunk=decode_chunk)
         decoded = cached.token_nll(windows)
         figure = max(figure, largest_difference(whole, decoded))
-        if not figure <= tolerance(subject):
-            far_N = ~(np.abs(whole[0] - decoded[0]) <= tolerance(subject))
+        if not figure <= tolerance(examined):
+            far_N = ~(np.abs(whole[0] - decoded[0]) <= tolerance(examined))
             first = int(windows[0].targets_N[np.argmax(far_N)])
             return Finding(
                 "decode",
@@ -50,8 +50,8 @@ def decode(subject: ExaminedModel) -> Finding:
                 f"a prefill of {prompt_len} and a decode of {decode_chunk} ids a call differ from "
                 f"the whole forward pass by up to {figure:.3g} nats, from position {first} on",
                 figure,
-                tolerance(subject),
+                tolerance(examined),
                 _ADVICE,
             )
     sentence = f"prefill and decode differ from the whole forward pass by up to {figure:.3g} nats"
-    return Finding("decode", "pass", sentence, figure, tolerance(subject))
+    return Finding("decode", "pass", sentence, figure, tolerance(examined))

@@ -6,16 +6,18 @@ from perplexit.diagnosis.doctor_probe import ExaminedModel
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 
 
-def vocabulary(subject: ExaminedModel) -> Finding:
+def vocabulary(examined: ExaminedModel) -> Finding:
     """Whether every id has a row in the model, and how many rows have no token."""
-    rows = subject.session.model.vocab_size
+    rows = examined.session.model.vocab_size
     if rows >= UNKNOWN_VOCABULARY:
         return skipped("vocabulary", "this engine does not tell how many rows the model has")
-    largest = int(subject.probe.ids_S.max())
-    if subject.tokens is not None:
-        prefix_id = int(subject.tokens.windows.prefix_id.max(initial=-1))
-        largest = max(int(subject.tokens.token_ids.max(initial=-1)), prefix_id)
-    sizes = [entry.vocab_size for entry in (subject.tokenizer, subject.tokens) if entry is not None]
+    largest = int(examined.probe.ids_S.max())
+    if examined.tokens is not None:
+        prefix_id = int(examined.tokens.windows.prefix_id.max(initial=-1))
+        largest = max(int(examined.tokens.token_ids.max(initial=-1)), prefix_id)
+    sizes = [
+        entry.vocab_size for entry in (examined.tokenizer, examined.tokens) if entry is not None
+    ]
     num_tokens = max(sizes, default=0)
     if max(largest + 1, num_tokens) > rows:
         return Finding(
@@ -37,12 +39,12 @@ def vocabulary(subject: ExaminedModel) -> Finding:
     return Finding("vocabulary", "pass", sentence, max(largest + 1, num_tokens), rows)
 
 
-def window_length(subject: ExaminedModel) -> Finding:
+def window_length(examined: ExaminedModel) -> Finding:
     """Whether the windows are ones that the model was made for."""
-    made_for = subject.session.model.max_length
-    longest = subject.probe.max_length
-    if subject.tokens is not None:
-        longest = int(subject.tokens.fed_lengths().max(initial=0))
+    made_for = examined.session.model.max_length
+    longest = examined.probe.max_length
+    if examined.tokens is not None:
+        longest = int(examined.tokens.fed_lengths().max(initial=0))
     if made_for is None:
         return skipped("window length", "this engine does not tell what the model was made for")
     sentence = f"windows of up to {longest} ids; the model was made for {made_for}"
@@ -52,23 +54,23 @@ def window_length(subject: ExaminedModel) -> Finding:
     return Finding("window length", "warn", sentence, longest, made_for, advice)
 
 
-def dtype(subject: ExaminedModel) -> Finding:
+def dtype(examined: ExaminedModel) -> Finding:
     """Whether the precision in effect is the one asked for; float32 where none was."""
-    description = subject.session.description
+    description = examined.session.description
     quantization = description.quantization
-    asked = canonical_dtype(subject.dtype) if subject.dtype else None
+    asked = canonical_dtype(examined.dtype) if examined.dtype else None
     sentence = f"computed in {description.dtype}"
     if quantization is not None:
         sentence += (
             f"; weights {quantization.name} by {quantization.library} "
             f"({quantization.effective_bits:.3g} bits per parameter)"
         )
-    if subject.quantization is not None and (
+    if examined.quantization is not None and (
         quantization is None
-        or canonical_precision(quantization.name) != canonical_precision(subject.quantization)
+        or canonical_precision(quantization.name) != canonical_precision(examined.quantization)
     ):
         return Finding(
-            "dtype", "fail", f"{sentence}, but {subject.quantization} was asked for",
+            "dtype", "fail", f"{sentence}, but {examined.quantization} was asked for",
             advice="compile or load the model again with that quantization",
         )  # fmt: skip
     if description.dtype.startswith("unknown"):

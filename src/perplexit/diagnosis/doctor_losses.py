@@ -29,10 +29,10 @@ _JUMP_NATS = 0.5
 _STANDARD_ERRORS = 4.0
 
 
-def finite(subject: ExaminedModel) -> Finding:
+def finite(examined: ExaminedModel) -> Finding:
     """Whether every loss is a finite number."""
     num_tokens = 0
-    for window, nll_N in _first_losses(subject):
+    for window, nll_N in _first_losses(examined):
         bad = np.flatnonzero(~np.isfinite(nll_N))
         if len(bad):
             position = int(window.targets_N[bad[0]])
@@ -50,20 +50,20 @@ def finite(subject: ExaminedModel) -> Finding:
     return Finding("finite", "pass", f"all of {num_tokens} losses are finite", 0, 0)
 
 
-def _first_losses(subject: ExaminedModel) -> Iterator[tuple[WindowIds, NDArray[np.float32]]]:
-    if not subject.computes:
-        windows = subject.recorded_windows
-        yield from zip(windows, subject.session.token_nll(windows), strict=True)
+def _first_losses(examined: ExaminedModel) -> Iterator[tuple[WindowIds, NDArray[np.float32]]]:
+    if not examined.computes:
+        windows = examined.recorded_windows
+        yield from zip(windows, examined.session.token_nll(windows), strict=True)
         return
-    yield from zip(subject.probe.short_windows, subject.repeated[0], strict=True)
-    yield subject.probe.long_window, subject.long_losses
+    yield from zip(examined.probe.short_windows, examined.repeated[0], strict=True)
+    yield examined.probe.long_window, examined.long_losses
 
 
-def probabilities(subject: ExaminedModel) -> Finding:
+def probabilities(examined: ExaminedModel) -> Finding:
     """Whether the probabilities of all ids sum to 1, and none is masked."""
-    if isinstance(subject.session, LogitsSession):
-        return _from_logits(subject, subject.session)
-    vocab_size = subject.session.model.vocab_size
+    if isinstance(examined.session, LogitsSession):
+        return _from_logits(examined, examined.session)
+    vocab_size = examined.session.model.vocab_size
     if vocab_size >= UNKNOWN_VOCABULARY:
         return skipped("probabilities", "the engine tells neither distributions nor its vocabulary")
     if vocab_size > _MOST_ASKED:
@@ -71,24 +71,24 @@ def probabilities(subject: ExaminedModel) -> Finding:
             "probabilities",
             f"the engine gives no distributions, and {vocab_size} ids are too many to ask for",
         )
-    context_T = subject.probe.ids_S[:_NUM_CONTEXT]
+    context_T = examined.probe.ids_S[:_NUM_CONTEXT]
     target_N = np.array([len(context_T)], dtype=np.int64)
     windows = [
         WindowIds(100 + index, np.append(context_T, np.int32(index)).astype(np.int32), target_N)
         for index in range(vocab_size)
     ]
-    size = min(64, subject.session.max_batch_size(len(context_T) + 1))
+    size = min(64, examined.session.max_batch_size(len(context_T) + 1))
     parts = (windows[start : start + size] for start in range(0, vocab_size, size))
-    losses = [nll_N for part in parts for nll_N in subject.session.token_nll(part)]
+    losses = [nll_N for part in parts for nll_N in examined.session.token_nll(part)]
     return _judged_sum(float(np.exp(-np.concatenate(losses).astype(np.float64)).sum()), vocab_size)
 
 
-def _from_logits(subject: ExaminedModel, session: LogitsSession) -> Finding:
+def _from_logits(examined: ExaminedModel, session: LogitsSession) -> Finding:
     """By the normaliser that a loss implies: log Z = nll + logit of the target."""
-    window = subject.probe.short_windows[1]
-    nll_N = subject.repeated[0][1].astype(np.float64)
+    window = examined.probe.short_windows[1]
+    nll_N = examined.repeated[0][1].astype(np.float64)
     targets = window.ids_T[window.targets_N]
-    num_tokens = subject.tokenizer.vocab_size if subject.tokenizer is not None else None
+    num_tokens = examined.tokenizer.vocab_size if examined.tokenizer is not None else None
     sums, spare_mass, masked = [], [], None
     for chunk in session.target_logits([window], chunk_rows=_CHUNK_ROWS):
         logits_RV = chunk.logits_NV.astype(np.float64)
@@ -134,23 +134,23 @@ def _judged_sum(total: float, vocab_size: int, spare_mass: float = 0.0) -> Findi
     )
 
 
-def position(subject: ExaminedModel) -> Finding:
+def position(examined: ExaminedModel) -> Finding:
     """Whether the loss jumps at long context: the same ids behind all the text, and behind little.
 
     More context makes text easier, so a stretch that is much harder behind the long context than
     behind 32 ids of it points at the engine: attention, positions, a cache.
     """
-    probe = subject.probe
+    probe = examined.probe
     room = probe.room
     if room < _CONTEXT + _STRIDE + _BLOCK // 2:
         return skipped("position", f"windows of {room} ids are too short to tell")
     near_N = np.concatenate([
-        subject.session.token_nll(
+        examined.session.token_nll(
             [probe.window(start, min(_CONTEXT + _STRIDE, room - start), first_target=_CONTEXT)]
         )[0]
         for start in range(0, room - _CONTEXT, _STRIDE)
     ])  # fmt: skip
-    far_N = subject.long_losses[_CONTEXT - 1 :]
+    far_N = examined.long_losses[_CONTEXT - 1 :]
     harder_N = far_N.astype(np.float64) - near_N
     blocks = np.array_split(harder_N, max(1, len(harder_N) // _BLOCK))
     starts = _CONTEXT + np.cumsum([0, *map(len, blocks[:-1])])
@@ -180,27 +180,27 @@ def position(subject: ExaminedModel) -> Finding:
     )
 
 
-def level(subject: ExaminedModel) -> Finding:
+def level(examined: ExaminedModel) -> Finding:
     """Whether real text is far more likely than the same ids shuffled, and than chance."""
-    windows = subject.probe.short_windows
+    windows = examined.probe.short_windows
     generator = np.random.default_rng(0)
-    kept = int(subject.probe.prefix_id is not None)
+    kept = int(examined.probe.prefix_id is not None)
     shuffled = []
     for window in windows:
         ids_T = window.ids_T.copy()
         ids_T[kept:] = generator.permutation(ids_T[kept:])
         shuffled.append(WindowIds(window.index + 40, ids_T, window.targets_N))
-    real = float(np.concatenate(subject.repeated[0]).mean(dtype=np.float64))
-    losses = [subject.session.token_nll([window])[0] for window in shuffled]
+    real = float(np.concatenate(examined.repeated[0]).mean(dtype=np.float64))
+    losses = [examined.session.token_nll([window])[0] for window in shuffled]
     gain = float(np.concatenate(losses).mean(dtype=np.float64)) - real
-    vocab_size = subject.session.model.vocab_size
+    vocab_size = examined.session.model.vocab_size
     chance = math.log(vocab_size) if vocab_size < UNKNOWN_VOCABULARY else math.inf
     sentence = f"{real:.3f} nats a token of real text, {real + gain:.3f} with its ids shuffled"
     if math.isfinite(chance):
         sentence += f", {chance:.3f} by chance"
     if gain >= _LEVEL_NATS and real < chance:
         return Finding("level", "pass", sentence, gain, _LEVEL_NATS)
-    trained = _is_trained(subject.session)
+    trained = _is_trained(examined.session)
     advice = "is this the model's own tokenizer, and is the text of a kind that it was trained on?"
     if trained is False:
         sentence += "; the model's weights are untrained"

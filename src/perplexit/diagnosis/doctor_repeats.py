@@ -17,17 +17,17 @@ _EXACT = 2e-3  # nats a token, in float32: what engines of one model may differ 
 _ROUNDED = 0.5  # nats a token, in fewer bits
 
 
-def tolerance(subject: ExaminedModel) -> float:
+def tolerance(examined: ExaminedModel) -> float:
     """The largest difference in nats a token that this precision explains."""
-    description = subject.session.description
+    description = examined.session.description
     exact = description.dtype in ("float32", "float64") and description.quantization is None
     return _EXACT if exact else _ROUNDED
 
 
-def prefix_cache(subject: ExaminedModel) -> Finding:
+def prefix_cache(examined: ExaminedModel) -> Finding:
     """Whether a request that was made before gives the same losses, and all of them."""
-    wanted = [len(window.targets_N) for window in subject.probe.short_windows]
-    for count, losses in zip(("first", "second", "third"), subject.repeated, strict=True):
+    wanted = [len(window.targets_N) for window in examined.probe.short_windows]
+    for count, losses in zip(("first", "second", "third"), examined.repeated, strict=True):
         got = [len(nll_N) for nll_N in losses]
         if got != wanted:
             missing = sum(wanted) - sum(got)
@@ -36,16 +36,16 @@ def prefix_cache(subject: ExaminedModel) -> Finding:
                 f"({missing} are missing): a prefix cache answers for its part alone",
                 missing,
             )
-    expected, found = len(subject.probe.long_window.targets_N), len(subject.long_losses)
+    expected, found = len(examined.probe.long_window.targets_N), len(examined.long_losses)
     if found != expected:
         return _stale(
             f"a window that begins like an earlier one gives {found} of {expected} losses: a "
             "prefix cache answers for its part alone",
             expected - found,
         )
-    first, second, third = subject.repeated
+    first, second, third = examined.repeated
     changed, settled = largest_difference(first, second), largest_difference(second, third)
-    if changed > tolerance(subject) and settled == 0.0:
+    if changed > tolerance(examined) and settled == 0.0:
         return _stale(
             f"the second identical request differs from the first by {changed:.3g} nats, and the "
             "third repeats the second: it is answered from a cache",
@@ -55,9 +55,9 @@ def prefix_cache(subject: ExaminedModel) -> Finding:
     return Finding("prefix cache", "pass", sentence, 0, 0)
 
 
-def dropout(subject: ExaminedModel) -> Finding:
+def dropout(examined: ExaminedModel) -> Finding:
     """Whether passes differ by more than sums in another order do."""
-    figure = _repeat_difference(subject)
+    figure = _repeat_difference(examined)
     return judged(
         "dropout",
         figure,
@@ -68,9 +68,9 @@ def dropout(subject: ExaminedModel) -> Finding:
     )
 
 
-def determinism(subject: ExaminedModel) -> Finding:
+def determinism(examined: ExaminedModel) -> Finding:
     """Whether passes are identical to the last bit."""
-    figure = _repeat_difference(subject)
+    figure = _repeat_difference(examined)
     return judged(
         "determinism",
         figure,
@@ -82,19 +82,19 @@ def determinism(subject: ExaminedModel) -> Finding:
     )
 
 
-def batch(subject: ExaminedModel) -> Finding:
+def batch(examined: ExaminedModel) -> Finding:
     """Whether a window has the same losses alone, in a batch and in a shuffled batch."""
-    windows = subject.probe.equal_windows
-    if subject.session.max_batch_size(len(windows[0].ids_T)) == 1:
+    windows = examined.probe.equal_windows
+    if examined.session.max_batch_size(len(windows[0].ids_T)) == 1:
         return skipped("batch", "this engine takes one window at a time")
-    alone = _alone(subject, windows)
-    together = subject.session.token_nll(windows)
-    shuffled = list(reversed(subject.session.token_nll(list(reversed(windows)))))
+    alone = _alone(examined, windows)
+    together = examined.session.token_nll(windows)
+    shuffled = list(reversed(examined.session.token_nll(list(reversed(windows)))))
     figure = max(largest_difference(alone, together), largest_difference(alone, shuffled))
     return judged(
         "batch",
         figure,
-        tolerance(subject),
+        tolerance(examined),
         sentence=f"{len(windows)} windows alone, together and in reverse differ by up to "
         f"{figure:.3g} nats",
         advice="evaluate with --batch-size 1, and look for what the windows of a batch share "
@@ -102,16 +102,16 @@ def batch(subject: ExaminedModel) -> Finding:
     )
 
 
-def padding(subject: ExaminedModel) -> Finding:
+def padding(examined: ExaminedModel) -> Finding:
     """Whether a window has the same losses alone and padded to a longer neighbour's length."""
-    windows = subject.probe.short_windows
-    if subject.session.max_batch_size(len(windows[0].ids_T)) == 1:
+    windows = examined.probe.short_windows
+    if examined.session.max_batch_size(len(windows[0].ids_T)) == 1:
         return skipped("padding", "this engine takes one window at a time: nothing is padded")
-    figure = largest_difference(subject.repeated[0], subject.session.token_nll(windows))
+    figure = largest_difference(examined.repeated[0], examined.session.token_nll(windows))
     return judged(
         "padding",
         figure,
-        tolerance(subject),
+        tolerance(examined),
         sentence=f"windows of {', '.join(str(len(w.ids_T)) for w in windows)} ids alone and "
         f"padded differ by up to {figure:.3g} nats",
         advice="padding is attended to, or moves positions: give the model an attention mask, or "
@@ -119,17 +119,17 @@ def padding(subject: ExaminedModel) -> Finding:
     )
 
 
-def alignment(subject: ExaminedModel) -> Finding:
+def alignment(examined: ExaminedModel) -> Finding:
     """Whether one id changed in the middle changes its own loss, and none before it."""
-    window = subject.probe.equal_windows[0]
+    window = examined.probe.equal_windows[0]
     place = len(window.ids_T) // 2
-    others = subject.probe.ids_S[subject.probe.ids_S != window.ids_T[place]]
+    others = examined.probe.ids_S[examined.probe.ids_S != window.ids_T[place]]
     if not len(others):
         return skipped("alignment", "the probe is one id repeated")
     changed_T = window.ids_T.copy()
     changed_T[place] = others[0]
     changed = WindowIds(window.index + 5, changed_T, window.targets_N)
-    before, after = _alone(subject, (window, changed))
+    before, after = _alone(examined, (window, changed))
     _check_lengths([before], [after])
     earlier_N = window.targets_N < place
     figure = float(np.abs(before - after)[earlier_N].max(initial=0.0))
@@ -139,7 +139,7 @@ def alignment(subject: ExaminedModel) -> Finding:
         "losses are scored against the wrong ids (off by one), or the model sees the future: "
         "compare with another engine"
     )
-    finding = judged("alignment", figure, tolerance(subject), sentence=sentence, advice=advice)
+    finding = judged("alignment", figure, tolerance(examined), sentence=sentence, advice=advice)
     if finding.status == "pass" and before[own] == after[own] and np.ptp(before) > 0:
         return Finding(
             "alignment", "fail", f"an id changed at position {place} does not change its own loss",
@@ -161,12 +161,12 @@ def _check_lengths(first: Losses, second: Losses) -> None:
         raise ModelError(f"expected {counts[0]} losses a window as before, got {counts[1]}")
 
 
-def _alone(subject: ExaminedModel, windows: Sequence[WindowIds]) -> Losses:
-    return [subject.session.token_nll([window])[0] for window in windows]
+def _alone(examined: ExaminedModel, windows: Sequence[WindowIds]) -> Losses:
+    return [examined.session.token_nll([window])[0] for window in windows]
 
 
-def _repeat_difference(subject: ExaminedModel) -> float:
-    first, second, third = subject.repeated
+def _repeat_difference(examined: ExaminedModel) -> float:
+    first, second, third = examined.repeated
     return max(largest_difference(first, second), largest_difference(second, third))
 
 

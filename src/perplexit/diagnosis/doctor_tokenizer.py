@@ -22,14 +22,14 @@ _NUM_SPELLED = 64
 _MOST_WINDOWS = 4096
 
 
-def tokenizer(subject: ExaminedModel) -> Finding:
+def tokenizer(examined: ExaminedModel) -> Finding:
     """Whether input, model and engine turn one text into the same ids."""
-    own = subject.tokenizer
+    own = examined.tokenizer
     if own is None:
         return skipped("tokenizer", "the model comes without a tokenizer; name one (--tokenizer)")
     compared = []
     for compare in (_input_compared, _engine_compared, _spelling_compared):
-        found = compare(subject, own)
+        found = compare(examined, own)
         if found is not None and found.differs:
             advice = "prepare with the tokenizer that the model was trained with"
             return Finding("tokenizer", "fail", found.sentence, advice=advice)
@@ -40,12 +40,12 @@ def tokenizer(subject: ExaminedModel) -> Finding:
     return skipped("tokenizer", "nothing to compare: the probe is made with the model's own")
 
 
-def bos(subject: ExaminedModel) -> Finding:
+def bos(examined: ExaminedModel) -> Finding:
     """Whether a BOS stands where the model was trained with one, once."""
-    bos_id, added = _bos_of(subject)
+    bos_id, added = _bos_of(examined)
     if bos_id is None:
         return Finding("bos", "pass", "the tokenizer has no BOS, and none is fed")
-    num_windows, num_with, num_double = _bos_counts(subject, bos_id)
+    num_windows, num_with, num_double = _bos_counts(examined, bos_id)
     if num_double:
         return Finding(
             "bos",
@@ -65,7 +65,7 @@ def bos(subject: ExaminedModel) -> Finding:
             num_windows,
             "prepare with --bos auto (or first, or every)",
         )
-    return _measured_bos(subject, bos_id, is_fed=num_with > 0, is_added=bos_id in added)
+    return _measured_bos(examined, bos_id, is_fed=num_with > 0, is_added=bos_id in added)
 
 
 class _Compared(NamedTuple):
@@ -75,8 +75,8 @@ class _Compared(NamedTuple):
     sentence: str
 
 
-def _input_compared(subject: ExaminedModel, own: Tokenizer) -> _Compared | None:
-    tokens = subject.tokens
+def _input_compared(examined: ExaminedModel, own: Tokenizer) -> _Compared | None:
+    tokens = examined.tokens
     if tokens is None:
         return None
     found = match_tokenizer(tokens, own)
@@ -89,8 +89,8 @@ def _input_compared(subject: ExaminedModel, own: Tokenizer) -> _Compared | None:
     return _Compared(False, "the input's ids are those of the model's own tokenizer")
 
 
-def _engine_compared(subject: ExaminedModel, own: Tokenizer) -> _Compared | None:
-    session = subject.session
+def _engine_compared(examined: ExaminedModel, own: Tokenizer) -> _Compared | None:
+    session = examined.session
     if not isinstance(session, TokenizesText):
         return None
     for text in (packaged_text(), HARD_TEXT):
@@ -103,20 +103,20 @@ def _engine_compared(subject: ExaminedModel, own: Tokenizer) -> _Compared | None
     return _Compared(False, "the engine's own tokenizer gives the same ids")
 
 
-def _spelling_compared(subject: ExaminedModel, own: Tokenizer) -> _Compared | None:
-    session = subject.session
+def _spelling_compared(examined: ExaminedModel, own: Tokenizer) -> _Compared | None:
+    session = examined.session
     if not isinstance(session, SpellsTokens):
         return None
-    found = _spelling_difference(subject, own, session)
+    found = _spelling_difference(examined, own, session)
     if found:
         return _Compared(True, found)
     return _Compared(False, "the engine spells the ids as the tokenizer does")
 
 
 def _spelling_difference(
-    subject: ExaminedModel, own: Tokenizer, session: SpellsTokens
+    examined: ExaminedModel, own: Tokenizer, session: SpellsTokens
 ) -> str | None:
-    ids = subject.probe.ids_S[:_NUM_SPELLED].tolist()
+    ids = examined.probe.ids_S[:_NUM_SPELLED].tolist()
     texts = session.own_token_texts(ids)
     for index, text, spelled in zip(ids, texts, own.spelling_of(ids), strict=True):
         # Byte pieces of a character cannot be told from a text, and blanks are shown variously.
@@ -127,18 +127,18 @@ def _spelling_difference(
     return None
 
 
-def _bos_of(subject: ExaminedModel) -> tuple[int | None, tuple[int, ...]]:
+def _bos_of(examined: ExaminedModel) -> tuple[int | None, tuple[int, ...]]:
     """(the BOS, what goes before a text): by the engine's own tokenizer, the model's, the input's.
 
     In that order: a file's conversion can lose what the engine still knows.
     """
-    if subject.tokenizer is not None:
-        bos_id, added = subject.tokenizer.bos_id, subject.tokenizer.added_prefix
+    if examined.tokenizer is not None:
+        bos_id, added = examined.tokenizer.bos_id, examined.tokenizer.added_prefix
     else:
-        record = subject.tokens.spec["tokenizer"] if subject.tokens is not None else {}
+        record = examined.tokens.spec["tokenizer"] if examined.tokens is not None else {}
         bos_id, added = record.get("bos_id"), tuple(record.get("added_prefix", ()))
-    if isinstance(subject.session, TokenizesText):
-        found = _engine_prefix(subject.session)
+    if isinstance(examined.session, TokenizesText):
+        found = _engine_prefix(examined.session)
         added = added if found is None else found
     return (added[0] if bos_id is None and added else bos_id), added
 
@@ -159,28 +159,28 @@ def _engine_prefix(session: TokenizesText) -> tuple[int, ...] | None:
     return tuple(whole[: next(starts, 0)])
 
 
-def _bos_counts(subject: ExaminedModel, bos_id: int) -> tuple[int, int, int]:
+def _bos_counts(examined: ExaminedModel, bos_id: int) -> tuple[int, int, int]:
     """(windows, those that begin with the BOS, those that begin with it twice)."""
-    if subject.tokens is not None:
-        rows = range(min(subject.tokens.num_windows, _MOST_WINDOWS))
-        starts = [tuple(subject.tokens.window_ids(row).ids_T[:2].tolist()) for row in rows]
+    if examined.tokens is not None:
+        rows = range(min(examined.tokens.num_windows, _MOST_WINDOWS))
+        starts = [tuple(examined.tokens.window_ids(row).ids_T[:2].tolist()) for row in rows]
     else:
-        added = subject.tokenizer.added_prefix if subject.tokenizer is not None else ()
-        starts = [(*added, *subject.probe.ids_S[:2].tolist())[:2]]
+        added = examined.tokenizer.added_prefix if examined.tokenizer is not None else ()
+        starts = [(*added, *examined.probe.ids_S[:2].tolist())[:2]]
     num_with = sum(start[:1] == (bos_id,) for start in starts)
     return len(starts), num_with, sum(start == (bos_id, bos_id) for start in starts)
 
 
-def _measured_bos(subject: ExaminedModel, bos_id: int, *, is_fed: bool, is_added: bool) -> Finding:
+def _measured_bos(examined: ExaminedModel, bos_id: int, *, is_fed: bool, is_added: bool) -> Finding:
     """What a BOS before the text does to the loss of the same tokens."""
     fed = f"a BOS (id {bos_id}) is fed" if is_fed else f"no BOS is fed (id {bos_id})"
-    if not subject.computes or bos_id >= subject.session.model.vocab_size:
+    if not examined.computes or bos_id >= examined.session.model.vocab_size:
         return Finding("bos", "pass", f"{fed}, as the tokenizer adds it" if is_added else fed)
-    ids_T = subject.probe.ids_S[: min(_NUM_BOS_TARGETS + 1, subject.probe.max_length - 1)]
+    ids_T = examined.probe.ids_S[: min(_NUM_BOS_TARGETS + 1, examined.probe.max_length - 1)]
     targets_N = np.arange(1, len(ids_T), dtype=np.int64)
     with_T = np.concatenate((np.array([bos_id], np.int32), ids_T)).astype(np.int32)
     losses = [
-        subject.session.token_nll([window])[0].astype(np.float64)
+        examined.session.token_nll([window])[0].astype(np.float64)
         for window in (WindowIds(30, ids_T, targets_N), WindowIds(31, with_T, targets_N + 1))
     ]
     gain_N = losses[0] - losses[1]

@@ -13,7 +13,7 @@ from perplexit.report.labelled_runs import LabelledRuns
 
 
 def vocabulary_of(
-    subject: LabelledRuns,
+    labelled: LabelledRuns,
     ids: NDArray[np.integer],
     *,
     tokenizer: str | Path | None = None,
@@ -27,15 +27,15 @@ def vocabulary_of(
     tokens: the runs' input, whose tokens spell themselves.
     """
     wanted = np.unique(ids)
-    spelled = _spelled_by(subject, tokenizer)
+    spelled = _spelled_by(labelled, tokenizer)
     if spelled is not None:
         known = wanted[(wanted >= 0) & (wanted < len(spelled))]
         return {int(i): shown(spelled[i]) for i in known.tolist() if spelled[i]}
-    return _seen_in_text(subject, wanted, tokens)
+    return _seen_in_text(labelled, wanted, tokens)
 
 
-def _spelled_by(subject: LabelledRuns, tokenizer: str | Path | None) -> list[bytes] | None:
-    fingerprint = subject.reference.tokenizer_fingerprint
+def _spelled_by(labelled: LabelledRuns, tokenizer: str | Path | None) -> list[bytes] | None:
+    fingerprint = labelled.reference.tokenizer_fingerprint
     if tokenizer is not None:
         backend = load_tokenizer(tokenizer).backend
         if backend.fingerprint != fingerprint:
@@ -44,11 +44,11 @@ def _spelled_by(subject: LabelledRuns, tokenizer: str | Path | None) -> list[byt
                 f"({backend.fingerprint[:12]}…); name the one that the input was prepared with"
             )
         return list(backend.spelled)
-    return spelled_by_models(subject.runs)
+    return spelled_by_models(labelled.runs)
 
 
 def _seen_in_text(
-    subject: LabelledRuns, wanted: NDArray[np.integer], tokens: TokenFile | None
+    labelled: LabelledRuns, wanted: NDArray[np.integer], tokens: TokenFile | None
 ) -> dict[int, str]:
     """The ids that occur in the text, as they are spelled there."""
     if tokens is not None and tokens.has_text:
@@ -59,7 +59,7 @@ def _seen_in_text(
             for i, at in zip(ids.tolist(), first.tolist(), strict=True)
         }
     else:
-        rows = subject.reference.tokens
+        rows = labelled.reference.tokens
         if rows.token_bytes is None:
             return {}
         ids, first = np.unique(rows.token_id, return_index=True)

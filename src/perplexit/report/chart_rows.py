@@ -6,11 +6,11 @@ from perplexit.report.labelled_runs import LabelledRuns
 Row = dict[str, str | float | int | None]
 
 
-def change_rows(subject: LabelledRuns) -> list[Row]:
+def change_rows(labelled: LabelledRuns) -> list[Row]:
     """How much losses change: a curve for each candidate and direction."""
     return [
         {"run": label, "direction": direction, "change": x, "share": share}
-        for label, _, comparison in subject.candidates
+        for label, _, comparison in labelled.candidates
         if comparison.tokens is not None
         for direction, curve in (
             ("worse", comparison.tokens.rises()),
@@ -20,26 +20,26 @@ def change_rows(subject: LabelledRuns) -> list[Row]:
     ]
 
 
-def kl_rows(subject: LabelledRuns) -> list[Row]:
+def kl_rows(labelled: LabelledRuns) -> list[Row]:
     """How far distributions moved, for the candidates whose comparison has a KL."""
     return [
         {"run": label, "kl": x, "share": share}
-        for label, _, comparison in subject.candidates
+        for label, _, comparison in labelled.candidates
         if comparison.tokens is not None
         for x, share in comparison.tokens.kl_above()
     ]
 
 
-def loss_rows(subject: LabelledRuns) -> list[Row]:
+def loss_rows(labelled: LabelledRuns) -> list[Row]:
     """How losses are spread, a curve for each run."""
     return [
         {"run": label, "loss": x, "share": share}
-        for label, run in zip(subject.labels, subject.runs, strict=True)
+        for label, run in zip(labelled.labels, labelled.runs, strict=True)
         for x, share in losses_above(run)
     ]
 
 
-def position_rows(subject: LabelledRuns) -> list[Row]:
+def position_rows(labelled: LabelledRuns) -> list[Row]:
     """Mean loss by the target's position in its window, one row per run and bucket."""
     return [
         {
@@ -50,13 +50,13 @@ def position_rows(subject: LabelledRuns) -> list[Row]:
             "loss": bucket["mean_nll"],
             "tokens": bucket["num_tokens"],
         }
-        for label, run in zip(subject.labels, subject.runs, strict=True)
+        for label, run in zip(labelled.labels, labelled.runs, strict=True)
         for bucket in run.loss_by_position
         if bucket["mean_nll"] is not None
     ]
 
 
-def agreement_rows(subject: LabelledRuns) -> list[Row]:
+def agreement_rows(labelled: LabelledRuns) -> list[Row]:
     """The share of tokens with the same first choice, by the reference's confidence in its own."""
     return [
         {
@@ -68,7 +68,7 @@ def agreement_rows(subject: LabelledRuns) -> list[Row]:
             "high": bucket.share.high,
             "tokens": bucket.num_tokens,
         }
-        for label, _, comparison in subject.candidates
+        for label, _, comparison in labelled.candidates
         if comparison.tokens is not None
         for bucket in comparison.tokens.agreement_by_confidence()
     ]

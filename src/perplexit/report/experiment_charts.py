@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from perplexit.comparison.number_format import DASH, figure, interval
 from perplexit.igf.experiment_file import Experiment, MethodOutcome
+from perplexit.metrics.number_format import DASH, figure, interval
 from perplexit.report import chart_drawings as charts
 from perplexit.report.chart_drawings import Chart
 from perplexit.report.chart_rows import Row

@@ -1,4 +1,4 @@
-"""An experiment with ways to select contexts, as a chapter of the report.
+"""An experiment with ways to select contexts, as a section of the report.
 
 Its figures are those of its document; the verdicts follow from the paired tests in it.
 """
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perplexit.comparison.number_format import DASH, figure, interval
 from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, MethodOutcome, PairedOutcome
 from perplexit.igf.scores import doubt_about
+from perplexit.metrics.number_format import DASH, figure, interval
 from perplexit.report.chart_drawings import Chart
 from perplexit.report.experiment_charts import (
     LARGEST_NUMBER_OF_METHODS,
@@ -20,7 +20,7 @@ from perplexit.report.experiment_charts import (
 
 
 @dataclass(frozen=True, slots=True)
-class Chapter:
+class ExperimentSection:
     """What the page says of one experiment. `name` is its anchor."""
 
     name: str
@@ -36,21 +36,21 @@ class Chapter:
     conditions: tuple[tuple[str, str], ...]
 
 
-def chapters_of(experiments: Sequence[Experiment]) -> list[Chapter]:
-    """A chapter for each experiment, in their order.
+def experiment_sections(experiments: Sequence[Experiment]) -> list[ExperimentSection]:
+    """A section for each experiment, in their order.
 
     Raises UsageError for an experiment of more methods than can be told apart.
     """
     return [_chapter(experiment, f"igf-{n + 1}") for n, experiment in enumerate(experiments)]
 
 
-def _chapter(experiment: Experiment, name: str) -> Chapter:
+def _chapter(experiment: Experiment, name: str) -> ExperimentSection:
     if len(experiment.methods) > LARGEST_NUMBER_OF_METHODS:
         raise UsageError(
             f"expected 1 to {LARGEST_NUMBER_OF_METHODS} methods in an experiment, got "
             f"{len(experiment.methods)}; experiment with fewer --methods"
         )
-    return Chapter(
+    return ExperimentSection(
         name=name,
         title=experiment.title or "Experiment",
         headline=headline_of(experiment),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from perplexit.comparison import VERDICTS, Comparison
-from perplexit.comparison.number_format import DASH, figure, interval
+from perplexit.metrics.number_format import DASH, figure, interval
 from perplexit.report.labelled_runs import LabelledRuns
 
 
@@ -24,44 +24,44 @@ def ratio_of(comparison: Comparison) -> str:
     return f"{figure(comparison.ppl_ratio, low, high)} {interval(low, high)}".strip()
 
 
-def findings_of(subject: LabelledRuns) -> list[Finding]:
+def findings_of(labelled: LabelledRuns) -> list[Finding]:
     """One finding for each candidate."""
     return [
         Finding(
             label,
             comparison.verdict,
-            comparison.judged.predicate(subject.labels[0]),
+            comparison.judged.predicate(labelled.labels[0]),
             ratio_of(comparison),
             comparison.judged.detail(),
         )
-        for label, _, comparison in subject.candidates
+        for label, _, comparison in labelled.candidates
     ]
 
 
-def headline(subject: LabelledRuns) -> str:
+def headline(labelled: LabelledRuns) -> str:
     """The first sentence of the report."""
-    run = subject.reference
-    if not subject.comparisons and subject.aligned:
-        return _headline_of_bytes(subject)
-    if not subject.comparisons:
+    run = labelled.reference
+    if not labelled.comparisons and labelled.aligned:
+        return _headline_of_bytes(labelled)
+    if not labelled.comparisons:
         shown = figure(run.perplexity, run.perplexity_low, run.perplexity_high)
         span = interval(run.perplexity_low, run.perplexity_high)
-        return f"{subject.labels[0]} has a perplexity of {shown} {span}".rstrip() + "."
-    if len(subject.comparisons) == 1:
-        finding = findings_of(subject)[0]
+        return f"{labelled.labels[0]} has a perplexity of {shown} {span}".rstrip() + "."
+    if len(labelled.comparisons) == 1:
+        finding = findings_of(labelled)[0]
         return f"{finding.label} {finding.says}: perplexity ratio {finding.ratio}."
-    return _headline_of_several(subject)
+    return _headline_of_several(labelled)
 
 
-def _headline_of_several(subject: LabelledRuns) -> str:
+def _headline_of_several(labelled: LabelledRuns) -> str:
     counts: dict[str, int] = dict.fromkeys(VERDICTS, 0)
-    for comparison in subject.comparisons:
+    for comparison in labelled.comparisons:
         counts[comparison.verdict] += 1
-    number, reference = len(subject.comparisons), subject.labels[0]
+    number, reference = len(labelled.comparisons), labelled.labels[0]
     every = "Both" if number == 2 else f"All {number}"
     if counts["inconclusive"] == number:
         says = f"None of {number} candidates can be told from {reference} by perplexity"
-        moved = sum(bool(comparison.judged.changed) for comparison in subject.comparisons)
+        moved = sum(bool(comparison.judged.changed) for comparison in labelled.comparisons)
         if moved == number:
             says += ", but the predictions of all of them did change"
         elif moved:
@@ -75,17 +75,17 @@ def _headline_of_several(subject: LabelledRuns) -> str:
     return f"Of {number} candidates against {reference}, {_listed(counts)}."
 
 
-def _headline_of_bytes(subject: LabelledRuns) -> str:
+def _headline_of_bytes(labelled: LabelledRuns) -> str:
     """Of runs over the same text in other tokens alone."""
-    if len(subject.aligned) > 1:
-        number = len(subject.aligned)
-        return f"{number} runs in other tokens, compared with {subject.labels[0]} byte by byte."
-    label, found = subject.aligned[0]
+    if len(labelled.aligned) > 1:
+        number = len(labelled.aligned)
+        return f"{number} runs in other tokens, compared with {labelled.labels[0]} byte by byte."
+    label, found = labelled.aligned[0]
     bits = found.figures()["bits_per_byte_difference"]
     shown = figure(bits.value, bits.low, bits.high)
     span = interval(bits.low, bits.high)
     sign = "+" if bits.value > 0 else ""
-    says = found.judged.predicate(subject.labels[0])
+    says = found.judged.predicate(labelled.labels[0])
     return f"Byte by byte, {label} {says}: {sign}{shown} {span}".rstrip() + " bits per byte."
 
 

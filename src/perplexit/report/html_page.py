@@ -14,10 +14,10 @@ from typing import Any
 
 from perplexit import __version__
 from perplexit.comparison import ChangedToken, Comparison
-from perplexit.comparison.number_format import DASH, figure, interval
 from perplexit.metrics.estimate import counted
+from perplexit.metrics.number_format import DASH, figure, interval
 from perplexit.report.chart_drawings import Chart
-from perplexit.report.experiment_section import Chapter
+from perplexit.report.experiment_section import ExperimentSection
 from perplexit.report.headlines import Finding, headline, mebibytes
 from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of, precision_of
 from perplexit.report.measurement_table import conditions_of, notes_of
@@ -37,17 +37,17 @@ _SIGNS = {"worse": "▲", "better": "▼", "equivalent": "=", "inconclusive": "?
 
 
 def page_of(
-    subject: LabelledRuns | None,
+    labelled: LabelledRuns | None,
     charts: Sequence[Chart],
     data: dict[str, Any],
     findings: Sequence[Finding],
-    chapters: Sequence[Chapter] = (),
+    sections: Sequence[ExperimentSection] = (),
 ) -> str:
-    """The whole HTML document: of runs, of experiments, or of both; `subject` None: no runs."""
+    """The whole HTML document: of runs, of experiments, or of both; `labelled` None: no runs."""
     jinja = loaded("jinja2")
     markup = loaded("markupsafe").Markup
     style = asset("report.css")
-    scripts = SCRIPTS if subject is not None else SCRIPTS[-1:]
+    scripts = SCRIPTS if labelled is not None else SCRIPTS[-1:]
     script = "\n".join(asset(name) for name in scripts)
     environment = jinja.Environment(
         autoescape=True,
@@ -61,38 +61,38 @@ def page_of(
         style=markup(style),
         script=markup(script),
         drawing=markup,
-        headline=chapters[0].headline if subject is None else headline(subject),
+        headline=sections[0].headline if labelled is None else headline(labelled),
         findings=findings,
         signs=_SIGNS,
-        chapters=chapters,
+        sections=sections,
         version=__version__,
-        **({"runs": []} if subject is None else _of_runs(subject, charts, data)),
+        **({"runs": []} if labelled is None else _of_runs(labelled, charts, data)),
         data=markup(json_block(data)),
     )
     return rendered
 
 
 def _of_runs(
-    subject: LabelledRuns, charts: Sequence[Chart], data: dict[str, Any]
+    labelled: LabelledRuns, charts: Sequence[Chart], data: dict[str, Any]
 ) -> dict[str, Any]:
     """What the template says of the runs."""
     return {
-        "facts": _facts(subject),
-        "confidence": f"{100 * subject.confidence:g} %",
-        "runs": _run_rows(subject),
-        "is_comparison": bool(subject.comparisons),
-        "margin": _margins(subject),
-        "reference_label": subject.labels[0],
+        "facts": _facts(labelled),
+        "confidence": f"{100 * labelled.confidence:g} %",
+        "runs": _run_rows(labelled),
+        "is_comparison": bool(labelled.comparisons),
+        "margin": _margins(labelled),
+        "reference_label": labelled.labels[0],
         "charts": charts,
-        "domains": _domain_table(subject),
-        "predictions": prediction_rows(subject),
-        "choices": changed_choices(subject),
-        "aligned": aligned_rows(subject),
-        "changed": _changed(subject),
+        "domains": _domain_table(labelled),
+        "predictions": prediction_rows(labelled),
+        "choices": changed_choices(labelled),
+        "aligned": aligned_rows(labelled),
+        "changed": _changed(labelled),
         "shown": data["numShown"],
         "total": data["numTokens"],
-        "conditions": conditions_of(subject),
-        "notes": notes_of(subject),
+        "conditions": conditions_of(labelled),
+        "notes": notes_of(labelled),
     }
 
 
@@ -123,16 +123,16 @@ def json_block(data: Any) -> str:
     return text
 
 
-def _margins(subject: LabelledRuns) -> str:
+def _margins(labelled: LabelledRuns) -> str:
     """The margins of the verdicts in words; runs may have noise floors of their own."""
-    judged = [found.judged for found in subject.comparisons]
-    judged += [found.judged for _, found in subject.aligned]
+    judged = [found.judged for found in labelled.comparisons]
+    judged += [found.judged for _, found in labelled.aligned]
     return " or ".join(dict.fromkeys(found.margin_in_words for found in judged)) or "none"
 
 
-def _facts(subject: LabelledRuns) -> list[str]:
+def _facts(labelled: LabelledRuns) -> list[str]:
     """The conditions that a reader needs beside the first sentence."""
-    run = subject.reference
+    run = labelled.reference
     protocol = run.input_spec.get("protocol", {})
     windows = f"protocol {run.protocol}"
     if protocol.get("max_length"):
@@ -144,11 +144,11 @@ def _facts(subject: LabelledRuns) -> list[str]:
     return [f"{scored} in {documents}", windows, f"input {run.input_fingerprint[:12]}"]
 
 
-def _run_rows(subject: LabelledRuns) -> list[dict[str, Any]]:
+def _run_rows(labelled: LabelledRuns) -> list[dict[str, Any]]:
     """A row a run of the table under the verdict."""
-    comparisons = (None, *subject.comparisons)
+    comparisons = (None, *labelled.comparisons)
     rows = []
-    for index, (label, run) in enumerate(zip(subject.labels, subject.runs, strict=True)):
+    for index, (label, run) in enumerate(zip(labelled.labels, labelled.runs, strict=True)):
         comparison = comparisons[index]
         memory, where = peak_bytes_of(run)
         speed, load = run.tokens_per_second, run.seconds.get("load")
@@ -182,16 +182,16 @@ def _ratio_cells(comparison: Comparison | None) -> dict[str, str]:
     return {"ratio": ratio, "ratio_interval": interval(low, high)}
 
 
-def _domain_table(subject: LabelledRuns) -> list[dict[str, Any]]:
+def _domain_table(labelled: LabelledRuns) -> list[dict[str, Any]]:
     """Perplexity by domain, a column a run, with paired ratios; empty without domains."""
-    runs = subject.runs
+    runs = labelled.runs
     rows = []
     for entry in runs[0].domains:
         cells = []
         for index, run in enumerate(runs):
             own = next((d for d in run.domains if d["domain"] == entry["domain"]), None)
             shown = _domain_perplexity(own) if own else DASH
-            ratio, verdict = _domain_ratio(subject, index, entry)
+            ratio, verdict = _domain_ratio(labelled, index, entry)
             cells.append({"perplexity": shown, "ratio": ratio, "verdict": verdict})
         rows.append(
             {"domain": entry["domain"], "tokens": f"{entry['num_tokens']:,}", "cells": cells}
@@ -205,11 +205,11 @@ def _domain_perplexity(own: Mapping[str, Any]) -> str:
     return f"{figure(own['perplexity'], low, high)} {interval(low, high)}".strip()
 
 
-def _domain_ratio(subject: LabelledRuns, index: int, entry: dict[str, Any]) -> tuple[str, str]:
+def _domain_ratio(labelled: LabelledRuns, index: int, entry: dict[str, Any]) -> tuple[str, str]:
     """(the paired ratio in words, the verdict) of a run in a domain; nothing of the reference."""
     if index == 0:
         return "", ""
-    for domain in subject.comparisons[index - 1].domains:
+    for domain in labelled.comparisons[index - 1].domains:
         if domain.domain == entry["domain"]:
             low, high = domain.ppl_ratio_low, domain.ppl_ratio_high
             shown = f"× {figure(domain.ppl_ratio, low, high)} {interval(low, high)}".strip()
@@ -217,6 +217,6 @@ def _domain_ratio(subject: LabelledRuns, index: int, entry: dict[str, Any]) -> t
     return "", ""
 
 
-def _changed(subject: LabelledRuns) -> list[ChangedToken]:
+def _changed(labelled: LabelledRuns) -> list[ChangedToken]:
     """The first candidate's most changed tokens, for readers without the script."""
-    return list(subject.comparisons[0].most_changed) if subject.comparisons else []
+    return list(labelled.comparisons[0].most_changed) if labelled.comparisons else []

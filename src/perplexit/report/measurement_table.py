@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perplexit.comparison.number_format import DASH
 from perplexit.metrics.estimate import counted
+from perplexit.metrics.number_format import DASH
 from perplexit.report.headlines import mebibytes
 from perplexit.report.labelled_runs import LabelledRuns
 from perplexit.runs.run import Run
@@ -24,23 +24,23 @@ class Condition:
         return len(set(self.values)) > 1
 
 
-def conditions_of(subject: LabelledRuns) -> list[Condition]:
+def conditions_of(labelled: LabelledRuns) -> list[Condition]:
     """Every condition that a figure depends on."""
-    per_run = [_of(run, subject.confidence) for run in subject.runs]
+    per_run = [_of(run, labelled.confidence) for run in labelled.runs]
     return [Condition(name, tuple(values[name] for values in per_run)) for name in per_run[0]]
 
 
-def notes_of(subject: LabelledRuns) -> list[str]:
+def notes_of(labelled: LabelledRuns) -> list[str]:
     """Warnings of the runs and the comparisons, and why a figure is missing; each once."""
     said: dict[str, list[str]] = {}
-    for label, run in zip(subject.labels, subject.runs, strict=True):
+    for label, run in zip(labelled.labels, labelled.runs, strict=True):
         notes = [*run.warnings]
         notes += _missing(run.reasons)
         if run.num_non_finite:
             notes.append(f"{run.num_non_finite} tokens had no finite loss and are left out")
         for note in notes:
             said.setdefault(note, []).append(label)
-    for label, _, comparison in subject.candidates:
+    for label, _, comparison in labelled.candidates:
         for note in comparison.warnings:
             said.setdefault(note, []).append(label)
     return [f"{', '.join(dict.fromkeys(labels))}: {note}" for note, labels in said.items()]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from perplexit.comparison import Comparison
 from perplexit.comparison.byte_comparison import ByteComparison, ChangedSegment
 from perplexit.comparison.flips import Flip, Flips
-from perplexit.comparison.number_format import DASH, figure, interval
 from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.number_format import DASH, figure, interval
 from perplexit.report.labelled_runs import LabelledRuns
 
 
@@ -67,9 +67,9 @@ _FIGURES = (
 )
 
 
-def prediction_rows(subject: LabelledRuns) -> list[PredictionRow]:
+def prediction_rows(labelled: LabelledRuns) -> list[PredictionRow]:
     """The divergences of the candidates that have any; empty where none has."""
-    figures = [_figures(comparison) for comparison in subject.comparisons]
+    figures = [_figures(comparison) for comparison in labelled.comparisons]
     return [
         PredictionRow(name, meaning, tuple(_cell(found.get(key)) for found in figures))
         for key, name, meaning in _FIGURES
@@ -85,18 +85,18 @@ def _figures(comparison: Comparison) -> dict[str, Estimate]:
     return figures
 
 
-def changed_choices(subject: LabelledRuns) -> list[ChangedChoices]:
+def changed_choices(labelled: LabelledRuns) -> list[ChangedChoices]:
     """For each candidate whose first choices can be told from the reference's."""
     return [
         ChangedChoices(label, _flips_in_words(comparison), comparison.flips.listed)
-        for label, _, comparison in subject.candidates
+        for label, _, comparison in labelled.candidates
         if comparison.flips is not None and comparison.flips.count
     ]
 
 
-def aligned_rows(subject: LabelledRuns) -> list[AlignedRow]:
+def aligned_rows(labelled: LabelledRuns) -> list[AlignedRow]:
     """A row a run that could only be compared byte by byte."""
-    return [_aligned(label, found) for label, found in subject.aligned]
+    return [_aligned(label, found) for label, found in labelled.aligned]
 
 
 def _aligned(label: str, found: ByteComparison) -> AlignedRow:

@@ -9,7 +9,7 @@ from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, holds_experiment
 from perplexit.inputs.token_file import TokenFile
 from perplexit.outputs import Kind, OutputFile, begins_with_mark, paths_among
-from perplexit.report.experiment_section import Chapter, chapters_of
+from perplexit.report.experiment_section import ExperimentSection, experiment_sections
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.html_page import page_of
 from perplexit.report.labelled_runs import LabelledRuns
@@ -31,7 +31,7 @@ class Report:
     path: Path
     num_bytes: int
     headline: str
-    subject: LabelledRuns | None  # None where it is of experiments alone
+    runs: LabelledRuns | None  # None where it is of experiments alone
     num_tokens: int  # with their text, scored or not
     num_tokens_shown: int
     experiments: tuple[Experiment, ...] = ()
@@ -44,16 +44,16 @@ class Report:
             "headline": self.headline,
             "num_tokens": self.num_tokens,
             "num_tokens_shown": self.num_tokens_shown,
-            **_runs_to_json(self.subject),
+            **_runs_to_json(self.runs),
             "experiments": [_experiment_to_json(found) for found in self.experiments],
         }
 
 
-def _runs_to_json(subject: LabelledRuns | None) -> dict[str, Any]:
-    if subject is None:
+def _runs_to_json(labelled: LabelledRuns | None) -> dict[str, Any]:
+    if labelled is None:
         return {"input_fingerprint": None, "runs": [], "comparisons": [], "aligned": []}
     return {
-        "input_fingerprint": subject.reference.input_fingerprint,
+        "input_fingerprint": labelled.reference.input_fingerprint,
         "runs": [
             {
                 "label": label,
@@ -63,12 +63,12 @@ def _runs_to_json(subject: LabelledRuns | None) -> dict[str, Any]:
                 "perplexity_high": run.perplexity_high,
                 "bits_per_byte": run.bits_per_byte,
             }
-            for label, run in zip(subject.labels, subject.runs, strict=True)
+            for label, run in zip(labelled.labels, labelled.runs, strict=True)
         ],
         "comparisons": [
-            {"label": label, **comparison.to_json()} for label, _, comparison in subject.candidates
+            {"label": label, **comparison.to_json()} for label, _, comparison in labelled.candidates
         ],
-        "aligned": [{"label": label, **found.to_json()} for label, found in subject.aligned],
+        "aligned": [{"label": label, **found.to_json()} for label, found in labelled.aligned],
     }
 
 
@@ -130,11 +130,11 @@ def write_report(
         )
     file = OutputFile(Path(output), REPORT, paths_among(*runs, tokens, tokenizer), force)
     measured, experiments = _opened(runs)
-    chapters = chapters_of(experiments)
-    subject = None
+    sections = experiment_sections(experiments)
+    labelled = None
     data: dict[str, Any] = {"numTokens": 0, "numShown": 0}
     if measured or not experiments:
-        subject = LabelledRuns.of(
+        labelled = LabelledRuns.of(
             measured,
             labels=labels,
             confidence=confidence,
@@ -142,11 +142,11 @@ def write_report(
             margin=margin,
         )
         if tokens is None:
-            tokens = input_of(subject.reference)
+            tokens = input_of(labelled.reference)
         elif not isinstance(tokens, TokenFile):
             tokens = TokenFile.open(tokens)
         data = token_data(
-            subject,
+            labelled,
             tokens=tokens,
             tokenizer=tokenizer,
             max_tokens=max_tokens,
@@ -157,13 +157,13 @@ def write_report(
             "expected runs for the labels, input or tokenizer given, got experiments alone; "
             "an experiment is called by its --title"
         )
-    page = _page(subject, data, chapters)
+    page = _page(labelled, data, sections)
     file.write(lambda temporary: _write(temporary, page))
     return Report(
         path=file.path,
         num_bytes=len(page),
-        headline=chapters[0].headline if subject is None else headline(subject),
-        subject=subject,
+        headline=sections[0].headline if labelled is None else headline(labelled),
+        runs=labelled,
         num_tokens=data["numTokens"],
         num_tokens_shown=data["numShown"],
         experiments=tuple(experiments),
@@ -188,11 +188,13 @@ def _opened(
     return runs, experiments
 
 
-def _page(subject: LabelledRuns | None, data: dict[str, Any], chapters: Sequence[Chapter]) -> bytes:
-    if subject is None:
-        page = page_of(None, (), data, (), chapters)
+def _page(
+    labelled: LabelledRuns | None, data: dict[str, Any], sections: Sequence[ExperimentSection]
+) -> bytes:
+    if labelled is None:
+        page = page_of(None, (), data, (), sections)
     else:
-        page = page_of(subject, charts_of(subject), data, findings_of(subject), chapters)
+        page = page_of(labelled, charts_of(labelled), data, findings_of(labelled), sections)
     return page.encode("utf-8", "replace")  # a name may hold half a surrogate pair
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from perplexit.comparison.number_format import DASH, exact_percent, figure, interval, quantity
+from perplexit.metrics.number_format import DASH, exact_percent, figure, interval, quantity
 from perplexit.report import chart_drawings as charts
 from perplexit.report.chart_drawings import Chart
 from perplexit.report.chart_rows import (
@@ -18,24 +18,24 @@ from perplexit.report.headlines import ratio_of
 from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of
 
 
-def charts_of(subject: LabelledRuns) -> list[Chart]:
+def charts_of(labelled: LabelledRuns) -> list[Chart]:
     """Every chart that the runs have figures for."""
     makers = (_perplexities, _ratios, _divergences, _changes, _losses, _agreement, _positions)
-    return [chart for make in (*makers, _trade_off) for chart in make(subject)]
+    return [chart for make in (*makers, _trade_off) for chart in make(labelled)]
 
 
-def _perplexities(subject: LabelledRuns) -> Iterator[Chart]:
+def _perplexities(labelled: LabelledRuns) -> Iterator[Chart]:
     rows: list[Row] = []
-    for label, run in zip(subject.labels, subject.runs, strict=True):
+    for label, run in zip(labelled.labels, labelled.runs, strict=True):
         low, high = run.perplexity_low, run.perplexity_high
         said = f"{label}: {figure(run.perplexity, low, high)} {interval(low, high)}"
         rows.append({"run": label, "value": run.perplexity, "low": low, "high": high, "said": said})
     yield Chart(
         "perplexity",
         "Perplexity",
-        f"Lower is better. Bars are {100 * subject.confidence:g} % intervals of each run alone; "
+        f"Lower is better. Bars are {100 * labelled.confidence:g} % intervals of each run alone; "
         "they may overlap where the paired ratio is clear.",
-        charts.intervals_chart(rows, subject.labels, title="perplexity"),
+        charts.intervals_chart(rows, labelled.labels, title="perplexity"),
         ("run", "perplexity", "interval"),
         tuple(
             (
@@ -43,13 +43,13 @@ def _perplexities(subject: LabelledRuns) -> Iterator[Chart]:
                 figure(run.perplexity, run.perplexity_low, run.perplexity_high),
                 interval(run.perplexity_low, run.perplexity_high) or DASH,
             )
-            for label, run in zip(subject.labels, subject.runs, strict=True)
+            for label, run in zip(labelled.labels, labelled.runs, strict=True)
         ),
     )
 
 
-def _ratios(subject: LabelledRuns) -> Iterator[Chart]:
-    if not subject.comparisons:
+def _ratios(labelled: LabelledRuns) -> Iterator[Chart]:
+    if not labelled.comparisons:
         return
     rows: list[Row] = [
         {
@@ -59,9 +59,9 @@ def _ratios(subject: LabelledRuns) -> Iterator[Chart]:
             "high": c.ppl_ratio_high,
             "said": f"{label}: {ratio_of(c)}",
         }
-        for label, _, c in subject.candidates
+        for label, _, c in labelled.candidates
     ]
-    asked = subject.comparisons[0].judged.margin
+    asked = labelled.comparisons[0].judged.margin
     margins = (math.exp(-asked.nats), math.exp(asked.nats)) if asked.is_asked else ()
     said = (
         f" The dotted lines are the margin of {exact_percent(asked.asked)}: an interval between "
@@ -71,43 +71,43 @@ def _ratios(subject: LabelledRuns) -> Iterator[Chart]:
     )
     yield Chart(
         "ratio",
-        f"Ratio to {subject.labels[0]}",
+        f"Ratio to {labelled.labels[0]}",
         "Paired token by token, so what makes a token hard for both drops out. "
         f"The dashed line is no difference; right of it is worse.{said}",
         charts.intervals_chart(
-            rows, subject.labels, title="perplexity ratio", mark_at=1.0, margins=margins
+            rows, labelled.labels, title="perplexity ratio", mark_at=1.0, margins=margins
         ),
         ("run", "ratio", "verdict"),
-        tuple((label, ratio_of(c), c.verdict) for label, _, c in subject.candidates),
+        tuple((label, ratio_of(c), c.verdict) for label, _, c in labelled.candidates),
     )
 
 
-def _divergences(subject: LabelledRuns) -> Iterator[Chart]:
-    rows = kl_rows(subject)
+def _divergences(labelled: LabelledRuns) -> Iterator[Chart]:
+    rows = kl_rows(labelled)
     if rows:
         yield Chart(
             "kl",
             "How far predictions moved",
             "Share of tokens whose KL divergence from the reference lies above a value. "
             "Further left and lower is closer to the reference.",
-            charts.curves_chart(rows, subject.labels, x=("kl", "KL(reference ‖ candidate), nats")),
+            charts.curves_chart(rows, labelled.labels, x=("kl", "KL(reference ‖ candidate), nats")),
             ("run", "KL above", "share of tokens"),
             _sampled(rows, ("run",), "kl"),
         )
 
 
-def _changes(subject: LabelledRuns) -> Iterator[Chart]:
-    rows = change_rows(subject)
+def _changes(labelled: LabelledRuns) -> Iterator[Chart]:
+    rows = change_rows(labelled)
     if rows:
         yield Chart(
             "change",
             "How much single tokens changed",
             f"Share of tokens whose loss rose (solid) or fell (dashed) against "
-            f"{subject.labels[0]} by more than a value. Two equal curves are noise; "
+            f"{labelled.labels[0]} by more than a value. Two equal curves are noise; "
             "a gap between them is a loss of quality.",
             charts.curves_chart(
                 rows,
-                subject.labels,
+                labelled.labels,
                 x=("change", "change of a token's loss, nats"),
                 directions=True,
             ),
@@ -116,24 +116,24 @@ def _changes(subject: LabelledRuns) -> Iterator[Chart]:
         )
 
 
-def _losses(subject: LabelledRuns) -> Iterator[Chart]:
-    if subject.comparisons:
+def _losses(labelled: LabelledRuns) -> Iterator[Chart]:
+    if labelled.comparisons:
         return
-    rows = loss_rows(subject)
+    rows = loss_rows(labelled)
     if rows:
         yield Chart(
             "loss",
             "How losses are spread",
             "Share of tokens that cost more than a value. Most of a perplexity is made by few "
             "tokens.",
-            charts.curves_chart(rows, subject.labels, x=("loss", "loss of a token, nats")),
+            charts.curves_chart(rows, labelled.labels, x=("loss", "loss of a token, nats")),
             ("run", "loss above", "share of tokens"),
             _sampled(rows, ("run",), "loss"),
         )
 
 
-def _agreement(subject: LabelledRuns) -> Iterator[Chart]:
-    rows = agreement_rows(subject)
+def _agreement(labelled: LabelledRuns) -> Iterator[Chart]:
+    rows = agreement_rows(labelled)
     if not rows:
         return
     for row in rows:
@@ -145,10 +145,10 @@ def _agreement(subject: LabelledRuns) -> Iterator[Chart]:
     order = list(dict.fromkeys(row["confidence"] for row in by_confidence))
     yield Chart(
         "agreement",
-        f"Agreement with {subject.labels[0]}, by its confidence",
+        f"Agreement with {labelled.labels[0]}, by its confidence",
         "Where the reference hesitates, a small change is enough to swap its first choice. "
         "Disagreement on the right, where it is sure, is damage.",
-        charts.agreement_chart(rows, subject.labels, [str(bucket) for bucket in order]),
+        charts.agreement_chart(rows, labelled.labels, [str(bucket) for bucket in order]),
         ("run", "confidence", "same first choice", "tokens"),
         tuple(
             (str(r["run"]), str(r["confidence"]), _percent(r["share"]), str(r["tokens"]))
@@ -157,8 +157,8 @@ def _agreement(subject: LabelledRuns) -> Iterator[Chart]:
     )
 
 
-def _positions(subject: LabelledRuns) -> Iterator[Chart]:
-    rows = position_rows(subject)
+def _positions(labelled: LabelledRuns) -> Iterator[Chart]:
+    rows = position_rows(labelled)
     if len({row["middle"] for row in rows}) < 2:
         return
     yield Chart(
@@ -166,7 +166,7 @@ def _positions(subject: LabelledRuns) -> Iterator[Chart]:
         "Loss by position in the window",
         "With more context a token is easier, so the line falls. A jump upwards is how a broken "
         "long context shows itself.",
-        charts.position_chart(rows, subject.labels),
+        charts.position_chart(rows, labelled.labels),
         ("run", "positions", "mean loss (nats)", "tokens"),
         tuple(
             (str(r["run"]), f"{r['from']}{DASH}{r['to']}", f"{r['loss']:.4f}", str(r["tokens"]))
@@ -175,9 +175,9 @@ def _positions(subject: LabelledRuns) -> Iterator[Chart]:
     )
 
 
-def _trade_off(subject: LabelledRuns) -> Iterator[Chart]:
+def _trade_off(labelled: LabelledRuns) -> Iterator[Chart]:
     rows: list[Row] = []
-    for label, run in zip(subject.labels, subject.runs, strict=True):
+    for label, run in zip(labelled.labels, labelled.runs, strict=True):
         memory = peak_bytes_of(run)[0]
         if memory is None or run.perplexity is None:
             continue
@@ -200,7 +200,7 @@ def _trade_off(subject: LabelledRuns) -> Iterator[Chart]:
         "trade-off",
         "Memory, quality and speed",
         "Lower left is better; a larger point is faster (tokens per second beside its name).",
-        charts.trade_off_chart(rows, subject.labels),
+        charts.trade_off_chart(rows, labelled.labels),
         ("run", "peak memory (MiB)", "perplexity", "tokens/s"),
         tuple(
             (

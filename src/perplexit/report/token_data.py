@@ -23,7 +23,7 @@ THOUSANDTHS = 1000.0  # entropy and log-probabilities are kept to 0.001 nats
 
 
 def token_data(
-    subject: LabelledRuns,
+    labelled: LabelledRuns,
     *,
     tokens: TokenFile | None = None,
     tokenizer: str | Path | None = None,
@@ -35,21 +35,21 @@ def token_data(
     tokens: the runs' input, which fills in what was not scored.
     Raises FingerprintMismatchError where `tokens` or `tokenizer` are others than the runs'.
     """
-    text = RunText.of(subject.reference, tokens)
+    text = RunText.of(labelled.reference, tokens)
     num_shown = min(len(text), max_tokens)
     rows_M = text.row[:num_shown]
-    max_alternatives = min(max_alternatives, _affordable(subject, num_shown))
+    max_alternatives = min(max_alternatives, _affordable(labelled, num_shown))
     scored = rows_M >= 0
-    position_M = np.where(scored, subject.reference.tokens.position[rows_M], -1)
-    comparisons = (None, *subject.comparisons)
+    position_M = np.where(scored, labelled.reference.tokens.position[rows_M], -1)
+    comparisons = (None, *labelled.comparisons)
     runs = [
         _run_columns(run, rows_M, max_alternatives)
         | {"label": label, "kl": _kl_column(comparison, rows_M)}
-        for label, run, comparison in zip(subject.labels, subject.runs, comparisons, strict=True)
+        for label, run, comparison in zip(labelled.labels, labelled.runs, comparisons, strict=True)
     ]
     used = [np.asarray(run.pop("alternatives")) for run in runs]
     vocabulary = vocabulary_of(
-        subject, np.concatenate([np.empty(0, np.int64), *used]), tokenizer=tokenizer, tokens=tokens
+        labelled, np.concatenate([np.empty(0, np.int64), *used]), tokenizer=tokenizer, tokens=tokens
     )
     pieces, kinds = _pieces(text, num_shown)
     return {
@@ -59,7 +59,7 @@ def token_data(
         "units": packed(np.array([len(p.encode("utf-16-le")) // 2 for p in pieces])),
         "kind": packed(kinds),
         "document": packed(text.document[:num_shown]),
-        "domain": _domains(subject, text, num_shown),
+        "domain": _domains(labelled, text, num_shown),
         "tokenIndex": packed(text.token_index[:num_shown]),
         "position": packed(position_M),
         "id": packed(text.token_id[:num_shown]),
@@ -68,12 +68,12 @@ def token_data(
     }
 
 
-def _affordable(subject: LabelledRuns, num_shown: int) -> int:
+def _affordable(labelled: LabelledRuns, num_shown: int) -> int:
     """How many alternatives a token fit into their share of the page: at least one."""
-    largest_id = max(int(run.model.get("vocab_size") or 0) for run in subject.runs)
+    largest_id = max(int(run.model.get("vocab_size") or 0) for run in labelled.runs)
     id_bytes = 2 if largest_id <= np.iinfo(np.uint16).max else 4
     bytes_each = (id_bytes + 2) * 4 / 3  # in base64
-    return max(1, int(ALTERNATIVES_BYTES / (bytes_each * max(num_shown, 1) * len(subject.runs))))
+    return max(1, int(ALTERNATIVES_BYTES / (bytes_each * max(num_shown, 1) * len(labelled.runs))))
 
 
 def packed(values: NDArray[Any], scale: float | None = None) -> Packed:
@@ -179,9 +179,9 @@ def _next_character(at: NDArray[np.int64], later: NDArray[np.bool_]) -> NDArray[
     return moved
 
 
-def _domains(subject: LabelledRuns, text: RunText, num_shown: int) -> Packed | None:
+def _domains(labelled: LabelledRuns, text: RunText, num_shown: int) -> Packed | None:
     """The domain's name of each document that has one."""
-    rows = subject.reference.tokens
+    rows = labelled.reference.tokens
     if not rows.domains or num_shown == 0:
         return None
     document, first = np.unique(rows.document, return_index=True)
