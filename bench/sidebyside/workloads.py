@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.inputs.encoding import EncodedBatch
+from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.protocols import resolve_protocol
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TokenFileWriter

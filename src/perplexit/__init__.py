@@ -14,7 +14,7 @@ switch_off()  # before anything below could import an engine
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "prepare": "perplexit.inputs.prepare",
+    "prepare": "perplexit.inputs.preparing",
     "ngram_overlap": "perplexit.inputs.overlap",
     "TokenFile": "perplexit.inputs.token_file",
     "load_session": "perplexit.sessions.registry",
@@ -39,7 +39,7 @@ _HOME_OF = {
     "surprisal_of_words": "perplexit.runs.words",
     "write_report": "perplexit.report",
     "export_id_lines": "perplexit.inputs.id_lines",
-    "check_id_lines_output": "perplexit.inputs.prepared_before",
+    "check_id_lines_output": "perplexit.inputs.prepare_output",
     "import_id_lines": "perplexit.inputs.id_lines",
     "compile": "perplexit.compilation.compile_model",
     "Timer": "perplexit.resources.timer",

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from perplexit.atomic_files import write_atomically
 from perplexit.errors import ModelError
-from perplexit.files import sha256_of_file, write_atomically
-from perplexit.json_reader import FileName, read_json, typed
-from perplexit.reading import Expected
+from perplexit.fingerprints import sha256_of_file
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_json import FileName, read_json, typed
 
 FORMAT_VERSION = 1
 PROGRAM_FILE = "program.json"

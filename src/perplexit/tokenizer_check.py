@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import FingerprintMismatchError, PerplexitError
+from perplexit.inputs.retokenizing import match_tokenizer
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import Tokenizer, load
-from perplexit.inputs.tokenizer_match import match_tokenizer
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from perplexit.inputs.corpus import Keys, documents
-from perplexit.inputs.prepare import prepare
+from perplexit.inputs.preparing import prepare
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.token_file import TokenFile
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from perplexit.files import is_temporary
+from perplexit.atomic_files import is_temporary
 from tests.proofs.share import SEED, times
 
 NUM_KILLS = 100

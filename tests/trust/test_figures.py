@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import perplexit as px
 from perplexit.cli.demo_runs import NOTES
 from perplexit.cli.record_tables import run_table
-from perplexit.inputs.encoding import EncodedBatch
+from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.token_file import TokenFile
 from perplexit.metrics.bounded_intervals import averaged, share_interval

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perplexit import files
-from perplexit.files import (
+from perplexit import atomic_files as files
+from perplexit.atomic_files import (
     RETIRED,
     TEMPORARY,
     TemporaryFolder,
@@ -30,8 +30,8 @@ from perplexit.runs.store import PARTS_FOLDER, RunStore
 _DIE = """
 import os, signal
 from pathlib import Path
-from perplexit.files import *
-from perplexit.files import TemporaryFolder
+from perplexit.atomic_files import *
+from perplexit.atomic_files import TemporaryFolder
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 target = Path({target!r})

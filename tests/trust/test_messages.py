@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import perplexit as px
+from perplexit.atomic_files import replaced_folder
 from perplexit.cli.output import people
 from perplexit.diagnosis.run_differences import plain
 from perplexit.errors import CompilationError, PerplexitError
-from perplexit.files import replaced_folder
 from perplexit.igf.articles import Articles
 from tests.toy_sessions import BigramSession
 

@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 import pytest
 
 from perplexit.errors import RunError
-from perplexit.json_reader import parse_json, read_json
-from perplexit.reading import Expected, check_regular, open_regular, stated
+from perplexit.untrusted_files import Expected, check_regular, open_regular, stated
+from perplexit.untrusted_json import parse_json, read_json
 
 EXPECTED = Expected("a record", RunError, "make it again")
 

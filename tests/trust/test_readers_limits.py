@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 import perplexit as px
 from perplexit.cli.app import app
 from perplexit.errors import ModelError, RunError, TokenizerError, UsageError
-from perplexit.inputs.gguf_metadata import metadata_fingerprint
+from perplexit.inputs.gguf_header import metadata_fingerprint
 from perplexit.inputs.tokenizer import load
-from perplexit.reading import Expected
 from perplexit.sessions.loss_file_formats import read_recording
-from perplexit.tensor_reader import read_parquet
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_tensors import read_parquet
 from tests.toy_sessions import BigramSession
 from tests.unit import tokenizer_zoo as zoo
 

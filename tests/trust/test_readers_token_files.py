@@ -11,7 +11,7 @@ import pytest
 
 from perplexit.errors import TokenFileError
 from perplexit.inputs.id_lines import import_id_lines
-from perplexit.inputs.prepare import prepare
+from perplexit.inputs.preparing import prepare
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.tensor_container import header_bytes, read_container
 from perplexit.inputs.token_file import TokenFile

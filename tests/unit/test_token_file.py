@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perplexit.errors import TokenFileError
-from perplexit.inputs.encoding import EncodedBatch
-from perplexit.inputs.prepare import prepare
+from perplexit.inputs.encoded_batch import EncodedBatch
+from perplexit.inputs.preparing import prepare
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TokenFileWriter
 from perplexit.inputs.tokenizer import load

@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from perplexit.errors import CorpusError, MissingPackageError, TokenizerError
 from perplexit.inputs import tokenizer_sources
-from perplexit.inputs.encoding import bytes_from_spans, word_starts
+from perplexit.inputs.encoded_batch import bytes_from_spans, word_starts
 from perplexit.inputs.tokenizer import Tokenizer, load
 from tests.unit import tokenizer_zoo as zoo
 

@@ -12,9 +12,9 @@ from perplexit.checkpoints.cache import file_digest
 from perplexit.checkpoints.identity import canonical_json
 from perplexit.checkpoints.merging import Unmerged
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError
-from perplexit.json_reader import read_json, typed
-from perplexit.reading import Expected
-from perplexit.tensor_reader import opened_tensors
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_json import read_json, typed
+from perplexit.untrusted_tensors import opened_tensors
 
 _EXPECTED = Expected("a PEFT configuration", ModelError, "save the adapter again")
 _TENSORS = Expected("an adapter's weights", ModelError, "is the copy complete?")

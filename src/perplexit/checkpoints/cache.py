@@ -4,7 +4,8 @@ import hashlib
 import time
 from pathlib import Path
 
-from perplexit.files import cache_folder, sha256_of_file, write_atomically
+from perplexit.atomic_files import cache_folder, write_atomically
+from perplexit.fingerprints import sha256_of_file
 
 __all__ = ["cache_folder", "file_digest"]
 

@@ -14,12 +14,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from perplexit.atomic_files import cache_folder, kept_folder
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.errors import MissingPackageError, ModelError, PerplexitError
-from perplexit.files import cache_folder, kept_folder
-from perplexit.inputs.gguf_metadata import check_gguf
-from perplexit.reading import Expected, open_regular
+from perplexit.inputs.gguf_header import check_gguf
+from perplexit.untrusted_files import Expected, open_regular
 
 _EXPECTED = Expected("a GGUF file", ModelError, "is the download complete?")
 _LOGGER = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ from typing import Any, TypedDict
 
 from perplexit.checkpoints.cache import file_digest
 from perplexit.errors import ModelError
-from perplexit.files import canonical_json as canonical_text
-from perplexit.json_reader import LARGEST_TABLE, FileName, read_json
-from perplexit.reading import Expected
+from perplexit.fingerprints import canonical_json as canonical_text
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_json import LARGEST_TABLE, FileName, read_json
 
 _CONFIG = Expected("JSON of a model's configuration", ModelError, "is the download complete?")
 _INDEX = Expected(

@@ -20,7 +20,7 @@ from perplexit.cli.demo_files import (
     packaged_file,
 )
 from perplexit.cli.output import in_mib, tell, with_interval
-from perplexit.outputs import Kind, OutputFile
+from perplexit.protected_outputs import Kind, OutputFile
 
 TEXT_CHARACTERS = 30_000  # of the speech's beginning: enough for an interval, minutes on two cores
 MAX_LENGTH, STRIDE = 512, 256

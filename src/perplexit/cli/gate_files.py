@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perplexit.errors import OutputError
-from perplexit.outputs import Kind, OutputFile, begins_with_mark, check_place, is_same_file
+from perplexit.protected_outputs import (
+    Kind,
+    OutputFile,
+    begins_with_mark,
+    check_place,
+    is_same_file,
+)
 
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 _MARKDOWN_SUFFIXES = ("", ".md", ".markdown")

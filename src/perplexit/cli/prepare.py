@@ -11,7 +11,7 @@ from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, t
 from perplexit.cli.progress import preparing_progress
 from perplexit.cli.record_tables import input_record, input_table
 from perplexit.errors import UsageError
-from perplexit.outputs import Kind, check_place
+from perplexit.protected_outputs import Kind, check_place
 
 EXAMPLES = examples(
     "perplexit prepare speech.txt --tokenizer smollm2/ -o speech.safetensors",

@@ -10,8 +10,8 @@ from typing import Any
 from perplexit.compilation.targets import load_builder, request_for
 from perplexit.errors import ModelError
 from perplexit.option_ranges import check_numbers
-from perplexit.outputs import Kind, OutputFolder, paths_among
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
+from perplexit.protected_outputs import Kind, OutputFolder, paths_among
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
+from perplexit.atomic_files import write_atomically
 from perplexit.checkpoints.cache import cache_folder
-from perplexit.files import write_atomically
 from perplexit.program_record import ProgramShapes
 
 _PLACE = "checkpoint"  # where a cached graph says that a weight is: its name is enough

@@ -10,8 +10,8 @@ import numpy as np
 from perplexit.diagnosis.doctor_findings import Finding, skipped
 from perplexit.diagnosis.doctor_probe import HARD_TEXT, ExaminedModel, packaged_text
 from perplexit.errors import TokenizerError
+from perplexit.inputs.retokenizing import first_difference, match_tokenizer
 from perplexit.inputs.tokenizer import Tokenizer
-from perplexit.inputs.tokenizer_match import first_difference, match_tokenizer
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import SpellsTokens, TokenizesText
 

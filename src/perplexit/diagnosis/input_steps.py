@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from perplexit.errors import PerplexitError
-from perplexit.files import canonical_json
+from perplexit.fingerprints import canonical_json
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.protocols import ResolvedProtocol
 from perplexit.inputs.token_file import TokenFile

@@ -20,7 +20,7 @@ from perplexit.igf.stored import (
 )
 from perplexit.inputs import tokenizer as tokenizers
 from perplexit.inputs.corpus import Keys, documents
-from perplexit.reading import stated
+from perplexit.untrusted_files import stated
 
 Split = Literal["train", "objective", "test"]
 KIND = "tokenised articles"

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from perplexit.atomic_files import write_atomically
 from perplexit.errors import ResumeError
-from perplexit.files import write_atomically
 from perplexit.igf.identity import differing_conditions
-from perplexit.json_reader import parse_json
-from perplexit.reading import Expected
-from perplexit.tensor_reader import opened_tensors
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_json import parse_json
+from perplexit.untrusted_tensors import opened_tensors
 
 FILE = "checkpoint.safetensors"
 _EXPECTED = Expected("a checkpoint of this model", ResumeError, "remove it, or name another folder")

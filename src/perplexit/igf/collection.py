@@ -33,9 +33,9 @@ from perplexit.igf.stored import (
     write_stored,
     write_text,
 )
-from perplexit.json_reader import read_json
-from perplexit.reading import stated
 from perplexit.runs.identity import measurement_fingerprint
+from perplexit.untrusted_files import stated
+from perplexit.untrusted_json import read_json
 
 PART_KIND = "a part of information gain pairs"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import RunError
-from perplexit.json_reader import read_json
-from perplexit.reading import Expected, stated
+from perplexit.untrusted_files import Expected, stated
+from perplexit.untrusted_json import read_json
 
 SCHEMA_VERSION = 1
 EXPERIMENT_KIND = "igf-experiment"

@@ -45,9 +45,9 @@ from perplexit.igf.selection import (
     selection_named,
 )
 from perplexit.igf.stored import CONDITIONS, write_text
-from perplexit.json_reader import read_json
-from perplexit.reading import Expected
 from perplexit.runs.identity import measurement_fingerprint
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_json import read_json
 
 _FINISHED = Expected(
     "the record of a finished fine-tuning", ResumeError, "remove it: the fine-tuning is run again"

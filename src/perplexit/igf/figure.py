@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perplexit.atomic_files import cache_folder
 from perplexit.errors import MissingPackageError
-from perplexit.files import cache_folder
 
 # Okabe and Ito's colours, told apart by people who see few colours; dashes tell the rest apart
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#999999", "#CC79A7", "#E69F00")

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from perplexit.files import canonical_json
+from perplexit.fingerprints import canonical_json
 from perplexit.runs.identity import measurement_differences, measurement_of, plain_json
 from perplexit.sessions.pytorch.module import dtype_name
 

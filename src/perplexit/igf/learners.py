@@ -29,8 +29,8 @@ from perplexit.igf.stored import (
     write_stored,
     write_text,
 )
-from perplexit.outputs import OutputFile, paths_among
-from perplexit.reading import stated
+from perplexit.protected_outputs import OutputFile, paths_among
+from perplexit.untrusted_files import stated
 
 KIND = "a secondary learner"
 _PREDICTION_ROWS = 512

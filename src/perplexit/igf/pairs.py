@@ -23,8 +23,8 @@ from perplexit.igf.stored import (
     tensor_path,
     write_stored,
 )
-from perplexit.outputs import OutputFile, paths_among
-from perplexit.reading import stated
+from perplexit.protected_outputs import OutputFile, paths_among
+from perplexit.untrusted_files import stated
 
 KIND = "information gain pairs"
 

@@ -10,7 +10,7 @@ from torch import nn
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.igf.experiment_file import EXPERIMENT_FILE
 from perplexit.igf.stored import PICKLE_SUFFIXES, json_kind, object_in
-from perplexit.outputs import Kind, OutputFile, OutputFolder, paths_among
+from perplexit.protected_outputs import Kind, OutputFile, OutputFolder, paths_among
 
 MODEL_FILE = "perplexit.json"
 _MODEL_KIND = "a fine-tuned model"

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from perplexit.atomic_files import write_atomically
 from perplexit.errors import PerplexitError, ResumeError
-from perplexit.files import write_atomically
-from perplexit.json_reader import parse_json
-from perplexit.outputs import Kind, OutputFile, header_has_mark
-from perplexit.reading import Expected
-from perplexit.tensor_reader import read_tensors
+from perplexit.protected_outputs import Kind, OutputFile, header_has_mark
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_json import parse_json
+from perplexit.untrusted_tensors import read_tensors
 
 PICKLE_SUFFIXES = (".jbl", ".joblib", ".pkl", ".pickle", ".pt", ".bin")
 _RECORD = "perplexit"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import CorpusError, UsageError
-from perplexit.inputs.compressed import COMPRESSED_SUFFIXES, is_compressed, open_bytes
-from perplexit.inputs.corpus_rows import Document, Keys, check_columns, row_document
+from perplexit.inputs.compressed_files import COMPRESSED_SUFFIXES, is_compressed, open_bytes
+from perplexit.inputs.corpus_document import Document, Keys, check_columns, row_document
 from perplexit.inputs.corpus_tables import (
     check_is_no_utf16,
     csv_documents,

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perplexit.errors import CorpusError
-from perplexit.inputs.compressed import open_bytes
-from perplexit.inputs.corpus_rows import Document, Keys, check_columns, row_document
+from perplexit.inputs.compressed_files import open_bytes
+from perplexit.inputs.corpus_document import Document, Keys, check_columns, row_document
 
 BOM = b"\xef\xbb\xbf"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from perplexit.errors import CorpusError
-from perplexit.inputs.corpus_rows import Document
-from perplexit.inputs.encoding import EncodedBatch
+from perplexit.inputs.corpus_document import Document
+from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TOKEN_FILE, TokenFileWriter
 from perplexit.inputs.tokenizer import load
 from perplexit.inputs.windows import document_windows
-from perplexit.outputs import Kind, OutputFile, paths_among
-from perplexit.reading import Expected, open_regular
+from perplexit.protected_outputs import Kind, OutputFile, paths_among
+from perplexit.untrusted_files import Expected, open_regular
 
 _EXPECTED = Expected("lines of token ids", CorpusError, "check the path")
 _LINES_PER_BATCH = 1024

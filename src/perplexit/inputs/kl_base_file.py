@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from perplexit.errors import FingerprintMismatchError, ModelError, VocabularyError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import PrefixMode
-from perplexit.reading import Expected, open_regular, stated
+from perplexit.untrusted_files import Expected, open_regular, stated
 
 MAGIC = b"_logits_"
 CLAMP = 16.0  # nats below the largest logit

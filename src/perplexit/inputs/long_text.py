@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from perplexit.errors import TokenizerError
-from perplexit.inputs.corpus_rows import Document
+from perplexit.inputs.corpus_document import Document
 from perplexit.inputs.corpus_tables import decoded
 from perplexit.inputs.text_cuts import CutRule
 

@@ -20,10 +20,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perplexit.atomic_files import new_temporary_folder
 from perplexit.errors import TokenFileError
-from perplexit.files import canonical_json, new_temporary_folder
-from perplexit.json_reader import parse_json
-from perplexit.reading import Expected, check_regular, stated
+from perplexit.fingerprints import canonical_json
+from perplexit.untrusted_files import Expected, check_regular, stated
+from perplexit.untrusted_json import parse_json
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import TokenFileError
-from perplexit.files import canonical_json
+from perplexit.fingerprints import canonical_json
 from perplexit.inputs.document_sources import (
     KEPT_LAYOUT,
     SOURCE_KEYS,
@@ -31,7 +31,7 @@ from perplexit.inputs.tensor_container import (
 )
 from perplexit.inputs.token_file_checks import EXPECTED, SenseChecks
 from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowIds, WindowTable
-from perplexit.json_reader import parse_json
+from perplexit.untrusted_json import parse_json
 
 FORMAT = "perplexit-token-file"
 FORMAT_VERSION = "1"

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, EmptyScoreError, TokenFileError
-from perplexit.files import canonical_json
-from perplexit.inputs.corpus_rows import Document
+from perplexit.fingerprints import canonical_json
+from perplexit.inputs.corpus_document import Document
 from perplexit.inputs.document_sources import SourceRows
-from perplexit.inputs.encoding import EncodedBatch
+from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.tensor_container import TensorSpool
 from perplexit.inputs.token_file import (
     FORMAT,
@@ -29,7 +29,7 @@ from perplexit.inputs.token_file import (
 )
 from perplexit.inputs.token_file_checks import impossible_windows
 from perplexit.inputs.windows import WindowArray
-from perplexit.outputs import Kind, OutputFile, header_has_mark
+from perplexit.protected_outputs import Kind, OutputFile, header_has_mark
 
 _MARK = f'"format":"{FORMAT}"'.encode()
 TOKEN_FILE = Kind("a token file", lambda path: header_has_mark(path, _MARK))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, TokenizerError
-from perplexit.inputs.encoding import EncodedBatch, bytes_from_spans
+from perplexit.inputs.encoded_batch import EncodedBatch, bytes_from_spans
 from perplexit.inputs.long_text import parts_of
 from perplexit.inputs.tokenizer_backends import LoadedTokenizer, Spans
 from perplexit.inputs.tokenizer_sources import load_tokenizer

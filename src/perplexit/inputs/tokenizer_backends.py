@@ -15,9 +15,9 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from perplexit.files import canonical_json
-from perplexit.inputs.spelling import spell_piece, spell_vocabulary
+from perplexit.fingerprints import canonical_json
 from perplexit.inputs.text_cuts import CutRule, rule_of_sentencepiece, rule_of_tokenizers
+from perplexit.inputs.token_spelling import spell_piece, spell_vocabulary
 
 _SET_TYPES = {str, int, float}  # of which no value is null or false; bool is another type
 

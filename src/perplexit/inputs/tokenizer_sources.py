@@ -12,16 +12,16 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import msgspec
 import tokenizers
 
+from perplexit.atomic_files import cache_folder, kept_folder
 from perplexit.errors import MissingPackageError, TokenizerError
-from perplexit.files import cache_folder, kept_folder
-from perplexit.inputs.gguf_metadata import metadata_fingerprint
+from perplexit.inputs.gguf_header import metadata_fingerprint
 from perplexit.inputs.tokenizer_backends import (
     HuggingFaceBackend,
     LoadedTokenizer,
     SentencePieceBackend,
 )
-from perplexit.json_reader import LARGEST_TABLE, read_json, typed
-from perplexit.reading import Expected, open_regular, read_bytes, stated
+from perplexit.untrusted_files import Expected, open_regular, read_bytes, stated
+from perplexit.untrusted_json import LARGEST_TABLE, read_json, typed
 
 _EXPECTED = Expected(
     "a tokenizer that `tokenizers` or SentencePiece can read",

@@ -7,8 +7,8 @@ from pathlib import Path
 from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
 from perplexit.errors import ModelError
-from perplexit.inputs.gguf_metadata import check_gguf
-from perplexit.reading import Expected, stated
+from perplexit.inputs.gguf_header import check_gguf
+from perplexit.untrusted_files import Expected, stated
 
 _EXPECTED = Expected("a GGUF file", ModelError, "download or compile it again")
 _FLOATS = ("F32", "F16", "BF16", "F64")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import llama_cpp
 
+from perplexit.atomic_files import cache_folder
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import QuantizationError
-from perplexit.files import cache_folder
 from perplexit.quantization.gguf_header import read_gguf_header
 from perplexit.quantization.llamacpp_library import last_words, library_log
 from perplexit.quantization.precisions import canonical_precision

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from perplexit.atomic_files import TemporaryFolder
 from perplexit.errors import CapabilityError, RunError, UsageError
-from perplexit.files import TemporaryFolder
 from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.token_file import TokenFile
 from perplexit.reference.heads import proven_head

@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from safetensors.torch import save_file
 
+from perplexit.atomic_files import write_atomically
 from perplexit.errors import RunError
-from perplexit.files import canonical_json, sha256_of_file, write_atomically
+from perplexit.fingerprints import canonical_json, sha256_of_file
 from perplexit.functional.output_head import OutputHead
-from perplexit.json_reader import read_json
-from perplexit.reading import Expected, check_regular, open_regular, stated
-from perplexit.tensor_reader import opened_tensors
+from perplexit.untrusted_files import Expected, check_regular, open_regular, stated
+from perplexit.untrusted_json import read_json
+from perplexit.untrusted_tensors import opened_tensors
 
 FOLDER = "reference"
 RECORD = "reference.json"

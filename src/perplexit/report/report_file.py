@@ -8,7 +8,7 @@ from typing import Any
 from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, holds_experiment
 from perplexit.inputs.token_file import TokenFile
-from perplexit.outputs import Kind, OutputFile, begins_with_mark, paths_among
+from perplexit.protected_outputs import Kind, OutputFile, begins_with_mark, paths_among
 from perplexit.report.experiment_section import ExperimentSection, experiment_sections
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.html_page import page_of

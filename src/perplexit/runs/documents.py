@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from perplexit.errors import RunError
 from perplexit.metrics.likelihood import exp_or_inf
-from perplexit.reading import Expected, stated
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.tables import export_file, write_table
-from perplexit.tensor_reader import read_parquet
+from perplexit.untrusted_files import Expected, stated
+from perplexit.untrusted_tensors import read_parquet
 
 DOCUMENTS_FILE = "documents.parquet"
 _EXPECTED = Expected("the documents of a run", RunError, "evaluate again")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from perplexit.files import canonical_json
+from perplexit.fingerprints import canonical_json
 
 MOST_NAMED = 6  # differences in one message
 _SHA256 = re.compile("[0-9a-f]{64}")

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, get_type_hints
 
 from perplexit.errors import RunError
-from perplexit.files import sha256_of_file
-from perplexit.json_reader import read_json, typed
-from perplexit.reading import Expected, stated
+from perplexit.fingerprints import sha256_of_file
 from perplexit.runs.identity import (
     measurement_fingerprint,
     measurement_of,
@@ -17,6 +15,8 @@ from perplexit.runs.identity import (
 )
 from perplexit.runs.record_types import NESTED, CompleteRun
 from perplexit.runs.run_tokens import RunTokens
+from perplexit.untrusted_files import Expected, stated
+from perplexit.untrusted_json import read_json, typed
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, SCHEMA_VERSION)

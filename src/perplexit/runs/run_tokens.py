@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from perplexit.errors import RunError
-from perplexit.reading import Expected, stated
-from perplexit.tensor_reader import read_parquet
+from perplexit.untrusted_files import Expected, stated
+from perplexit.untrusted_tensors import read_parquet
 
 ROWS_PER_GROUP = 1 << 18
 DIVERGENCES = (

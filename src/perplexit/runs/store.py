@@ -24,13 +24,14 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from perplexit.atomic_files import is_temporary, remove_leftovers, write_atomically
 from perplexit.errors import RunError
-from perplexit.files import is_temporary, remove_leftovers, sha256_of_file, write_atomically
-from perplexit.json_reader import parse_json
-from perplexit.reading import Expected, read_bytes, stated
+from perplexit.fingerprints import sha256_of_file
 from perplexit.runs.documents import DOCUMENTS_FILE
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.run_tokens import RunTokens
+from perplexit.untrusted_files import Expected, read_bytes, stated
+from perplexit.untrusted_json import parse_json
 
 PARTS_FOLDER = "parts"
 LOCK_FILE = ".lock"

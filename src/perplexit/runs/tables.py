@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from perplexit.errors import UsageError
-from perplexit.outputs import Kind, OutputFile, paths_among
+from perplexit.protected_outputs import Kind, OutputFile, paths_among
 
 EXPORT_SUFFIXES = (".csv", ".parquet", ".jsonl")
 _LONGEST_ROW = 1 << 20  # bytes of a first row

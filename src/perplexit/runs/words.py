@@ -28,7 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from perplexit.errors import RunError, TokenFileError, UsageError
-from perplexit.inputs.encoding import white_space, word_starts
+from perplexit.inputs.encoded_batch import white_space, word_starts
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.documents import with_sources
 from perplexit.runs.run import Run

@@ -13,7 +13,7 @@ from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import clusters_for, mean_interval
 from perplexit.metrics.likelihood import exp_or_inf, mean_nll, perplexity
 from perplexit.metrics.totals import NllTotals
-from perplexit.outputs import Kind, OutputFile, begins_with_mark
+from perplexit.protected_outputs import Kind, OutputFile, begins_with_mark
 from perplexit.resources.timer import Timer
 from perplexit.seed_api.batches import window_batches
 from perplexit.seed_api.row_scoring import regrouped, row_losses, session_of

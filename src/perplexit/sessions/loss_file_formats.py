@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from perplexit.errors import ModelError
 from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
-from perplexit.json_reader import parse_json, read_json, typed
-from perplexit.reading import Expected, check_regular, open_regular, stated
-from perplexit.tensor_reader import read_parquet
+from perplexit.untrusted_files import Expected, check_regular, open_regular, stated
+from perplexit.untrusted_json import parse_json, read_json, typed
+from perplexit.untrusted_tensors import read_parquet
 
 NO_ID = -1  # pads the alternatives of a position that lists fewer than another
 _COLUMNS = ("window", "position", "token_id", "logprob")

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
-from perplexit.json_reader import LARGEST_TABLE
-from perplexit.reading import Expected, check_regular, read_bytes, stated
 from perplexit.sessions.base import ModelDescription, SessionDescription
+from perplexit.untrusted_files import Expected, check_regular, read_bytes, stated
+from perplexit.untrusted_json import LARGEST_TABLE
 
 _EXPECTED = Expected("an ARPA or KenLM binary model", ModelError, "write it again")
 _VOCABULARY = Expected("one word on each line", ModelError, "write the vocabulary again")

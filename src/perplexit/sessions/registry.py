@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
-from perplexit.json_reader import read_json
 from perplexit.option_ranges import check_numbers
 from perplexit.program_record import PROGRAM_FILE
 from perplexit.quantization.precisions import canonical_dtype, require_known_precision
-from perplexit.reading import Expected
 from perplexit.sessions.base import InferenceSession
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_json import read_json
 
 _PROGRAM = Expected("a compiled program's record", ModelError, "compile the checkpoint again")
 

@@ -13,8 +13,7 @@ import onnxruntime
 from google.protobuf.message import DecodeError
 
 from perplexit.errors import CapabilityError, ModelError
-from perplexit.files import sha256_of_file
-from perplexit.json_reader import read_json
+from perplexit.fingerprints import sha256_of_file
 from perplexit.program_record import (
     PROGRAM_FILE,
     ProgramFile,
@@ -25,10 +24,11 @@ from perplexit.program_record import (
     ProgramVerification,
 )
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
-from perplexit.reading import Expected
 from perplexit.sessions.base import QuantizationDescription, SessionDescription
 from perplexit.sessions.onnx.engine import has_shared_arena
 from perplexit.sessions.onnx.ports import takes_cache
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_json import read_json
 
 OUR_FILE = "model.onnx"
 # Where exporters put the graph, best first: one file for prefill and decode before one for either.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
-from perplexit.json_reader import read_json
-from perplexit.reading import Expected
 from perplexit.sessions.pytorch.call import CachePlace
 from perplexit.sessions.pytorch.device import chosen_device
 from perplexit.sessions.pytorch.forward import ForwardPass
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_json import read_json
 
 _MAP = Expected(
     "module names and devices in JSON",

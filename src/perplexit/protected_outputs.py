@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from perplexit.atomic_files import replaced_folder, write_atomically
 from perplexit.errors import OutputError
-from perplexit.files import replaced_folder, write_atomically
 
 _MARK_BYTES = 1 << 16  # how far into a file its mark is looked for
 _LARGEST_HEADER = 100_000_000  # of a safetensors file, in bytes

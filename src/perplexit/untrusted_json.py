@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
-from perplexit.reading import Expected, read_bytes, stated
+from perplexit.untrusted_files import Expected, read_bytes, stated
 
 T = TypeVar("T")
 # The name of a file that lies beside the record: no path leads out of the folder.

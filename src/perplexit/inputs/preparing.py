@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perplexit.atomic_files import scratch_folder
 from perplexit.errors import CorpusError, TokenizerError, UsageError
-from perplexit.files import scratch_folder
 from perplexit.inputs.corpus import Document, Keys, documents, files_of, is_table, paths_of
-from perplexit.inputs.encoding import EncodedBatch
+from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.long_text import in_memory_or_long
-from perplexit.inputs.prepared_before import check_same_input, output_file
+from perplexit.inputs.prepare_output import check_same_input, output_file
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.protocols import ResolvedProtocol, resolve_protocol
 from perplexit.inputs.token_file import TokenFile

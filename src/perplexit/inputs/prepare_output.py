@@ -12,7 +12,7 @@ from perplexit.inputs.protocols import ResolvedProtocol
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TOKEN_FILE, frame
 from perplexit.inputs.tokenizer import Tokenizer
-from perplexit.outputs import OutputFile, is_within, paths_among
+from perplexit.protected_outputs import OutputFile, is_within, paths_among
 
 
 def output_file(

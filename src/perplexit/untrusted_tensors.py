@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from perplexit.reading import Expected, check_regular, open_regular, stated
+from perplexit.untrusted_files import Expected, check_regular, open_regular, stated
 
 # What a Parquet file may become in memory: this much whatever its size, and beyond that so many
 # times its size. Columns of one value compress a thousandfold, losses and ids hardly at all.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perplexit.errors import TokenizerError
-from perplexit.reading import Expected, open_regular, stated
+from perplexit.untrusted_files import Expected, open_regular, stated
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent after a crash, their hashes, and the cache.
+"""Files and folders that are whole or absent after a crash, and the cache folder.
 
 Whatever is being written lies under a hidden name that says which process owns it:
 `.NAME.HOST-PID-STARTED.RANDOM.perplexit-tmp`. A process that is killed cannot remove its own; the
@@ -8,7 +8,6 @@ next one that writes to the same folder does (`remove_leftovers`).
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import platform
 import re
@@ -175,12 +174,6 @@ def is_temporary(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
-def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @functools.cache
 def _owner(pid: int) -> str:
     return f"{_host()}-{pid}-{int(psutil.Process(pid).create_time())}"
@@ -209,13 +202,3 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-def canonical_json(value: object, *, allow_nan: bool = False) -> str:
-    """The one spelling of a JSON value: sorted keys, no blanks, no NaN unless allowed.
-
-    Every fingerprint of a record is the SHA-256 of this text in UTF-8.
-    """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=allow_nan
-    )

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from perplexit.errors import CorpusError
-from perplexit.reading import Expected, open_regular
+from perplexit.untrusted_files import Expected, open_regular
 
 COMPRESSED_SUFFIXES = frozenset({".gz", ".zst", ".bz2", ".xz"})
 _CHUNK_BYTES = 1 << 18
