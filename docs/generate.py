@@ -2,6 +2,7 @@
 
     docs/cli.md     every command with its arguments, options and examples, from the Typer app
     docs/traps.md   the last column: the tests that bear each trap's marker
+    docs/file-formats.md   the table of the columns of `tokens.parquet`
 
 `--check` also follows every relative link, and looks up the command beside every measured figure.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import typer
 
 from perplexit.cli.app import app
+from perplexit.token_columns import TOKEN_COLUMNS, Needs
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md")
@@ -82,6 +84,19 @@ def trap_page(page: str) -> str:
         named = ", ".join(f"`{name}`" for name in tests.get(int(match[1]), [])) or "not yet"
         lines.append(" | ".join([*line.split(" | ")[:2], f"{named} |"]))
     return "\n".join(lines) + "\n"
+
+
+def format_page(page: str) -> str:
+    """docs/file-formats.md with the table of per-token columns filled in from their schema."""
+    lines = ["| column | type | unit | needs | meaning | not known |", "|---|---|---|---|---|---|"]
+    for column in TOKEN_COLUMNS.values():
+        kind = f"list of {column.dtype}" if column.is_list else column.dtype
+        cells = [f"`{column.name}`", kind, column.unit, column.needs, column.meaning]
+        absent = "null" if column.needs not in (Needs.INPUT, Needs.LOSS) else column.unknown
+        lines.append(f"| {' | '.join([*cells, absent])} |")
+    begin, end = "<!-- columns -->", "<!-- end of columns -->"
+    before, _, rest = page.partition(begin)
+    return "\n".join([before + begin, *lines, end + rest.partition(end)[2]])
 
 
 def trap_tests() -> dict[int, list[str]]:
@@ -162,8 +177,9 @@ def _pages() -> list[Path]:
 
 
 def _generated() -> dict[Path, str]:
-    traps = ROOT / "docs" / "traps.md"
+    traps, formats = ROOT / "docs" / "traps.md", ROOT / "docs" / "file-formats.md"
     return {
+        formats: format_page(formats.read_text(encoding="utf-8")),
         ROOT / "docs" / "cli.md": command_page(),
         traps: trap_page(traps.read_text(encoding="utf-8")),
     }

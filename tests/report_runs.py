@@ -59,7 +59,7 @@ def shifted(run: Run, shift: float, spread: float = 0.0, seed: int = 0) -> Run:
     own_D = random.normal(0, 1, int(run.tokens.document.max()) + 1)
     own_D = (own_D - np.average(own_D[run.tokens.document])) * spread
     nll = (run.tokens.nll + shift + own_D[run.tokens.document]).astype(np.float32)
-    return replace(run, loaded_tokens=replace(run.tokens, nll=nll))
+    return replace(run, loaded_tokens=run.tokens.with_columns(nll=nll))
 
 
 def with_kl(candidate: Run, reference: Run, *, scale: float = 0.01, seed: int = 0) -> Run:
@@ -73,7 +73,7 @@ def with_kl(candidate: Run, reference: Run, *, scale: float = 0.01, seed: int = 
     }
     return replace(
         candidate,
-        loaded_tokens=replace(candidate.tokens, **columns),
+        loaded_tokens=candidate.tokens.with_columns(**columns),
         reference=reference_record(reference),
     )
 

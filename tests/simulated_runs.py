@@ -42,18 +42,22 @@ def run_tokens(
     domain_D = np.arange(num_documents) % num_domains if num_domains else None
     nothing = np.zeros(num_rows, dtype=np.int32)
     return RunTokens(
-        document=document_R.astype(np.int32),
-        window=window_R.astype(np.int32),
-        position=nothing,
-        token_index=np.arange(num_rows),
-        byte_start=np.zeros(num_rows, dtype=np.int64),
-        num_bytes=(whole_R + (random.random(num_rows) < bytes_R - whole_R)).astype(np.int32),
-        num_words=(random.random(num_rows) < words_R).astype(np.int32),
-        domain=nothing - 1 if domain_D is None else domain_D[document_R].astype(np.int32),
+        {
+            "document": document_R.astype(np.int32),
+            "window": window_R.astype(np.int32),
+            "position": nothing,
+            "token_index": np.arange(num_rows),
+            "byte_start": np.zeros(num_rows, dtype=np.int64),
+            "num_bytes": (whole_R + (random.random(num_rows) < bytes_R - whole_R)).astype(np.int32),
+            "num_words": (random.random(num_rows) < words_R).astype(np.int32),
+            "domain": nothing - 1 if domain_D is None else domain_D[document_R].astype(np.int32),
+            "token_id": nothing,
+            "nll": nll_R.astype(np.float32),
+            "token_bytes": pa.nulls(
+                num_rows, pa.large_binary()
+            ),  # there is text; no figure reads it
+        },
         domains=tuple(f"domain {index}" for index in range(num_domains)),
-        token_id=nothing,
-        nll=nll_R.astype(np.float32),
-        token_bytes=pa.nulls(num_rows, pa.large_binary()),  # there is text; no figure reads it
     )
 
 

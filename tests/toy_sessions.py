@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from perplexit.errors import EngineOutOfMemoryError
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
+from perplexit.sessions.base import ModelDescription, SessionDescription
+from perplexit.token_columns import TokenDetails
 
 
 class BigramSession:
@@ -67,15 +68,17 @@ class BigramSession:
             order_NK = np.argsort(-rows_NV, axis=1)[:, :top_k]
             details.append(
                 TokenDetails(
-                    nll_N,
-                    entropy_N=-(np.exp(rows_NV) * rows_NV).sum(axis=1).astype(np.float32),
-                    rank_N=((rows_NV > target_N1).sum(axis=1) + 1).astype(np.int32),
-                    top_ids_NK=order_NK.astype(np.int32) if top_k else None,
-                    top_logprobs_NK=(
-                        np.take_along_axis(rows_NV, order_NK, axis=1).astype(np.float32)
-                        if top_k
-                        else None
-                    ),
+                    {
+                        "nll": nll_N,
+                        "entropy": -(np.exp(rows_NV) * rows_NV).sum(axis=1).astype(np.float32),
+                        "rank": ((rows_NV > target_N1).sum(axis=1) + 1).astype(np.int32),
+                        "top_ids": order_NK.astype(np.int32) if top_k else None,
+                        "top_logprobs": (
+                            np.take_along_axis(rows_NV, order_NK, axis=1).astype(np.float32)
+                            if top_k
+                            else None
+                        ),
+                    }
                 )
             )
         return details

@@ -15,7 +15,7 @@ from typing import Any
 import perplexit as px
 from perplexit.inputs.windows import WindowIds
 from perplexit.scoring import ProgressUpdate
-from perplexit.sessions.base import TokenDetails
+from perplexit.token_columns import TokenDetails
 from sidebyside.scripts import Job, printed
 from sidebyside.workloads import Workload, token_file_of
 

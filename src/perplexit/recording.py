@@ -14,11 +14,12 @@ from perplexit.errors import NonFiniteError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.noise_floor import noise_floor_of
 from perplexit.resources.host import HostMemory
-from perplexit.results import WindowResults, columns_of
+from perplexit.results import WindowResults
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import SCHEMA_VERSION, Run
-from perplexit.runs.store import Part, RunStore
-from perplexit.scoring import BatchPlan, ProgressUpdate, ScoredBatch, Scorer, plan_batches
+from perplexit.runs.scored_batch import ScoredBatch
+from perplexit.runs.store import RunStore
+from perplexit.scoring import BatchPlan, ProgressUpdate, Scorer, plan_batches
 from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory
 from perplexit.sessions.on_device import MeasuresWorkingMemory
 
@@ -101,9 +102,7 @@ class Recording:
         results = WindowResults(self.tokens)
         if self.store is not None:
             for part in self.store.parts():
-                results.fill(part.window, part.num_targets, part.columns)
-                results.seconds += sum(part.seconds.values())
-                results.decode_seconds += part.seconds["decode"]
+                results.add(part)
             self.store.write_record(run)
         resumed = _Resumed(results.num_windows_scored, results.num_tokens_done, results.seconds)
         try:
@@ -196,20 +195,21 @@ class Recording:
 
     def _check_finite(self, batch: ScoredBatch) -> None:
         """Raise NonFiniteError that names the batch's first bad token."""
-        for row, details in zip(batch.windows.tolist(), batch.details, strict=True):
-            bad = np.flatnonzero(~np.isfinite(details.nll_N))
-            if len(bad):
-                window = self.tokens.windows[row]
-                ids = self.tokens.window_ids(row)
-                position = int(ids.targets_N[bad[0]])
-                raise NonFiniteError(
-                    f"expected a finite loss for every token, got {float(details.nll_N[bad[0]])} "
-                    f"in window {row} at position {position} (token id "
-                    f"{int(ids.ids_T[position])}, document {window.document}); what was scored "
-                    f"before is kept. {_wider(self.session.description.dtype)}or leave such tokens "
-                    "out and count them with --on-non-finite count (on_non_finite='count' in "
-                    "Python)"
-                )
+        bad = np.flatnonzero(~np.isfinite(batch.details.nll_N))
+        if len(bad):
+            stops_W = np.cumsum(batch.num_targets_W)
+            place = int(np.searchsorted(stops_W, bad[0], side="right"))
+            row = int(batch.window_W[place])
+            ids = self.tokens.window_ids(row)
+            target = int(bad[0] - (stops_W[place] - batch.num_targets_W[place]))
+            position = int(ids.targets_N[target])
+            raise NonFiniteError(
+                f"expected a finite loss for every token, got {float(batch.details.nll_N[bad[0]])} "
+                f"in window {row} at position {position} (token id {int(ids.ids_T[position])}, "
+                f"document {self.tokens.windows[row].document}); what was scored before is kept. "
+                f"{_wider(self.session.description.dtype)}or leave such tokens out and count them "
+                "with --on-non-finite count (on_non_finite='count' in Python)"
+            )
 
 
 def _wider(dtype: str) -> str:
@@ -247,24 +247,9 @@ class _PendingPart:
 
     def commit(self) -> None:
         if self._store is not None and self._batches:
-            self._store.add_part(_part_of(self._batches))
+            self._store.add_part(ScoredBatch.joined(self._batches))
         self._batches = []
         self._last_commit = time.perf_counter()
-
-
-def _part_of(batches: list[ScoredBatch]) -> Part:
-    details = [d for batch in batches for d in batch.details]
-    return Part(
-        start=batches[0].start,
-        stop=batches[-1].stop,
-        window=np.concatenate([batch.windows for batch in batches]),
-        num_targets=np.array([len(d.nll_N) for d in details], dtype=np.int64),
-        columns=columns_of(details),
-        seconds={
-            "prefill": sum(batch.seconds - batch.decode_seconds for batch in batches),
-            "decode": sum(batch.decode_seconds for batch in batches),
-        },
-    )
 
 
 def _progress_of(results: WindowResults, tokens: TokenFile, resumed: _Resumed) -> ProgressUpdate:

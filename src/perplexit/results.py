@@ -3,7 +3,6 @@
 Shape suffix: R = rows, a scored token each, in window order.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,52 +11,9 @@ from numpy.typing import NDArray
 
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import PrefixMode
-from perplexit.runs.run_tokens import DIVERGENCES, PartialColumn, RunTokens
-from perplexit.scoring import ScoredBatch
-from perplexit.sessions.base import TokenDetails
-
-_COLUMN_OF_DETAIL = {
-    "nll": "nll_N",
-    "entropy": "entropy_N",
-    "rank": "rank_N",
-    "top_ids": "top_ids_NK",
-    "top_logprobs": "top_logprobs_NK",
-}
-
-
-_KNOWN = "known."  # before a column's name: which rows of it are known, where not all are
-
-
-def columns_of(details: Sequence[TokenDetails]) -> dict[str, NDArray[Any]]:
-    """The results of several windows as columns, window after window.
-
-    What a session gave for some of the windows only has a column `known.NAME` of flags beside it.
-    """
-    columns: dict[str, NDArray[Any]] = {}
-    details = [d for d in details if len(d.nll_N)] or details[:1]
-    for name, attribute in _COLUMN_OF_DETAIL.items():
-        columns |= _column(name, details, [getattr(d, attribute) for d in details])
-    for name in dict.fromkeys(name for d in details for name in d.divergences or ()):
-        columns |= _column(name, details, [(d.divergences or {}).get(name) for d in details])
-    return columns
-
-
-def _column(
-    name: str, details: Sequence[TokenDetails], arrays: Sequence[NDArray[Any] | None]
-) -> dict[str, NDArray[Any]]:
-    first = next((array for array in arrays if array is not None), None)
-    if first is None:
-        return {}
-    dtype = np.dtype(np.float32) if name in DIVERGENCES and first.dtype != np.bool_ else first.dtype
-    parts = [
-        np.zeros((len(d.nll_N), *first.shape[1:]), dtype) if array is None else array.astype(dtype)
-        for d, array in zip(details, arrays, strict=True)
-    ]
-    column = {name: np.concatenate(parts)}
-    if any(array is None for array in arrays):
-        known = [np.full(len(p), a is not None) for p, a in zip(parts, arrays, strict=True)]
-        column[_KNOWN + name] = np.concatenate(known)
-    return column
+from perplexit.runs.run_tokens import PartialColumn, RunTokens
+from perplexit.runs.scored_batch import ScoredBatch
+from perplexit.token_columns import TokenDetails
 
 
 class WindowResults:
@@ -72,8 +28,7 @@ class WindowResults:
         self._tokens = tokens
         self._counts = tokens.target_counts()
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])
-        self._columns: dict[str, NDArray[Any]] = {}
-        self._known: dict[str, NDArray[np.bool_]] = {}
+        self._details = TokenDetails({}, {})
         self.done = self._counts == 0  # a window without targets needs no forward pass
         self.seconds = self.decode_seconds = 0.0
         self.nll_sum = 0.0
@@ -81,40 +36,23 @@ class WindowResults:
 
     @property
     def num_windows_scored(self) -> int:
-        """Windows with at least one target that are done."""
+        """Return how many windows with at least one target are done."""
         return int(np.count_nonzero(self.done & (self._counts > 0)))
 
     def add(self, batch: ScoredBatch) -> None:
-        """Fill in one scored batch."""
-        counts = np.array([len(d.nll_N) for d in batch.details], dtype=np.int64)
-        self.fill(batch.windows, counts, columns_of(batch.details))
-        self.seconds += batch.seconds
-        self.decode_seconds += batch.decode_seconds
-
-    def fill(
-        self,
-        windows: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        columns: dict[str, NDArray[Any]],
-    ) -> None:
-        """Fill in the results of `windows`, which lie one after another in `columns`."""
+        """Fill in the results of one batch."""
+        windows, counts = batch.window_W, batch.num_targets_W
         if not np.array_equal(counts, self._counts[windows]):
             raise ValueError("a session or a part gave another number of results than of targets")
         rows = _ranges(self._starts[windows], counts)
-        for name, values in columns.items():
-            if name.startswith(_KNOWN):
-                continue
-            if name not in self._columns:
-                shape = (int(self._starts[-1]), *values.shape[1:])
-                self._columns[name] = np.zeros(shape, dtype=values.dtype)
-                self._known[name] = np.zeros(shape[0], dtype=np.bool_)
-            self._columns[name][rows] = values
-            self._known[name][rows] = columns.get(_KNOWN + name, np.bool_(True))
+        self._details.put(rows, batch.details, num_targets=int(self._starts[-1]))
         new = windows[~self.done[windows]]
         self.num_tokens_done += int(self._counts[new].sum())
-        finite = np.isfinite(columns["nll"])
-        self.nll_sum += float(columns["nll"].sum(dtype=np.float64, where=finite))
+        nll_N = batch.details.nll_N
+        self.nll_sum += float(nll_N.sum(dtype=np.float64, where=np.isfinite(nll_N)))
         self.done[windows] = True
+        self.seconds += batch.seconds
+        self.decode_seconds += batch.decode_seconds
 
     def run_tokens(self) -> RunTokens:
         """Everything as the rows of a run. Raises ValueError where a window is not done."""
@@ -130,23 +68,24 @@ class WindowResults:
         position_R = token_index_R - np.repeat(table.start - inserted, counts)
         domain_R = np.full(len(flat_R), -1, dtype=np.int32)
         if tokens.domains:
-            domain_R = tokens.document_domains[document_R]
-        return RunTokens(
-            document=document_R.astype(np.int32),
-            window=np.repeat(np.arange(len(counts)), counts).astype(np.int32),
-            position=position_R.astype(np.int32),
-            token_index=token_index_R.astype(np.int64),
-            domain=domain_R.astype(np.int32),
-            domains=tuple(tokens.domains),
-            token_id=np.asarray(tokens.token_ids[flat_R], dtype=np.int32),
+            domain_R = np.asarray(tokens.document_domains)[document_R]
+        columns = {
+            "document": document_R,
+            "window": np.repeat(np.arange(len(counts)), counts),
+            "position": position_R,
+            "token_index": token_index_R,
+            "domain": domain_R,
+            "token_id": np.asarray(tokens.token_ids[flat_R]),
             **_text_columns(tokens, flat_R, document_R),
-            **{name: x for name, x in self._columns.items() if self._known[name].all()},
-            partial={
-                name: PartialColumn(x, self._known[name])
-                for name, x in self._columns.items()
-                if not self._known[name].all()
-            },
-        )
+        }
+        partial = {}
+        for name, values in self._details.columns.items():
+            known_R = self._details.known[name]
+            if known_R.all():
+                columns[name] = values
+            else:
+                partial[name] = PartialColumn(values, known_R)
+        return RunTokens(columns, domains=tuple(tokens.domains), partial=partial)
 
 
 def _targets_of_all(tokens: TokenFile) -> NDArray[np.int64]:

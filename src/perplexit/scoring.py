@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
+from perplexit.runs.scored_batch import ScoredBatch
 from perplexit.sessions.base import (
     AlternativesSession,
     DetailedSession,
     InferenceSession,
     TimesPhases,
-    TokenDetails,
 )
 from perplexit.sessions.on_device import QueueingSession
+from perplexit.token_columns import TokenDetails
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +91,6 @@ def plan_batches(
 def longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows of the window table, longest window first, ties in table order."""
     return np.argsort(-lengths, kind="stable")
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredBatch:
-    """One batch's results: `details[i]` belongs to row `windows[i]` of the window table.
-
-    seconds: in the session; decode_seconds: of these, what was not prefill.
-    """
-
-    start: int
-    stop: int
-    windows: NDArray[np.int64]
-    details: list[TokenDetails]
-    seconds: float
-    decode_seconds: float = 0.0
 
 
 class ScoreWindows(Protocol):
@@ -233,7 +219,7 @@ class Scorer:
         if isinstance(self.session, TimesPhases):
             measured = self.session.take_seconds()
             seconds, decode_seconds = measured.prefill + measured.decode, measured.decode
-        return ScoredBatch(start, stop, rows, details, seconds, decode_seconds)
+        return ScoredBatch.of(range(start, stop), rows, details, seconds, decode_seconds)
 
     def _halve(self, start: int, stop: int, error: EngineOutOfMemoryError) -> None:
         if stop - start == 1:
@@ -260,7 +246,8 @@ class _Queued:
         """The batch; it counts no second in which the one before, done at `last`, was running."""
         details = self.wait()
         seconds = time.perf_counter() - max(self.began, last)
-        return ScoredBatch(self.start, self.stop, self.windows, details, seconds)
+        places = range(self.start, self.stop)
+        return ScoredBatch.of(places, self.windows, details, seconds)
 
 
 def details_of(
@@ -271,4 +258,4 @@ def details_of(
         return session.token_details(windows, top_k=top_k)
     if top_k and isinstance(session, AlternativesSession):
         return session.token_alternatives(windows, top_k=top_k)
-    return [TokenDetails(nll) for nll in session.token_nll(windows)]
+    return [TokenDetails({"nll": nll_N}) for nll_N in session.token_nll(windows)]

@@ -9,7 +9,6 @@ Shape suffixes: D = documents, M = tokens.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from perplexit.metrics.intervals import (
     paired_interval,
     ratio_interval,
 )
-from perplexit.runs.figures import figures_of, rows_of
+from perplexit.runs.figures import figures_of
 from perplexit.runs.run_tokens import RunTokens
 from tests.proofs.share import WHOLE, times
 from tests.simulated_losses import MEAN, losses
@@ -149,8 +148,8 @@ def protocol_figures(repetitions: int, num_documents: int) -> Trials:
 
 def long_windows(tokens: RunTokens) -> RunTokens:
     long_D = np.bincount(tokens.document) >= 20
-    kept = rows_of(tokens, long_D[tokens.document])
-    return replace(kept, nll=np.minimum(kept.nll, 6.0))
+    kept = tokens.take(long_D[tokens.document])
+    return kept.with_columns(nll=np.minimum(kept.nll, 6.0))
 
 
 def window_means(runs: Iterator[RunTokens]) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from perplexit.metrics.bounded_intervals import averaged, share_interval
 from perplexit.metrics.intervals import clusters_for, ratio_interval
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import RUN_FILE, Run
+from perplexit.runs.run_tokens import RunTokens
 from tests.simulated_losses import MEAN
 from tests.simulated_runs import document_runs, drifting_runs
 from tests.toy_sessions import BigramSession
@@ -147,7 +147,7 @@ def test_c1_sibling_bits_of_each_run_in_a_comparison_by_bytes(tmp_path: Path, by
 def test_c1_whatever_the_losses_ends_are_possible_and_hold_the_value(seed, num_windows) -> None:
     random = np.random.default_rng(seed)
     tokens = next(drifting_runs(1, num_windows * 6, 6, seed, rho=0.3))
-    tokens = replace(tokens, nll=(random.gamma(0.05, 20, len(tokens))).astype(np.float32))
+    tokens = tokens.with_columns(nll=random.gamma(0.05, 20, len(tokens)))
     record = record_of(tokens)
     for name, least in (("perplexity", 1), ("bits_per_byte", 0), ("word_perplexity", 1)):
         low, high = record[f"{name}_low"], record[f"{name}_high"]
@@ -303,7 +303,7 @@ def test_c4_ends_are_possible_on_a_handful_of_tokens() -> None:
     tokens = next(drifting_runs(1, 24, 6, 5, rho=0.0))
     losses = np.full(24, 0.1, dtype=np.float32)
     losses[20:] = 9.0
-    record = record_of(replace(tokens, nll=losses))
+    record = record_of(tokens.with_columns(nll=losses))
     assert record["perplexity_low"] == 1.0
     assert record["bits_per_byte_low"] == 0.0
     assert record["word_perplexity_low"] == 1.0
@@ -312,7 +312,7 @@ def test_c4_ends_are_possible_on_a_handful_of_tokens() -> None:
 def test_c4_sibling_a_domain_with_too_few_windows_says_so() -> None:
     tokens = one_run(21, num_domains=1)
     lonely = np.where(tokens.document == 20, 1, 0).astype(np.int32)
-    record = record_of(replace(tokens, domain=lonely, domains=("many", "one")))
+    record = record_of(RunTokens({**tokens.columns, "domain": lonely}, domains=("many", "one")))
     many, one = record["domains"]
     assert many["perplexity_low"] is not None
     assert one["perplexity_low"] is None

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from perplexit.cli.app import app
 from perplexit.errors import RunError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import TokenDetails
+from perplexit.token_columns import TokenDetails
 from tests.toy_sessions import BigramSession
 
 TEXTS = [f"Document {n}: the ferry left at four, and nobody saw it come back." for n in range(6)]
@@ -112,17 +111,15 @@ class SomeDetails(BigramSession):
         found = []
         for window, details in zip(windows, self._token_details(windows, top_k=top_k), strict=True):
             kl = {"kl": details.nll_N * 0 + 0.5, "same_top1": details.rank_N == 1}
-            given = replace(details, divergences=kl)
-            if window.index % 2:
-                given = replace(given, **dict.fromkeys(self.columns))
-            found.append(given)
+            absent = dict.fromkeys(self.columns if window.index % 2 else ())
+            found.append(TokenDetails({**details.columns, **kl, **absent}))
         return found
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, "auto"])
 @pytest.mark.parametrize(
     "columns",
-    [("entropy_N", "rank_N"), ("top_ids_NK", "top_logprobs_NK"), ("divergences",)],
+    [("entropy", "rank"), ("top_ids", "top_logprobs"), ("kl", "same_top1")],
     ids=lambda columns: columns[0],
 )
 def test_a5_details_of_some_windows_are_null_for_the_others(
@@ -132,13 +129,8 @@ def test_a5_details_of_some_windows_are_null_for_the_others(
     run = px.evaluate(SomeDetails(columns), tokens, run=where, top_k=3, batch_size=batch_size)
     whole = px.evaluate(BigramSession(), tokens, top_k=3).tokens
     odd_R = whole.window % 2 == 1
-    names = {
-        "entropy_N": ["entropy", "rank"],
-        "top_ids_NK": ["top_ids", "top_logprobs"],
-        "divergences": ["kl", "same_top1"],
-    }[columns[0]]
     for tokens_of in (run.tokens, px.Run.open(where).tokens):
-        for name in names:
+        for name in columns:
             assert getattr(tokens_of, name) is None  # nothing takes a mean of it
             np.testing.assert_array_equal(tokens_of.partial[name].known_R, ~odd_R)
             if hasattr(whole, name) and getattr(whole, name) is not None:
@@ -146,7 +138,7 @@ def test_a5_details_of_some_windows_are_null_for_the_others(
                     tokens_of.partial[name].values[~odd_R], getattr(whole, name)[~odd_R]
                 )
     table = pq.read_table(where / "tokens.parquet")
-    for name in names:
+    for name in columns:
         np.testing.assert_array_equal(table.column(name).is_null().to_numpy(), odd_R)
     assert px.verify_run(where) == []
     comparison = px.compare(where, where)
@@ -163,7 +155,7 @@ def test_a5_sibling_details_of_some_windows_survive_a_resume(
                 raise KeyboardInterrupt
             return super()._some_details(windows, top_k=top_k)
 
-    names = ("entropy_N", "rank_N")
+    names = ("entropy", "rank")
     with pytest.raises(KeyboardInterrupt):
         px.evaluate(Stops(names), tokens, run=tmp_path / "run", batch_size=2)
     resumed = px.evaluate(SomeDetails(names), tokens, run=tmp_path / "run", batch_size=2)

@@ -251,7 +251,7 @@ def test_c3_sibling_each_domain_has_a_verdict(byte_tokenizer_json: Path, tmp_pat
     nll += np.where(run.tokens.domain == code["harmed"], 0.1, 0.0).astype(np.float32)
     own_D = random.normal(0, 0.2, 3 * len(TEXTS)).astype(np.float32)
     nll += np.where(run.tokens.domain == code["changing"], own_D[run.tokens.document], 0)
-    candidate = replace(run, loaded_tokens=replace(run.tokens, nll=nll))
+    candidate = replace(run, loaded_tokens=run.tokens.with_columns(nll=nll))
     comparison = px.compare(run, candidate, margin="1%")
     verdicts = {row.domain: row.verdict for row in comparison.domains}
     assert verdicts == {"harmed": "worse", "kept": "equivalent", "changing": "inconclusive"}
@@ -420,7 +420,7 @@ def test_c2_sibling_a_lower_bound_passes_no_upper_gate(runs: list[Run]) -> None:
     """A reference that is known in part: KL has a bound on either side, the others one below."""
     known = with_kl(runs[1], runs[0])
     columns = known.tokens
-    columns = replace(columns, kl_high=columns.kl + 1, reverse_kl=columns.kl, js=columns.kl / 4)
+    columns = columns.with_columns(kl_high=columns.kl + 1, reverse_kl=columns.kl, js=columns.kl / 4)
     comparison = px.compare(runs[0], replace(known, loaded_tokens=columns))
     for on in ("interval", "value"):
         for metric in ("mean_kl", "max_kl", "p99.9_kl", "median_kl", "rms_kl"):

@@ -111,7 +111,7 @@ def test_a3_agreement_that_belongs_to_another_reference_is_not_drawn(runs: list[
     """The refused `same_top1` says always; the alternatives of both runs say what is true."""
     wrong = with_kl(runs[7], runs[2], scale=0.0)
     wrong = replace(
-        wrong, loaded_tokens=replace(wrong.tokens, same_top1=np.ones(len(wrong.tokens), bool))
+        wrong, loaded_tokens=wrong.tokens.with_columns(same_top1=np.ones(len(wrong.tokens), bool))
     )
     found = agreement_rows(LabelledRuns.of([runs[0], wrong]))
     true = agreement_rows(LabelledRuns.of([runs[0], runs[7]]))
@@ -123,7 +123,7 @@ def test_a3_sibling_a_kl_that_is_not_finite_is_not_drawn(runs: list[Run]) -> Non
     candidate = with_kl(runs[3], runs[0])
     kl = candidate.tokens.kl.copy()
     kl[4] = np.inf
-    broken = replace(candidate, loaded_tokens=replace(candidate.tokens, kl=kl))
+    broken = replace(candidate, loaded_tokens=candidate.tokens.with_columns(kl=kl))
     labelled = LabelledRuns.of([runs[0], broken])
     assert "kl" not in labelled.comparisons[0].divergences.columns
     assert kl_rows(labelled) == []
@@ -141,7 +141,7 @@ def test_a3_sibling_agreement_of_a_candidate_among_others_keeps_its_colour(
         run
         if n in (0, 3)
         else replace(
-            run, loaded_tokens=replace(run.tokens, top_ids=None, top_logprobs=None, rank=None)
+            run, loaded_tokens=run.tokens.with_columns(top_ids=None, top_logprobs=None, rank=None)
         )
         for n, run in enumerate(runs)
     ]
@@ -157,7 +157,7 @@ def test_a3_sibling_the_kl_of_a_token_is_the_candidates_own(runs: list[Run]) -> 
     candidate = with_kl(runs[4], runs[0])
     nll = candidate.tokens.nll.copy()
     nll[[3, 30]] = np.nan
-    candidate = replace(candidate, loaded_tokens=replace(candidate.tokens, nll=nll))
+    candidate = replace(candidate, loaded_tokens=candidate.tokens.with_columns(nll=nll))
     labelled = LabelledRuns.of([runs[0], runs[1], candidate])
     kl_R = labelled.comparisons[1].tokens.kl_of_rows()
     assert np.flatnonzero(np.isnan(kl_R)).tolist() == [3, 30]
@@ -172,7 +172,7 @@ def test_a3_sibling_a_changed_choice_is_never_shown_as_the_same_token(runs: list
     same = np.ones(len(candidate.tokens), dtype=bool)
     tops = [run.tokens.top_ids[:, 0] for run in (runs[0], candidate)]
     same[np.flatnonzero(tops[0] == tops[1])[0]] = False
-    columns = replace(candidate.tokens, same_top1=same)
+    columns = candidate.tokens.with_columns(same_top1=same)
     (flip,) = px.compare(runs[0], replace(candidate, loaded_tokens=columns)).flips.listed
     assert flip.reference_top1 is not None
     assert flip.candidate_top1 is None

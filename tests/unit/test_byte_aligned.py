@@ -153,7 +153,7 @@ def test_another_text_is_refused(runs: tuple[Run, Run], byte_tokenizer_json: Pat
         compare_bytes(runs[0], run)
     with pytest.raises(UsageError, match="noise_floor"):
         compare_bytes(*runs, noise_floor=-1.0)
-    ids = replace(runs[0].tokens, token_bytes=None)
+    ids = runs[0].tokens.with_columns(token_bytes=None)
     with pytest.raises(FingerprintMismatchError, match="ids without text"):
         compare_bytes(replace(runs[0], loaded_tokens=ids), runs[1])
 
@@ -161,7 +161,7 @@ def test_another_text_is_refused(runs: tuple[Run, Run], byte_tokenizer_json: Pat
 def test_a_loss_that_is_not_finite_leaves_its_segment_out(runs: tuple[Run, Run]) -> None:
     nll = runs[0].tokens.nll.copy()
     nll[5] = np.nan
-    broken = replace(runs[0], loaded_tokens=replace(runs[0].tokens, nll=nll))
+    broken = replace(runs[0], loaded_tokens=runs[0].tokens.with_columns(nll=nll))
     found = compare_bytes(broken, runs[1])
     assert math.isfinite(found.log_difference)
     assert found.num_bytes < compare_bytes(*runs).num_bytes

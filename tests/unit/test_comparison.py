@@ -80,7 +80,7 @@ def test_a_constant_shift_is_the_log_ratio(tokens: TokenFile, reference: Run) ->
 def test_a_difference_below_float32_noise_is_not_claimed(tokens: TokenFile, reference: Run) -> None:
     """Every loss is shifted by 5e-6: the interval excludes 0, and lies inside ± 1e-5."""
     shifted = replace(
-        reference, loaded_tokens=replace(reference.tokens, nll=reference.tokens.nll + 5e-6)
+        reference, loaded_tokens=reference.tokens.with_columns(nll=reference.tokens.nll + 5e-6)
     )
     tiny = px.compare(reference, shifted)
     assert tiny.log_perplexity_difference_low > 0
@@ -103,7 +103,7 @@ def test_noise_around_zero_is_distinguished_as_rarely_as_promised(reference: Run
     for _ in range(200):
         noise = random.normal(0, 0.05, len(reference.tokens)).astype(np.float32)
         nll = reference.tokens.nll + noise
-        candidate = replace(reference, loaded_tokens=replace(reference.tokens, nll=nll))
+        candidate = replace(reference, loaded_tokens=reference.tokens.with_columns(nll=nll))
         wrong += px.compare(reference, candidate).verdict != "inconclusive"
     assert 2 <= wrong <= 20
 
@@ -139,7 +139,7 @@ def test_the_most_changed_tokens_come_with_their_text(tokens: TokenFile, referen
     nll = reference.tokens.nll.copy()
     nll[row] += 3
     nll[5] -= 1
-    candidate = replace(reference, loaded_tokens=replace(reference.tokens, nll=nll))
+    candidate = replace(reference, loaded_tokens=reference.tokens.with_columns(nll=nll))
     first, second = px.compare(reference, candidate).most_changed
     assert (first.token_index, second.token_index) == tuple(reference.tokens.token_index[[row, 5]])
     assert first.delta == pytest.approx(3, abs=1e-5)
@@ -173,7 +173,7 @@ def test_another_tokenizer_is_refused_by_name(reference: Run) -> None:
 def test_one_fingerprint_with_other_tokens_is_a_damaged_run(reference: Run) -> None:
     ids = reference.tokens.token_id.copy()
     ids[3] += 1
-    damaged = replace(reference, loaded_tokens=replace(reference.tokens, token_id=ids))
+    damaged = replace(reference, loaded_tokens=reference.tokens.with_columns(token_id=ids))
     with pytest.raises(RunError, match="token_id"):
         px.compare(reference, damaged)
 
@@ -182,12 +182,12 @@ def test_one_fingerprint_with_other_tokens_is_a_damaged_run(reference: Run) -> N
 def test_trap_23_tokens_without_a_finite_loss_are_counted_not_dropped(reference: Run) -> None:
     nll = reference.tokens.nll.copy()
     nll[[2, 9]] = [np.nan, np.inf]
-    candidate = replace(reference, loaded_tokens=replace(reference.tokens, nll=nll))
+    candidate = replace(reference, loaded_tokens=reference.tokens.with_columns(nll=nll))
     comparison = px.compare(reference, candidate)
     assert comparison.num_unpaired == 2
     assert comparison.num_tokens == len(nll) - 2
     assert "2 tokens" in str(comparison)
-    nothing = replace(reference, loaded_tokens=replace(reference.tokens, nll=nll * np.nan))
+    nothing = replace(reference, loaded_tokens=reference.tokens.with_columns(nll=nll * np.nan))
     with pytest.raises(EmptyScoreError):
         px.compare(reference, nothing)
 
@@ -210,7 +210,7 @@ def test_domains_have_ratios_of_their_own(prepare: Prepare, tmp_path: Path) -> N
     run = px.evaluate(BigramSession(), tokens)
     hard = run.tokens.domain == run.tokens.domains.index("hard")
     nll = run.tokens.nll + np.where(hard, 0.1, 0.0).astype(np.float32)
-    comparison = px.compare(run, replace(run, loaded_tokens=replace(run.tokens, nll=nll)))
+    comparison = px.compare(run, replace(run, loaded_tokens=run.tokens.with_columns(nll=nll)))
     ratios = {row.domain: row.ppl_ratio for row in comparison.domains}
     assert ratios == pytest.approx({"easy": 1.0, "hard": math.exp(0.1)}, rel=1e-5)
     assert sum(row.num_tokens for row in comparison.domains) == comparison.num_tokens

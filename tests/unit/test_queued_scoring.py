@@ -11,8 +11,8 @@ from perplexit.errors import EngineOutOfMemoryError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
 from perplexit.scoring import Scorer, plan_batches
-from perplexit.sessions.base import TokenDetails
 from perplexit.sessions.pytorch import PytorchInferenceSession
+from perplexit.token_columns import TokenDetails
 from tests.toy_sessions import BigramSession
 
 

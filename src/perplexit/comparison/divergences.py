@@ -3,7 +3,6 @@
 Shape suffix: M = tokens that both runs scored with a finite loss, in window order.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,8 @@ from perplexit.metrics.distribution import (
 from perplexit.metrics.intervals import mean_interval
 from perplexit.runs.identity import measurement_differences
 from perplexit.runs.run import Run
-from perplexit.runs.run_tokens import DIVERGENCES, RunTokens
+from perplexit.runs.run_tokens import RunTokens
+from perplexit.token_columns import TOKEN_COLUMNS, Needs, columns_that_need
 
 FREQUENCY_EDGES = (1.0, 2.0, 5.0, 10.0, 50.0, 100.0, 1000.0, float(2**53))
 NUM_POSITION_BUCKETS = 8
@@ -46,20 +46,13 @@ class Divergences:
     num_below_floor: int | None = None
 
 
-_INTERVALS: dict[str, IntervalOf] = {
-    "kl": positive_mean,
-    "kl_high": positive_mean,
-    "reverse_kl": positive_mean,
-    "js": lambda *given: positive_mean(*given).clamped(highest=math.log(2)),
-    "same_top1": share_interval,
-    "top_k_agreement": share_interval,
-    "delta_p": lambda *given: mean_interval(*given).clamped(-1.0, 1.0),
-}
-
-
-def interval_for(column: str) -> IntervalOf:
-    """Return how the mean of a divergence column is estimated."""
-    return _INTERVALS[column]
+def interval_for(name: str) -> IntervalOf:
+    """Return how the mean of a divergence column is estimated, by the values that are possible."""
+    column = TOKEN_COLUMNS[name]
+    if column.unit == "share":
+        return share_interval
+    mean_of = positive_mean if column.lowest == 0 else mean_interval
+    return lambda *given: mean_of(*given).clamped(column.lowest, column.highest)
 
 
 def divergences_of(
@@ -72,7 +65,7 @@ def divergences_of(
     if why_not is not None:
         return None, [why_not]
     columns, warnings = {}, []
-    for name in DIVERGENCES:
+    for name in columns_that_need(Needs.REFERENCE):
         column = _column(candidate.tokens, name, pairs)
         if column is None or name == "reference_top_p":
             continue

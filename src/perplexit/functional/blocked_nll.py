@@ -9,6 +9,7 @@ Shape suffixes: N = targets, D = hidden size, V = vocabulary, C = vocabulary of 
 
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def blocked_statistics(
     head, parts, done = _Head(weight_VD, bias_V, columns), [], 0
     for block in blocks:
         found = _rows_statistics(hidden_ND[block], targets_N[block], head, buffers, with_details)
-        parts.append(found.without_first(done - block.start))
+        parts.append(found.each(itemgetter(slice(done - block.start, None))))
         done = block.stop
     return TokenStatistics.joined(parts)
 
@@ -173,9 +174,9 @@ def _rows_statistics(
     log_sum_N = running.sum_N.log()
     nll_N = (log_sum_N + (running.largest_N.double() - own_N)).to(own_N.dtype)
     if not with_details:
-        return TokenStatistics(nll_N)
+        return TokenStatistics({"nll": nll_N})
     entropy_N = (log_sum_N - running.weighted_N / running.sum_N).to(own_N.dtype)
     again = (own_N != bound_N1[:, 0]).nonzero()[:, 0]
     if len(again):
         rank_N[again] = head.ranks(hidden_ND[again], targets_N[again]).to(rank_N.dtype)
-    return TokenStatistics(nll_N, entropy_N, rank_N.int())
+    return TokenStatistics({"nll": nll_N, "entropy": entropy_N, "rank": rank_N.int()})

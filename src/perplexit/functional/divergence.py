@@ -13,58 +13,28 @@ Sources: Kullback & Leibler 1951; Lin 1991 (Jensen–Shannon); Δp as llama.cpp'
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from perplexit.functional.nll import TokenStatistics
+
 _BLOCK_ELEMENTS = 1 << 18  # 2 MiB of float64
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDivergences:
-    """Per-target results; divergences float64 in nats, never negative.
-
-    same_top1_N:       bool, both find the same token most likely.
-    top_k_agreement_N: float32, the share of the reference's K most likely tokens that are among
-                       the candidate's K most likely.
-    delta_p_N:         float32, probability of the target under the candidate minus the reference.
-                       None where the reference's K most likely tokens are not known.
-    reference_top_p_N: float32, the reference's probability of its most likely token.
-    kl_high_N:         upper bound of the KL, where `kl_N` is a lower one (see partial_divergence).
-    """
-
-    kl_N: Tensor
-    reverse_kl_N: Tensor
-    js_N: Tensor
-    same_top1_N: Tensor
-    top_k_agreement_N: Tensor | None
-    delta_p_N: Tensor
-    reference_top_p_N: Tensor
-    kl_high_N: Tensor | None = None
-
-    @classmethod
-    def joined(cls, parts: "list[TokenDivergences]") -> "TokenDivergences":
-        """The divergences of consecutive targets as one; `parts` holds at least one."""
-
-        def column(name: str) -> Any:
-            pieces = [getattr(part, name) for part in parts]
-            return None if any(piece is None for piece in pieces) else torch.cat(pieces)
-
-        return cls(*(column(name) for name in cls.__slots__))
 
 
 def token_divergences(
     reference_NV: Tensor, candidate_NV: Tensor, targets_N: Tensor, *, top_k: int = 10
-) -> TokenDivergences:
-    """The divergences of two sets of logits for the same targets, in float64 from float32 logits.
+) -> TokenStatistics:
+    """Return the divergence columns of two sets of logits for the same targets.
+
+    `kl`, `reverse_kl` and `js` are float64 in nats, never negative, from float32 logits.
+    top_k: how many of the most likely tokens `top_k_agreement` looks at.
 
     Each term of a KL sum is taken as p·(e^d - 1 - d) with d = log q - log p, which is the same sum
     (both distributions add up to 1), has no negative term, and is exactly 0 for equal logits.
     """
     rows = max(1, _BLOCK_ELEMENTS // reference_NV.shape[-1])
-    return TokenDivergences.joined(
+    return TokenStatistics.joined(
         [
             _block_divergences(
                 reference_NV[start : start + rows].double(),
@@ -79,7 +49,7 @@ def token_divergences(
 
 def _block_divergences(
     reference_NV: Tensor, candidate_NV: Tensor, targets_N1: Tensor, top_k: int
-) -> TokenDivergences:
+) -> TokenStatistics:
     logp_NV = reference_NV.log_softmax(-1)
     logq_NV = candidate_NV.log_softmax(-1)
     p_NV, q_NV = logp_NV.exp(), logq_NV.exp()
@@ -88,14 +58,16 @@ def _block_divergences(
     top_p, top_q = logp_NV.topk(k, dim=-1), logq_NV.topk(k, dim=-1)
     shared_N = (top_p.indices[:, :, None] == top_q.indices[:, None, :]).any(-1).float().mean(-1)
     delta_p_N = (q_NV.gather(1, targets_N1) - p_NV.gather(1, targets_N1))[:, 0]
-    return TokenDivergences(
-        kl_N=kl_of_logs(logp_NV, logq_NV, p_NV),
-        reverse_kl_N=kl_of_logs(logq_NV, logp_NV, q_NV),
-        js_N=(kl_of_logs(logp_NV, logm_NV, p_NV) + kl_of_logs(logq_NV, logm_NV, q_NV)) / 2,
-        same_top1_N=top_p.indices[:, 0] == top_q.indices[:, 0],
-        top_k_agreement_N=shared_N,
-        delta_p_N=delta_p_N.float(),
-        reference_top_p_N=top_p.values[:, 0].exp().float(),
+    return TokenStatistics(
+        {
+            "kl": kl_of_logs(logp_NV, logq_NV, p_NV),
+            "reverse_kl": kl_of_logs(logq_NV, logp_NV, q_NV),
+            "js": (kl_of_logs(logp_NV, logm_NV, p_NV) + kl_of_logs(logq_NV, logm_NV, q_NV)) / 2,
+            "same_top1": top_p.indices[:, 0] == top_q.indices[:, 0],
+            "top_k_agreement": shared_N,
+            "delta_p": delta_p_N.float(),
+            "reference_top_p": top_p.values[:, 0].exp().float(),
+        }
     )
 
 

@@ -135,9 +135,8 @@ class FusedHead:
                 f"--top-k {top_k} needs whole distributions, but the head {self.name!r} gives the "
                 "loss of each target alone; leave --head or --top-k out"
             )
-        return TokenStatistics(
-            self._nll(self._weight_VD, hidden_ND.contiguous(), targets_N, self._bias_V).float()
-        )
+        nll_N = self._nll(self._weight_VD, hidden_ND.contiguous(), targets_N, self._bias_V)
+        return TokenStatistics({"nll": nll_N.float()})
 
 
 def _version(package: str) -> str:
@@ -195,12 +194,13 @@ class CompiledHead:
         logits_NV = self._head(hidden_ND)
         nll_N, entropy_N, rank_N, log_total_N1 = self._reduced(logits_NV, targets_N1)
         if not with_details:
-            return TokenStatistics(nll_N)
-        if not top_k:
-            return TokenStatistics(nll_N, entropy_N, rank_N)
-        top = logits_NV.topk(min(top_k, logits_NV.shape[-1]), dim=-1)
-        top_logprobs_NK = top.values.to(nll_N.dtype) - log_total_N1
-        return TokenStatistics(nll_N, entropy_N, rank_N, top.indices.int(), top_logprobs_NK)
+            return TokenStatistics({"nll": nll_N})
+        columns = {"nll": nll_N, "entropy": entropy_N, "rank": rank_N}
+        if top_k:
+            top = logits_NV.topk(min(top_k, logits_NV.shape[-1]), dim=-1)
+            columns["top_ids"] = top.indices.int()
+            columns["top_logprobs"] = top.values.to(nll_N.dtype) - log_total_N1
+        return TokenStatistics(columns)
 
 
 def _reduced(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

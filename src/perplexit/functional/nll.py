@@ -11,53 +11,47 @@ The naive equivalent of everything here is a float64 log-softmax:
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from perplexit.token_columns import TOKEN_COLUMNS, ColumnSet, TokenDetails
 
 _LOG2_E = 1.0 / math.log(2.0)
 _BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: both buffers of a block stay in a core's cache
 _DEVICE_BLOCK_ELEMENTS = 1 << 24  # 64 MiB: few launches, and still little beside the logits
 
 
-@dataclass(frozen=True, slots=True)
-class TokenStatistics:
-    """Per-target results, nats, in float32 or better; None where they were not asked for.
+class TokenStatistics(ColumnSet[Tensor]):
+    """Columns of some targets as tensors on one device, in float32 or better, nats.
 
     rank_N: int32, 1 = no token was more likely than the target (ties count in its favour).
     top_ids_NK, top_logprobs_NK: the K most likely tokens, most likely first.
     """
 
-    nll_N: Tensor
-    entropy_N: Tensor | None = None
-    rank_N: Tensor | None = None
-    top_ids_NK: Tensor | None = None
-    top_logprobs_NK: Tensor | None = None
+    __slots__ = ()
 
     @classmethod
     def joined(cls, parts: Sequence["TokenStatistics"]) -> "TokenStatistics":
-        """The statistics of consecutive targets as one; `parts` holds at least one."""
+        """Return the statistics of consecutive targets as one; `parts` holds at least one."""
         if len(parts) == 1:
             return parts[0]
-        return cls(
-            torch.cat([part.nll_N for part in parts]),
-            _cat([part.entropy_N for part in parts]),
-            _cat([part.rank_N for part in parts]),
-            _cat([part.top_ids_NK for part in parts]),
-            _cat([part.top_logprobs_NK for part in parts]),
+        names = parts[0].columns
+        return cls({name: torch.cat([part.columns[name] for part in parts]) for name in names})
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "TokenStatistics":
+        """Return the statistics with every column changed."""
+        return TokenStatistics({name: change(column) for name, column in self.columns.items()})
+
+    def to_numpy(self) -> TokenDetails:
+        """Return the columns in host memory, each of the schema's type."""
+        return TokenDetails(
+            {
+                name: column.cpu().numpy().astype(TOKEN_COLUMNS[name].dtype, copy=False)
+                for name, column in self.columns.items()
+            }
         )
-
-    def without_first(self, count: int) -> "TokenStatistics":
-        """The statistics of the targets after the first `count`."""
-        columns = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{n: x[count:] for n, x in columns.items() if x is not None})
-
-
-def _cat(columns: Sequence[Tensor | None]) -> Tensor | None:
-    present = [column for column in columns if column is not None]
-    return torch.cat(present) if present else None
 
 
 def token_statistics(
@@ -110,11 +104,12 @@ def _block_statistics(
     log_sum_N = sum_N.log()
     nll_N = log_sum_N - shifted_NV.gather(1, targets_N1)[:, 0]
     entropy_N = _entropies(odds_NV, sum_N, shifted_NV) if with_details else None
-    if not top_k:
-        return TokenStatistics(nll_N, entropy_N, rank_N)
-    top = shifted_NV.topk(min(top_k, shifted_NV.shape[-1]), dim=-1)
-    top_logprobs_NK = top.values - log_sum_N[:, None]
-    return TokenStatistics(nll_N, entropy_N, rank_N, top.indices.int(), top_logprobs_NK)
+    columns = {"nll": nll_N, "entropy": entropy_N, "rank": rank_N}
+    if top_k:
+        top = shifted_NV.topk(min(top_k, shifted_NV.shape[-1]), dim=-1)
+        columns["top_ids"] = top.indices.int()
+        columns["top_logprobs"] = top.values - log_sum_N[:, None]
+    return TokenStatistics(columns)
 
 
 def _ranks(logits_NV: Tensor, targets_N1: Tensor, scratch_NV: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perplexit.functional.divergence import TokenDivergences, kl_of_logs
+from perplexit.functional.divergence import kl_of_logs
+from perplexit.functional.nll import TokenStatistics
 
 _BLOCK_ELEMENTS = 1 << 18  # 2 MiB of float64
 SMALLEST_TAIL = 1e-12  # float32 log-probabilities may add up to a little above 1
@@ -51,14 +52,14 @@ class PartialDistributions:
 
 def partial_divergences(
     reference: PartialDistributions, candidate_NV: Tensor, targets_N: Tensor, *, top_k: int = 10
-) -> TokenDivergences:
+) -> TokenStatistics:
     """The bounds above for candidate logits, in float64; `kl_high_N` is filled in.
 
     The top-k agreement is None where fewer than `top_k` tokens are known. The known part and the
     tail are scaled to a sum of 1.
     """
     rows = max(1, _BLOCK_ELEMENTS // candidate_NV.shape[-1])
-    return TokenDivergences.joined(
+    return TokenStatistics.joined(
         [
             _block(
                 reference.part(start, start + rows),
@@ -73,7 +74,7 @@ def partial_divergences(
 
 def _block(
     reference: PartialDistributions, logq_NV: Tensor, targets_N1: Tensor, top_k: int
-) -> TokenDivergences:
+) -> TokenStatistics:
     known_NV = reference.logp_NV > -math.inf
     tail_N = reference.tail_N.clamp(min=SMALLEST_TAIL)
     tail_N = torch.where(known_NV.all(-1), torch.zeros_like(tail_N), tail_N)
@@ -85,15 +86,17 @@ def _block(
     logm_NU = torch.logaddexp(logp_NU, logq_NU) - math.log(2)
     kl_N = kl_of_logs(logp_NU, logq_NU, p_NU)
     excess_N = _largest_excess(tail_logq_NV, logp_NU[:, -1], tail_logq_N, reference.cap_N)
-    return TokenDivergences(
-        kl_N=kl_N,
-        reverse_kl_N=kl_of_logs(logq_NU, logp_NU, q_NU),
-        js_N=(kl_of_logs(logp_NU, logm_NU, p_NU) + kl_of_logs(logq_NU, logm_NU, q_NU)) / 2,
-        same_top1_N=reference.logp_NV.argmax(-1) == logq_NV.argmax(-1),
-        top_k_agreement_N=_agreement(reference, logq_NV, top_k),
-        delta_p_N=_delta_p(logp_NU, known_NV, logq_NV, targets_N1),
-        reference_top_p_N=logp_NU[:, :-1].max(-1).values.exp().float(),
-        kl_high_N=kl_N + excess_N,
+    return TokenStatistics(
+        {
+            "kl": kl_N,
+            "reverse_kl": kl_of_logs(logq_NU, logp_NU, q_NU),
+            "js": (kl_of_logs(logp_NU, logm_NU, p_NU) + kl_of_logs(logq_NU, logm_NU, q_NU)) / 2,
+            "same_top1": reference.logp_NV.argmax(-1) == logq_NV.argmax(-1),
+            "top_k_agreement": _agreement(reference, logq_NV, top_k),
+            "delta_p": _delta_p(logp_NU, known_NV, logq_NV, targets_N1),
+            "reference_top_p": logp_NU[:, :-1].max(-1).values.exp().float(),
+            "kl_high": kl_N + excess_N,
+        }
     )
 
 

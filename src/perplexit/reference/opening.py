@@ -23,10 +23,10 @@ from perplexit.runs.run import Run
 from perplexit.sessions.base import (
     InferenceSession,
     LogitsSession,
-    TokenDetails,
 )
 from perplexit.sessions.loss_file import described_base_file
 from perplexit.sessions.registry import load_session
+from perplexit.token_columns import TokenDetails
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Shape suffixes: N = targets of one window, D = hidden size, V = vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, RunError, VocabularyError
-from perplexit.functional.divergence import TokenDivergences, token_divergences
+from perplexit.functional.divergence import token_divergences
 from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
 from perplexit.functional.nll import TokenStatistics, token_statistics
 from perplexit.functional.output_head import OutputHead
@@ -27,19 +26,8 @@ from perplexit.sessions.base import (
     InferenceSession,
     LogitsChunk,
     LogitsSession,
-    TokenDetails,
 )
-
-DIVERGENCE_COLUMNS = {
-    "kl": "kl_N",
-    "reverse_kl": "reverse_kl_N",
-    "js": "js_N",
-    "same_top1": "same_top1_N",
-    "top_k_agreement": "top_k_agreement_N",
-    "delta_p": "delta_p_N",
-    "reference_top_p": "reference_top_p_N",
-    "kl_high": "kl_high_N",
-}
+from perplexit.token_columns import TokenDetails
 
 
 @runtime_checkable
@@ -152,7 +140,7 @@ class ReferenceScoring:
     def details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """As `token_details`, with the divergences."""
         self._reference.begin(windows)
-        parts: list[list[tuple[TokenStatistics, TokenDivergences]]] = [[] for _ in windows]
+        parts: list[list[TokenStatistics]] = [[] for _ in windows]
         for chunk in self._session.target_logits(windows, chunk_rows=self._chunk_rows):
             window = windows[chunk.place]
             stop = chunk.start + len(chunk.logits_NV)
@@ -161,14 +149,14 @@ class ReferenceScoring:
             )
             candidate_NV = torch.from_numpy(chunk.logits_NV.copy())  # engines reuse their buffers
             divergences = self._divergences(chunk, stop, candidate_NV, targets_N)
-            parts[chunk.place].append(
-                (token_statistics(candidate_NV, targets_N, top_k=top_k), divergences)
-            )
+            statistics = token_statistics(candidate_NV, targets_N, top_k=top_k)
+            columns = {**statistics.columns, **divergences.columns}
+            parts[chunk.place].append(TokenStatistics(columns))
         return [_details(window_parts) for window_parts in parts]
 
     def _divergences(
         self, chunk: LogitsChunk, stop: int, candidate_NV: torch.Tensor, targets_N: torch.Tensor
-    ) -> TokenDivergences:
+    ) -> TokenStatistics:
         vocab_size = candidate_NV.shape[1]
         if not isinstance(self._reference, ReferenceLogits):
             partial = self._reference.partial_rows(chunk.place, chunk.start, stop, vocab_size)
@@ -259,7 +247,7 @@ class SavingScoring:
         for start in range(0, len(states_ND), self._chunk_rows):
             stop = start + self._chunk_rows
             logits_NV = torch.from_numpy(self._session.logits_of(states_ND[start:stop]))
-            parts.append((token_statistics(logits_NV, targets_N[start:stop], top_k=top_k), None))
+            parts.append(token_statistics(logits_NV, targets_N[start:stop], top_k=top_k))
         return _details(parts)
 
     def _measured_floor(
@@ -272,40 +260,13 @@ class SavingScoring:
             fresh_NV = torch.from_numpy(chunk.logits_NV.copy())  # the head reuses its buffer
             made_NV = torch.from_numpy((self.head or self._session).logits_of(stored_ND))
             zeros = torch.zeros(len(made_NV), dtype=torch.long)
-            found.append(token_divergences(fresh_NV, made_NV, zeros).kl_N)
+            found.append(token_divergences(fresh_NV, made_NV, zeros).columns["kl"])
         kl = torch.cat(found) if found else torch.zeros(1)
         return float(kl.mean()), float(kl.max())
 
 
-def _details(
-    parts: Sequence[tuple[TokenStatistics, TokenDivergences | None]],
-) -> TokenDetails:
-    """One window's parts as one record."""
+def _details(parts: Sequence[TokenStatistics]) -> TokenDetails:
+    """Return one window's parts as one record."""
     if not parts:
-        return TokenDetails(np.empty(0, np.float32))
-    statistics = TokenStatistics.joined([part for part, _ in parts])
-    divergences = [d for _, d in parts if d is not None]
-    details = TokenDetails(
-        nll_N=_numpy(statistics.nll_N, np.float32),
-        entropy_N=_numpy_or_none(statistics.entropy_N, np.float32),
-        rank_N=_numpy_or_none(statistics.rank_N, np.int32),
-        top_ids_NK=_numpy_or_none(statistics.top_ids_NK, np.int32),
-        top_logprobs_NK=_numpy_or_none(statistics.top_logprobs_NK, np.float32),
-    )
-    if not divergences:
-        return details
-    joined = TokenDivergences.joined(divergences)
-    columns = {
-        name: column.numpy()
-        for name, attribute in DIVERGENCE_COLUMNS.items()
-        if (column := getattr(joined, attribute)) is not None
-    }
-    return replace(details, divergences=columns)
-
-
-def _numpy(tensor: torch.Tensor, dtype: type) -> NDArray[Any]:
-    return tensor.cpu().numpy().astype(dtype, copy=False)
-
-
-def _numpy_or_none(tensor: torch.Tensor | None, dtype: type) -> NDArray[Any] | None:
-    return None if tensor is None else _numpy(tensor, dtype)
+        return TokenDetails.empty(with_details=False, num_alternatives=0)
+    return TokenStatistics.joined(parts).to_numpy()

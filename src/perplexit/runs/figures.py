@@ -6,11 +6,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from perplexit.errors import EmptyScoreError
 from perplexit.inputs.protocols import protocol_perplexity, protocol_sums
@@ -53,7 +52,7 @@ def figures_of(
         position_M=tokens.position,
         token_id_M=tokens.token_id,
     )
-    scored = tokens if num_non_finite == 0 else rows_of(tokens, keep)
+    scored = tokens if num_non_finite == 0 else tokens.take(keep)
     if len(scored) == 0:
         raise EmptyScoreError(
             f"expected at least one scored token, got 0 of {len(tokens)} with a finite loss; "
@@ -185,7 +184,7 @@ def _add_domains(
     groups.pop(-1, None)
     totals, means = [], []
     for code, rows in groups.items():
-        part = rows_of(scored, rows)
+        part = scored.take(rows)
         own = clusters_within(clusters, rows, scored.window)
         totals.append(NllTotals.of(part.nll, part.num_bytes, part.num_words))
         means.append(mean_loss(part, own, confidence))
@@ -204,17 +203,3 @@ def _add_domains(
         macro = averaged(means, confidence).clamped(lowest=0.0).mapped(likelihood.exp_or_inf)
         value = likelihood.macro_average_perplexity(totals)
         figures.set("macro_average_perplexity", replace(macro, value=value))
-
-
-def rows_of(tokens: RunTokens, rows: NDArray[np.bool_] | NDArray[np.int64]) -> RunTokens:
-    """The chosen rows of every column."""
-    flat = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
-    apart = ("domains", "token_bytes", "partial")
-    columns = [f.name for f in fields(tokens) if f.name not in apart]
-    chosen = {
-        name: getattr(tokens, name)[flat] for name in columns if getattr(tokens, name) is not None
-    }
-    if tokens.token_bytes is not None:
-        chosen["token_bytes"] = tokens.token_bytes.take(flat)
-    partial = {name: column.take(np.asarray(flat)) for name, column in tokens.partial.items()}
-    return replace(tokens, **chosen, partial=partial)

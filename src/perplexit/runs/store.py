@@ -15,14 +15,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
-from safetensors.numpy import load, save
 
 from perplexit.atomic_files import is_temporary, remove_leftovers, write_atomically
 from perplexit.errors import RunError
@@ -30,64 +26,13 @@ from perplexit.fingerprints import sha256_of_file
 from perplexit.runs.documents import DOCUMENTS_FILE
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.run_tokens import RunTokens
-from perplexit.untrusted_files import Expected, read_bytes, stated
-from perplexit.untrusted_json import parse_json
+from perplexit.runs.scored_batch import PART, ScoredBatch
+from perplexit.untrusted_files import read_bytes, stated
 
 PARTS_FOLDER = "parts"
 LOCK_FILE = ".lock"
-_PART = Expected("a committed part of a run", RunError, "remove the file: it is scored again")
 _LARGEST_PART = 16 << 30  # bytes
 _PART_NAME = re.compile(r"part-(\d{12})-(\d{12})-([0-9a-f]{16})\.safetensors")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Results of the windows at places `start … stop - 1` of the batch plan's order.
-
-    window:  int64, row of the window table; num_targets: int64, how many results it has.
-    columns: per-token arrays, window after window (nll, entropy, rank, top_ids, top_logprobs).
-    seconds: time spent in the session for them.
-    """
-
-    start: int
-    stop: int
-    window: NDArray[np.int64]
-    num_targets: NDArray[np.int64]
-    columns: dict[str, NDArray[Any]]
-    seconds: dict[str, float]
-
-    def to_bytes(self) -> bytes:
-        """The part as a safetensors document."""
-        tensors = {f"column.{name}": np.ascontiguousarray(a) for name, a in self.columns.items()}
-        tensors |= {"window": self.window, "num_targets": self.num_targets}
-        return bytes(save(tensors, metadata={"seconds": json.dumps(self.seconds)}))
-
-    @classmethod
-    def from_bytes(cls, data: bytes, start: int, stop: int) -> "Part":
-        """The part that `to_bytes` wrote."""
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        seconds = parse_json(
-            header["__metadata__"]["seconds"], _PART, dict[str, float], place="a part"
-        )
-        part = cls(
-            start=start,
-            stop=stop,
-            window=tensors.pop("window"),
-            num_targets=tensors.pop("num_targets"),
-            columns={name.removeprefix("column."): array for name, array in tensors.items()},
-            seconds=seconds,
-        )
-        part.check()
-        return part
-
-    def check(self) -> None:
-        """Raise RunError unless every window has as many results as it says."""
-        total = int(self.num_targets.sum()) if self.num_targets.dtype.kind == "i" else -1
-        shaped = self.window.shape == self.num_targets.shape == (len(self.window),)
-        long = all(len(column) == total for column in self.columns.values())
-        if not (shaped and long and "nll" in self.columns and int(self.window.min(initial=0)) >= 0):
-            _PART.refuse(f"part {self.start}-{self.stop}", "columns of other lengths")
 
 
 class RunStore:
@@ -151,8 +96,8 @@ class RunStore:
         text = json.dumps(run.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         write_atomically(self.folder / RUN_FILE, lambda path: _write_bytes(path, text.encode()))
 
-    def add_part(self, part: Part) -> None:
-        """Commit a part: after this returns, a kill does not lose it."""
+    def add_part(self, part: ScoredBatch) -> None:
+        """Commit scored windows: after this returns, a kill does not lose them."""
         data = part.to_bytes()
         digest = hashlib.sha256(data).hexdigest()[:16]
         name = f"part-{part.start:012d}-{part.stop:012d}-{digest}.safetensors"
@@ -160,8 +105,8 @@ class RunStore:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda temporary: _write_bytes(temporary, data))
 
-    def parts(self) -> Iterator[Part]:
-        """Every whole part, in plan order.
+    def parts(self) -> Iterator[ScoredBatch]:
+        """Yield every whole part, in plan order.
 
         One that does not match its hash is left out, and its windows are scored again.
         """
@@ -169,10 +114,10 @@ class RunStore:
             match = _PART_NAME.fullmatch(path.name)
             if match is None:
                 continue
-            data = read_bytes(path, _PART, largest=_LARGEST_PART)
+            data = read_bytes(path, PART, largest=_LARGEST_PART)
             if hashlib.sha256(data).hexdigest()[:16] == match[3]:
-                with stated(path, _PART):
-                    part = Part.from_bytes(data, int(match[1]), int(match[2]))
+                with stated(path, PART):
+                    part = ScoredBatch.from_bytes(data, int(match[1]), int(match[2]))
                 yield part
 
     def write_tokens(self, tokens: RunTokens) -> str:

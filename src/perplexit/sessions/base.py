@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.inputs.windows import WindowIds
+from perplexit.token_columns import TokenDetails
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,26 +70,6 @@ class SessionDescription:
     mode: str = "full"  # windows whole; "cached": prefill, then decode
     prompt_len: int | None = None  # ids of the prefill
     decode_chunk: int | None = None  # ids a call of the decode
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDetails:
-    """Per-token results of one window, one entry a target, padding never included.
-
-    nll_N:          float32, nats, from a log-softmax in float32 or better.
-    entropy_N:      float32, nats, of the predicted distribution; None where not to be had.
-    rank_N:         int32, 1 = the target was the most likely token (ties count in its favour).
-    top_ids_NK:     int32, the K most likely tokens, most likely first; None unless asked for.
-    top_logprobs_NK: float32, their log-probabilities (negative, nats).
-    divergences:    columns by name, where a reference was scored along (see `reference`).
-    """
-
-    nll_N: NDArray[np.float32]
-    entropy_N: NDArray[np.float32] | None = None
-    rank_N: NDArray[np.int32] | None = None
-    top_ids_NK: NDArray[np.int32] | None = None
-    top_logprobs_NK: NDArray[np.float32] | None = None
-    divergences: Mapping[str, NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import TokenDetails
+from perplexit.token_columns import TokenDetails
 
 
 class ScoresByDetails(ABC):

@@ -30,11 +30,11 @@ from perplexit.sessions.base import (
     ModelDescription,
     PhaseSeconds,
     SessionDescription,
-    TokenDetails,
 )
 from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.cached_blocks import Take, WindowBlock, window_blocks
 from perplexit.sessions.on_device import MeasuresWorkingMemory
+from perplexit.token_columns import TokenDetails
 
 _KEPT_LOGITS_BYTES = 512 * 2**20  # logits of whole windows held at a time, where asked for
 
@@ -128,20 +128,21 @@ class CachedInferenceSession(ScoresByDetails):
         self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int
     ) -> list[TokenDetails]:
         counts = [len(window.targets_N) for window in windows]
-        columns = _empty_columns(sum(counts), with_details, min(top_k, self.model.vocab_size))
+        columns: dict[str, NDArray[Any]] = {}
 
         def take(rows: FedRows, slots_N: NDArray[np.int64], ids_N: NDArray[np.int64]) -> None:
             details = rows.details(ids_N, with_details=with_details, top_k=top_k)
-            for name, column in columns.items():
-                column[slots_N] = getattr(details, name)
+            for name, values in details.columns.items():
+                if name not in columns:
+                    columns[name] = np.empty((sum(counts), *values.shape[1:]), values.dtype)
+                columns[name][slots_N] = values
 
         self._sweep(windows, take)
-        stops = np.cumsum(counts)[:-1]
-        split = {name: np.split(column, stops) for name, column in columns.items()}
-        return [
-            TokenDetails(**{name: parts[place] for name, parts in split.items()})
-            for place in range(len(windows))
-        ]
+        if not columns:
+            k = min(top_k, self.model.vocab_size)
+            empty = TokenDetails.empty(with_details=with_details, num_alternatives=k)
+            return [empty] * len(windows)
+        return list(TokenDetails(columns).split(counts))
 
     def _rows(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """What the head makes each target's logits of, window by window."""
@@ -217,17 +218,3 @@ class CachedHiddenStateSession(CachedInferenceSession):
         """The head, for states that are kept, as the engine's session gives it."""
         give = getattr(self._session, "head_to_keep", None)
         return None if give is None else give()
-
-
-def _empty_columns(
-    num_targets: int, with_details: bool, num_alternatives: int
-) -> dict[str, NDArray[np.generic]]:
-    """A column for everything that is asked for, by the names of TokenDetails."""
-    columns: dict[str, NDArray[np.generic]] = {"nll_N": np.empty(num_targets, np.float32)}
-    if with_details:
-        columns["entropy_N"] = np.empty(num_targets, np.float32)
-        columns["rank_N"] = np.empty(num_targets, np.int32)
-    if num_alternatives:
-        columns["top_ids_NK"] = np.empty((num_targets, num_alternatives), np.int32)
-        columns["top_logprobs_NK"] = np.empty((num_targets, num_alternatives), np.float32)
-    return columns

@@ -34,10 +34,10 @@ from perplexit.sessions.base import (
     ModelDescription,
     QuantizationDescription,
     SessionDescription,
-    TokenDetails,
 )
 from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.logit_rows import details_of_rows
+from perplexit.token_columns import TokenDetails
 
 _MOST_IDS = 2048  # ids of a call at a time: beyond, a CPU gains no speed and only pays memory
 

@@ -28,7 +28,6 @@ from perplexit.sessions.base import (
     LogitsChunk,
     ModelDescription,
     SessionDescription,
-    TokenDetails,
 )
 from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.llamacpp_settings import (
@@ -40,7 +39,8 @@ from perplexit.sessions.llamacpp_settings import (
     model_file,
     own_token_ids,
 )
-from perplexit.sessions.logit_rows import details_of_rows, joined_details
+from perplexit.sessions.logit_rows import details_of_rows
+from perplexit.token_columns import TokenDetails
 
 _KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers
 _FLASH_ATTENTION_OFF = 0
@@ -157,11 +157,12 @@ class LlamaCppInferenceSession(ScoresByDetails):
             )
 
     def _window_details(self, window: WindowIds, with_details: bool, top_k: int) -> TokenDetails:
-        parts = [self._no_details(with_details, top_k)]
+        k = min(top_k, self._vocab_size)
+        parts = [TokenDetails.empty(with_details=with_details, num_alternatives=k)]
         for logits_RV, targets_R in self._window_logits(window):
             part = details_of_rows(logits_RV, targets_R, with_details=with_details, top_k=top_k)
             parts.append(part)
-        return joined_details(parts)
+        return TokenDetails.joined(parts)
 
     def _window_logits(
         self, window: WindowIds
@@ -180,14 +181,6 @@ class LlamaCppInferenceSession(ScoresByDetails):
             logits_RV = self._decode(ids_T, start, end, wanted_T)
             if len(logits_RV):
                 yield logits_RV, ids_T[np.flatnonzero(wanted_T[start:end]) + start + 1]
-
-    def _no_details(self, with_details: bool, top_k: int) -> TokenDetails:
-        return details_of_rows(
-            np.empty((0, self._vocab_size), np.float32),
-            np.empty(0, np.int64),
-            with_details=with_details,
-            top_k=top_k,
-        )
 
     def _decode(
         self, ids_T: NDArray[np.int32], start: int, end: int, wanted_T: NDArray[np.int8]

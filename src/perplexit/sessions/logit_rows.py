@@ -9,13 +9,12 @@ equivalent, in float64:
     rank_R      = 1 + (logits_RV > logits_RV[arange(R), ids_R]).sum(-1)
 """
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.sessions.base import TokenDetails
+from perplexit.token_columns import TokenDetails
 
 _BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: both buffers of a block stay in a core's cache
 
@@ -33,7 +32,7 @@ def details_of_rows(
     A NaN in a row makes that row's nll NaN; a token at -inf has probability 0.
     """
     rows = max(1, _BLOCK_ELEMENTS // logits_RV.shape[1])
-    return joined_details(
+    return TokenDetails.joined(
         [
             _block_details(
                 logits_RV[start : start + rows], ids_R[start : start + rows], with_details, top_k
@@ -41,22 +40,6 @@ def details_of_rows(
             for start in range(0, max(1, len(ids_R)), rows)
         ]
     )
-
-
-def joined_details(parts: Sequence[TokenDetails]) -> TokenDetails:
-    """The details of consecutive targets as one; every part has the same columns."""
-    return TokenDetails(
-        nll_N=np.concatenate([part.nll_N for part in parts]),
-        entropy_N=_joined(part.entropy_N for part in parts),
-        rank_N=_joined(part.rank_N for part in parts),
-        top_ids_NK=_joined(part.top_ids_NK for part in parts),
-        top_logprobs_NK=_joined(part.top_logprobs_NK for part in parts),
-    )
-
-
-def _joined(columns: Iterable[NDArray[Any] | None]) -> NDArray[Any] | None:
-    present = [column for column in columns if column is not None]
-    return np.concatenate(present) if present else None
 
 
 def _block_details(
@@ -73,22 +56,22 @@ def _block_details(
         log_sum_R = np.log(sum_R)
         own_R1 = np.take_along_axis(shifted_RV, ids_R1, axis=-1)
         nll_R = log_sum_R - own_R1[:, 0]
-        top_ids_RK, top_logprobs_RK = _most_likely(shifted_RV, log_sum_R, top_k)
+        columns: dict[str, NDArray[Any]] = {"nll": nll_R}
+        if top_k:
+            columns |= _most_likely(shifted_RV, log_sum_R, top_k)
         if not with_details:
-            return TokenDetails(nll_R, None, None, top_ids_RK, top_logprobs_RK)
+            return TokenDetails(columns)
         rank_R = 1 + np.count_nonzero(shifted_RV > own_R1, axis=-1)
         terms_RV = np.multiply(odds_RV, shifted_RV, out=shifted_RV)
         terms_RV[odds_RV == 0] = 0.0  # 0 · -inf, whose limit is 0
         entropy_R = log_sum_R - terms_RV.sum(-1) / sum_R
-    return TokenDetails(nll_R, entropy_R, rank_R.astype(np.int32), top_ids_RK, top_logprobs_RK)
+    return TokenDetails({**columns, "entropy": entropy_R, "rank": rank_R.astype(np.int32)})
 
 
 def _most_likely(
     shifted_RV: NDArray[np.float32], log_sum_R: NDArray[np.float32], top_k: int
-) -> tuple[NDArray[np.int32] | None, NDArray[np.float32] | None]:
-    """(ids, log-probabilities) of the K most likely tokens, most likely first; ties by id."""
-    if not top_k:
-        return None, None
+) -> dict[str, NDArray[Any]]:
+    """Return the columns of the K most likely tokens, most likely first; ties by id."""
     count = min(top_k, shifted_RV.shape[-1])
     # ties at the edge of the K are broken by the partition; within the K by id
     chosen_RK = np.sort(np.argpartition(-shifted_RV, count - 1, axis=-1)[:, :count], axis=-1)
@@ -96,4 +79,4 @@ def _most_likely(
     order_RK = np.argsort(-values_RK, axis=-1, kind="stable")
     ids_RK = np.take_along_axis(chosen_RK, order_RK, axis=-1).astype(np.int32)
     logprobs_RK = np.take_along_axis(values_RK, order_RK, axis=-1) - log_sum_R[:, None]
-    return ids_RK, logprobs_RK
+    return {"top_ids": ids_RK, "top_logprobs": logprobs_RK}

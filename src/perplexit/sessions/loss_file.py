@@ -29,8 +29,9 @@ from perplexit.errors import CapabilityError, FingerprintMismatchError, ModelErr
 from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.alternatives import contradiction, most_likely_first
-from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
+from perplexit.sessions.base import ModelDescription, SessionDescription
 from perplexit.sessions.loss_file_formats import RecordedWindow, base_file_identity, read_recording
+from perplexit.token_columns import TokenDetails
 
 _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-2  # devices write half precision, or a few digits
@@ -127,7 +128,7 @@ class RecordedInferenceSession:
                 f"{wrong[1]} at position {position} of window {window.index}; a list belongs to "
                 "the id that stands at the same place, and is of what the ids before it predict"
             )
-        return TokenDetails(nll_N, top_ids_NK=top_ids_NK, top_logprobs_NK=top_logprobs_NK)
+        return TokenDetails({"nll": nll_N, "top_ids": top_ids_NK, "top_logprobs": top_logprobs_NK})
 
     def _rows(self, window: WindowIds) -> tuple[RecordedWindow, NDArray[np.int64]]:
         """(what is recorded of the window, the row in it of each target)."""

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import DetailedSession, TokenDetails
+from perplexit.sessions.base import DetailedSession
+from perplexit.token_columns import TokenDetails
 
 
 @runtime_checkable

@@ -37,11 +37,13 @@ from perplexit.program_record import ProgramMetadata
 from perplexit.quantization.gguf_header import read_gguf_header
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesWriter
 from perplexit.runs.run import Run
-from perplexit.runs.store import Part, RunStore, UnreadableRun, find_runs
+from perplexit.runs.scored_batch import ScoredBatch
+from perplexit.runs.store import RunStore, UnreadableRun, find_runs
 from perplexit.runs.verification import export_tokens, verify_run
 from perplexit.sessions.loss_file import RecordedInferenceSession
 from perplexit.sessions.pytorch.placement import read_device_map
 from perplexit.sessions.registry import split_address
+from perplexit.token_columns import TokenDetails
 from tests.forged_token_files import content_of, write_forged
 from tests.proofs.fuzz.mutations import changed_array, changed_bytes, changed_json, changed_table
 from tests.report_runs import toy_runs
@@ -287,9 +289,8 @@ def _read_run_tokens(folder: Path) -> None:
 def _make_parts(folder: Path) -> None:
 
     with RunStore(folder / "run") as store:
-        columns = {"nll": np.ones(5, np.float32), "rank": np.ones(5, np.int32)}
-        seconds = {"prefill": 0.1, "decode": 0.0}
-        store.add_part(Part(0, 2, np.arange(2), np.array([2, 3]), columns, seconds))
+        details = TokenDetails({"nll": np.ones(5, np.float32), "rank": np.ones(5, np.int32)})
+        store.add_part(ScoredBatch(0, 2, np.arange(2), np.array([2, 3]), details, 0.1))
 
 
 def _change_parts(folder: Path, random: Random) -> None:

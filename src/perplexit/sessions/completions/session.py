@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.alternatives import contradiction, most_likely_first
-from perplexit.sessions.base import ModelDescription, SessionDescription, TokenDetails
+from perplexit.sessions.base import ModelDescription, SessionDescription
 from perplexit.sessions.completions.answers import (
     KnownTexts,
     PromptAnswer,
@@ -33,6 +33,7 @@ from perplexit.sessions.completions.probe import (
     check_still_the_same,
     working_style,
 )
+from perplexit.token_columns import TokenDetails
 
 _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-3  # of one answer's own numbers, which are of one computation
@@ -175,13 +176,15 @@ class CompletionsInferenceSession:
             logprobs_T = np.array([np.nan, *answer.logprobs[1:]], dtype=np.float64)
             nll_N = (-logprobs_T[window.targets_N]).astype(np.float32)
             if not top_k:
-                return TokenDetails(nll_N)
+                return TokenDetails({"nll": nll_N})
             top_ids_NK, top_logprobs_NK = _alternatives(answer, window, top_k)
             return TokenDetails(
-                nll_N,
-                rank_N=_ranks(answer, window) if self._tells_ranks else None,
-                top_ids_NK=top_ids_NK,
-                top_logprobs_NK=top_logprobs_NK,
+                {
+                    "nll": nll_N,
+                    "rank": _ranks(answer, window) if self._tells_ranks else None,
+                    "top_ids": top_ids_NK,
+                    "top_logprobs": top_logprobs_NK,
+                }
             )
         except PromptAnswerError as problem:
             raise ModelError(

@@ -14,9 +14,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError
-from perplexit.sessions.base import FedRows, TokenDetails
+from perplexit.sessions.base import FedRows
 from perplexit.sessions.logit_rows import details_of_rows
 from perplexit.sessions.onnx.ports import GraphPorts
+from perplexit.token_columns import TokenDetails
 
 Feed = dict[str, Any]
 Run = Callable[[list[str], Feed], list[Any]]  # names of outputs, inputs → OrtValues

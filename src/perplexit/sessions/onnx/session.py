@@ -32,7 +32,6 @@ from perplexit.sessions.base import (
     LogitsChunk,
     ModelDescription,
     SessionDescription,
-    TokenDetails,
 )
 from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.logit_rows import details_of_rows
@@ -40,6 +39,7 @@ from perplexit.sessions.onnx.engine import open_session, provider_of, translated
 from perplexit.sessions.onnx.past_key_values import OnnxCache, cache_bytes, with_logits_probed
 from perplexit.sessions.onnx.ports import ports_of
 from perplexit.sessions.onnx.program_folder import check_asked, describe, find_program
+from perplexit.token_columns import TokenDetails
 
 _MOST_WINDOWS = 32  # decoded together: beyond, copying caches costs what batching gains
 _MOST_IDS = 4096  # ids a batch: beyond, a CPU gains no speed and only pays memory

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import ModelError, VocabularyError
-from perplexit.functional.nll import TokenStatistics
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import TokenDetails
 from perplexit.sessions.pytorch.cuda import to_device
 from perplexit.sessions.pytorch.module import config_integer
 
@@ -129,37 +126,3 @@ def refuse_beyond_positions(
 def fed_length(window: WindowIds) -> int:
     """How many ids the last target's prediction needs: those before it."""
     return int(window.targets_N[-1])
-
-
-def details_by_window(statistics: TokenStatistics, counts: Sequence[int]) -> list[TokenDetails]:
-    """One record a window, in the order of the batch."""
-    stops = np.cumsum(counts)[:-1]
-
-    def split(column: Tensor | None, dtype: type) -> list[NDArray[np.generic]] | list[None]:
-        if column is None:
-            return [None] * len(counts)
-        return np.split(column.cpu().numpy().astype(dtype, copy=False), stops)
-
-    columns = zip(
-        split(statistics.nll_N, np.float32),
-        split(statistics.entropy_N, np.float32),
-        split(statistics.rank_N, np.int32),
-        split(statistics.top_ids_NK, np.int32),
-        split(statistics.top_logprobs_NK, np.float32),
-        strict=True,
-    )
-    return [TokenDetails(*fields) for fields in columns]  # type: ignore[arg-type]
-
-
-def no_details(*, with_details: bool, num_alternatives: int) -> TokenDetails:
-    """The record of a window without targets."""
-    none_N = np.empty(0, np.float32)
-    if not with_details:
-        return TokenDetails(none_N)
-    return TokenDetails(
-        nll_N=none_N,
-        entropy_N=none_N.copy(),
-        rank_N=np.empty(0, np.int32),
-        top_ids_NK=np.empty((0, num_alternatives), np.int32) if num_alternatives else None,
-        top_logprobs_NK=np.empty((0, num_alternatives), np.float32) if num_alternatives else None,
-    )

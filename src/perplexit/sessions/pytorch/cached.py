@@ -20,12 +20,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.functional.linear_nll import statistics_of_hidden_states
-from perplexit.sessions.base import MOST_CACHED_IDS, FedRows, TokenDetails
-from perplexit.sessions.pytorch.batch import details_by_window
+from perplexit.sessions.base import MOST_CACHED_IDS, FedRows
 from perplexit.sessions.pytorch.call import CachePlace
 from perplexit.sessions.pytorch.device import free_bytes
 from perplexit.sessions.pytorch.forward import ForwardPass
 from perplexit.sessions.pytorch.module import config_integer
+from perplexit.token_columns import TokenDetails
 
 # Beyond, a decode step gains little: its matrix products are no longer bound by reading weights.
 _MOST_WINDOWS = {"cpu": 96, "cuda": 256, "mps": 64}
@@ -126,7 +126,7 @@ class _PytorchRows:
                 with_details=with_details,
                 top_k=top_k,
             )
-            return details_by_window(statistics, [len(ids_N)])[0]
+            return statistics.to_numpy()
 
         details: TokenDetails = self.run(work)
         return details

@@ -4,7 +4,7 @@ Everything works on the CPU too, where copies are plain and peaks None.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ class ComingStatistics:
 def to_host(statistics: TokenStatistics) -> ComingStatistics:
     """The statistics on the host; from CUDA queued into pinned memory, with an event behind."""
     if statistics.nll_N.device.type != "cuda":
-        return ComingStatistics(_each(statistics, lambda column: column.cpu()), lambda: None)
-    host = _each(statistics, _into_pinned)
+        return ComingStatistics(statistics.each(Tensor.cpu), lambda: None)
+    host = statistics.each(_into_pinned)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(statistics.nll_N.device))
     return ComingStatistics(host, event.synchronize)
@@ -73,12 +73,6 @@ def to_host(statistics: TokenStatistics) -> ComingStatistics:
 def _into_pinned(column: Tensor) -> Tensor:
     host = torch.empty(column.shape, dtype=column.dtype, pin_memory=True)
     return host.copy_(column, non_blocking=True)
-
-
-def _each(statistics: TokenStatistics, change: Callable[[Tensor], Tensor]) -> TokenStatistics:
-    columns = {field.name: getattr(statistics, field.name) for field in fields(statistics)}
-    present = {name: change(column) for name, column in columns.items() if column is not None}
-    return TokenStatistics(**present)
 
 
 class DeviceMemory:

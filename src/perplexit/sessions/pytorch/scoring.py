@@ -14,11 +14,11 @@ from torch import Tensor
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.functional.linear_nll import statistics_of_hidden_states
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import TokenDetails
-from perplexit.sessions.pytorch.batch import PaddedBatch, batches_of, details_by_window, no_details
+from perplexit.sessions.pytorch.batch import PaddedBatch, batches_of
 from perplexit.sessions.pytorch.cuda import ComingStatistics, to_host
 from perplexit.sessions.pytorch.forward import ForwardPass
 from perplexit.sessions.pytorch.threads import WindowThreads
+from perplexit.token_columns import TokenDetails
 
 _T = TypeVar("_T")
 
@@ -50,7 +50,7 @@ class Launched:
     def collect(self) -> list[TokenDetails]:
         """One record a window, once everything has arrived."""
         for places, counts, coming in self.parts:
-            details = details_by_window(coming.wait(), counts)
+            details = coming.wait().to_numpy().split(counts)
             for place, record in zip(places, details, strict=True):
                 self.results[place] = record
         return self.results
@@ -59,7 +59,7 @@ class Launched:
 def launch(windows: Sequence[WindowIds], scoring: Scoring, num_logits: int) -> Launched:
     """The windows' results on their way; windows without targets have theirs."""
     k = min(scoring.top_k, num_logits)
-    empty = no_details(with_details=scoring.with_details, num_alternatives=k)
+    empty = TokenDetails.empty(with_details=scoring.with_details, num_alternatives=k)
     parts = by_parts(
         windows,
         lambda places: (places, *_part([windows[place] for place in places], scoring)),

@@ -16,7 +16,7 @@ from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
 from perplexit.functional.output_head import OutputHead
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
-from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription, TokenDetails
+from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription
 from perplexit.sessions.pytorch.arrangement import (
     arranged,
     described,
@@ -46,6 +46,7 @@ from perplexit.sessions.pytorch.placement import DeviceMap, Placement, devices_o
 from perplexit.sessions.pytorch.scoring import Launched, Scoring, by_parts, launch, target_rows
 from perplexit.sessions.pytorch.threads import WindowThreads
 from perplexit.sessions.pytorch.written_head import written_head
+from perplexit.token_columns import TokenDetails
 
 _T = TypeVar("_T")
 
