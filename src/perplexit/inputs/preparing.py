@@ -72,7 +72,7 @@ def prepare(
     file = output_file(target, corpus, read=(tokenizer,), force=force)
     keys = _keys(corpus, text_key, domain_key, prompt_key, keep)
     loaded = load(tokenizer)
-    plan = _plan(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
+    plan = protocol_for_tokenizer(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
     _check_joining(plan, keys)
     check_same_input(file, corpus, keys, plan, loaded)
     try:
@@ -260,9 +260,14 @@ class _Preparation:
         return np.array(codes, dtype=np.int32)
 
 
-def _plan(
+def protocol_for_tokenizer(
     tokenizer: Tokenizer, protocol: str, *, max_length: int | None, stride: int | None, bos: str
 ) -> ResolvedProtocol:
+    """Return the protocol with the options settled for a tokenizer.
+
+    Raises UsageError for options that contradict each other, TokenizerError where the tokenizer
+    puts several tokens before a text.
+    """
     prefix = tokenizer.added_prefix
     if bos == "auto" and len(prefix) > 1:
         raise TokenizerError(
