@@ -55,7 +55,7 @@ def prepared_texts(
     corpus = _corpus(texts)
     loaded = load(tokenizer)
     plan = protocol_for_tokenizer(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
-    columns = {
+    columns: dict[str, Any] = {
         "text_key": text_key,
         "domain_key": domain_key,
         "prompt_key": prompt_key,
