@@ -16,8 +16,7 @@ import psutil
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, VocabularyError
-from perplexit.inputs.parts import balanced_parts
-from perplexit.inputs.windows import WindowIds
+from perplexit.inputs.windows import WindowIds, balanced_parts
 from perplexit.program_record import ProgramShapes
 
 Feed = dict[str, NDArray[np.int64]]

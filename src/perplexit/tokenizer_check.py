@@ -7,7 +7,8 @@ from typing import Any
 from perplexit.errors import FingerprintMismatchError, PerplexitError
 from perplexit.inputs.retokenizing import match_tokenizer
 from perplexit.inputs.token_file import TokenFile
-from perplexit.inputs.tokenizer import Tokenizer, load
+from perplexit.inputs.tokenizer import Tokenizer
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -29,7 +30,7 @@ def own_tokenizer(address: str) -> Tokenizer | None:
         is_here = path.is_file() or any((path / name).is_file() for name in _TOKENIZER_FILES)
         if prefix not in ("hf", "gguf") or not (is_here or "@" in location):
             return None
-        return load(address)
+        return load_tokenizer(address)
     except PerplexitError:
         return None
 

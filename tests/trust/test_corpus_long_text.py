@@ -16,7 +16,7 @@ import perplexit as px
 from perplexit.errors import CorpusError, TokenizerError
 from perplexit.inputs import long_text
 from perplexit.inputs.text_cuts import GPT2_PATTERN
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from tests.unseen_text import DOCUMENTS
 
 SIZE = 60_000
@@ -196,7 +196,7 @@ WHOLE = {"Unigram over whole texts", "SentencePiece Unigram"}
 
 @pytest.fixture(scope="module")
 def loaded():
-    return functools.cache(lambda name: load(TOKENIZERS[name]()))
+    return functools.cache(lambda name: load_tokenizer(TOKENIZERS[name]()))
 
 
 @pytest.mark.parametrize(
@@ -274,10 +274,10 @@ def test_d4_a_text_that_cannot_be_cut_is_refused_by_name(tmp_path, monkeypatch):
 def test_d4_sibling_an_unknown_pre_tokenizer_is_never_cut(loaded):
     """Of an expression that is not known, nothing is assumed."""
     tokenizer = split_first(r"\p{L}+ \p{L}+|\s|.")
-    assert not load(tokenizer)._backend.cut_rule.cuts
+    assert not load_tokenizer(tokenizer)._backend.cut_rule.cuts
     tokenizer = byte_level()
     tokenizer.normalizer = normalizers.Replace(tokenizers.Regex("a b"), "c")
-    assert not load(tokenizer)._backend.cut_rule.cuts
+    assert not load_tokenizer(tokenizer)._backend.cut_rule.cuts
 
 
 def test_d4_sibling_wrong_bytes_deep_in_a_long_text_are_named(tmp_path, byte_tokenizer_json):

@@ -17,7 +17,7 @@ from perplexit.checkpoints.identity import read_config, weight_files
 from perplexit.cli.app import app
 from perplexit.errors import ModelError, PerplexitError, RunError, TokenizerError, VocabularyError
 from perplexit.inputs.kl_base_file import MAGIC, KlBaseFile
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.program_record import ProgramMetadata
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesWriter
 from perplexit.sessions.loss_file_formats import read_recording
@@ -297,7 +297,7 @@ def test_d6_sibling_a_tokenizer_configuration_of_wrong_types(tmp_path, configura
     zoo.byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(configuration), "utf-8")
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json.*\$\."):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_d6_sibling_what_is_no_regular_file_is_refused_by_every_reader(tmp_path):

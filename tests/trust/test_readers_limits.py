@@ -18,7 +18,7 @@ import perplexit as px
 from perplexit.cli.app import app
 from perplexit.errors import ModelError, RunError, TokenizerError, UsageError
 from perplexit.inputs.gguf_header import metadata_fingerprint
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.sessions.loss_file_formats import read_recording
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_tensors import read_parquet
@@ -195,7 +195,9 @@ def test_d7_a_tokenizer_with_an_id_of_200_million_takes_little(tmp_path, where):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     with _Peak() as peak:
         try:
-            assert load(tmp_path).vocab_size < 100_000  # the library may number added tokens anew
+            assert (
+                load_tokenizer(tmp_path).vocab_size < 100_000
+            )  # the library may number added tokens anew
         except TokenizerError as error:
             assert "200,000,000" in str(error)  # noqa: PT017
     assert peak.num_bytes < 128 << 20

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from perplexit.inputs.parts import balanced_parts
+from perplexit.inputs.windows import balanced_parts
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from perplexit.inputs.id_lines import export_id_lines, import_id_lines
 from perplexit.inputs.preparing import _ahead, prepare
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.token_file import TokenFile
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from tests.unit import tokenizer_zoo as zoo
 
 TEXT = "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not. " * 3
@@ -23,13 +23,13 @@ TEXT = "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox doe
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load(zoo.byte_level())
+    return load_tokenizer(zoo.byte_level())
 
 
 @pytest.fixture(scope="module")
 def adding_bos():
     """A tokenizer that adds a BOS (id 1) by itself, and whose EOS is another id."""
-    return load(zoo.metaspace_byte_fallback())
+    return load_tokenizer(zoo.metaspace_byte_fallback())
 
 
 def target_bytes(tokens):

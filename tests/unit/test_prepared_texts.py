@@ -11,7 +11,7 @@ from perplexit.errors import CorpusError, EmptyScoreError, UsageError
 from perplexit.inputs import text_inputs
 from perplexit.inputs.preparing import prepare
 from perplexit.inputs.text_inputs import prepared_texts
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from tests.unit import tokenizer_zoo as zoo
 
 TEXT = "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not. " * 3
@@ -19,7 +19,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox doe
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load(zoo.byte_level())
+    return load_tokenizer(zoo.byte_level())
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +178,7 @@ def test_without_a_cache_folder_the_file_is_a_temporary_one(tokenizer, tmp_path,
 
 
 def _prepare_in_process(_: int) -> str:
-    return prepared_texts([TEXT] * 50, load(zoo.byte_level())).input_fingerprint
+    return prepared_texts([TEXT] * 50, load_tokenizer(zoo.byte_level())).input_fingerprint
 
 
 def test_two_processes_at_once_leave_one_copy(cache):

@@ -15,7 +15,7 @@ from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.preparing import prepare
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TokenFileWriter
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.inputs.windows import PrefixMode
 from tests.unit import tokenizer_zoo as zoo
 
@@ -28,7 +28,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load(zoo.byte_level())
+    return load_tokenizer(zoo.byte_level())
 
 
 @pytest.fixture(scope="module")

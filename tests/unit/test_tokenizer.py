@@ -13,7 +13,8 @@ from tokenizers import models, pre_tokenizers, processors
 from perplexit.errors import CorpusError, MissingPackageError, TokenizerError
 from perplexit.inputs import tokenizer_sources
 from perplexit.inputs.encoded_batch import bytes_from_spans, word_starts
-from perplexit.inputs.tokenizer import Tokenizer, load
+from perplexit.inputs.tokenizer import Tokenizer
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from tests.unit import tokenizer_zoo as zoo
 
 NASTY = [
@@ -45,7 +46,7 @@ any_text = st.one_of(
 
 @pytest.fixture(scope="module", params=sorted(zoo.FAMILIES))
 def any_tokenizer(request):
-    return load(zoo.FAMILIES[request.param]())
+    return load_tokenizer(zoo.FAMILIES[request.param]())
 
 
 def pieces(batch):
@@ -112,20 +113,20 @@ def test_trap_14_bytes_of_the_real_models_tokenizer(real_tokenizer, text):
 
 @pytest.fixture(scope="module")
 def real_tokenizer(real_gguf_path):
-    return load(real_gguf_path)
+    return load_tokenizer(real_gguf_path)
 
 
 def test_byte_fallback_tokens_are_one_byte_each():
     for builder in (zoo.metaspace_byte_fallback, zoo.prepend_byte_fallback):
-        found = pieces(load(builder()).encode_batch(["the 漢"]))
+        found = pieces(load_tokenizer(builder()).encode_batch(["the 漢"]))
         assert found[-3:] == [b"\xe6", b"\xbc", b"\xa2"]
-    sentencepiece = load(zoo.sentencepiece_llama_style()).encode_batch(["▁ the \x00漢 ꙮ"])
+    sentencepiece = load_tokenizer(zoo.sentencepiece_llama_style()).encode_batch(["▁ the \x00漢 ꙮ"])
     assert pieces(sentencepiece)[-3:] == [b"\xea", b"\x99", b"\xae"]
 
 
 def test_an_expanded_characters_bytes_go_to_its_first_token():
     """NFKC makes three characters of ½; only one token can own its two bytes."""
-    found = pieces(load(zoo.unigram_nfkc()).encode_batch(["the ½"]))
+    found = pieces(load_tokenizer(zoo.unigram_nfkc()).encode_batch(["the ½"]))
     assert b"".join(found) == "the ½".encode()
     assert [piece for piece in found if "½".encode() in piece]
     assert all(piece == b"" for piece in found[found.index("½".encode()) + 1 :]) or (
@@ -134,7 +135,7 @@ def test_an_expanded_characters_bytes_go_to_its_first_token():
 
 
 def test_what_no_token_covers_goes_to_the_token_that_follows():
-    found = pieces(load(zoo.wordpiece_uncased()).encode_batch(["  the   dog  "]))
+    found = pieces(load_tokenizer(zoo.wordpiece_uncased()).encode_batch(["  the   dog  "]))
     assert b"".join(found) == b"  the   dog  "
     assert found[0].startswith(b"  ")
     assert found[-1].endswith(b"  ")  # nothing follows the last one
@@ -172,17 +173,17 @@ def test_every_blank_of_unicode_separates_words():
 
 @pytest.mark.trap(3)
 def test_trap_3_the_bos_that_a_tokenizer_adds_is_found_and_not_in_the_ids():
-    tokenizer = load(zoo.metaspace_byte_fallback())
+    tokenizer = load_tokenizer(zoo.metaspace_byte_fallback())
     assert tokenizer.added_prefix == (1,)
     assert tokenizer.bos_id == 1
     assert 1 not in tokenizer.encode_batch(["the dog"]).ids
-    assert load(zoo.byte_level()).added_prefix == ()
-    assert load(zoo.wordpiece_uncased()).added_prefix == (1,)
-    assert load(zoo.wordpiece_uncased()).added_suffix == (2,)
+    assert load_tokenizer(zoo.byte_level()).added_prefix == ()
+    assert load_tokenizer(zoo.wordpiece_uncased()).added_prefix == (1,)
+    assert load_tokenizer(zoo.wordpiece_uncased()).added_suffix == (2,)
 
 
 def test_special_tokens_in_the_text_are_parsed_and_counted():
-    tokenizer = load(zoo.byte_level())
+    tokenizer = load_tokenizer(zoo.byte_level())
     batch = tokenizer.encode_batch(["a<|endoftext|>b"])
     assert pieces(batch) == [b"a", b"<|endoftext|>", b"b"]
     assert tokenizer.num_special(batch.ids) == 1
@@ -193,16 +194,18 @@ def test_truncation_and_padding_are_switched_off_and_the_object_left_alone():
     source.enable_truncation(3)
     source.enable_padding(length=50)
     text = "The quick brown fox jumps over the lazy dog."
-    batch = load(source).encode_batch([text, "a"])
+    batch = load_tokenizer(source).encode_batch([text, "a"])
     assert batch.text_bytes == (text + "a").encode()
     assert len(batch.ids) < 50
     assert source.truncation["max_length"] == 3
-    assert load(source).fingerprint == load(zoo.byte_level()).fingerprint
+    assert load_tokenizer(source).fingerprint == load_tokenizer(zoo.byte_level()).fingerprint
 
 
 def test_the_fingerprint_follows_what_decides_the_ids():
-    assert load(zoo.byte_level()).fingerprint == load(zoo.byte_level()).fingerprint
-    different = [load(builder()).fingerprint for builder in zoo.FAMILIES.values()]
+    assert (
+        load_tokenizer(zoo.byte_level()).fingerprint == load_tokenizer(zoo.byte_level()).fingerprint
+    )
+    different = [load_tokenizer(builder()).fingerprint for builder in zoo.FAMILIES.values()]
     assert len(set(different)) == len(different)
 
 
@@ -210,7 +213,7 @@ def test_the_fingerprint_follows_what_decides_the_ids():
 def test_trap_34_no_tokens_for_text_is_refused():
     empty = tokenizers.Tokenizer(models.BPE())
     with pytest.raises(TokenizerError, match=r"no tokens for document 3.*vocab="):
-        load(empty).encode_batch(["some text"], first_document=3)
+        load_tokenizer(empty).encode_batch(["some text"], first_document=3)
 
 
 @pytest.mark.trap(34)
@@ -220,22 +223,22 @@ def test_trap_34_a_vocabulary_that_was_never_read_is_refused():
         models.BPE(vocab={"<|endoftext|>": 0}, merges=[], unk_token="<|endoftext|>", fuse_unk=True)
     )
     with pytest.raises(TokenizerError, match=r"into 1 tokens"):
-        load(hollow).encode_batch(["The quick brown fox jumps over the lazy dog. " * 3])
+        load_tokenizer(hollow).encode_batch(["The quick brown fox jumps over the lazy dog. " * 3])
     unknown = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     unknown.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(TokenizerError, match=r"unknown"):
-        load(unknown).encode_batch(["The quick brown fox jumps over the lazy dog. " * 3])
+        load_tokenizer(unknown).encode_batch(["The quick brown fox jumps over the lazy dog. " * 3])
 
 
 def test_one_token_for_a_long_text_is_right_where_the_vocabulary_has_it():
     line = "-" * 80
     tokenizer = tokenizers.Tokenizer(models.WordLevel({line: 0, "[UNK]": 1}, unk_token="[UNK]"))
-    assert load(tokenizer).encode_batch([line]).ids.tolist() == [0]
+    assert load_tokenizer(tokenizer).encode_batch([line]).ids.tolist() == [0]
 
 
 def test_text_that_is_no_unicode_is_refused():
     with pytest.raises(CorpusError, match=r"Document 5.*lone surrogate.*U\+D800"):
-        load(zoo.byte_level()).encode_batch(["a\ud800"], first_document=5)
+        load_tokenizer(zoo.byte_level()).encode_batch(["a\ud800"], first_document=5)
 
 
 @pytest.fixture
@@ -253,10 +256,10 @@ def write_config(folder, **entries):
 
 
 def test_a_folder_and_its_file_are_the_same_tokenizer(folder):
-    from_folder, from_file = load(folder), load(str(folder / "tokenizer.json"))
+    from_folder, from_file = load_tokenizer(folder), load_tokenizer(str(folder / "tokenizer.json"))
     assert from_folder.fingerprint == from_file.fingerprint
     assert (from_folder.bos_id, from_folder.eos_id) == (1, 2)
-    assert load(f"hf:{folder}").fingerprint == from_folder.fingerprint
+    assert load_tokenizer(f"hf:{folder}").fingerprint == from_folder.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,7 @@ def test_a_folder_gives_what_auto_tokenizer_gives(tmp_path, entries, builder):
     transformers = pytest.importorskip("transformers")
     builder().save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, **entries)
-    ours = load(tmp_path)
+    ours = load_tokenizer(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "The dog <s>sleeps</s>; <|x|> <bos> <new><pad> the fox 漢字"
     plain = theirs(text, add_special_tokens=False)["input_ids"]
@@ -287,14 +290,14 @@ def test_a_folder_gives_what_auto_tokenizer_gives(tmp_path, entries, builder):
         assert ours.bos_id == theirs.bos_token_id
     assert ours.eos_id == theirs.eos_token_id
     assert ours.vocab_size == len(theirs)
-    assert load(theirs).encode_batch([text]).ids.tolist() == plain
+    assert load_tokenizer(theirs).encode_batch([text]).ids.tolist() == plain
 
 
 @pytest.mark.parametrize("name", ["tiny_llama_dir", "tiny_gpt2_dir", "tiny_gemma2_dir"])
 def test_a_checkpoints_folder_gives_what_auto_tokenizer_gives(name, request):
     transformers = pytest.importorskip("transformers")
     folder = request.getfixturevalue(name)
-    ours, theirs = load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     text = "Größe  and\n\nwords"
     assert (
         list(ours.added_prefix) + ours.encode_batch([text]).ids.tolist()
@@ -308,11 +311,11 @@ def test_a_gguf_is_converted_once_and_then_read_from_the_cache(
     real_gguf_path, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PERPLEXIT_CACHE", str(tmp_path))
-    first = load(real_gguf_path)
+    first = load_tokenizer(real_gguf_path)
     assert first.vocab_size == 49152
     assert (first.bos_id, first.eos_id, first.added_prefix) == (1, 2, ())
     monkeypatch.setattr(tokenizer_sources, "import_module", _refuse_import)
-    assert load(f"gguf:{real_gguf_path}").fingerprint == first.fingerprint
+    assert load_tokenizer(f"gguf:{real_gguf_path}").fingerprint == first.fingerprint
 
 
 def _refuse_import(name):
@@ -323,32 +326,32 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_sources, "import_module", _refuse_import)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(MissingPackageError, match=r"pip install 'perplexit\[pytorch\]'"):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0b\n\x05<unk>")
     with pytest.raises(MissingPackageError, match=r"pip install 'perplexit\[sentencepiece\]'"):
-        load(tmp_path / "tokenizer.model")
+        load_tokenizer(tmp_path / "tokenizer.model")
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match="There is no tokenizer"):
-        load(tmp_path / "missing" / "tokenizer.json")
+        load_tokenizer(tmp_path / "missing" / "tokenizer.json")
     broken = tmp_path / "tokenizer.json"
     broken.write_text('{"version": "1.0"}')
     with pytest.raises(
         TokenizerError, match="a tokenizer that `tokenizers` or SentencePiece can read"
     ):
-        load(broken)
+        load_tokenizer(broken)
     cut = tmp_path / "model.gguf"
     cut.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x01" + b"\x00" * 7 + b"\x05" + b"\x00" * 15)
     with pytest.raises(TokenizerError, match="GGUF"):
-        load(cut)
+        load_tokenizer(cut)
     with pytest.raises(TokenizerError, match="got int"):
-        load(5)
+        load_tokenizer(5)
 
 
 def test_a_tokenizer_that_is_loaded_already_stays():
-    tokenizer = load(zoo.byte_level())
-    assert load(tokenizer) is tokenizer
+    tokenizer = load_tokenizer(zoo.byte_level())
+    assert load_tokenizer(tokenizer) is tokenizer
     assert isinstance(tokenizer, Tokenizer)
 
 
@@ -357,7 +360,7 @@ def test_a_template_with_two_tokens_in_front_is_told():
     source.post_processor = processors.TemplateProcessing(
         single="</s> <s> $A", pair="$A $B", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    assert load(source).added_prefix == (2, 1)
+    assert load_tokenizer(source).added_prefix == (2, 1)
 
 
 def test_an_unknown_hub_id_is_one_request_and_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,5 +373,5 @@ def test_an_unknown_hub_id_is_one_request_and_one_message(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(hub, "snapshot_download", unreachable)
     with pytest.raises(TokenizerError, match=r"'nobody/nothing' here.*no route to the hub"):
-        load("nobody/nothing@main")
+        load_tokenizer("nobody/nothing@main")
     assert asked == [("nobody/nothing", "main")]

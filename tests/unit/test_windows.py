@@ -5,14 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perplexit.inputs.tool_windows import mlc_windows, qefficient_windows
 from perplexit.inputs.windows import (
     COLUMNS,
     PrefixMode,
     WindowTable,
     disjoint_windows,
     document_windows,
-    mlc_windows,
-    qefficient_windows,
     sliding_windows,
 )
 

@@ -27,11 +27,11 @@ def spelled_by_models(runs: Sequence[Run]) -> list[bytes] | None:
     fingerprint = runs[0].tokenizer_fingerprint
     for place in local_places(run.model for run in runs):
         try:
-            backend = load_tokenizer(place).backend
+            loaded = load_tokenizer(place)
         except (PerplexitError, OSError, ValueError, KeyError):
             continue
-        if backend.fingerprint == fingerprint:
-            return list(backend.spelled)
+        if loaded.fingerprint == fingerprint:
+            return loaded.spelled
     return None
 
 

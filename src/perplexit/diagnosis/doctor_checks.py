@@ -17,7 +17,7 @@ from perplexit.diagnosis.doctor_findings import Diagnosis, Finding, skipped
 from perplexit.diagnosis.doctor_probe import ExaminedModel, make_probe
 from perplexit.errors import PerplexitError, UsageError
 from perplexit.inputs.token_file import TokenFile
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.sessions.base import InferenceSession
 from perplexit.sessions.registry import load_session
 from perplexit.tokenizer_check import own_tokenizer
@@ -102,7 +102,11 @@ def doctor(
         token_file = (
             tokens if isinstance(tokens, TokenFile) or tokens is None else TokenFile.open(tokens)
         )
-        own = load(tokenizer) if tokenizer is not None else own_tokenizer(session.model.address)
+        own = (
+            load_tokenizer(tokenizer)
+            if tokenizer is not None
+            else own_tokenizer(session.model.address)
+        )
         probe = make_probe(session, own, token_file, max_length)
         examined = ExaminedModel(session, own, token_file, probe, dtype, quantization)
         return Diagnosis(

@@ -118,7 +118,7 @@ def _spelling_difference(
 ) -> str | None:
     ids = examined.probe.ids_S[:_NUM_SPELLED].tolist()
     texts = session.own_token_texts(ids)
-    for index, text, spelled in zip(ids, texts, own.spelling_of(ids), strict=True):
+    for index, text, spelled in zip(ids, texts, [own.spelled[i] for i in ids], strict=True):
         # Byte pieces of a character cannot be told from a text, and blanks are shown variously.
         if text is None or "\ufffd" in text or text.startswith("token_id:"):
             continue

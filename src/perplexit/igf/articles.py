@@ -18,8 +18,8 @@ from perplexit.igf.stored import (
     tensor_path,
     write_stored,
 )
-from perplexit.inputs import tokenizer as tokenizers
 from perplexit.inputs.corpus import Keys, documents
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.untrusted_files import stated
 
 Split = Literal["train", "objective", "test"]
@@ -148,7 +148,7 @@ def read_articles(
 
 
 def _tokenised(corpus: Any, tokenizer: Any, text_key: str) -> Articles:
-    loaded = tokenizers.load(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     found = [d for d in documents(corpus, Keys(text=text_key)) if d.text and d.text.strip()]
     if not found:
         raise CorpusError(f"expected at least one article with text in it, got none in {corpus}")

@@ -15,7 +15,7 @@ from perplexit.inputs.corpus_document import Document
 from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TOKEN_FILE, TokenFileWriter
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.inputs.windows import document_windows
 from perplexit.protected_outputs import Kind, OutputFile, paths_among
 from perplexit.untrusted_files import Expected, open_regular
@@ -67,7 +67,7 @@ def import_id_lines(
     Raises CorpusError, with the line, for anything but ids separated by blanks; OutputError.
     """
     file = OutputFile(Path(output), TOKEN_FILE, paths_among(Path(path), tokenizer), force)
-    loaded = None if tokenizer is None else load(tokenizer)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     limit = _LARGEST_ID + 1 if loaded is None else loaded.vocab_size
     short: list[int] = []
     num_lines, largest = 0, -1

@@ -27,7 +27,8 @@ from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.protocols import ResolvedProtocol, resolve_protocol
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TokenFileWriter
-from perplexit.inputs.tokenizer import Tokenizer, load
+from perplexit.inputs.tokenizer import Tokenizer
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 
 Progress = Callable[[int, int], None]  # documents and tokens written so far
 _Numbered = list[tuple[int, Document]]  # documents with their numbers in the corpus
@@ -57,7 +58,7 @@ def prepare(
     """The corpus as a verified token file at `output` (a temporary one without it).
 
     corpus:     a path (a str is one) or several Paths, a `datasets` object, or a list of texts.
-    tokenizer:  whatever `perplexit.inputs.tokenizer.load` takes.
+    tokenizer:  whatever `load_tokenizer` takes.
     bos:        auto (what the tokenizer itself adds, resolved and recorded), none, first, every.
     text_key:   the column with the text of a table; None: "text".
     prompt_key: the column with prompts; only the tokens of the answer (`text_key`) are scored.
@@ -71,7 +72,7 @@ def prepare(
     target, cleanup = _target(output)
     file = output_file(target, corpus, read=(tokenizer,), force=force)
     keys = _keys(corpus, text_key, domain_key, prompt_key, keep)
-    loaded = load(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     plan = protocol_for_tokenizer(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
     _check_joining(plan, keys)
     check_same_input(file, corpus, keys, plan, loaded)

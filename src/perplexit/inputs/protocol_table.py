@@ -5,24 +5,25 @@ A further protocol is one entry here, with its generator of windows.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from perplexit.inputs.tool_windows import (
     hf_evaluate_windows,
     hf_guide_windows,
     llama_cpp_windows,
     lm_eval_windows,
+    mlc_windows,
+    qefficient_windows,
 )
 from perplexit.inputs.windows import (
     BosPolicy,
     WindowArray,
     disjoint_windows,
     document_windows,
-    mlc_windows,
-    qefficient_windows,
     sliding_windows,
 )
 
@@ -34,26 +35,11 @@ BLANK_LINE = "\n\n"
 
 
 @dataclass(frozen=True, slots=True)
-class WindowOptions:
-    """What a generator is told; 0 where the protocol has no such option."""
-
-    max_length: int
-    stride: int
-    bos: BosPolicy
-    bos_id: int
-
-    def given(self, *names: str) -> dict[str, Any]:
-        """The named options as keyword arguments."""
-        return {name: getattr(self, name) for name in names}
-
-
-Generator = Callable[[NDArray[np.int64], WindowOptions], WindowArray]
-
-
-@dataclass(frozen=True, slots=True)
 class Protocol:
     r"""One named way to cut text into windows.
 
+    generate:     makes the window table from document lengths; its keyword parameters are the
+                  options that the protocol reads (max_length, stride, bos, bos_id).
     joined_with:  the string between documents where they become one; None: windows never cross.
     max_length:   the default; None: a window is as long as its document.
     fixed_length: the default is the only length.
@@ -70,9 +56,9 @@ class Protocol:
     """
 
     name: str
-    version: int
     summary: str
-    generate: Generator
+    generate: Callable[..., WindowArray]
+    version: int = 1
     joined_with: str | None = None
     max_length: int | None = 1024
     fixed_length: bool = False
@@ -84,6 +70,15 @@ class Protocol:
     beyond_max_length: int = 0
     words: Words = "runs"
 
+    def windows(self, lengths_D: ArrayLike, **options: Any) -> WindowArray:
+        """Return the window table of documents of these lengths: [W, 7].
+
+        options: max_length, stride, bos and bos_id; the generator is given those that it reads.
+        """
+        read = signature(self.generate).parameters
+        chosen = {name: value for name, value in options.items() if name in read}
+        return self.generate(lengths_D, **chosen)
+
 
 def _half(max_length: int) -> int:
     return max_length // 2
@@ -92,28 +87,19 @@ def _half(max_length: int) -> int:
 _OWN = (
     Protocol(
         name="sliding",
-        version=1,
         summary="windows advance by stride; each target is scored once, with long context",
-        generate=lambda lengths_D, options: sliding_windows(
-            lengths_D, **options.given("max_length", "stride", "bos", "bos_id")
-        ),
+        generate=sliding_windows,
         stride=_half,
     ),
     Protocol(
         name="disjoint",
-        version=1,
         summary="consecutive chunks; the first id of each is context alone",
-        generate=lambda lengths_D, options: disjoint_windows(
-            lengths_D, **options.given("max_length", "bos", "bos_id")
-        ),
+        generate=disjoint_windows,
     ),
     Protocol(
         name="document",
-        version=1,
         summary="one window a document",
-        generate=lambda lengths_D, options: document_windows(
-            lengths_D, **options.given("bos", "bos_id")
-        ),
+        generate=document_windows,
         max_length=None,
     ),
 )
@@ -121,11 +107,8 @@ _OWN = (
 _SEEDS = (
     Protocol(
         name="qefficient",
-        version=1,
         summary="QEfficient: joined by blank lines, full windows, overlap scored twice",
-        generate=lambda lengths_D, options: qefficient_windows(
-            lengths_D, **options.given("max_length", "stride", "bos", "bos_id")
-        ),
+        generate=qefficient_windows,
         joined_with=BLANK_LINE,
         max_length=2048,
         stride=_half,
@@ -134,11 +117,8 @@ _SEEDS = (
     ),
     Protocol(
         name="mlc",
-        version=1,
         summary="MLC: joined by blank lines, short tails kept, overlap scored twice",
-        generate=lambda lengths_D, options: mlc_windows(
-            lengths_D, **options.given("max_length", "stride", "bos", "bos_id")
-        ),
+        generate=mlc_windows,
         joined_with=BLANK_LINE,
         max_length=256,
         stride=_half,
@@ -151,11 +131,8 @@ _SEEDS = (
 _TOOLS = (
     Protocol(
         name="hf-guide",
-        version=1,
         summary="the transformers guide: joined, sliding, the last window short",
-        generate=lambda lengths_D, options: hf_guide_windows(
-            lengths_D, **options.given("max_length", "stride", "bos", "bos_id")
-        ),
+        generate=hf_guide_windows,
         joined_with=BLANK_LINE,
         stride=_half,
         bos=("none", "first"),
@@ -163,11 +140,8 @@ _TOOLS = (
     ),
     Protocol(
         name="hf-evaluate",
-        version=1,
         summary="the evaluate metric: each text cut off, mean of the texts' perplexities",
-        generate=lambda lengths_D, options: hf_evaluate_windows(
-            lengths_D, **options.given("max_length", "bos", "bos_id")
-        ),
+        generate=hf_evaluate_windows,
         bos=("none", "first"),
         prefix="bos",
         aggregate="window-perplexities",
@@ -176,9 +150,7 @@ _TOOLS = (
         name="lm-eval",
         version=2,  # version 1 counted words as all other protocols do
         summary="lm-evaluation-harness: rolling windows, a prefix token before each document",
-        generate=lambda lengths_D, options: lm_eval_windows(
-            lengths_D, **options.given("max_length", "bos_id")
-        ),
+        generate=lm_eval_windows,
         max_length=2048,
         bos=("first",),
         prefix="bos-or-eos",
@@ -187,22 +159,16 @@ _TOOLS = (
     ),
     Protocol(
         name="llama-cpp",
-        version=1,
         summary="llama.cpp: whole chunks, the second half of each scored",
-        generate=lambda lengths_D, options: llama_cpp_windows(
-            lengths_D, **options.given("max_length", "bos", "bos_id")
-        ),
+        generate=llama_cpp_windows,
         joined_with=BLANK_LINE,
         max_length=512,
         bos=("none", "first"),
     ),
     Protocol(
         name="gptq-2048",
-        version=1,
         summary="the GPTQ papers: joined by blank lines, whole chunks of 2048, tail dropped",
-        generate=lambda lengths_D, options: disjoint_windows(
-            lengths_D, keep_tail=False, **options.given("max_length", "bos", "bos_id")
-        ),
+        generate=partial(disjoint_windows, keep_tail=False),
         joined_with=BLANK_LINE,
         max_length=2048,
         fixed_length=True,
@@ -210,11 +176,8 @@ _TOOLS = (
     ),
     Protocol(
         name="vllm",
-        version=1,
         summary="vLLM's own test: joined by blank lines, chunks of 1023",
-        generate=lambda lengths_D, options: disjoint_windows(
-            lengths_D, **options.given("max_length", "bos", "bos_id")
-        ),
+        generate=disjoint_windows,
         joined_with=BLANK_LINE,
         max_length=1023,
         bos=("none", "first"),

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from perplexit.errors import EmptyScoreError, UsageError
-from perplexit.inputs.protocol_table import PROTOCOLS, Aggregate, Protocol, WindowOptions
+from perplexit.inputs.protocol_table import PROTOCOLS, Aggregate, Protocol
 from perplexit.inputs.windows import BosPolicy, WindowArray
 from perplexit.option_ranges import check_numbers
 
@@ -46,8 +46,13 @@ class ResolvedProtocol:
             self._check_lengths(lengths, first_document)
         own = np.broadcast_to(np.asarray(own_bos_D, dtype=np.int64), lengths.shape)
         own = own * int(self.bos != "none")
-        options = WindowOptions(self.max_length or 0, self.stride or 0, self.bos, self.prefix_id)
-        table = PROTOCOLS[self.name].generate(lengths - own, options)
+        table = PROTOCOLS[self.name].windows(
+            lengths - own,
+            max_length=self.max_length,
+            stride=self.stride,
+            bos=self.bos,
+            bos_id=self.prefix_id,
+        )
         table[:, 1:5] += own[table[:, 0], None]
         table[:, 0] += first_document
         return table

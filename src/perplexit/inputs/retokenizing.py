@@ -98,7 +98,7 @@ def _spells_alike(tokens: TokenFile, own: Tokenizer) -> bool:
     ids = np.asarray(tokens.token_ids[:_MOST_SPELLED])
     edges = np.asarray(tokens.byte_starts[: len(ids) + 1])
     known = ids < own.vocab_size
-    spelled = own.spelling_of(np.where(known, ids, 0).tolist())
+    spelled = [own.spelled[index] for index in np.where(known, ids, 0).tolist()]
     data = np.asarray(tokens.text_bytes[: int(edges[-1])]).tobytes()
     alike = total = 0
     for place, (begin, end) in enumerate(pairwise(edges.tolist())):

@@ -13,7 +13,7 @@ from perplexit.fingerprints import json_fingerprint, sha256_of_file
 from perplexit.inputs.corpus import files_of
 from perplexit.inputs.preparing import Progress, prepare, protocol_for_tokenizer
 from perplexit.inputs.token_file import FORMAT_VERSION, TokenFile
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.untrusted_files import Expected, check_regular
 
 Texts = str | Path | Iterable[str | Path]
@@ -53,7 +53,7 @@ def prepared_texts(
     where no text is given or all are empty; otherwise as `prepare` does.
     """
     corpus = _corpus(texts)
-    loaded = load(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     plan = protocol_for_tokenizer(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
     columns: dict[str, Any] = {
         "text_key": text_key,

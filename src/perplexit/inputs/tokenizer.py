@@ -7,7 +7,6 @@ transformers would), and counted.
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CorpusError, TokenizerError
 from perplexit.inputs.encoded_batch import EncodedBatch, bytes_from_spans
 from perplexit.inputs.long_text import parts_of
-from perplexit.inputs.tokenizer_backends import LoadedTokenizer, Spans
-from perplexit.inputs.tokenizer_sources import load_tokenizer
+from perplexit.inputs.tokenizer_backends import Spans, TokenizerBackend
 
 _LONG_TEXT = 64  # characters that no honest vocabulary turns into next to nothing
 _NEARLY_ALL = 0.9
@@ -27,23 +25,26 @@ _PARTS_AT_A_TIME = 4
 
 
 class Tokenizer:
-    """Documents in, EncodedBatch out. Loaded by `load`."""
+    """Turns documents into an EncodedBatch. Made by `load_tokenizer`.
 
-    def __init__(self, loaded: LoadedTokenizer) -> None:
-        """Take over what `load_tokenizer` found."""
-        self._backend = loaded.backend
-        self.bos_id = loaded.bos_id
-        self.eos_id = loaded.eos_id
-        self.library = loaded.backend.library
-        self.vocab_size = loaded.backend.vocab_size
-        self.is_special: NDArray[np.bool_] = loaded.backend.is_special
-        self.added_prefix, self.added_suffix = loaded.backend.added
-        self._spelled = loaded.backend.spelled
-        lengths = np.fromiter(map(len, self._spelled), np.int64, len(self._spelled))
+    bos_id, eos_id: as the tokenizer's surroundings (configuration files) name them.
+    spelled:        the bytes that each id spells, if the text is left as it is.
+    added_prefix, added_suffix: the special ids that the tokenizer itself puts around a text.
+    """
+
+    def __init__(self, backend: TokenizerBackend, bos_id: int | None, eos_id: int | None) -> None:
+        self._backend = backend
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.library = backend.library
+        self.vocab_size = backend.vocab_size
+        self.spelled = backend.spelled
+        self.added_prefix, self.added_suffix = backend.added
+        lengths = np.fromiter(map(len, self.spelled), np.int64, len(self.spelled))
         self._spelled_length_V: NDArray[np.int64] = lengths
         self._own_length_V = lengths.copy()
-        if loaded.backend.unknown_id is not None:
-            self._own_length_V[loaded.backend.unknown_id] = -1  # it spells its name, not the text
+        if backend.unknown_id is not None:
+            self._own_length_V[backend.unknown_id] = -1  # it spells its name, not the text
         self._spells_text: bool | None = None  # found out on the first texts
 
     def __repr__(self) -> str:
@@ -82,7 +83,7 @@ class Tokenizer:
         lengths = self._spelled_length_V[flat]
         misspelled: list[int] = []
         for index, text in enumerate(texts):
-            spelled = b"".join(map(self._spelled.__getitem__, ids[index]))
+            spelled = b"".join(map(self.spelled.__getitem__, ids[index]))
             if spelled == utf8[index]:
                 continue
             if spelled == b" " + utf8[index] and lengths[bounds[index]]:
@@ -139,11 +140,7 @@ class Tokenizer:
 
     def num_special(self, ids: NDArray[np.int32]) -> int:
         """How many of `ids` are special tokens."""
-        return int(np.count_nonzero(self.is_special[ids]))
-
-    def spelling_of(self, ids: Sequence[int]) -> list[bytes]:
-        """The bytes that each id spells, if the text is left as it is."""
-        return [self._spelled[index] for index in ids]
+        return int(np.count_nonzero(self._backend.is_special[ids]))
 
     def to_json(self) -> dict[str, Any]:
         """What the token file's spec records of the tokenizer."""
@@ -165,7 +162,7 @@ class Tokenizer:
             probes = [text[:_PROBE_CHARACTERS] for text in texts[:_NUM_PROBES]]
             hits = 0
             for text, ids in zip(probes, self._backend.encode_ids(probes), strict=True):
-                spelled = b"".join(map(self._spelled.__getitem__, ids))
+                spelled = b"".join(map(self.spelled.__getitem__, ids))
                 hits += spelled.removeprefix(b" ") == text.encode().removeprefix(b" ")
             self._spells_text = hits * 2 >= len(probes)
         return bool(self._spells_text)
@@ -197,18 +194,6 @@ _REMEDY = (
     "`merges=` ignores file names), or is made for another script. Load it from its folder or "
     "tokenizer.json, or take another tokenizer."
 )
-
-
-def load(tokenizer: str | Path | object) -> Tokenizer:
-    """The tokenizer found at a path or hub id, or inside a loaded tokenizer object.
-
-    Takes a folder, a `tokenizer.json`, a SentencePiece `.model`, a `.gguf`, a hub id (`ID` or
-    `ID@REVISION`), or an object of transformers, tokenizers or sentencepiece. Raises TokenizerError
-    where there is none, MissingPackageError where an optional package is needed to read it.
-    """
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    return Tokenizer(load_tokenizer(tokenizer))
 
 
 def _utf8(text: str, name: str) -> bytes:

@@ -1,4 +1,6 @@
-"""The two libraries that turn text into ids, behind one interface.
+"""The two libraries that turn text into ids: two classes with the same methods.
+
+Neither adds special tokens to a text or cuts it off.
 
 Shape suffixes: V = vocabulary.
 """
@@ -6,10 +8,9 @@ Shape suffixes: V = vocabulary.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -17,72 +18,11 @@ from numpy.typing import NDArray
 
 from perplexit.fingerprints import canonical_json
 from perplexit.inputs.text_cuts import CutRule, rule_of_sentencepiece, rule_of_tokenizers
-from perplexit.inputs.token_spelling import spell_piece, spell_vocabulary
+from perplexit.inputs.vocabulary_spelling import spell_piece, spell_vocabulary
 
 _SET_TYPES = {str, int, float}  # of which no value is null or false; bool is another type
 
 Spans = tuple[list[int], NDArray[np.int64], NDArray[np.int64]]  # ids, first and last + 1 character
-
-
-class TokenizerBackend(Protocol):
-    """What a tokenizer library must tell. Special tokens are never added, nothing is cut off."""
-
-    @property
-    def library(self) -> str:
-        """Name of the library."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the ids of a text."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """The largest id, plus one."""
-        ...
-
-    @property
-    def spelled(self) -> list[bytes]:
-        """The bytes that each id spells, if the text is left as it is."""
-        ...
-
-    @property
-    def is_special(self) -> NDArray[np.bool_]:
-        """Which ids are control tokens."""
-        ...
-
-    @property
-    def unknown_id(self) -> int | None:
-        """The id that stands for what the vocabulary lacks."""
-        ...
-
-    @property
-    def added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The special ids that the tokenizer puts before and after a text by itself."""
-        ...
-
-    @property
-    def cut_rule(self) -> CutRule:
-        """Where a long text may be cut without changing its ids."""
-        ...
-
-    def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
-        ...
-
-    def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
-        """The ids of each text, and the characters that each token covers."""
-        ...
-
-
-@dataclass(frozen=True)
-class LoadedTokenizer:
-    """A backend with the ids that its surroundings (configuration files) name."""
-
-    backend: TokenizerBackend
-    bos_id: int | None
-    eos_id: int | None
 
 
 class HuggingFaceBackend:
@@ -242,6 +182,9 @@ class SentencePieceBackend:
             pieces = [list(proto.pieces) for proto in protos]
             return [([p.id for p in row], [(p.begin, p.end) for p in row]) for row in pieces]
         return [(mapping["ids"], mapping["offsets"]) for mapping in mappings]
+
+
+TokenizerBackend = HuggingFaceBackend | SentencePieceBackend
 
 
 def _set_values(value: Any) -> Any:

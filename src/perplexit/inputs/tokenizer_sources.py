@@ -15,9 +15,9 @@ import tokenizers
 from perplexit.atomic_files import cache_folder, kept_folder
 from perplexit.errors import MissingPackageError, TokenizerError
 from perplexit.inputs.gguf_header import metadata_fingerprint
+from perplexit.inputs.tokenizer import Tokenizer
 from perplexit.inputs.tokenizer_backends import (
     HuggingFaceBackend,
-    LoadedTokenizer,
     SentencePieceBackend,
 )
 from perplexit.untrusted_files import Expected, open_regular, read_bytes, stated
@@ -72,8 +72,15 @@ class TokenizerConfiguration(TypedDict):
     additional_special_tokens: NotRequired[list[TokenEntry] | None]
 
 
-def load_tokenizer(source: str | Path | object) -> LoadedTokenizer:
-    """The tokenizer at a path or hub id, or inside an object that another library loaded."""
+def load_tokenizer(source: str | Path | object) -> Tokenizer:
+    """Return the tokenizer at a path or hub id, or inside an object that another library loaded.
+
+    Takes a folder, a `tokenizer.json`, a SentencePiece `.model`, a `.gguf`, a hub id (`ID` or
+    `ID@REVISION`), or an object of transformers, tokenizers or sentencepiece. Raises TokenizerError
+    where there is none, MissingPackageError where an optional package is needed to read it.
+    """
+    if isinstance(source, Tokenizer):
+        return source
     if not isinstance(source, str | Path):
         return _from_object(source)
     address = str(source)
@@ -93,7 +100,7 @@ def load_tokenizer(source: str | Path | object) -> LoadedTokenizer:
     )
 
 
-def _from_file(path: Path) -> LoadedTokenizer:
+def _from_file(path: Path) -> Tokenizer:
     """By content, as file names vary (`tokenizer.model.v3`)."""
     with open_regular(path, _EXPECTED) as file:
         head = file.read(64)
@@ -104,13 +111,13 @@ def _from_file(path: Path) -> LoadedTokenizer:
     return _from_sentencepiece_file(path)
 
 
-def _from_folder(folder: Path) -> LoadedTokenizer:
+def _from_folder(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return _from_tokenizer_json(folder / "tokenizer.json")
     return _from_transformers(str(folder))
 
 
-def _from_tokenizer_json(path: Path) -> LoadedTokenizer:
+def _from_tokenizer_json(path: Path) -> Tokenizer:
     """The tokenizer as transformers would build it: special tokens of the configuration count."""
     text = read_bytes(path, _EXPECTED, largest=LARGEST_TABLE)
     with stated(path, _EXPECTED):
@@ -124,7 +131,7 @@ def _from_tokenizer_json(path: Path) -> LoadedTokenizer:
     prefix = backend.added[0]
     if bos_id is None and len(prefix) == 1:
         bos_id = prefix[0]
-    return LoadedTokenizer(backend, bos_id, eos_id)
+    return Tokenizer(backend, bos_id, eos_id)
 
 
 def _check_ids(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
@@ -178,7 +185,7 @@ def _named_id(backend: HuggingFaceBackend, token: Any) -> int | None:
     return backend.token_to_id(content) if isinstance(content, str) else None
 
 
-def _from_hub(name: str, revision: str | None) -> LoadedTokenizer:
+def _from_hub(name: str, revision: str | None) -> Tokenizer:
     """By one download of the tokenizer's files: asked file by file, an absent hub takes minutes."""
     hub = _optional("huggingface_hub", "pytorch")
     try:
@@ -194,7 +201,7 @@ def _from_hub(name: str, revision: str | None) -> LoadedTokenizer:
     return _from_folder(Path(folder))
 
 
-def _from_transformers(name: str) -> LoadedTokenizer:
+def _from_transformers(name: str) -> Tokenizer:
     transformers = _optional("transformers", "pytorch")
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -206,17 +213,17 @@ def _from_transformers(name: str) -> LoadedTokenizer:
     return _from_object(loaded)
 
 
-def _from_object(source: object) -> LoadedTokenizer:
+def _from_object(source: object) -> Tokenizer:
     """A tokenizer of transformers, tokenizers or sentencepiece; the object is left as it is."""
     if isinstance(source, tokenizers.Tokenizer):
         backend = HuggingFaceBackend(tokenizers.Tokenizer.from_str(source.to_str()))
         prefix = backend.added[0]
-        return LoadedTokenizer(backend, prefix[0] if len(prefix) == 1 else None, None)
+        return Tokenizer(backend, prefix[0] if len(prefix) == 1 else None, None)
     fast = getattr(source, "backend_tokenizer", None)
     if isinstance(fast, tokenizers.Tokenizer):
         backend = HuggingFaceBackend(tokenizers.Tokenizer.from_str(fast.to_str()))
         bos_id, eos_id = (getattr(source, f"{name}_token_id", None) for name in ("bos", "eos"))
-        return LoadedTokenizer(backend, bos_id, eos_id)
+        return Tokenizer(backend, bos_id, eos_id)
     if hasattr(source, "serialized_model_proto"):
         return _from_sentencepiece(source)
     raise TokenizerError(
@@ -226,7 +233,7 @@ def _from_object(source: object) -> LoadedTokenizer:
     )
 
 
-def _from_sentencepiece_file(path: Path) -> LoadedTokenizer:
+def _from_sentencepiece_file(path: Path) -> Tokenizer:
     sentencepiece = _optional("sentencepiece", "sentencepiece")
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -238,16 +245,16 @@ def _from_sentencepiece_file(path: Path) -> LoadedTokenizer:
     return _from_sentencepiece(processor)
 
 
-def _from_sentencepiece(processor: Any) -> LoadedTokenizer:
+def _from_sentencepiece(processor: Any) -> Tokenizer:
     bos_id, eos_id = int(processor.bos_id()), int(processor.eos_id())
-    return LoadedTokenizer(
+    return Tokenizer(
         SentencePieceBackend(processor),
         bos_id if bos_id >= 0 else None,
         eos_id if eos_id >= 0 else None,
     )
 
 
-def _from_gguf(path: Path) -> LoadedTokenizer:
+def _from_gguf(path: Path) -> Tokenizer:
     """The tokenizer inside a GGUF, converted by transformers once and kept in the cache."""
     kept = cache_folder() / "tokenizers" / metadata_fingerprint(path)
     return _from_folder(kept_folder(kept, "tokenizer.json", lambda to: _convert_gguf(path, to)))

@@ -13,6 +13,7 @@ from perplexit.inputs.windows import (
     cut_windows,
     extended_lengths,
     spread_windows,
+    window_frame,
 )
 
 
@@ -91,3 +92,37 @@ def llama_cpp_windows(
         table[ordinal_W > 0, 6] = bos_id
     kept: WindowArray = table[target_W < stop_W]  # chunks of two ids have no second half
     return kept
+
+
+def qefficient_windows(
+    lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
+) -> WindowArray:
+    """Full windows at `range(0, n - max_length + 1, stride)`, every target of each: [W, 7].
+
+    Tokens where windows overlap are scored more than once, and the tail is dropped; that is this
+    protocol, not a defect of this function.
+    """
+    room, first_target, extended_D = window_frame(lengths_D, max_length, bos)
+    counts_D = np.where(extended_D >= room, (extended_D - room) // stride + 1, 0)
+    document_W, ordinal_W = spread_windows(counts_D)
+    start_W = ordinal_W * stride
+    return cut_windows(
+        document_W, start_W, start_W + room, start_W + first_target, bos=bos, bos_id=bos_id
+    )
+
+
+def mlc_windows(
+    lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
+) -> WindowArray:
+    """Windows at `range(0, n, stride)`, the short ones at the end included: [W, 7].
+
+    Every window scores all its ids but the first, so overlaps count more than once. A last window
+    of a single id has no target and is dropped.
+    """
+    room, first_target, extended_D = window_frame(lengths_D, max_length, bos)
+    # range(0, n, stride) less a start at n - 1, which would leave one id alone
+    counts_D = -(-np.maximum(extended_D - first_target, 0) // stride)
+    document_W, ordinal_W = spread_windows(counts_D)
+    start_W = ordinal_W * stride
+    stop_W = np.minimum(start_W + room, extended_D[document_W])
+    return cut_windows(document_W, start_W, stop_W, start_W + first_target, bos=bos, bos_id=bos_id)

@@ -7,7 +7,7 @@ Shape suffixes: T = ids fed forward in one window, N = scored tokens (targets) o
 D = documents, W = windows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -141,7 +141,7 @@ def sliding_windows(
     starts at k · advance and scores what window k - 1 did not reach; the last one is shifted left
     to end at the document's end and be full-length where the document allows.
     """
-    room, first_target, extended_D = _frame(lengths_D, max_length, bos)
+    room, first_target, extended_D = window_frame(lengths_D, max_length, bos)
     advance = min(stride, max_length - 1)
     overhang_D = np.maximum(extended_D - room, 0)
     counts_D = np.where(extended_D > first_target, 1 - (-overhang_D // advance), 0)
@@ -166,7 +166,7 @@ def disjoint_windows(
     The first id of a chunk is its context and is not scored, unless a BOS stands before it. A tail
     is kept where at least one of its ids can be scored (not at all where `keep_tail` is false).
     """
-    room, first_target, extended_D = _frame(lengths_D, max_length, bos)
+    room, first_target, extended_D = window_frame(lengths_D, max_length, bos)
     whole_D, tail_D = np.divmod(extended_D, room)
     counts_D = whole_D + (tail_D > first_target) if keep_tail else whole_D
     document_W, ordinal_W = spread_windows(counts_D)
@@ -189,40 +189,6 @@ def document_windows(
     )
 
 
-def qefficient_windows(
-    lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
-) -> WindowArray:
-    """Full windows at `range(0, n - max_length + 1, stride)`, every target of each: [W, 7].
-
-    Tokens where windows overlap are scored more than once, and the tail is dropped; that is this
-    protocol, not a defect of this function.
-    """
-    room, first_target, extended_D = _frame(lengths_D, max_length, bos)
-    counts_D = np.where(extended_D >= room, (extended_D - room) // stride + 1, 0)
-    document_W, ordinal_W = spread_windows(counts_D)
-    start_W = ordinal_W * stride
-    return cut_windows(
-        document_W, start_W, start_W + room, start_W + first_target, bos=bos, bos_id=bos_id
-    )
-
-
-def mlc_windows(
-    lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
-) -> WindowArray:
-    """Windows at `range(0, n, stride)`, the short ones at the end included: [W, 7].
-
-    Every window scores all its ids but the first, so overlaps count more than once. A last window
-    of a single id has no target and is dropped.
-    """
-    room, first_target, extended_D = _frame(lengths_D, max_length, bos)
-    # range(0, n, stride) less a start at n - 1, which would leave one id alone
-    counts_D = -(-np.maximum(extended_D - first_target, 0) // stride)
-    document_W, ordinal_W = spread_windows(counts_D)
-    start_W = ordinal_W * stride
-    stop_W = np.minimum(start_W + room, extended_D[document_W])
-    return cut_windows(document_W, start_W, stop_W, start_W + first_target, bos=bos, bos_id=bos_id)
-
-
 def extended_lengths(lengths_D: ArrayLike, bos: BosPolicy) -> NDArray[np.int64]:
     """Length of each sequence that windows are cut from: int64 [D].
 
@@ -232,7 +198,7 @@ def extended_lengths(lengths_D: ArrayLike, bos: BosPolicy) -> NDArray[np.int64]:
     return np.where(lengths > 0, lengths + (bos == "first"), 0)
 
 
-def _frame(
+def window_frame(
     lengths_D: ArrayLike, max_length: int, bos: BosPolicy
 ) -> tuple[int, int, NDArray[np.int64]]:
     """(room for ids of the sequence in a window, first scorable index, sequence lengths)."""
@@ -268,3 +234,22 @@ def cut_windows(
     table[:, 5] = np.where(prefixed_W, PrefixMode.INSERT, PrefixMode.NONE)
     table[:, 6] = np.where(prefixed_W, bos_id, -1)
     return table
+
+
+def balanced_parts(lengths: Sequence[int], *, workers: int, most_ids: int) -> list[range]:
+    """Places 0, 1, … of windows as runs of about equal numbers of ids, in order.
+
+    lengths: the windows' ids, longest first. There are as many parts as workers, or a multiple, so
+    that all have something to do until the end; fewer where windows are fewer. A part holds about
+    `most_ids` ids at most, or a single window.
+    """
+    ids = np.asarray(lengths, np.int64)
+    if not len(ids):
+        return []
+    rounds = -(-int(ids.sum()) // (workers * most_ids))
+    count = min(len(ids), rounds * workers)
+    middles = np.cumsum(ids) - ids / 2
+    part_of = np.minimum(middles * count // ids.sum(), count - 1).astype(np.int64)
+    stops = np.searchsorted(part_of, np.arange(count), side="right").tolist()
+    starts = [0, *stops[:-1]]
+    return [range(a, b) for a, b in zip(starts, stops, strict=True) if a < b]

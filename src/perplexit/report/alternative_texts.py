@@ -37,13 +37,13 @@ def vocabulary_of(
 def _spelled_by(labelled: LabelledRuns, tokenizer: str | Path | None) -> list[bytes] | None:
     fingerprint = labelled.reference.tokenizer_fingerprint
     if tokenizer is not None:
-        backend = load_tokenizer(tokenizer).backend
-        if backend.fingerprint != fingerprint:
+        loaded = load_tokenizer(tokenizer)
+        if loaded.fingerprint != fingerprint:
             raise FingerprintMismatchError(
                 f"expected the tokenizer of the runs ({fingerprint[:12]}…), got {tokenizer} "
-                f"({backend.fingerprint[:12]}…); name the one that the input was prepared with"
+                f"({loaded.fingerprint[:12]}…); name the one that the input was prepared with"
             )
-        return list(backend.spelled)
+        return loaded.spelled
     return spelled_by_models(labelled.runs)
 
 

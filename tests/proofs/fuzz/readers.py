@@ -31,7 +31,7 @@ from perplexit.inputs.id_lines import import_id_lines
 from perplexit.inputs.kl_base_file import MAGIC, KlBaseFile
 from perplexit.inputs.preparing import prepare
 from perplexit.inputs.token_file import TokenFile
-from perplexit.inputs.tokenizer import load
+from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.inputs.windows import WindowIds
 from perplexit.program_record import ProgramMetadata
 from perplexit.quantization.gguf_header import read_gguf_header
@@ -539,7 +539,7 @@ def _change_tokenizer(folder: Path, random: Random) -> None:
 
 def _read_tokenizer(folder: Path) -> None:
 
-    tokenizer = load(folder)
+    tokenizer = load_tokenizer(folder)
     assert tokenizer.vocab_size > 0
     assert len(tokenizer.fingerprint) == 64
     batch = tokenizer.encode_batch(["The quick brown fox."])

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
-from perplexit.inputs.parts import balanced_parts
-from perplexit.inputs.windows import WindowIds
+from perplexit.inputs.windows import WindowIds, balanced_parts
 from perplexit.sessions.pytorch.batch import fed_length
 from perplexit.sessions.pytorch.device import CPU_IDS
 
