@@ -1,9 +1,8 @@
-"""Two runs over the same tokens: paired ratio, interval, verdict, divergences, gates, ranking."""
+"""Compare runs over one text: paired ratio, interval, verdict, divergences, gates, ranking."""
 
 from perplexit.comparison.compare_by_token import compare
-from perplexit.comparison.compare_several import ComparedRuns, compare_runs
+from perplexit.comparison.compare_several import ComparedRuns, RankedRun, compare_runs, ranked
 from perplexit.comparison.gates import Gate, GateResult, judge, junit_xml, markdown, parse_gate
-from perplexit.comparison.ranking import RankedRun, ranked
 from perplexit.comparison.token_comparison import ChangedToken, Comparison, DomainRatio
 from perplexit.comparison.verdicts import VERDICTS, Verdict
 

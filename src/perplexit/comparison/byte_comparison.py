@@ -1,17 +1,25 @@
-"""ByteComparison: what two runs over one text say of each other, byte by byte: record and text."""
+"""ByteComparison: a candidate against a reference over one text, byte by byte."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from perplexit.comparison.token_comparison import (
-    recorded_estimate,
-    shown_with_basis,
-    told_in_json,
-)
+from perplexit.comparison.verdict_record import VerdictRecord, estimate_text, run_name
 from perplexit.comparison.verdict_sentences import Judged
-from perplexit.comparison.verdicts import Margin, Verdict
+from perplexit.comparison.verdicts import Margin
 from perplexit.metrics.estimate import Estimate
-from perplexit.runs.identity import plain_json
+
+_GATE_FIGURES = (
+    "bits_per_byte_ratio",
+    "bits_per_byte_difference",
+    "byte_ratio",
+    "log_difference",
+    "bits_per_byte_candidate",
+)
+_MAIN_FIGURES = {
+    "bits_per_byte_reference": "bits per byte, reference",
+    "bits_per_byte_candidate": "bits per byte, candidate",
+    "bits_per_byte_difference": "change, bits per byte",
+    "byte_ratio": "byte perplexity ratio",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +36,26 @@ class ChangedSegment:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ByteComparison:
+class ByteComparison(VerdictRecord):
     """A candidate against a reference over the bytes that both scored, whatever their tokenizers.
 
     bits_per_byte_*: of each run over the `num_bytes` common bytes (not its own figure, which
         counts the bytes that it scored alone too).
-    log_difference:  mean of candidate - reference, nats a byte; above 0 is worse.
+    log_difference:  mean of candidate - reference, nats per byte; above 0 is worse.
     byte_ratio:      exp of it: the candidate's byte perplexity over the reference's.
     bits_per_byte_ratio: the candidate's bits per byte over the reference's.
-    verdict:         as in Comparison; `margin` in nats per byte, `margin_asked` as a share of the
-        byte perplexity.
     num_segments:    stretches between common token boundaries that both runs scored whole.
     num_unaligned_bytes_*: bytes that the run scored but that are not in a common segment.
+    `margin` is in nats per byte, `margin_asked` a share of the byte perplexity.
     """
 
-    verdict: Verdict
+    unit: str = "byte"
     bits_per_byte_reference: float
+    bits_per_byte_reference_low: float | None = None
+    bits_per_byte_reference_high: float | None = None
     bits_per_byte_candidate: float
+    bits_per_byte_candidate_low: float | None = None
+    bits_per_byte_candidate_high: float | None = None
     bits_per_byte_difference: float
     bits_per_byte_difference_low: float | None
     bits_per_byte_difference_high: float | None
@@ -63,73 +74,41 @@ class ByteComparison:
     num_tokens_candidate: int
     num_unaligned_bytes_reference: int
     num_unaligned_bytes_candidate: int
-    confidence: float
-    interval_method: str
-    num_clusters: int
-    margin: float
     text_fingerprint: str
     same_tokenizer: bool
-    reference: dict[str, Any]
-    candidate: dict[str, Any]
-    bits_per_byte_reference_low: float | None = None
-    bits_per_byte_reference_high: float | None = None
-    bits_per_byte_candidate_low: float | None = None
-    bits_per_byte_candidate_high: float | None = None
-    noise_floor: dict[str, float | None] = field(default_factory=dict)
-    margin_asked: float = 0.0
     most_changed: tuple[ChangedSegment, ...] = ()
-    reasons: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
 
     def figures(self) -> dict[str, Estimate]:
-        """The figures by the names that gates use."""
-        names = (
-            "bits_per_byte_ratio",
-            "bits_per_byte_difference",
-            "byte_ratio",
-            "log_difference",
-            "bits_per_byte_candidate",
-        )
-        return {name: recorded_estimate(self, name) for name in names}
+        """Return the figures by the names that gates use."""
+        return {name: self.estimate(name) for name in _GATE_FIGURES}
 
-    def to_json(self) -> dict[str, Any]:
-        """The comparison as plain JSON values, every number finite or null."""
-        record = asdict(self) | {"unit": "byte"} | told_in_json(self.judged)
-        plain: dict[str, Any] = plain_json(record)
-        return plain
+    def _main_figures(self) -> dict[str, Estimate]:
+        return {text: self.estimate(name) for name, text in _MAIN_FIGURES.items()}
 
     @property
     def judged(self) -> Judged:
-        """The difference and its margin, which tell the verdict in words."""
+        """Return the difference and its margin, from which the verdict is put into words."""
         return Judged(
-            recorded_estimate(self, "log_difference"),
+            self.estimate("log_difference"),
             Margin(self.margin, self.margin_asked, self.noise_floor),
-            unit="byte",
+            unit=self.unit,
             num_units=self.num_bytes,
         )
 
-    @property
-    def sentence(self) -> str:
-        """The verdict in plain words, with what is known and what more text would show."""
-        return self.judged.sentence()
-
     def __repr__(self) -> str:
-        ratio = shown_with_basis(self.figures()["byte_ratio"], ".6g", basis=False)
+        ratio = estimate_text(self.estimate("byte_ratio"), ".6g", basis=False)
         return f"ByteComparison({self.verdict}: byte ratio {ratio}, {self.num_bytes:,} bytes)"
 
     def __str__(self) -> str:
-        figures = self.figures()
         ours, theirs = self.bits_per_byte_reference, self.bits_per_byte_candidate
+        bits = estimate_text(self.estimate("bits_per_byte_difference"), "+.2e", basis=False)
         lines = [
             f"verdict:    {self.verdict} (byte by byte: the tokens differ). {self.sentence}",
-            f"reference:  {ours:.6g} bits per byte  {_name(self.reference)}",
-            f"candidate:  {theirs:.6g} bits per byte  {_name(self.candidate)}",
-            "ratio:      "
-            + shown_with_basis(figures["byte_ratio"], ".6f")
-            + ", of the byte perplexities",
-            "change:     "
-            + shown_with_basis(figures["bits_per_byte_difference"], "+.2e", basis=False)
-            + " bits per byte",
+            f"reference:  {ours:.6g} bits per byte  {run_name(self.reference)}",
+            f"candidate:  {theirs:.6g} bits per byte  {run_name(self.candidate)}",
+            f"ratio:      {estimate_text(self.estimate('byte_ratio'), '.6f')}, "
+            "of the byte perplexities",
+            f"change:     {bits} bits per byte",
             f"aligned:    {self.num_bytes:,} bytes in {self.num_segments:,} common segments "
             f"({self.num_tokens_reference:,} and {self.num_tokens_candidate:,} tokens)",
         ]
@@ -141,8 +120,3 @@ class ByteComparison:
             for s in self.most_changed
         ]
         return "\n".join(lines)
-
-
-def _name(conditions: dict[str, Any]) -> str:
-    session, model = conditions["session"], conditions["model"]
-    return f"{session.get('engine')} {session.get('dtype')} {model.get('address')}"

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from perplexit.comparison.byte_comparison import ByteComparison, ChangedSegment
 from perplexit.comparison.byte_segments import Segments, common_segments, scored_bytes
-from perplexit.comparison.verdicts import margin_of, verdict_of
+from perplexit.comparison.pairing import opened
+from perplexit.comparison.verdict_record import run_conditions, verdict_fields, with_ends
+from perplexit.comparison.verdicts import margin_of
 from perplexit.errors import FingerprintMismatchError
 from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import clusters_for, ratio_interval
@@ -24,7 +26,7 @@ from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
 
 CONTEXT_BYTES = 60
-_BITS = 1 / math.log(2)  # bits a nat
+_BITS = 1 / math.log(2)  # bits per nat
 
 
 def compare_bytes(
@@ -36,15 +38,17 @@ def compare_bytes(
     margin: float | str = 0.0,
     num_most_changed: int = 10,
 ) -> ByteComparison:
-    """The candidate against the reference over the bytes that both scored, paired by segment.
+    """Compare a candidate with a reference over the bytes that both scored, paired by segment.
 
     Tokenizers, windows and engines may differ; the text must be the same. A token that several
-    windows scored counts once, with the most context. noise_floor: nats per byte. margin: the
-    change of the byte perplexity that does not matter, as a share (0.01) or a percentage ("1%").
+    windows scored counts once, with the most context.
+
+    noise_floor: nats per byte. margin: the change of the byte perplexity that does not matter, as
+        a share (0.01) or a percentage ("1%").
     Raises FingerprintMismatchError for different texts or inputs without text, EmptyScoreError
     where no segment is common, RunError where a run is incomplete.
     """
-    runs = [run if isinstance(run, Run) else Run.open(run) for run in (reference, candidate)]
+    runs = [opened(reference), opened(candidate)]
     allowed = margin_of(*runs, noise_floor=noise_floor, margin=margin, per_byte=True)
     _require_same_text(*runs)
     texts = [scored_bytes(run) for run in runs]
@@ -53,49 +57,29 @@ def compare_bytes(
     delta_S = segments.candidate_S - segments.reference_S
 
     def ratio(over_S: NDArray[Any], under_S: NDArray[Any]) -> Estimate:
-        """Two sums over the clusters' segments, and their ratio's interval."""
         sums_C, counts_C = clusters.sums(over_S), clusters.sums(under_S)
         return ratio_interval(sums_C, counts_C, clusters.method, confidence)
 
+    def bits_per_byte(nll_S: NDArray[Any]) -> Estimate:
+        return ratio(nll_S, segments.num_bytes_S).clamped(lowest=0.0).scaled(_BITS)
+
     interval = ratio(delta_S, segments.num_bytes_S)
     relative = ratio(segments.candidate_S, segments.reference_S).clamped(lowest=0.0)
-    ours, theirs = (
-        ratio(losses_S, segments.num_bytes_S).clamped(lowest=0.0).scaled(_BITS)
-        for losses_S in (segments.reference_S, segments.candidate_S)
-    )
     num_bytes = int(segments.num_bytes_S.sum())
     return ByteComparison(
-        verdict=verdict_of(interval, allowed.nats),
-        bits_per_byte_reference=ours.value,
-        bits_per_byte_reference_low=ours.low,
-        bits_per_byte_reference_high=ours.high,
-        bits_per_byte_candidate=theirs.value,
-        bits_per_byte_candidate_low=theirs.low,
-        bits_per_byte_candidate_high=theirs.high,
-        bits_per_byte_difference=interval.value * _BITS,
-        bits_per_byte_difference_low=_scaled(interval.low),
-        bits_per_byte_difference_high=_scaled(interval.high),
-        log_difference=interval.value,
-        log_difference_low=interval.low,
-        log_difference_high=interval.high,
-        byte_ratio=exp_or_inf(interval.value),
-        byte_ratio_low=None if interval.low is None else exp_or_inf(interval.low),
-        byte_ratio_high=None if interval.high is None else exp_or_inf(interval.high),
-        bits_per_byte_ratio=relative.value,
-        bits_per_byte_ratio_low=relative.low,
-        bits_per_byte_ratio_high=relative.high,
+        **verdict_fields(interval, allowed),
+        **with_ends("bits_per_byte_reference", bits_per_byte(segments.reference_S)),
+        **with_ends("bits_per_byte_candidate", bits_per_byte(segments.candidate_S)),
+        **with_ends("bits_per_byte_difference", interval.scaled(_BITS)),
+        **with_ends("log_difference", interval),
+        **with_ends("byte_ratio", interval.mapped(exp_or_inf)),
+        **with_ends("bits_per_byte_ratio", relative),
         num_bytes=num_bytes,
         num_segments=len(delta_S),
         num_tokens_reference=len(texts[0].nll_R),
         num_tokens_candidate=len(texts[1].nll_R),
         num_unaligned_bytes_reference=texts[0].num_bytes - num_bytes,
         num_unaligned_bytes_candidate=texts[1].num_bytes - num_bytes,
-        confidence=confidence,
-        interval_method=clusters.method,
-        num_clusters=clusters.num_clusters,
-        margin=allowed.nats,
-        noise_floor=allowed.noise,
-        margin_asked=allowed.asked,
         text_fingerprint=runs[0].text_fingerprint,
         same_tokenizer=runs[0].tokenizer_fingerprint == runs[1].tokenizer_fingerprint,
         reference=_conditions(runs[0]),
@@ -149,17 +133,16 @@ def _most_changed(
 
 def _warnings(runs: list[Run], segments: Segments) -> tuple[str, ...]:
     reference, candidate = runs
-    warnings = []
     if reference.tokenizer_fingerprint != candidate.tokenizer_fingerprint:
-        warnings.append(
+        warnings = [
             "the runs' perplexities a token count different tokens and cannot be compared; bits "
             "per byte and this ratio can"
-        )
+        ]
     else:
-        warnings.append(
+        warnings = [
             "the tokenizers are the same but the inputs differ (windows, BOS or scored tokens): "
             "the difference is not the models' alone; `perplexit explain` names it"
-        )
+        ]
     if segments.num_non_finite:
         warnings.append(
             f"{segments.num_non_finite} segments with a loss that is not finite are left out"
@@ -168,18 +151,11 @@ def _warnings(runs: list[Run], segments: Segments) -> tuple[str, ...]:
 
 
 def _conditions(run: Run) -> dict[str, Any]:
-    return {
-        "folder": None if run.folder is None else str(run.folder),
+    return run_conditions(run) | {
         "tokenizer_fingerprint": run.tokenizer_fingerprint,
         "bits_per_byte": run.bits_per_byte,
-        "model": dict(run.model),
-        "session": dict(run.session),
     }
 
 
 def _shown(data: bytes) -> str:
     return data.replace(b"\0", b"").decode("utf-8", errors="replace")
-
-
-def _scaled(nats: float | None) -> float | None:
-    return None if nats is None else nats * _BITS

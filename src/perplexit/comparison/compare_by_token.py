@@ -4,7 +4,6 @@ Shape suffix: M = tokens that both runs scored with a finite loss, in window ord
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +11,9 @@ from numpy.typing import NDArray
 from perplexit.comparison.compared_tokens import compared_tokens
 from perplexit.comparison.divergences import buckets_of, divergences_of
 from perplexit.comparison.flips import CONTEXT_TOKENS, first_choices, flips_of, text_around
-from perplexit.comparison.pairing import Pairs, paired, require_same_input
+from perplexit.comparison.pairing import Pairs, opened, paired, require_same_input
 from perplexit.comparison.token_comparison import ChangedToken, Comparison, DomainRatio
+from perplexit.comparison.verdict_record import run_conditions, verdict_fields, with_ends
 from perplexit.comparison.verdicts import margin_of, verdict_of
 from perplexit.metrics.bootstrap import Bootstrap, bootstrap_check
 from perplexit.metrics.estimate import Estimate
@@ -33,9 +33,9 @@ def compare(
     margin: float | str = 0.0,
     num_most_changed: int = 10,
 ) -> Comparison:
-    """The candidate against the reference, paired token by token. Either may be a run's folder.
+    """Compare a candidate with a reference token by token. Either may be a run's folder.
 
-    noise_floor: nats a token within which two runs of one model are known to differ; what a run
+    noise_floor: nats per token within which two runs of one model are known to differ; what a run
         measured of itself (`eval --measure-noise-floor`) counts too, and the largest decides.
     margin: the change of the perplexity that does not matter, as a share (0.01) or a percentage
         ("1%"): within ± log(1.01) of no difference two runs are equivalent.
@@ -43,7 +43,7 @@ def compare(
     same prepared input; RunError where a run is incomplete; EmptyScoreError without common tokens.
     """
     check_numbers(num_most_changed=num_most_changed)
-    reference_run, candidate_run = _opened(reference), _opened(candidate)
+    reference_run, candidate_run = opened(reference), opened(candidate)
     allowed = margin_of(
         reference_run, candidate_run, noise_floor=noise_floor, margin=margin, per_byte=False
     )
@@ -52,35 +52,26 @@ def compare(
     interval = paired_interval(pairs.reference, pairs.candidate, pairs.clusters, confidence)
     delta_M = pairs.delta
     absolute = mean_interval(np.abs(delta_M), pairs.clusters, confidence).clamped(lowest=0)
-    divergences, why_not = divergences_of(reference_run, candidate_run, pairs, confidence)
+    divergences, warnings = divergences_of(reference_run, candidate_run, pairs, confidence)
     choices = first_choices(reference_run, candidate_run, pairs)
     reasons = {} if interval.reason is None else {"ppl_ratio_low": interval.reason}
+    if pairs.num_unpaired:
+        unpaired = f"{pairs.num_unpaired} tokens with a loss that is not finite in a run"
+        warnings.insert(0, f"{unpaired} are left out")
     return Comparison(
-        verdict=verdict_of(interval, allowed.nats),
+        **verdict_fields(interval, allowed),
         perplexity_reference=_perplexity(pairs.reference, "perplexity_reference", reasons),
         perplexity_candidate=_perplexity(pairs.candidate, "perplexity_candidate", reasons),
-        log_perplexity_difference=interval.value,
-        log_perplexity_difference_low=interval.low,
-        log_perplexity_difference_high=interval.high,
-        ppl_ratio=exp_or_inf(interval.value),
-        ppl_ratio_low=_exp(interval.low),
-        ppl_ratio_high=_exp(interval.high),
+        **with_ends("log_perplexity_difference", interval),
+        **with_ends("ppl_ratio", interval.mapped(exp_or_inf)),
         num_tokens=len(delta_M),
         num_unpaired=pairs.num_unpaired,
         max_abs_nll_difference=float(np.abs(delta_M).max()),
-        mean_abs_nll_difference=absolute.value,
-        mean_abs_nll_difference_low=absolute.low,
-        mean_abs_nll_difference_high=absolute.high,
-        confidence=confidence,
-        interval_method=pairs.clusters.method,
-        num_clusters=pairs.clusters.num_clusters,
-        margin=allowed.nats,
-        noise_floor=allowed.noise,
-        margin_asked=allowed.asked,
+        **with_ends("mean_abs_nll_difference", absolute),
         bootstrap=_bootstrap(pairs, interval),
         input_fingerprint=reference_run.input_fingerprint,
-        reference=_conditions(reference_run),
-        candidate=_conditions(candidate_run),
+        reference=run_conditions(reference_run),
+        candidate=run_conditions(candidate_run),
         domains=_domain_ratios(pairs, confidence, allowed.nats),
         most_changed=_most_changed(pairs, delta_M, num_most_changed),
         flips=flips_of(
@@ -94,7 +85,7 @@ def compare(
         divergences=divergences,
         buckets=buckets_of(candidate_run, pairs, divergences),
         reasons=reasons,
-        warnings=(*_warnings(pairs), *why_not),
+        warnings=tuple(warnings),
         tokens=compared_tokens(
             candidate_run, pairs, divergences=divergences, choices=choices, confidence=confidence
         ),
@@ -102,9 +93,8 @@ def compare(
 
 
 def _bootstrap(pairs: Pairs, interval: Estimate) -> Bootstrap | None:
-    labels, count = pairs.clusters.labels, pairs.clusters.num_clusters
-    sums_C = np.bincount(labels, weights=pairs.delta, minlength=count).astype(np.float64)
-    return bootstrap_check(sums_C, np.bincount(labels, minlength=count), interval)
+    counts_C = np.bincount(pairs.clusters.labels, minlength=pairs.clusters.num_clusters)
+    return bootstrap_check(pairs.clusters.sums(pairs.delta), counts_C, interval)
 
 
 def _domain_ratios(pairs: Pairs, confidence: float, margin: float) -> tuple[DomainRatio, ...]:
@@ -118,12 +108,10 @@ def _domain_ratios(pairs: Pairs, confidence: float, margin: float) -> tuple[Doma
         )
         ratios.append(
             DomainRatio(
-                pairs.tokens.domains[code],
-                len(inside),
-                exp_or_inf(interval.value),
-                _exp(interval.low),
-                _exp(interval.high),
-                verdict_of(interval, margin),
+                domain=pairs.tokens.domains[code],
+                num_tokens=len(inside),
+                **with_ends("ppl_ratio", interval.mapped(exp_or_inf)),
+                verdict=verdict_of(interval, margin),
             )
         )
     return tuple(ratios)
@@ -149,30 +137,8 @@ def _most_changed(
     )
 
 
-def _warnings(pairs: Pairs) -> tuple[str, ...]:
-    if pairs.num_unpaired == 0:
-        return ()
-    return (f"{pairs.num_unpaired} tokens with a loss that is not finite in a run are left out",)
-
-
-def _conditions(run: Run) -> dict[str, Any]:
-    return {
-        "folder": None if run.folder is None else str(run.folder),
-        "model": dict(run.model),
-        "session": dict(run.session),
-    }
-
-
-def _opened(run: Run | str | Path) -> Run:
-    return run if isinstance(run, Run) else Run.open(run)
-
-
 def _perplexity(nll_M: NDArray[np.float32], name: str, reasons: dict[str, str]) -> float | None:
     value, reason = json_figure(name, exp_or_inf(mean_nll(NllTotals.of(nll_M))))
     if reason is not None:
         reasons[name] = reason
     return value
-
-
-def _exp(exponent: float | None) -> float | None:
-    return None if exponent is None else exp_or_inf(exponent)

@@ -1,4 +1,4 @@
-"""compare_runs: one reference, any number of candidates: verdicts, gates, and one order."""
+"""Compare one reference with any number of candidates: verdicts, gates and one order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,8 @@ from typing import Any
 from perplexit.comparison.byte_comparison import ByteComparison
 from perplexit.comparison.compare_by_byte import compare_bytes
 from perplexit.comparison.compare_by_token import compare
-from perplexit.comparison.gates import (
-    GateResult,
-    JudgedOn,
-    judge,
-    junit_xml,
-    markdown,
-    parse_gate,
-)
-from perplexit.comparison.pairing import only_by_bytes
-from perplexit.comparison.ranking import ranked
+from perplexit.comparison.gates import GateResult, JudgedOn, judge, junit_xml, markdown, parse_gate
+from perplexit.comparison.pairing import only_by_bytes, opened
 from perplexit.comparison.token_comparison import Comparison
 from perplexit.runs.run import Run
 
@@ -37,11 +29,11 @@ class ComparedRuns:
 
     @property
     def failed(self) -> list[GateResult]:
-        """The gates that do not hold."""
+        """Return the gates that do not hold."""
         return [result for results in self.gates for result in results if not result.passed]
 
     def to_json(self) -> dict[str, Any] | list[dict[str, Any]]:
-        """A candidate's document, or a list of them where there are several."""
+        """Return a candidate's document, or a list of them where there are several."""
         documents = []
         for index, comparison in enumerate(self.comparisons):
             document = comparison.to_json()
@@ -53,11 +45,11 @@ class ComparedRuns:
         return documents[0] if len(documents) == 1 else documents
 
     def gates_as_junit_xml(self) -> str:
-        """The gates as a JUnit test report."""
+        """Return the gates as a JUnit test report."""
         return junit_xml(dict(zip(self.names, self.gates, strict=True)))
 
     def gates_as_markdown(self) -> str:
-        """The gates as a Markdown table."""
+        """Return the gates as a Markdown table."""
         return markdown(dict(zip(self.names, self.gates, strict=True)))
 
     def __repr__(self) -> str:
@@ -86,7 +78,7 @@ def compare_runs(
     gates: Sequence[str] = (),
     gates_on: JudgedOn = "interval",
 ) -> ComparedRuns:
-    """Each candidate against the reference, held to gates, and ranked where there are several.
+    """Compare each candidate with the reference, judge the gates, and rank several candidates.
 
     Runs of different tokenizers or windows over the same text are compared byte by byte, where
     token perplexities would say nothing. gates: `METRIC<=NUMBER` and so on, or a preset's name.
@@ -94,8 +86,8 @@ def compare_runs(
     Raises FingerprintMismatchError for different texts, UsageError for what is no gate.
     """
     parsed = [parse_gate(gate) for gate in gates]
-    base = _opened(reference)
-    runs = [_opened(candidate) for candidate in candidates]
+    base = opened(reference)
+    runs = [opened(candidate) for candidate in candidates]
     names = [
         str(c.folder or c.model["address"]) if isinstance(c, Run) else str(c) for c in candidates
     ]
@@ -106,21 +98,14 @@ def compare_runs(
         )
         for run in runs
     ]
-    results = [_judged(comparison, parsed, gates_on) for comparison in comparisons]
+    results = [judge(comparison, parsed, judged_on=gates_on) for comparison in comparisons]
     return ComparedRuns(names, comparisons, results, _ranks(runs, comparisons, options))
-
-
-def _judged(
-    comparison: Comparison | ByteComparison, gates: list[Any], gates_on: JudgedOn
-) -> list[GateResult]:
-    if not gates:
-        return []
-    return judge(comparison, gates, judged_on=gates_on)
 
 
 def _ranks(
     runs: list[Run], comparisons: list[Comparison | ByteComparison], options: dict[str, Any]
 ) -> list[int]:
+    """Return each candidate's place; nothing for one candidate, or where one has no tokens."""
     by_token = [c for c in comparisons if isinstance(c, Comparison)]
     if len(runs) < 2 or len(by_token) < len(runs):
         return []
@@ -129,5 +114,43 @@ def _ranks(
     return [rank_of[str(index)] for index in range(len(runs))]
 
 
-def _opened(run: Run | str | Path) -> Run:
-    return run if isinstance(run, Run) else Run.open(run)
+@dataclass(frozen=True, slots=True)
+class RankedRun:
+    """A run's place: 1 is the lowest perplexity; equivalent and inconclusive pairs share one."""
+
+    rank: int
+    name: str
+    comparison: Comparison  # against the reference
+
+
+def ranked(
+    candidates: Sequence[tuple[str, Run]],
+    comparisons: Sequence[Comparison],
+    *,
+    confidence: float = 0.95,
+    noise_floor: float = 0.0,
+    margin: float | str = 0.0,
+) -> list[RankedRun]:
+    """Return the candidates with their comparisons to the reference, from best to worst.
+
+    A candidate shares the place of the best of the group before it, unless the paired comparison
+    of the two says that it is worse. confidence, noise_floor, margin: those of `compare`.
+    """
+    options: Any = {"confidence": confidence, "noise_floor": noise_floor, "margin": margin}
+
+    def told_apart(best: Run, run: Run) -> bool:
+        found = compare(best, run, num_most_changed=0, **options)
+        return found.verdict in ("worse", "better")
+
+    order = sorted(
+        range(len(candidates)), key=lambda index: comparisons[index].log_perplexity_difference
+    )
+    places: list[RankedRun] = []
+    leader: Run | None = None
+    rank = 0
+    for position, index in enumerate(order, start=1):
+        name, run = candidates[index]
+        if leader is None or told_apart(leader, run):
+            leader, rank = run, position
+        places.append(RankedRun(rank, name, comparisons[index]))
+    return places

@@ -3,15 +3,15 @@
 Shape suffix: M = tokens that both runs scored with a finite loss, in window order.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import EmptyScoreError, FingerprintMismatchError, RunError
 from perplexit.metrics.intervals import Clusters, clusters_for
+from perplexit.runs.identity import flat_record
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import RunTokens
 
@@ -29,12 +29,17 @@ class Pairs:
 
     @property
     def delta(self) -> NDArray[np.float64]:
-        """M differences candidate - reference, nats."""
+        """Return M differences candidate - reference, nats."""
         return self.candidate.astype(np.float64) - self.reference
 
 
+def opened(run: Run | str | Path) -> Run:
+    """Return a run as it is, or the one in a folder. Raises RunError where there is none."""
+    return run if isinstance(run, Run) else Run.open(run)
+
+
 def paired(reference: RunTokens, candidate: RunTokens) -> Pairs:
-    """The common tokens of two runs over one input.
+    """Return the common tokens of two runs over one input.
 
     Raises RunError where the runs hold different tokens, EmptyScoreError where none is common.
     """
@@ -61,7 +66,7 @@ def paired(reference: RunTokens, candidate: RunTokens) -> Pairs:
 
 
 def only_by_bytes(reference: Run, candidate: Run) -> bool:
-    """Whether two runs have the same text in other tokens or windows."""
+    """Tell whether two runs have the same text in other tokens or windows."""
     return (
         reference.input_fingerprint != candidate.input_fingerprint
         and reference.text_fingerprint == candidate.text_fingerprint != ""
@@ -69,9 +74,9 @@ def only_by_bytes(reference: Run, candidate: Run) -> bool:
 
 
 def require_same_input(reference: Run, candidate: Run) -> None:
-    """Nothing, where both runs scored the same prepared input.
+    """Check that both runs scored the same prepared input.
 
-    Raises FingerprintMismatchError that names each thing that differs, with both values.
+    Raises FingerprintMismatchError, which names each thing that differs, with both values.
     """
     if reference.input_fingerprint == candidate.input_fingerprint:
         return
@@ -83,7 +88,7 @@ def require_same_input(reference: Run, candidate: Run) -> None:
         )
         if ours != theirs
     ]
-    ours, theirs = _flat(reference.input_spec), _flat(candidate.input_spec)
+    ours, theirs = flat_record(reference.input_spec), flat_record(candidate.input_spec)
     differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
     chosen = [key for key in differing if key.startswith("protocol.")]
     if not differences and not chosen:
@@ -94,13 +99,3 @@ def require_same_input(reference: Run, candidate: Run) -> None:
         + (", ".join(differences) or "their token ids, scored tokens or windows")
         + ": evaluate both models on one file that `perplexit prepare` wrote"
     )
-
-
-def _flat(spec: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in spec.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

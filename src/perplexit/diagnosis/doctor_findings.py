@@ -1,14 +1,17 @@
 """What an examination finds: one Finding a check, and the Diagnosis that holds them all."""
 
-import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from perplexit.runs.html_table import html_table
+from perplexit.runs.identity import plain_json
+
 Status = Literal["pass", "warn", "fail", "skipped"]
 Figure = float | int | str | None
 
+_COLUMNS = ("check", "status", "figure", "limit", "what was found")
 _WIDTHS = (14, 7, 9, 9)  # check, status, figure, limit
 _SENTENCE_WIDTH = 76  # with the others, a line of 120 columns
 
@@ -43,7 +46,7 @@ def judged(
     return Finding(check, above, sentence, figure, limit, advice)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Diagnosis:
     """What `doctor` found about a model on its engine.
 
@@ -81,11 +84,31 @@ class Diagnosis:
         record["counts"] = {
             status: len(self.named(status)) for status in ("pass", "warn", "fail", "skipped")
         }
-        result: dict[str, Any] = _plain(record)
-        return result
+        return dict(plain_json(record))
+
+    def __repr__(self) -> str:
+        return f"Diagnosis({self.status}: {self._summary()})"
+
+    def _repr_html_(self) -> str:
+        """Return a small HTML table for notebooks, one row per check."""
+        return html_table(
+            f"Diagnosis: {self.status}",
+            [
+                (
+                    found.check,
+                    found.status,
+                    _shown(found.figure),
+                    _shown(found.limit),
+                    found.sentence + (f"\n→ {found.advice}" if found.advice else ""),
+                )
+                for found in self.findings
+            ],
+            header=_COLUMNS,
+            notes=[self._summary()],
+        )
 
     def __str__(self) -> str:
-        lines = [_row("check", "status", "figure", "limit", "what was found")]
+        lines = [_row(*_COLUMNS)]
         for finding in self.findings:
             figures = (_shown(finding.figure), _shown(finding.limit))
             first, *more = textwrap.wrap(finding.sentence, _SENTENCE_WIDTH) or [""]
@@ -113,14 +136,3 @@ def _shown(figure: Figure) -> str:
     if figure is None:
         return ""
     return f"{figure:.3g}" if isinstance(figure, float) else str(figure)
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's types; a number that JSON does not know is null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

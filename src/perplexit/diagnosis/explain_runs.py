@@ -1,20 +1,22 @@
 """explain: two runs → every difference by name, and what each contributes."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from perplexit.comparison.pairing import opened
 from perplexit.diagnosis.run_differences import Difference, differences
 from perplexit.diagnosis.session_steps import Model
 from perplexit.diagnosis.step_contributions import Step, measured, steps_between
 from perplexit.errors import FingerprintMismatchError, PerplexitError
 from perplexit.inputs.token_file import TokenFile
+from perplexit.runs.html_table import html_table
+from perplexit.runs.identity import plain_json
 from perplexit.runs.run import Run
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Explanation:
     """Why two runs differ.
 
@@ -37,10 +39,31 @@ class Explanation:
         return tuple(dict.fromkeys(difference.aspect for difference in self.differences))
 
     def to_json(self) -> dict[str, Any]:
-        """The explanation as plain JSON values, every number finite or null."""
-        record = asdict(self) | {"aspects": list(self.aspects)}
-        result: dict[str, Any] = _plain(record)
-        return result
+        """Return the explanation as plain JSON values, every number finite or null."""
+        return dict(plain_json(asdict(self) | {"aspects": list(self.aspects)}))
+
+    def __repr__(self) -> str:
+        total = "" if self.total_nats is None else f"{self.total_nats:+.3g} nats per token: "
+        return f"Explanation({total}{', '.join(self.aspects) or 'nothing differs'})"
+
+    def _repr_html_(self) -> str:
+        """Return a small HTML table for notebooks: one row per difference, then per step."""
+        total = "" if self.total_nats is None else f", {self.total_nats:+.6f} nats per token in all"
+        rows = [(d.aspect, d.sentence, "") for d in self.differences]
+        rows += [
+            (
+                " and ".join(step.aspects),
+                f"perplexity {step.perplexity_before:.6g} → {step.perplexity_after:.6g}",
+                f"{step.nats:+.6f}",
+            )
+            for step in self.steps
+        ]
+        return html_table(
+            f"Explanation: {len(self.differences)} differences{total}",
+            rows,
+            header=("what differs", "how", "nats per token"),
+            notes=self.notes,
+        )
 
     def __str__(self) -> str:
         lines = [f"first:  {_run_line(self.first)}", f"second: {_run_line(self.second)}"]
@@ -73,7 +96,7 @@ def explain(
         (or where no model is at hand) all differences are one step.
     Raises FingerprintMismatchError for a token file that neither run scored, RunError.
     """
-    runs = [run if isinstance(run, Run) else Run.open(run) for run in (first, second)]
+    runs = [opened(run) for run in (first, second)]
     models = () if model is None else model if isinstance(model, list | tuple) else (model,)
     token_files = _inputs_of(runs, inputs)
     found = differences(runs[0], runs[1], token_files)
@@ -155,13 +178,3 @@ def _step_line(step: Step) -> str:
         f"  {step.nats:+.6f}  {' and '.join(step.aspects)}: perplexity "
         f"{step.perplexity_before:.6g} -> {step.perplexity_after:.6g}"
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

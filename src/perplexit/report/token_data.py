@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.comparison import Comparison
+from perplexit.comparison.token_spelling import spell_alternatives
 from perplexit.inputs.token_file import TokenFile
-from perplexit.report.alternative_texts import vocabulary_of
 from perplexit.report.labelled_runs import LabelledRuns
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
@@ -48,8 +48,11 @@ def token_data(
         for label, run, comparison in zip(labelled.labels, labelled.runs, comparisons, strict=True)
     ]
     used = [np.asarray(run.pop("alternatives")) for run in runs]
-    vocabulary = vocabulary_of(
-        labelled, np.concatenate([np.empty(0, np.int64), *used]), tokenizer=tokenizer, tokens=tokens
+    vocabulary = spell_alternatives(
+        labelled.runs,
+        np.unique(np.concatenate([np.empty(0, np.int64), *used])).tolist(),
+        tokenizer=tokenizer,
+        tokens=tokens,
     )
     pieces, kinds = _pieces(text, num_shown)
     return {
