@@ -28,8 +28,8 @@ from perplexit.igf.gains import gain_measure
 from perplexit.igf.losses import measured_losses
 from perplexit.igf.models import load_model
 from perplexit.igf.steps import StepRule
-from perplexit.resources.host import HostMemory
-from perplexit.resources.torch_cpu import CpuTensorBytes
+from perplexit.resources.cpu_tensor_bytes import CpuTensorBytes
+from perplexit.resources.host_memory import HostMemory
 
 SGD = StepRule("sgd", clip_norm=None)
 MODES: dict[str, tuple[str, StepRule]] = {

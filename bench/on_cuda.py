@@ -34,8 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import perplexit as px
 from perplexit.errors import PerplexitError
-from perplexit.resources.devices import synchronize
-from perplexit.resources.memory import MemoryTracker
+from perplexit.resources.loaded_torch import synchronize
+from perplexit.resources.memory_tracker import MemoryTracker
 from perplexit.sessions.pytorch import PytorchInferenceSession
 
 LARGE = {

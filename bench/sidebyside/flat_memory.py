@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import perplexit as px
-from perplexit.resources.host import HostMemory, rss_bytes
+from perplexit.resources.host_memory import HostMemory, rss_bytes
 from sidebyside.scripts import Job, printed
 from sidebyside.texts import speeches
 

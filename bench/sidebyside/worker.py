@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from perplexit.resources.freed_memory import return_freed_memory
-from perplexit.resources.host import HostMemory
+from perplexit.resources.host_memory import HostMemory
 from sidebyside.contenders import Contender, Scored, Setting, open_contender
 from sidebyside.pool import pin_to_cores
 from sidebyside.workloads import Workload

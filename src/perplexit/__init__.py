@@ -43,7 +43,7 @@ _HOME_OF = {
     "import_id_lines": "perplexit.inputs.id_lines",
     "compile": "perplexit.compilation.compile_model",
     "Timer": "perplexit.resources.timer",
-    "MemoryTracker": "perplexit.resources.memory",
+    "MemoryTracker": "perplexit.resources.memory_tracker",
     "PytorchInferenceSession": "perplexit.sessions.pytorch",
     "OnnxInferenceSession": "perplexit.sessions.onnx",
     "OpenVinoInferenceSession": "perplexit.sessions.openvino",

@@ -14,7 +14,7 @@ from perplexit.inputs.token_file import TokenFile
 from perplexit.option_ranges import check_numbers
 from perplexit.recording import Progress, Recording
 from perplexit.reference.request import requested_reference
-from perplexit.resources.host import HostMemory
+from perplexit.resources.host_memory import HostMemory
 from perplexit.runs.run import Run
 from perplexit.runs.store import RunStore
 from perplexit.sessions.base import InferenceSession

@@ -13,7 +13,7 @@ from perplexit.conditions import check_fits
 from perplexit.errors import NonFiniteError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.noise_floor import noise_floor_of
-from perplexit.resources.host import HostMemory
+from perplexit.resources.host_memory import HostMemory
 from perplexit.results import WindowResults
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import SCHEMA_VERSION, Run

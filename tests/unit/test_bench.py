@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from perplexit.resources.host import HostMemory
+from perplexit.resources.host_memory import HostMemory
 from tests.resident import mapped
 
 ROOT = Path(__file__).parents[2]

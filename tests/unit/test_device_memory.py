@@ -11,7 +11,7 @@ from perplexit.resources.shared_peak import SharedPeak
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.pytorch import cuda as pytorch_cuda
 from perplexit.sessions.pytorch.cuda import DeviceMemory, chunk_rows_for, to_device, to_host
-from perplexit.sessions.pytorch.device import is_out_of_memory
+from perplexit.sessions.pytorch.device_choice import is_out_of_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

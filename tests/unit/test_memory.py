@@ -11,8 +11,8 @@ import pytest
 
 from perplexit.errors import MemoryBoundError, UsageError
 from perplexit.resources.freed_memory import return_freed_memory
-from perplexit.resources.host import HostMemory, lifetime_peak_bytes, rss_bytes
-from perplexit.resources.memory import MemoryTracker
+from perplexit.resources.host_memory import HostMemory, lifetime_peak_bytes, rss_bytes
+from perplexit.resources.memory_tracker import MemoryTracker
 from perplexit.resources.shared_peak import SharedPeak
 from tests.resident import mapped
 
@@ -195,7 +195,7 @@ def test_cpu_tensors_have_a_figure_of_their_own() -> None:
 
 def test_resized_and_freed_tensors_are_followed() -> None:
     torch = pytest.importorskip("torch")
-    from perplexit.resources.torch_cpu import CpuTensorBytes  # noqa: PLC0415 - imports torch
+    from perplexit.resources.cpu_tensor_bytes import CpuTensorBytes  # noqa: PLC0415 - imports torch
 
     weight = torch.ones(1000)
     with CpuTensorBytes() as tensors:

@@ -18,10 +18,13 @@ from perplexit.sessions.cached import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.pytorch import causal_attention as causal_attention_module
 from perplexit.sessions.pytorch import kernels as pytorch_kernels
-from perplexit.sessions.pytorch.causal_attention import causal_attention, folded_attention
-from perplexit.sessions.pytorch.fused_mlp import fuse_mlps, restore_forwards
-from perplexit.sessions.pytorch.fused_norm import fuse_norms
-from perplexit.sessions.pytorch.packed_linear import (
+from perplexit.sessions.pytorch.cpu_kernels.causal_attention import (
+    causal_attention,
+    folded_attention,
+)
+from perplexit.sessions.pytorch.cpu_kernels.fused_mlp import fuse_mlps, restore_forwards
+from perplexit.sessions.pytorch.cpu_kernels.fused_norm import fuse_norms
+from perplexit.sessions.pytorch.cpu_kernels.packed_linear import (
     PackedLinear,
     pack_linears,
     unpack_linears,

@@ -9,8 +9,8 @@ from torch import nn
 
 from perplexit.errors import EngineOutOfMemoryError
 from perplexit.sessions.pytorch import PytorchInferenceSession
-from perplexit.sessions.pytorch.packed_linear import why_no_packing
-from perplexit.sessions.pytorch.threads import ForwardTrace
+from perplexit.sessions.pytorch.cpu_kernels.packed_linear import why_no_packing
+from perplexit.sessions.pytorch.cpu_kernels.window_threads import ForwardTrace
 from tests.oracles import oracle_details, random_window
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 

@@ -11,7 +11,7 @@ import torch
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
 from perplexit.compilation.body_and_head import describe_model, memory_of
-from perplexit.compilation.half_body import halve_body
+from perplexit.compilation.float16_body import halve_body
 from perplexit.compilation.onnx_export import ExportedGraph, export_graph
 from perplexit.compilation.onnx_key_values import CacheShape
 from perplexit.compilation.onnx_verification import (

@@ -10,7 +10,7 @@ from torch import nn
 
 from perplexit.fingerprints import canonical_json
 from perplexit.runs.identity import measurement_differences, measurement_of, plain_json
-from perplexit.sessions.pytorch.module import dtype_name
+from perplexit.sessions.pytorch.module_facts import dtype_name
 
 
 def measurement_of_model(model: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import tracemalloc
 from dataclasses import dataclass
 from typing import Protocol
 
-from perplexit.resources.devices import cuda_in_use, loaded_torch
+from perplexit.resources.loaded_torch import cuda_in_use, loaded_torch
 
 
 class PeakMeter(Protocol):

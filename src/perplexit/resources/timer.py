@@ -5,7 +5,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Self
 
-from perplexit.resources.devices import synchronize
+from perplexit.resources.loaded_torch import synchronize
 
 
 class Timer(ContextDecorator):

@@ -14,7 +14,7 @@ from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch.cuda import to_device
-from perplexit.sessions.pytorch.module import config_integer
+from perplexit.sessions.pytorch.module_facts import config_integer
 
 
 @dataclass(frozen=True, slots=True)

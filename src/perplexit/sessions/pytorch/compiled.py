@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional.fused_head import CompiledHead, FusedHead, cannot_compile
-from perplexit.sessions.pytorch.call import CachePlace
 from perplexit.sessions.pytorch.forward import ForwardPass
+from perplexit.sessions.pytorch.module_call import CachePlace
 
 COMPILE_MODES = ("default", "reduce-overhead")
 HEADS = ("chunked", "compiled", "liger", "cce")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
 from perplexit.functional.nll import TokenStatistics
-from perplexit.resources.memory import CUDA_PEAKS
-from perplexit.sessions.pytorch.device import total_bytes
+from perplexit.resources.memory_tracker import CUDA_PEAKS
+from perplexit.sessions.pytorch.device_choice import total_bytes
 
 _MOST_CUDA_LOGITS_BYTES = 256 * 2**20  # some 500 rows at V = 128k: enough to fill the card
 _SHARE_OF_MEMORY = 128

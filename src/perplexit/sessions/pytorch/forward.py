@@ -23,9 +23,9 @@ from perplexit.errors import ModelError
 from perplexit.functional.blocked_nll import blocked_statistics
 from perplexit.functional.linear_nll import statistics_by_chunks
 from perplexit.functional.nll import TokenStatistics
-from perplexit.sessions.pytorch.call import CachePlace, ModuleCall, field_of
 from perplexit.sessions.pytorch.independence import NOT_REPEATABLE, depends_on_others
-from perplexit.sessions.pytorch.module import position_limit
+from perplexit.sessions.pytorch.module_call import CachePlace, ModuleCall, field_of
+from perplexit.sessions.pytorch.module_facts import position_limit
 
 _PROBE_LENGTH = 8
 

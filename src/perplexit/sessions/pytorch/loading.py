@@ -21,8 +21,8 @@ from perplexit.quantization.pytorch_quantization import (
     quantize_model,
 )
 from perplexit.sessions.base import AdapterDescription, ModelDescription, QuantizationDescription
-from perplexit.sessions.pytorch.device import chosen_device, chosen_threads, scoring_settings
-from perplexit.sessions.pytorch.module import (
+from perplexit.sessions.pytorch.device_choice import chosen_device, chosen_threads, scoring_settings
+from perplexit.sessions.pytorch.module_facts import (
     config_integer,
     dtype_name,
     module_fingerprint,

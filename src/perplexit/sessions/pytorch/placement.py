@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
-from perplexit.sessions.pytorch.call import CachePlace
-from perplexit.sessions.pytorch.device import chosen_device
+from perplexit.sessions.pytorch.device_choice import chosen_device
 from perplexit.sessions.pytorch.forward import ForwardPass
+from perplexit.sessions.pytorch.module_call import CachePlace
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import read_json
 

@@ -17,34 +17,40 @@ from perplexit.functional.output_head import OutputHead
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription
-from perplexit.sessions.pytorch.arrangement import (
+from perplexit.sessions.pytorch.batch import check_windows, fed_length, refuse_beyond_positions
+from perplexit.sessions.pytorch.cpu_kernels.layout import chosen_kernels, kernels_for, with_kernels
+from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads
+from perplexit.sessions.pytorch.cuda import DeviceMemory, chunk_rows_for
+from perplexit.sessions.pytorch.device_choice import batch_size_for, is_out_of_memory
+from perplexit.sessions.pytorch.forward import ForwardPass, WholeForward
+from perplexit.sessions.pytorch.forward_setup import (
     arranged,
     described,
     first_forward,
     length_dependent_rope,
     refuse_cache,
 )
-from perplexit.sessions.pytorch.batch import check_windows, fed_length, refuse_beyond_positions
-from perplexit.sessions.pytorch.cached import (
+from perplexit.sessions.pytorch.key_value_cache import (
     CacheRoom,
     PytorchCache,
     cached_windows_for,
     check_cache,
 )
-from perplexit.sessions.pytorch.cuda import DeviceMemory, chunk_rows_for
-from perplexit.sessions.pytorch.device import batch_size_for, is_out_of_memory
-from perplexit.sessions.pytorch.forward import ForwardPass, WholeForward
-from perplexit.sessions.pytorch.kernels import chosen_kernels, kernels_for, with_kernels
+from perplexit.sessions.pytorch.launched_batches import (
+    Launched,
+    Scoring,
+    by_parts,
+    launch,
+    target_rows,
+)
 from perplexit.sessions.pytorch.loading import ModuleChanges, open_module
-from perplexit.sessions.pytorch.module import (
+from perplexit.sessions.pytorch.module_facts import (
     activation_bytes_per_id,
     dtype_name,
     num_embeddings,
     position_limit,
 )
 from perplexit.sessions.pytorch.placement import DeviceMap, Placement, devices_of
-from perplexit.sessions.pytorch.scoring import Launched, Scoring, by_parts, launch, target_rows
-from perplexit.sessions.pytorch.threads import WindowThreads
 from perplexit.sessions.pytorch.written_head import written_head
 from perplexit.token_columns import TokenDetails
 

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, ModelError, UsageError
-from perplexit.sessions.pytorch.call import CachePlace
 from perplexit.sessions.pytorch.forward import ForwardPass
-from perplexit.sessions.pytorch.module import config_integer
+from perplexit.sessions.pytorch.module_call import CachePlace
+from perplexit.sessions.pytorch.module_facts import config_integer
 
 _STOP, _ROWS, _HEAD = range(3)
 _HEADER_LENGTH = 4  # step, two sizes, whether there is a mask

@@ -20,7 +20,7 @@ from perplexit.errors import CapabilityError
 from perplexit.functional.output_head import FinalNorm, OutputHead
 from perplexit.sessions.pytorch.compiled import plain_output
 from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
-from perplexit.sessions.pytorch.module import num_embeddings
+from perplexit.sessions.pytorch.module_facts import num_embeddings
 
 _PROBE_SHAPE = (4, 32)
 _IDENTITY_ROWS = 256

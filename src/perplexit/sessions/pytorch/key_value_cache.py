@@ -21,10 +21,10 @@ from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, hel
 from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.functional.linear_nll import statistics_of_hidden_states
 from perplexit.sessions.base import MOST_CACHED_IDS, FedRows
-from perplexit.sessions.pytorch.call import CachePlace
-from perplexit.sessions.pytorch.device import free_bytes
+from perplexit.sessions.pytorch.device_choice import free_bytes
 from perplexit.sessions.pytorch.forward import ForwardPass
-from perplexit.sessions.pytorch.module import config_integer
+from perplexit.sessions.pytorch.module_call import CachePlace
+from perplexit.sessions.pytorch.module_facts import config_integer
 from perplexit.token_columns import TokenDetails
 
 # Beyond, a decode step gains little: its matrix products are no longer bound by reading weights.

@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from perplexit.errors import MemoryBoundError, UsageError
-from perplexit.resources.devices import cuda_in_use, loaded_torch
-from perplexit.resources.host import HostMemory
+from perplexit.resources.host_memory import HostMemory
+from perplexit.resources.loaded_torch import cuda_in_use, loaded_torch
 from perplexit.resources.shared_peak import CudaAllocations, PythonAllocations, SharedPeak, Stretch
 from perplexit.resources.timer import Timer
 
@@ -79,7 +79,9 @@ class MemoryTracker:
             self._cuda = _CUDA.open()
             stack.callback(_CUDA.close, self._cuda)
             if self._wants_torch_cpu and loaded_torch() is not None:
-                module = import_module("perplexit.resources.torch_cpu")  # torch is loaded already
+                module = import_module(
+                    "perplexit.resources.cpu_tensor_bytes"
+                )  # torch is loaded already
                 self._cpu = stack.enter_context(module.CpuTensorBytes())
             if self._wants_python:
                 self._python = _PYTHON.open()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.inputs.windows import WindowIds, balanced_parts
 from perplexit.sessions.pytorch.batch import fed_length
-from perplexit.sessions.pytorch.device import CPU_IDS
+from perplexit.sessions.pytorch.device_choice import CPU_IDS
 
 _T = TypeVar("_T")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perplexit.functional.row_blocks import equal_blocks
-from perplexit.sessions.pytorch.packed_linear import PackedLinear
+from perplexit.sessions.pytorch.cpu_kernels.packed_linear import PackedLinear
 
 _BLOCK_BYTES = 3 << 19  # of one activation, of which two exist at a time
 _PROBE_ROWS = 17  # not a multiple of a kernel's tile

@@ -18,20 +18,20 @@ from perplexit.checkpoints.widened import widened
 from perplexit.errors import UsageError
 from perplexit.resources.freed_memory import keep_freed_memory, return_freed_memory
 from perplexit.sessions.base import SessionDescription
-from perplexit.sessions.pytorch.call import ModuleCall, field_of
-from perplexit.sessions.pytorch.causal_attention import use_causal_blocks, use_sdpa
-from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
-from perplexit.sessions.pytorch.fused_mlp import fuse_mlps, restore_forwards
-from perplexit.sessions.pytorch.fused_norm import fuse_norms
-from perplexit.sessions.pytorch.loading import OpenedModule
-from perplexit.sessions.pytorch.module import config_integer, num_embeddings
-from perplexit.sessions.pytorch.packed_linear import (
+from perplexit.sessions.pytorch.cpu_kernels.causal_attention import use_causal_blocks, use_sdpa
+from perplexit.sessions.pytorch.cpu_kernels.fused_mlp import fuse_mlps, restore_forwards
+from perplexit.sessions.pytorch.cpu_kernels.fused_norm import fuse_norms
+from perplexit.sessions.pytorch.cpu_kernels.packed_linear import (
     PACKED_DTYPES,
     pack_linears,
     unpack_linears,
     why_no_packing,
 )
-from perplexit.sessions.pytorch.threads import ForwardTrace
+from perplexit.sessions.pytorch.cpu_kernels.window_threads import ForwardTrace
+from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
+from perplexit.sessions.pytorch.loading import OpenedModule
+from perplexit.sessions.pytorch.module_call import ModuleCall, field_of
+from perplexit.sessions.pytorch.module_facts import config_integer, num_embeddings
 
 KERNELS = ("packed", "plain")
 _ENVIRONMENT = "PERPLEXIT_KERNELS"

@@ -11,7 +11,7 @@ from perplexit.sessions.base import SessionDescription
 from perplexit.sessions.pytorch.compiled import CompiledForward, with_head
 from perplexit.sessions.pytorch.forward import ForwardPass, find_forward
 from perplexit.sessions.pytorch.loading import OpenedModule
-from perplexit.sessions.pytorch.module import dtype_name
+from perplexit.sessions.pytorch.module_facts import dtype_name
 from perplexit.sessions.pytorch.placement import GatheredForward, embedding_device, places_of
 from perplexit.sessions.pytorch.tensor_parallel import LeadingForward
 

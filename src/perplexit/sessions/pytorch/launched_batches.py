@@ -15,9 +15,9 @@ from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, hel
 from perplexit.functional.linear_nll import statistics_of_hidden_states
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch.batch import PaddedBatch, batches_of
+from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads
 from perplexit.sessions.pytorch.cuda import ComingStatistics, to_host
 from perplexit.sessions.pytorch.forward import ForwardPass
-from perplexit.sessions.pytorch.threads import WindowThreads
 from perplexit.token_columns import TokenDetails
 
 _T = TypeVar("_T")
