@@ -19,8 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from perplexit.checkpoints.gguf_dequantized import dequantized_folder
 from perplexit.igf.articles import Articles, read_articles
+from perplexit.igf.language_model import load_model
 from perplexit.igf.losses import context_losses
-from perplexit.igf.models import load_model
 
 OBJECTIVE_YEARS = (2000, 2012)
 TEST_YEARS = (2013, 2026)

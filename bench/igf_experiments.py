@@ -19,15 +19,15 @@ import torch
 from igf_corpus import OBJECTIVE_YEARS, TEST_YEARS, articles_of, packaged_model, small_gpt2
 
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.contexts import ContextStream, objective_contexts
+from perplexit.igf.experiment_plot import draw_experiment
 from perplexit.igf.experiments import ExperimentPlan, run_experiment
-from perplexit.igf.figure import draw_experiment
-from perplexit.igf.finetune_record import FinetuneSettings
-from perplexit.igf.gains import Mode
+from perplexit.igf.finetune_curve import FinetuneSettings
+from perplexit.igf.gain_measures import Mode
+from perplexit.igf.language_model import load_model
+from perplexit.igf.learner_training import train_learner
 from perplexit.igf.learners import load_learner, save_learner
-from perplexit.igf.learning import train_learner
-from perplexit.igf.models import load_model
-from perplexit.igf.steps import StepRule
+from perplexit.igf.optimizer_step import StepRule
+from perplexit.igf.random_contexts import ContextStream, objective_contexts
 
 FIVE = ("standard", "igf-shifting", "igf-quantile", "random-skip", "high-loss")
 SIX = (*FIVE, "igf-constant")

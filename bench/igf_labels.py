@@ -23,11 +23,11 @@ from igf_corpus import OBJECTIVE_YEARS, articles_of, packaged_model
 from scipy import stats
 from torch import Tensor, nn
 
-from perplexit.igf.contexts import ContextStream, objective_contexts
-from perplexit.igf.gains import gain_measure
-from perplexit.igf.losses import measured_losses
-from perplexit.igf.models import load_model
-from perplexit.igf.steps import StepRule
+from perplexit.igf.gain_measures import gain_measure
+from perplexit.igf.language_model import load_model
+from perplexit.igf.losses import ContextScorer
+from perplexit.igf.optimizer_step import StepRule
+from perplexit.igf.random_contexts import ContextStream, objective_contexts
 from perplexit.resources.cpu_tensor_bytes import CpuTensorBytes
 from perplexit.resources.host_memory import HostMemory
 
@@ -190,7 +190,7 @@ def memory() -> dict[str, Any]:
     """
     model, objective, candidates = tensors(34, 4)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    measured_losses(model, objective)
+    ContextScorer(model).losses(objective)
 
     def use(name: str) -> None:
         if name == "original":

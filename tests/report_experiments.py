@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from perplexit.igf.experiment_file import EXPERIMENT_FILE, EXPERIMENT_KIND, SCHEMA_VERSION
-from perplexit.igf.outcomes import summarise
+from perplexit.igf.experiment_summary import summarise
 
 STEPS = [0, 10, 20, 30]
 GAINS = {"standard": 0.3, "igf-quantile": 0.6, "random-skip": 0.3, "high-loss": 0.2}

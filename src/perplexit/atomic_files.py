@@ -8,6 +8,7 @@ next one that writes to the same folder does (`remove_leftovers`).
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
@@ -143,6 +144,22 @@ def write_atomically(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Put `data` in place as the content of `path` in one step; see `write_atomically`."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomically(path, write)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Put `value` in place as indented JSON in one step. Raises ValueError for NaN and infinity."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half of a surrogate pair, as in a name that is no UTF-8, becomes its escape in JSON.
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import CorpusError, ResumeError
 from perplexit.igf.articles import Articles
-from perplexit.igf.collection import collect_pairs, weights_fingerprint
-from perplexit.igf.contexts import ContextStream, objective_contexts
-from perplexit.igf.finetune_record import FinetuneSettings
+from perplexit.igf.collection import collect_pairs
+from perplexit.igf.finetune_curve import FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
+from perplexit.igf.optimizer_step import StepRule
 from perplexit.igf.pairs import Pairs
+from perplexit.igf.random_contexts import ContextStream, objective_contexts
 from perplexit.igf.selection import RandomSkip
-from perplexit.igf.steps import StepRule
 from tests.tiny_models import TINY_MODELS
 
 LENGTH = 12
@@ -176,7 +177,7 @@ def test_a_cut_finetuning_resumes_to_the_same_weights(tmp_path: Path, dropout: b
     assert curve.num_steps_resumed == 4
     assert curve.test_loss == expected.test_loss
     assert curve.num_candidates == expected.num_candidates
-    assert weights_fingerprint(model) == weights_fingerprint(whole)
+    assert module_fingerprint(model) == module_fingerprint(whole)
 
 
 def test_a_checkpoint_of_another_finetuning_is_refused(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from scipy import stats
 
 from perplexit.cli import igf_options
 from perplexit.igf.experiment_file import PairedOutcome
-from perplexit.igf.outcomes import holm, summarise
-from perplexit.igf.scores import doubt_about, score_predictions
+from perplexit.igf.experiment_summary import holm, summarise
+from perplexit.igf.learner_scores import doubt_about, score_predictions
 from perplexit.metrics.distribution import mean_by
 from perplexit.metrics.likelihood import loss_by_position
 from tests.report_experiments import document_of

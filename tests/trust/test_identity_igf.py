@@ -17,13 +17,13 @@ from torch import nn
 from perplexit.errors import ResumeError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.contexts import Contexts, ContextStream, objective_contexts
-from perplexit.igf.finetune_record import FinetuneSettings
+from perplexit.igf.finetune_curve import FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
-from perplexit.igf.identity import unlike_pairs
+from perplexit.igf.language_model import with_lora
 from perplexit.igf.learners import RidgeLearner
-from perplexit.igf.models import with_lora
+from perplexit.igf.model_identity import unlike_pairs
 from perplexit.igf.pairs import Pairs
+from perplexit.igf.random_contexts import Contexts, ContextStream, objective_contexts
 from perplexit.igf.selection import ConstantThreshold, InformationGain, RandomSkip
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 

@@ -27,7 +27,7 @@ from transformers import (
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.compilation.compile_model import compile
 from perplexit.errors import CapabilityError, CompilationError, ModelError
-from perplexit.igf.losses import context_losses, measured_losses
+from perplexit.igf.losses import ContextScorer, context_losses
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.llamacpp import LlamaCppInferenceSession
@@ -320,7 +320,7 @@ def test_b3_sibling_information_gain_measures_each_context_at_its_own_length(fol
         assert float(context_losses(model, ids_1T)[0].detach()) == pytest.approx(
             right, abs=TOLERANCE
         )
-        assert measured_losses(model, ids_1T)[0] == pytest.approx(right, abs=TOLERANCE)
+        assert ContextScorer(model).losses(ids_1T)[0] == pytest.approx(right, abs=TOLERANCE)
 
 
 def _longrope_gguf(folder: Path, border: int) -> tuple[Path, nn.Module]:

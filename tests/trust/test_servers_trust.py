@@ -22,7 +22,7 @@ import perplexit as px
 import perplexit.igf as igf
 from perplexit.cli.app import app
 from perplexit.errors import PerplexitError, TrustWarning, UsageError
-from perplexit.igf.stored import PICKLE_SUFFIXES, StoredFileError
+from perplexit.igf.tensors_with_record import PICKLE_SUFFIXES, StoredFileError
 from perplexit.program_record import (
     ProgramFile,
     ProgramMemory,

@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 
 from perplexit.errors import CorpusError, PerplexitError, TrustWarning, UsageError
 from perplexit.igf.articles import Articles, read_articles
-from perplexit.igf.contexts import ContextStream, check_disjoint, objective_contexts
 from perplexit.igf.pairs import GainStatistics, Pairs, load, pairs_of
-from perplexit.igf.stored import StoredFileError, read_stored, tensor_path, write_stored
+from perplexit.igf.random_contexts import ContextStream, check_disjoint, objective_contexts
+from perplexit.igf.tensors_with_record import (
+    StoredFileError,
+    read_stored,
+    tensor_path,
+    write_stored,
+)
 
 joblib = pytest.importorskip("joblib")
 

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import CorpusError, ResumeError, UsageError, VocabularyError
 from perplexit.igf.articles import Articles
-from perplexit.igf.collection import weights_fingerprint
-from perplexit.igf.contexts import objective_contexts
+from perplexit.igf.experiment_plot import draw_experiment
+from perplexit.igf.experiment_summary import holm, median_interval, summarise
 from perplexit.igf.experiments import ExperimentPlan, run_experiment
-from perplexit.igf.figure import draw_experiment
-from perplexit.igf.finetune_record import FinetuneSettings
+from perplexit.igf.finetune_curve import FinetuneSettings
 from perplexit.igf.finetuning import (
     finetune_model,
     last_context_gradient,
     mean_gradient,
 )
+from perplexit.igf.language_model import with_lora
 from perplexit.igf.learners import ConvolutionLearner, RidgeLearner
 from perplexit.igf.losses import context_losses
-from perplexit.igf.models import with_lora
-from perplexit.igf.outcomes import holm, median_interval, summarise
+from perplexit.igf.random_contexts import objective_contexts
 from perplexit.igf.selection import (
     ConstantThreshold,
     InformationGain,
@@ -246,7 +246,7 @@ def test_two_runs_with_one_seed_give_the_same_curve_and_weights(dropout: bool) -
     for _ in range(2):
         model = TINY_MODELS["gpt2"]()
         curve = finetune_model(model, TRAIN, TEST, settings=replace(SETTINGS, dropout=dropout))
-        ends.append((curve.test_loss, weights_fingerprint(model)))
+        ends.append((curve.test_loss, module_fingerprint(model)))
         torch.rand(3)  # what else the program draws does not matter
     assert ends[0] == ends[1]
     other = finetune_model(TINY_MODELS["gpt2"](), TRAIN, TEST, settings=replace(SETTINGS, seed=1))
@@ -295,7 +295,7 @@ def small_plan(**changes: object) -> ExperimentPlan:
 
 def test_an_experiment_is_paired_costed_and_resumed(tmp_path: Path) -> None:
     model = TINY_MODELS["gpt2"]().eval()
-    before = weights_fingerprint(model)
+    before = module_fingerprint(model)
     stopped = run_experiment(
         model,
         TRAIN,
@@ -310,7 +310,7 @@ def test_an_experiment_is_paired_costed_and_resumed(tmp_path: Path) -> None:
     arguments = {"plan": small_plan(), "learner": ridge()}
     document = run_experiment(model, TRAIN, TEST, output=tmp_path / "a", **arguments)
     assert document["status"] == "complete"
-    assert weights_fingerprint(model) == before
+    assert module_fingerprint(model) == before
     fresh = run_experiment(model, TRAIN, TEST, output=tmp_path / "b", **arguments)
     for method, found in document["methods"].items():
         assert found["num_seeds"] == 3

@@ -7,14 +7,12 @@ import pytest
 import torch
 from scipy import stats
 
+from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import UsageError
-from perplexit.igf.collection import weights_fingerprint
 from perplexit.igf.directional_gain import DirectionalGain
-from perplexit.igf.first_order_gain import FirstOrderGain
-from perplexit.igf.gains import ExactGain, gain_measure
-from perplexit.igf.gradients import objective_gradient
-from perplexit.igf.losses import context_losses, mean_loss, measured_losses
-from perplexit.igf.steps import StepRule, stepped
+from perplexit.igf.gain_measures import ExactGain, FirstOrderGain, gain_measure
+from perplexit.igf.losses import ContextScorer, context_losses
+from perplexit.igf.optimizer_step import StepRule, objective_gradient, stepped
 from tests.tiny_models import TINY_MODELS
 
 SGD = StepRule("sgd", learning_rate=1e-2, clip_norm=None)
@@ -80,29 +78,29 @@ def test_exact_gain_is_that_of_a_real_optimizer_on_a_copy(model, clip) -> None:
 
 @pytest.mark.parametrize("mode", ["exact", "first-order", "directional"])
 def test_weights_are_bit_identical_after_every_pair(model, mode) -> None:
-    before = weights_fingerprint(model)
+    before = module_fingerprint(model)
     storage = [p.data_ptr() for p in model.parameters()]
     measure = gain_measure(model, contexts(5, 1), mode=mode)
     for context in contexts(4, 2):
         measure.gains(context[None])
-        assert weights_fingerprint(model) == before
+        assert module_fingerprint(model) == before
     assert [p.data_ptr() for p in model.parameters()] == storage
     assert all(p.grad is None for p in model.parameters())
     assert not model.training
 
 
 def test_weights_come_back_after_an_exception_inside_the_step(model) -> None:
-    before = weights_fingerprint(model)
+    before = module_fingerprint(model)
     context = contexts(1, 3)
 
     def interrupted() -> None:
         with stepped(model, lambda: context_losses(model, context)[0], StepRule()):
-            assert weights_fingerprint(model) != before
+            assert module_fingerprint(model) != before
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert weights_fingerprint(model) == before
+    assert module_fingerprint(model) == before
 
 
 def test_first_order_ranks_contexts_as_the_exact_step_does(model) -> None:
@@ -212,10 +210,9 @@ def test_measured_losses_are_the_models_own_whatever_the_batch(model) -> None:
     with torch.no_grad():
         expected = [float(model(input_ids=r[None], labels=r[None]).loss) for r in rows]
     for batch_ids in (1, 30, 1000):
-        assert measured_losses(model, rows, batch_ids=batch_ids) == pytest.approx(
-            expected, rel=1e-5
-        )
-    assert mean_loss(model, rows) == pytest.approx(np.mean(expected), rel=1e-5)
+        scorer = ContextScorer(model, batch_ids=batch_ids)
+        assert scorer.losses(rows) == pytest.approx(expected, rel=1e-5)
+    assert ContextScorer(model).mean_loss(rows) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from perplexit.errors import UsageError, VocabularyError
+from perplexit.igf.learner_scores import score_predictions
+from perplexit.igf.learner_training import divide_by_article, train_learner
 from perplexit.igf.learners import (
     ConvolutionLearner,
     RidgeLearner,
@@ -16,7 +18,6 @@ from perplexit.igf.learners import (
     save_learner,
     token_counts,
 )
-from perplexit.igf.learning import divide_by_article, score_predictions, train_learner
 from perplexit.igf.pairs import Pairs
 from tests.tiny_models import TINY_MODELS
 

@@ -7,10 +7,10 @@ import torch
 from scipy import stats
 
 from perplexit.igf.articles import read_articles
-from perplexit.igf.contexts import ContextStream, objective_contexts
-from perplexit.igf.gains import gain_measure
-from perplexit.igf.models import load_model
-from perplexit.igf.steps import StepRule
+from perplexit.igf.gain_measures import gain_measure
+from perplexit.igf.language_model import load_model
+from perplexit.igf.optimizer_step import StepRule
+from perplexit.igf.random_contexts import ContextStream, objective_contexts
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 SGD = StepRule("sgd", clip_norm=None)

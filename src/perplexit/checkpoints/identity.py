@@ -40,7 +40,7 @@ def weights_fingerprint(path: Path) -> str:
     if path.is_file():
         return file_digest(path)
     identity = {
-        "config": _canonical(read_config(path)),
+        "config": deciding_settings(read_config(path)),
         "weights": {file.name: file_digest(file) for file in weight_files(path)},
     }
     return hashlib.sha256(canonical_json(identity)).hexdigest()
@@ -129,5 +129,6 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def _canonical(config: dict[str, Any]) -> dict[str, Any]:
+def deciding_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a configuration that can change a number."""
     return {key: value for key, value in config.items() if key not in _IRRELEVANT_KEYS}

@@ -91,7 +91,7 @@ def refuse_idle_of_methods(context: typer.Context, methods: list[str]) -> None:
 def use_threads(threads: int | None) -> None:
     """Set the number of threads that PyTorch computes with, where one was asked for."""
     if threads is not None:
-        from perplexit.igf.models import set_threads  # noqa: PLC0415 - keeps --help quick
+        from perplexit.igf.language_model import set_threads  # noqa: PLC0415 - keeps --help quick
 
         set_threads(threads)
 

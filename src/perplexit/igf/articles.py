@@ -1,4 +1,4 @@
-"""Articles as token ids, and three disjoint splits of them by a stable hash."""
+"""Articles as token ids, and their three disjoint splits by a stable hash."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, UsageError
 from perplexit.igf.pickles import read_pickle
-from perplexit.igf.stored import (
+from perplexit.igf.tensors_with_record import (
     PICKLE_SUFFIXES,
     read_stored,
     stored_as,
@@ -29,7 +29,7 @@ _TEXTS_PER_BATCH = 16
 
 @dataclass(frozen=True)
 class Articles:
-    """Token ids, an int32 array an article, with a name each (for messages and records)."""
+    """Token ids, one int32 array per article, each with a name for messages and records."""
 
     ids: tuple[NDArray[np.int32], ...]
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ class Articles:
 
     @classmethod
     def of(cls, ids: Iterable[Any], names: Sequence[str] | None = None) -> "Articles":
-        """Articles from sequences of ids (a leading axis of 1, as the original has it, is dropped).
+        """Make articles from sequences of ids; a leading axis of 1, as in the original, is dropped.
 
         Raises CorpusError for anything but whole numbers of at least 0.
         """
@@ -52,12 +52,12 @@ class Articles:
         return cls(arrays, tuple(names or (f"article {i}" for i in range(len(arrays)))))
 
     def take(self, indices: Iterable[int]) -> "Articles":
-        """The articles at these indices, in that order."""
+        """Return the articles at these indices, in that order."""
         chosen = list(indices)
         return Articles(tuple(self.ids[i] for i in chosen), tuple(self.names[i] for i in chosen))
 
     def longer_than(self, min_len: int) -> "Articles":
-        """The articles of more than `min_len` ids.
+        """Return the articles of more than `min_len` ids.
 
         Raises CorpusError where there is none.
         """
@@ -72,14 +72,14 @@ class Articles:
         return chosen
 
     def fingerprints(self) -> NDArray[np.int64]:
-        """63 bits of the SHA-256 of each article's ids, int64 [articles]: equal in every file."""
+        """Return 63 bits of the SHA-256 of each article's ids, int64 [articles]."""
         return np.array([_hash(ids) >> 1 for ids in self.ids], dtype=np.int64)
 
     def split(self, part: Split, *, objective: float = 0.2, test: float = 0.2) -> "Articles":
-        """The articles of one of three disjoint parts.
+        """Return the articles of one of three disjoint parts.
 
-        An article's part follows from its content alone: it stays where it is when others come
-        or go, and two copies of one text are never in two parts.
+        An article's part follows from its content alone: it stays there when other articles are
+        added or removed, and two copies of one text are never in two parts.
         """
         if not (objective > 0 and test > 0 and objective + test < 1):
             raise UsageError(
@@ -97,7 +97,7 @@ class Articles:
         return self.take(chosen)
 
     def save(self, path: str | Path) -> Path:
-        """Write the articles as a safetensors file; returns where."""
+        """Write the articles as a safetensors file; return its path."""
         lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
         flat = np.concatenate(self.ids) if self.ids else np.zeros(0, np.int32)
         return write_stored(
@@ -106,7 +106,7 @@ class Articles:
 
     @classmethod
     def open(cls, path: str | Path) -> "Articles":
-        """The articles that `save` wrote."""
+        """Return the articles that `save` wrote. Raises StoredFileError for any other file."""
         tensors, record = read_stored(path, KIND)
         with stated(path, stored_as(KIND)):
             ids, lengths, names = tensors["ids"], tensors["lengths"], record["names"]
@@ -126,7 +126,7 @@ def read_articles(
     text_key: str = "text",
     allow_pickle: bool = False,
 ) -> Articles:
-    """The articles of a corpus, one a document, tokenised without special tokens.
+    """Return the articles of a corpus, one per document, tokenised without special tokens.
 
     corpus:    Articles; a `.safetensors` file of them; text, JSON Lines, Parquet, a folder or
         several paths of those; sequences of ids; or, with `allow_pickle`, the original's `.jbl`.

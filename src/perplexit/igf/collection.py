@@ -1,7 +1,5 @@
 """Collecting pairs: contexts through a gain measure, committed part by part, resumable."""
 
-import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,34 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 from torch import nn
 
+from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import ResumeError, UsageError
-from perplexit.igf.contexts import Contexts, check_disjoint
-from perplexit.igf.gains import GainMeasure, Mode, gain_measure
-from perplexit.igf.identity import (
-    differing_conditions,
-    measurement_of_model,
-    weights_fingerprint,
-)
+from perplexit.igf.gain_measures import GainMeasure, Mode, default_rule, gain_measure
 from perplexit.igf.losses import perplexity_of
-from perplexit.igf.pairs import Pairs, pairs_output
-from perplexit.igf.steps import StepRule
-from perplexit.igf.stored import (
-    CONDITIONS,
-    StoredFileError,
-    read_stored,
-    stored_as,
-    tensor_path,
-    write_stored,
-    write_text,
-)
+from perplexit.igf.model_identity import measurement_of_model
+from perplexit.igf.optimizer_step import StepRule
+from perplexit.igf.pairs import Pairs, pairs_output, parts_folder, write_cost
+from perplexit.igf.random_contexts import Contexts, check_disjoint
+from perplexit.igf.resume_conditions import keep_conditions, require_same
+from perplexit.igf.tensors_with_record import stored_as, tensor_path
 from perplexit.runs.identity import measurement_fingerprint
+from perplexit.runs.parts_folder import lock_folder
 from perplexit.untrusted_files import stated
-from perplexit.untrusted_json import read_json
 
-PART_KIND = "a part of information gain pairs"
+_WORK = "collection"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,32 +55,32 @@ def collect_pairs(
     part_size: int = 16,
     progress: Callable[[CollectProgress], None] | None = None,
 ) -> Pairs:
-    """The information gain of each context for the objective.
+    """Return the information gain of each context for the objective.
 
-    output: the pairs' file. Parts are committed beside it while it grows; the same call after a
-        kill goes on from there and ends in the same file, byte for byte. Seconds are kept in a
-        `.seconds.json` beside it.
+    output: the pairs' file. Parts are committed beside it while it grows; after a kill the same
+        call continues from them and ends in the same file, byte for byte. The seconds are kept in
+        a `.seconds.json` beside it.
     dropout: as the original has it; each context's mask then follows from `seed` and its number.
 
     Raises CorpusError where contexts and objective share an article, ResumeError where the parts
-    beside `output` were made under other conditions.
+    beside `output` were made under other conditions or another process is writing them.
     """
     if output is not None:
         pairs_output(output)
     if part_size < 1:
         raise UsageError(f"expected parts of at least 1 pair, got {part_size}")
+    if not len(contexts):
+        raise UsageError("expected at least 1 context to measure, got none")
     check_disjoint(objective=objective, contexts=contexts)
-    device = next(model.parameters()).device
-    objective_NT = torch.from_numpy(objective.ids_NT).long().to(device)
-    began = time.perf_counter()
+    rule = rule or default_rule(mode)
     measurement = measurement_of_model(model)
     conditions = {
         "mode": mode,
-        "rule": (rule or _default_rule(mode)).to_json(),
+        "rule": rule.to_json(),
         "dropout": dropout,
         "seed": seed,
         "model": model_name,
-        "weights_fingerprint": weights_fingerprint(model),
+        "weights_fingerprint": module_fingerprint(model),
         "measurement": measurement,
         "measurement_fingerprint": measurement_fingerprint(measurement),
         "contexts_fingerprint": contexts.fingerprint(),
@@ -99,133 +89,128 @@ def collect_pairs(
         "objective_size": len(objective),
         "part_size": part_size,
     }
-    parts = _Parts(None if output is None else tensor_path(output), conditions)
-    gains = parts.done(len(contexts))
-    num_resumed = int(np.isfinite(gains).sum())
-    measure: GainMeasure | None = None
-    objective_loss = parts.objective_loss
-    for start in range(0, len(contexts), part_size):
-        rows = slice(start, min(start + part_size, len(contexts)))
-        if not np.isfinite(gains[rows]).all():
-            if measure is None:
-                measure = gain_measure(model, objective_NT, mode=mode, rule=rule, dropout=dropout)
-                objective_loss = measure.objective_loss
-            gains[rows] = _measured(measure, contexts.ids_NT[rows], start, dropout, seed, device)
-            parts.add(start, gains[rows], float(measure.objective_loss))
-        if progress is not None:
-            done = gains[np.isfinite(gains)]
-            seconds = time.perf_counter() - began
-            progress(
-                CollectProgress(len(done), len(contexts), num_resumed, seconds, float(done.mean()))
-            )
-    if objective_loss is None:
-        raise UsageError("expected at least 1 context to measure, got none")
-    before = perplexity_of(objective_loss)
-    after = np.array([perplexity_of(objective_loss - gain) for gain in gains])
-    record = {**conditions, "objective_loss": objective_loss, "objective_perplexity": before}
-    pairs = Pairs(contexts.ids_NT, contexts.article_N, gains, before - after, record)
-    parts.finish(pairs, time.perf_counter() - began, len(contexts) - num_resumed)
-    return pairs
+    device = next(model.parameters()).device
+    objective_NT = torch.from_numpy(objective.ids_NT).long().to(device)
+    with _Collection(output, contexts, conditions) as collection:
+        collection.resume()
+        collection.measure(
+            lambda: gain_measure(model, objective_NT, mode=mode, rule=rule, dropout=dropout),
+            device,
+            progress,
+        )
+        return collection.finish()
 
 
-def _default_rule(mode: Mode) -> StepRule:
-    return StepRule("sgd", clip_norm=None) if mode == "directional" else StepRule()
+class _Collection:
+    """The gains of one collection, and their committed parts beside the output (if there is one).
 
+    A context manager: inside, it holds the lock of the parts' folder.
+    """
 
-def _measured(  # noqa: PLR0917 - one part
-    measure: GainMeasure,
-    ids_NT: NDArray[np.int32],
-    start: int,
-    dropout: bool,
-    seed: int,
-    device: torch.device,
-) -> NDArray[np.float64]:
-    contexts = torch.from_numpy(ids_NT).long().to(device)
-    if not dropout:
-        return measure.gains(contexts)
-    found = []
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-        for row, context in enumerate(contexts):
-            torch.manual_seed(int(np.random.SeedSequence([seed, start + row]).generate_state(1)[0]))
-            found.append(measure.gains(context[None]))
-    return np.concatenate(found)
-
-
-class _Parts:
-    """The committed parts beside an output file (or nothing, where there is no output)."""
-
-    def __init__(self, output: Path | None, conditions: dict[str, Any]) -> None:
-        self._output = output
+    def __init__(
+        self, output: str | Path | None, contexts: Contexts, conditions: dict[str, Any]
+    ) -> None:
+        self._began = time.perf_counter()
+        self._output = None if output is None else tensor_path(output)
+        self._parts = None if self._output is None else parts_folder(self._output)
+        self._contexts = contexts
         self._conditions = conditions
-        self._folder = None if output is None else output.with_name(output.name + ".parts")
-        self.objective_loss: float | None = None
+        self._gains_N = np.full(len(contexts), np.nan)
+        self._objective_loss = np.nan
+        self._lock: FileLock | None = None
+        self._num_resumed = 0
 
-    def done(self, total: int) -> NDArray[np.float64]:
-        """Gains that are committed already, NaN where not yet."""
-        gains = np.full(total, np.nan)
+    def __enter__(self) -> "_Collection":
+        if self._parts is not None and self._output is not None and not self._output.exists():
+            remedy = "name another output"
+            self._lock = lock_folder(self._parts.folder, _WORK, remedy, ResumeError)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def resume(self) -> None:
+        """Read what was measured before, from the finished file or from the committed parts."""
         if self._output is not None and self._output.exists():
-            self._reuse_finished(gains)
-            return gains
-        if self._folder is None:
-            return gains
-        self._check_conditions(self._folder)
-        for path in sorted(self._folder.glob("part-*.safetensors")):
-            try:
-                tensors, record = read_stored(path, PART_KIND)
-            except StoredFileError:
-                path.unlink()  # cut off, in a folder of our own: measured again
-                continue
-            with stated(path, stored_as(PART_KIND)):
-                start = int(record["start"])
-                gains[start : start + len(tensors["gain_nats"])] = tensors["gain_nats"]
-                self.objective_loss = float(record["objective_loss"])
-        return gains
+            self._read_finished(self._output)
+        elif self._parts is not None:
+            keep_conditions(self._parts.folder, self._conditions, _WORK)
+            for part in self._parts:
+                with stated(part.path, stored_as("a part of information gain pairs")):
+                    tensors = load(part.data)
+                    self._gains_N[part.start : part.stop] = tensors["gain_nats"]
+                    self._objective_loss = float(tensors["objective_loss"][0])
+        self._num_resumed = int(np.isfinite(self._gains_N).sum())
 
-    def _reuse_finished(self, gains: NDArray[np.float64]) -> None:
-        finished = Pairs.open(self._output or "")
-        self._compare({k: finished.record.get(k) for k in self._conditions}, self._output)
-        with stated(self._output or "", stored_as("pairs")):
-            gains[:] = finished.gain_nats_N
-            self.objective_loss = float(finished.record["objective_loss"])
+    def _read_finished(self, output: Path) -> None:
+        finished = Pairs.open(output)
+        found = {name: finished.record.get(name) for name in self._conditions}
+        require_same(found, self._conditions, _WORK, output)
+        with stated(output, stored_as("pairs")):
+            self._gains_N[:] = finished.gain_nats_N
+            self._objective_loss = float(finished.record["objective_loss"])
 
-    def _check_conditions(self, folder: Path) -> None:
-        path = folder / "conditions.json"
-        if path.exists():
-            self._compare(read_json(path, CONDITIONS, dict[str, Any]), folder)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._conditions, indent=2, sort_keys=True)
-        write_text(path, text)
+    def measure(
+        self,
+        make_measure: Callable[[], GainMeasure],
+        device: torch.device,
+        progress: Callable[[CollectProgress], None] | None,
+    ) -> None:
+        """Measure and commit the parts that are missing; `make_measure` is called if any is."""
+        measure: GainMeasure | None = None
+        total, size = len(self._gains_N), self._conditions["part_size"]
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            if not np.isfinite(self._gains_N[start:stop]).all():
+                measure = measure or make_measure()
+                self._objective_loss = measure.objective_loss
+                self._gains_N[start:stop] = self._measured(measure, start, stop, device)
+                self._commit(start, stop)
+            if progress is not None:
+                done = self._gains_N[np.isfinite(self._gains_N)]
+                seconds = time.perf_counter() - self._began
+                mean = float(done.mean())
+                progress(CollectProgress(len(done), total, self._num_resumed, seconds, mean))
 
-    def _compare(self, found: dict[str, Any], where: Path | None) -> None:
-        differing = differing_conditions(found, self._conditions)
-        if differing:
-            raise ResumeError(
-                f"expected {where} to have been made under the same conditions, but {differing} "
-                "differ; name another output, or remove it"
-            )
+    def _measured(
+        self, measure: GainMeasure, start: int, stop: int, device: torch.device
+    ) -> NDArray[np.float64]:
+        contexts = torch.from_numpy(self._contexts.ids_NT[start:stop]).long().to(device)
+        if not self._conditions["dropout"]:
+            return measure.gains(contexts)
+        found = []
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            for number, context in enumerate(contexts, start=start):
+                seeds = np.random.SeedSequence([self._conditions["seed"], number])
+                torch.manual_seed(int(seeds.generate_state(1)[0]))
+                found.append(measure.gains(context[None]))
+        return np.concatenate(found)
 
-    def add(self, start: int, gains: NDArray[np.float64], objective_loss: float) -> None:
-        """Commit a part: after this returns, a kill does not lose it."""
-        if self._folder is not None:
-            path = self._folder / f"part-{start:09d}.safetensors"
-            record = {"start": start, "objective_loss": objective_loss}
-            write_stored(path, PART_KIND, {"gain_nats": gains}, record)
+    def _commit(self, start: int, stop: int) -> None:
+        if self._parts is not None:
+            gains, loss = self._gains_N[start:stop], np.array([self._objective_loss])
+            self._parts.add(start, stop, save({"gain_nats": gains, "objective_loss": loss}))
 
-    def finish(self, pairs: Pairs, seconds: float, num_measured: int) -> None:
-        """Write the file and drop the parts.
+    def finish(self) -> Pairs:
+        """Return the pairs; write their file and what they cost, and remove the parts.
 
-        The file comes last but for them: where it exists, everything that belongs to it does.
+        The pairs' file is written last: where it exists, everything that belongs to it does.
         """
-        if self._output is None or self._folder is None:
-            return
-        if not self._output.exists():
-            self._write(self._output, pairs, seconds, num_measured)
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    @staticmethod
-    def _write(output: Path, pairs: Pairs, seconds: float, num_measured: int) -> None:
-        note = {"seconds": seconds, "num_pairs_measured": num_measured}
-        text = json.dumps({**note, "pairs_per_second": num_measured / max(seconds, 1e-9)}, indent=2)
-        write_text(output.with_suffix(".seconds.json"), text)
-        pairs.save(output)
+        before = perplexity_of(self._objective_loss)
+        after = np.array([perplexity_of(self._objective_loss - gain) for gain in self._gains_N])
+        record = {
+            **self._conditions,
+            "objective_loss": self._objective_loss,
+            "objective_perplexity": before,
+        }
+        pairs = Pairs(
+            self._contexts.ids_NT, self._contexts.article_N, self._gains_N, before - after, record
+        )
+        if self._output is not None and self._parts is not None:
+            if not self._output.exists():
+                num_measured = len(pairs) - self._num_resumed
+                write_cost(self._output, num_measured, time.perf_counter() - self._began)
+                pairs.save(self._output)
+            self._parts.remove()
+        return pairs

@@ -1,4 +1,4 @@
-"""Directional information gain: for SGD, from losses alone, a whole batch of contexts at once.
+"""Directional information gain: for SGD, from losses alone, for a whole batch of contexts at once.
 
 Shape suffixes: N = contexts of the objective, B = contexts of one call, T = ids of a context.
 """
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perplexit.errors import UsageError
-from perplexit.igf.gradients import objective_gradient
 from perplexit.igf.losses import ContextScorer, context_losses
-from perplexit.igf.steps import StepRule, replaced_weights, trainable_parameters
+from perplexit.igf.optimizer_step import (
+    StepRule,
+    objective_gradient,
+    replaced_weights,
+    trainable_parameters,
+)
 
 Derivative = Literal["central", "forward-mode"]
 
@@ -24,7 +28,7 @@ class DirectionalGain:
 
     `<dL/dw, dloss(X)/dw>` is the first-order gain of an SGD step, and it is symmetric in the two
     gradients: so a derivative along dL/dw, which is made once, replaces every context's backward
-    pass. Two ways to that derivative:
+    pass. There are two ways to compute that derivative:
 
     central:      `(loss(X; w + h·dL/dw) - loss(X; w - h·dL/dw)) / 2h`, two forward passes; the two
                   sets of weights are made once and are all the memory that it needs.
@@ -39,7 +43,6 @@ class DirectionalGain:
         objective_NT: Tensor,
         rule: StepRule,
         *,
-        batch_ids: int = 1024,
         shift: float = 0.02,
         derivative: Derivative = "central",
     ) -> None:
@@ -51,8 +54,7 @@ class DirectionalGain:
             )
         self._model = model.eval()
         self._rule = rule
-        self._scorer = ContextScorer(model, batch_ids=batch_ids)
-        self.batch_size = max(1, batch_ids // objective_NT.shape[1])
+        self._scorer = ContextScorer(model)
         self._parameters = trainable_parameters(model)
         self.objective_loss = self._scorer.mean_loss(objective_NT)
         gradient = objective_gradient(model, objective_NT)
@@ -96,7 +98,7 @@ class DirectionalGain:
 
 
 class _Losses(nn.Module):
-    """Contexts' losses as a module's output, so that `functional_call` can replace weights."""
+    """A module whose output is the contexts' losses, so that `functional_call` replaces weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """An experiment's document, as `experiment.json` holds it: opened, checked, typed.
 
-Nothing here needs an engine, so that a figure or a report can be made without one.
+Nothing here needs an engine, so that a report can be made without one.
 """
 
 import math
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import RunError
+from perplexit.igf.resume_conditions import CONDITIONS_FILE
+from perplexit.igf.tensors_with_record import json_kind
+from perplexit.protected_outputs import Kind, OutputFile, OutputFolder, paths_among
 from perplexit.untrusted_files import Expected, stated
 from perplexit.untrusted_json import read_json
 
@@ -21,13 +24,13 @@ _EXPECTED = Expected("a whole experiment", RunError, "experiment again")
 
 @dataclass(frozen=True, slots=True)
 class MethodOutcome:
-    """What one way to select contexts came to, over its seeds.
+    """The result of one way to select contexts, over its seeds.
 
     median, low, high: test perplexity at each of `steps`, with the median's interval over seeds;
                 the ends are None with one seed.
-    acceptance: ids learnt from over ids that the filter looked at.
-    tokens:     ids `trained`, `scored` (a forward pass to be selected) and `judged`, a run.
-    seconds:    `select`, `train` and `evaluate`, a run.
+    acceptance: ids trained on, over ids that the filter looked at.
+    tokens:     ids `trained`, `scored` (a forward pass to be selected) and `judged`, per run.
+    seconds:    `select`, `train` and `evaluate`, per run.
     """
 
     name: str
@@ -42,7 +45,7 @@ class MethodOutcome:
 
     @property
     def needs_labels(self) -> bool:
-        """Whether it filters by predicted gain, so that its labels have to be paid for."""
+        """Return whether it filters by predicted gain, so that its labels are part of the cost."""
         return self.name.startswith("igf-")
 
 
@@ -52,7 +55,7 @@ class PairedOutcome:
 
     p_t, p_wilcoxon: after Holm's correction for the experiment's comparisons; None where not known.
     curve_ratio: of the whole curves' mean log-perplexities.
-    steps_to_reference_end: when its median reached what the reference's was at its end, or None.
+    steps_to_reference_end: the step at which its median reached the reference's last one, or None.
     """
 
     method: str
@@ -67,7 +70,7 @@ class PairedOutcome:
     steps_to_reference_end: int | None
 
     def verdict(self, confidence: float) -> str:
-        """`better`, `worse` or `inconclusive`, by the corrected paired t-test."""
+        """Return `better`, `worse` or `inconclusive`, by the corrected paired t-test."""
         if self.p_t is None or not self.p_t < 1 - confidence:
             return "inconclusive"
         return "better" if self.ratio < 1 else "worse"
@@ -75,7 +78,7 @@ class PairedOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """An experiment as it was written; `document` is all of it."""
+    """An experiment as it was written; `document` is the whole of it."""
 
     title: str
     folder: Path | None
@@ -90,7 +93,7 @@ class Experiment:
 
     @classmethod
     def open(cls, path: str | Path) -> "Experiment":
-        """The experiment in a folder, or in its file.
+        """Return the experiment in a folder, or in its file.
 
         Raises RunError where there is none, it cannot be read, or nothing of it is finished.
         """
@@ -106,12 +109,9 @@ class Experiment:
 
     @classmethod
     def of(cls, document: Any, *, folder: Path | None = None) -> "Experiment":
-        """The experiment that a document describes; raises RunError as `open` does."""
-        kind, version = (
-            (document.get("kind"), document.get("schema_version"))
-            if isinstance(document, Mapping)
-            else (None, None)
-        )
+        """Return the experiment that a document describes; raises RunError as `open` does."""
+        head: Mapping[str, Any] = document if isinstance(document, Mapping) else {}
+        kind, version = head.get("kind"), head.get("schema_version")
         where = f" in {folder}" if folder else ""
         if kind != EXPERIMENT_KIND or version != SCHEMA_VERSION:
             raise RunError(
@@ -129,14 +129,21 @@ class Experiment:
         return found
 
     def comparison(self, method: str) -> PairedOutcome | None:
-        """How a method compares with the reference; None for that itself, or before 2 seeds."""
+        """Return a method's comparison with the reference; None for itself, or before 2 seeds."""
         return next((row for row in self.comparisons if row.method == method), None)
 
 
 def holds_experiment(path: str | Path) -> bool:
-    """Whether this is an experiment's folder, or its file."""
+    """Return whether this is an experiment's folder, or its file."""
     path = Path(path)
     return path.name == EXPERIMENT_FILE or (path / EXPERIMENT_FILE).is_file()
+
+
+def check_experiment_output(folder: str | Path, *, inputs: object = ()) -> None:
+    """Raise OutputError for a folder that holds something else than an experiment."""
+    kind = Kind("an experiment", lambda found: (found / CONDITIONS_FILE).is_file())
+    output = OutputFolder(Path(folder), kind, paths_among(inputs))
+    OutputFile(output.path / EXPERIMENT_FILE, json_kind("kind"), paths_among(inputs))
 
 
 def _typed(document: Mapping[str, Any], folder: Path | None) -> Experiment:

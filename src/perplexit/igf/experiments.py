@@ -1,18 +1,19 @@
 """Experiments: methods × seeds on the same test contexts, paired, with their cost.
 
-A folder an experiment:
+One folder per experiment:
 
-experiment.json  plan, curves, paired tests, costs: what the figure and a report are drawn from
-runs/            one JSON file a fine-tuning, written when it is finished; a killed experiment
-                 leaves out what is there already
+experiment.json  plan, curves, paired tests, costs: what the plot and a report are drawn from
+conditions.json  what must be equal for the experiment to be continued
+runs/            one JSON file per fine-tuning, written when it is finished; an experiment that
+                 was killed does not repeat what is there
 curves.png, curves.svg
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,25 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from perplexit.atomic_files import write_json
+from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.articles import Articles
-from perplexit.igf.contexts import Contexts, ContextStream
-from perplexit.igf.experiment_file import EXPERIMENT_FILE, EXPERIMENT_KIND, SCHEMA_VERSION
-from perplexit.igf.finetune_record import FinetuneProgress, FinetuneSettings
-from perplexit.igf.finetuning import finetune_model
-from perplexit.igf.identity import (
-    differing_conditions,
-    measurement_of_model,
-    weights_fingerprint,
+from perplexit.igf.experiment_file import (
+    EXPERIMENT_FILE,
+    EXPERIMENT_KIND,
+    SCHEMA_VERSION,
+    check_experiment_output,
 )
+from perplexit.igf.experiment_summary import summarise
+from perplexit.igf.finetune_curve import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetuning import finetune_model
+from perplexit.igf.language_model import restore_weights, weights_of
 from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerprint
-from perplexit.igf.losses import measured_losses
-from perplexit.igf.models import restore_weights, weights_of
-from perplexit.igf.outcomes import summarise
-from perplexit.igf.saved_model import check_experiment_output
+from perplexit.igf.losses import ContextScorer
+from perplexit.igf.model_identity import measurement_of_model
+from perplexit.igf.random_contexts import Contexts, ContextStream
+from perplexit.igf.resume_conditions import keep_conditions
 from perplexit.igf.selection import (
     CALIBRATION_SEED,
     METHODS,
@@ -44,8 +48,7 @@ from perplexit.igf.selection import (
     Selection,
     selection_named,
 )
-from perplexit.igf.stored import CONDITIONS, write_text
-from perplexit.runs.identity import measurement_fingerprint
+from perplexit.runs.identity import measurement_fingerprint, plain_json
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import read_json
 
@@ -58,8 +61,8 @@ _FINISHED = Expected(
 class ExperimentPlan:
     """What is compared.
 
-    methods:  names of METHODS; the first is what the others are paired with.
-    seeds:    one fine-tuning a method and seed; a seed draws the same candidates for all methods.
+    methods:  names of METHODS; the others are paired with the first.
+    seeds:    one fine-tuning per method and seed; a seed draws the same candidates for all methods.
     share:    how many candidates the quantile, random and loss methods accept.
     constant: the threshold of igf-constant, and of igf-shifting before it shifts.
     """
@@ -83,13 +86,13 @@ class ExperimentPlan:
             raise UsageError(f"expected at least 2 different seeds, got {list(self.seeds)}")
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        """Return the plan as JSON values."""
+        return dict(plain_json(asdict(self)))
 
 
 @dataclass(frozen=True, slots=True)
 class ExperimentProgress:
-    """Which fine-tuning of how many is under way, and how far it is."""
+    """Which fine-tuning of how many is running, and how far it is."""
 
     method: str
     seed: int
@@ -115,7 +118,7 @@ def run_experiment(
     """Run what is not done yet and return the document that `experiment.json` holds.
 
     labelling:     what the learner's pairs cost, recorded beside the methods that need them.
-    title:         what a figure or a report calls it; none: the model's name.
+    title:         what a plot or a report calls it; empty: the model's name.
     seconds_limit: stop after the run that passes it; the document then says status "interrupted".
     The model has its own weights again afterwards. Raises ResumeError where `output` holds another
     experiment.
@@ -123,52 +126,22 @@ def run_experiment(
     folder = Path(output)
     check_experiment_output(folder)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    measurement = measurement_of_model(model)
-    conditions = {
-        "plan": {k: v for k, v in plan.to_json().items() if k not in ("methods", "seeds")},
-        "weights_fingerprint": weights_fingerprint(model),
-        "measurement": measurement,
-        "measurement_fingerprint": measurement_fingerprint(measurement),
-        "test_fingerprint": test.fingerprint(),
-        "train_fingerprint": _fingerprint(train),
-        "learner": None if learner is None else learner_fingerprint(learner),
-    }
-    _check_conditions(folder, conditions)
-    original = weights_of(model)
-    selections = _selections(model, train, plan, learner)
-    began = time.perf_counter()
-    total = len(plan.methods) * len(plan.seeds)
-    records: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in plan.methods}
-    stopped = False
-    for number, (seed, method) in enumerate((s, m) for s in plan.seeds for m in plan.methods):
-        path = folder / "runs" / f"{method}-{seed}.json"
-        if path.exists():
-            records[method][seed] = read_json(path, _FINISHED, dict[str, Any])
-            continue
-        if stopped or (seconds_limit is not None and time.perf_counter() - began > seconds_limit):
-            stopped = True
-            continue
-
-        def report(
-            update: FinetuneProgress, at: tuple[str, int, int] = (method, seed, number)
-        ) -> None:
-            if progress is not None:
-                progress(ExperimentProgress(at[0], at[1], at[2], total, update))
-
-        settings = replace(plan.settings, seed=seed)
-        try:
-            curve = finetune_model(
-                model,
-                train,
-                test,
-                selection=selections(method, seed),
-                settings=settings,
-                progress=report,
-            )
-        finally:
-            restore_weights(model, original)
-        records[method][seed] = {"method": method, "seed": seed, **curve.to_json()}
-        _write_json(path, records[method][seed])
+    conditions = _conditions(model, train, test, plan, learner)
+    keep_conditions(folder, conditions, "experiment")
+    length, share = plan.settings.context_length, plan.share
+    select = _selections(model, train, length, learner, share, plan.constant, plan.num_calibration)
+    for method in plan.methods:
+        select(method, 0)  # what a method lacks is said before anything runs
+    records, stopped = _run_what_is_missing(
+        model,
+        train,
+        test,
+        plan,
+        select,
+        folder / "runs",
+        seconds_limit=seconds_limit,
+        progress=progress,
+    )
     document = {
         "schema_version": SCHEMA_VERSION,
         "kind": EXPERIMENT_KIND,
@@ -185,8 +158,71 @@ def run_experiment(
         "labelling": labelling,
         **summarise(records, confidence=plan.confidence),
     }
-    _write_json(folder / EXPERIMENT_FILE, document)
+    write_json(folder / EXPERIMENT_FILE, document)
     return document
+
+
+def _conditions(
+    model: nn.Module, train: Articles, test: Contexts, plan: ExperimentPlan, learner: Learner | None
+) -> dict[str, Any]:
+    measurement = measurement_of_model(model)
+    return {
+        "plan": {k: v for k, v in plan.to_json().items() if k not in ("methods", "seeds")},
+        "weights_fingerprint": module_fingerprint(model),
+        "measurement": measurement,
+        "measurement_fingerprint": measurement_fingerprint(measurement),
+        "test_fingerprint": test.fingerprint(),
+        "train_fingerprint": _fingerprint(train),
+        "learner": None if learner is None else learner_fingerprint(learner),
+    }
+
+
+def _run_what_is_missing(  # noqa: PLR0917 - one experiment
+    model: nn.Module,
+    train: Articles,
+    test: Contexts,
+    plan: ExperimentPlan,
+    select: Callable[[str, int], Selection],
+    folder: Path,
+    *,
+    seconds_limit: float | None,
+    progress: Callable[[ExperimentProgress], None] | None,
+) -> tuple[dict[str, dict[int, dict[str, Any]]], bool]:
+    """Return (records by method and seed, whether the limit stopped it); write each new record."""
+    original = weights_of(model)
+    began = time.perf_counter()
+    total = len(plan.methods) * len(plan.seeds)
+    records: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in plan.methods}
+    stopped = False
+    for number, (seed, method) in enumerate((s, m) for s in plan.seeds for m in plan.methods):
+        path = folder / f"{method}-{seed}.json"
+        if path.exists():
+            records[method][seed] = read_json(path, _FINISHED, dict[str, Any])
+            continue
+        if stopped or (seconds_limit is not None and time.perf_counter() - began > seconds_limit):
+            stopped = True
+            continue
+        at = ExperimentProgress(method, seed, number, total)
+        try:
+            curve = finetune_model(
+                model,
+                train,
+                test,
+                selection=select(method, seed),
+                settings=replace(plan.settings, seed=seed),
+                progress=None if progress is None else partial(_tell, progress, at),
+            )
+        finally:
+            restore_weights(model, original)
+        records[method][seed] = {"method": method, "seed": seed, **curve.to_json()}
+        write_json(path, records[method][seed])
+    return records, stopped
+
+
+def _tell(
+    progress: Callable[[ExperimentProgress], None], at: ExperimentProgress, update: FinetuneProgress
+) -> None:
+    progress(replace(at, finetune=update))
 
 
 def calibrated_selection(
@@ -201,76 +237,47 @@ def calibrated_selection(
     seed: int = 0,
     num_calibration: int = NUM_CALIBRATION,
 ) -> Selection:
-    """One of METHODS for one fine-tuning, its quantiles taken from contexts that it does not see.
+    """Return one of METHODS, calibrated on contexts that the fine-tuning does not see.
 
     The loss methods ask the model as it is for its losses on those; see `selection_named`.
     """
+    make = _selections(model, train, context_length, learner, share, constant, num_calibration)
+    return make(name, seed)
+
+
+def _selections(  # noqa: PLR0917 - what calibrates a selection
+    model: nn.Module,
+    train: Articles,
+    context_length: int,
+    learner: Learner | None,
+    share: float,
+    constant: float,
+    num_calibration: int,
+) -> Callable[[str, int], Selection]:
+    """Return a function of method and seed; all its selections have the same calibration."""
     if learner is not None:
         check_learner_fits(learner, model)
     calibration = ContextStream(train, context_length, CALIBRATION_SEED).take(0, num_calibration)
-    return selection_named(
-        name,
-        learner=learner,
-        calibration_NT=calibration.ids_NT,
-        calibration_losses=lambda: _losses_on(model, calibration),
-        share=share,
-        constant=constant,
-        seed=seed,
-    )
 
+    @cache
+    def losses() -> NDArray[np.float64]:
+        device = next(model.parameters()).device
+        return ContextScorer(model).losses(torch.from_numpy(calibration.ids_NT).long().to(device))
 
-def _losses_on(model: nn.Module, contexts: Contexts) -> NDArray[np.float64]:
-    device = next(model.parameters()).device
-    model.eval()
-    return measured_losses(model, torch.from_numpy(contexts.ids_NT).long().to(device))
-
-
-def _selections(
-    model: nn.Module, train: Articles, plan: ExperimentPlan, learner: Learner | None
-) -> Callable[[str, int], Selection]:
-    if learner is not None:
-        check_learner_fits(learner, model)
-    length = plan.settings.context_length
-    calibration = ContextStream(train, length, CALIBRATION_SEED).take(0, plan.num_calibration)
-    losses = None
-    if {"high-loss", "perplexity-band"} & set(plan.methods):
-        losses = _losses_on(model, calibration)
-
-    def named(method: str, seed: int) -> Selection:
+    def make(method: str, seed: int) -> Selection:
         return selection_named(
             method,
             learner=learner,
             calibration_NT=calibration.ids_NT,
-            calibration_losses=None if losses is None else (lambda: losses),
-            share=plan.share,
-            constant=plan.constant,
+            calibration_losses=losses,
+            share=share,
+            constant=constant,
             seed=seed,
         )
 
-    for method in plan.methods:
-        named(method, 0)  # what a method lacks is said before anything runs
-    return named
-
-
-def _check_conditions(folder: Path, conditions: dict[str, Any]) -> None:
-    path = folder / "conditions.json"
-    if not path.exists():
-        _write_json(path, conditions)
-        return
-    found = read_json(path, CONDITIONS, dict[str, Any])
-    differing = differing_conditions(found, conditions)
-    if differing:
-        raise ResumeError(
-            f"expected {folder} to hold the same experiment, but {differing} differ; "
-            "name another folder"
-        )
+    return make
 
 
 def _fingerprint(articles: Articles) -> str:
     content = hashlib.sha256(np.sort(articles.fingerprints()).astype("<i8").tobytes())
     return content.hexdigest()
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    write_text(path, text)

@@ -1,8 +1,8 @@
-"""Fine-tuning with a filter in front: candidates are judged before the model reads them.
+"""Fine-tuning with a filter: candidate contexts are judged before the model reads them.
 
 Each step takes the next `batch_size` accepted candidates; the step's gradient is that of their
 mean loss, in as many pieces as memory asks for. `seed_compatible` reproduces the original, which
-cleared the gradient at every candidate: its step sees the last accepted context alone.
+cleared the gradient at every candidate: its step uses the last accepted context alone.
 """
 
 import math
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from perplexit.errors import NonFiniteError, UsageError
 from perplexit.igf.articles import Articles
-from perplexit.igf.checkpointing import Checkpoints
-from perplexit.igf.contexts import Contexts, ContextStream, check_disjoint
-from perplexit.igf.finetune_record import FinetuneCurve, FinetuneProgress, FinetuneSettings
-from perplexit.igf.identity import measurement_of_model
+from perplexit.igf.finetune_checkpoints import FinetuneCheckpoints
+from perplexit.igf.finetune_curve import FinetuneCurve, FinetuneProgress, FinetuneSettings
 from perplexit.igf.learners import learner_fingerprint
 from perplexit.igf.losses import ContextScorer, context_losses
+from perplexit.igf.model_identity import measurement_of_model
+from perplexit.igf.optimizer_step import trainable_parameters
+from perplexit.igf.random_contexts import Contexts, ContextStream, check_disjoint
 from perplexit.igf.selection import Everything, Selection
-from perplexit.igf.steps import trainable_parameters
 
 
 def finetune_model(
@@ -41,15 +41,15 @@ def finetune_model(
 ) -> FinetuneCurve:
     """Fine-tune `model` in place and return its curve on the test contexts.
 
-    checkpoint: a folder; weights, optimizer and curve are kept there at every evaluation, and the
-        same call after a kill goes on from the last one, to the same weights.
+    checkpoint: a folder; weights, optimizer and curve are kept there at every evaluation. After a
+        kill the same call continues from the last one and ends with the same weights.
     Raises CorpusError where train and test share an article, NonFiniteError where the loss
     diverges, UsageError where the filter accepts next to nothing.
     """
     settings = settings or FinetuneSettings()
     check_disjoint(train=train, test=test)
     tuning = _Tuning(model, train, test, selection or Everything(), settings)
-    kept = Checkpoints(checkpoint, tuning.conditions()) if checkpoint is not None else None
+    kept = FinetuneCheckpoints(checkpoint, tuning.conditions()) if checkpoint is not None else None
     if kept is not None:
         tuning.resume(kept)
     if not tuning.curve.steps:
@@ -99,7 +99,7 @@ class _Tuning:
         )
 
     def conditions(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be continued."""
+        """Return what must be equal for a checkpoint to be continued."""
         return {
             "settings": {k: v for k, v in self._settings.to_json().items() if k != "steps"},
             "selection": self._selected_by(),
@@ -109,7 +109,7 @@ class _Tuning:
         }
 
     def _selected_by(self) -> dict[str, Any]:
-        """The selection, with the learner's own numbers and the seed that it draws by."""
+        """Return the selection, the fingerprint of its learner, and the seed that it draws by."""
         learner = getattr(self._selection, "learner", None)
         return {
             **self._selection.to_json(),
@@ -117,8 +117,8 @@ class _Tuning:
             "seed": getattr(self._selection, "seed", None),
         }
 
-    def resume(self, kept: Checkpoints) -> None:
-        """Go back to the last checkpoint, where there is one."""
+    def resume(self, kept: FinetuneCheckpoints) -> None:
+        """Restore the last checkpoint, where there is one."""
         found = kept.load(self._model, self._optimizer)
         if found is None:
             return
@@ -126,8 +126,8 @@ class _Tuning:
         self.curve = FinetuneCurve(**found["curve"])
         self.curve.num_steps_resumed = self.step
 
-    def keep(self, kept: Checkpoints) -> None:
-        """Commit the state as it is."""
+    def keep(self, kept: FinetuneCheckpoints) -> None:
+        """Save the state as it is now."""
         state = {"step": self.step, "candidate": self.candidate, "curve": asdict(self.curve)}
         kept.save(self._model, self._optimizer, state)
 
@@ -141,7 +141,7 @@ class _Tuning:
         self.curve.seconds["evaluate"] += time.perf_counter() - began
 
     def take_step(self, step: int) -> float:
-        """One optimizer step; returns the mean loss of its contexts before it, in nats."""
+        """Take one optimizer step; return the mean loss of its contexts before it, in nats."""
         began = time.perf_counter()
         batch_BT = self._tensor(self._accepted(step))
         selected = time.perf_counter()
@@ -199,7 +199,7 @@ class _Tuning:
         for row in np.flatnonzero(accepts):
             found.append(ids_NT[row])
             if len(found) == self._settings.batch_size:
-                used = int(row) + 1  # the rest is looked at by the next step, as it then stands
+                used = int(row) + 1  # the next step looks at the rest, with its own threshold
                 break
         self.candidate += used
         self.curve.tokens_judged += used * ids_NT.shape[1]
@@ -214,7 +214,7 @@ class _Tuning:
 
 
 def mean_gradient(model: nn.Module, batch_BT: Tensor, micro_batch: int) -> float:
-    """Add the gradient of the batch's mean loss to `.grad`; returns that loss.
+    """Add the gradient of the batch's mean loss to `.grad`; return that loss.
 
     Pieces are weighted by their share of contexts, so any `micro_batch` gives the same gradient.
     """
@@ -227,7 +227,10 @@ def mean_gradient(model: nn.Module, batch_BT: Tensor, micro_batch: int) -> float
 
 
 def last_context_gradient(model: nn.Module, batch_BT: Tensor) -> float:
-    """As the original: the gradient is cleared before every context, so the last one's is left."""
+    """Leave the last context's gradient in `.grad`, as the original does; return the mean loss.
+
+    The original clears the gradient before every context.
+    """
     total = 0.0
     for context in batch_BT:
         model.zero_grad(set_to_none=True)

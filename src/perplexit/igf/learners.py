@@ -1,14 +1,13 @@
-"""Secondary learners: from a context's ids to its normalised information gain.
+"""Secondary learners: they predict a context's normalised information gain from its ids.
 
-Two behind one interface. Ridge regression on token counts is the baseline to beat; the convolution
-is the paper's. Both are saved as a safetensors file with a JSON record inside, and a readable copy
-of that record in a `.json` beside it.
+There are two, behind one interface: ridge regression on token counts is the baseline to beat, the
+convolution is the paper's. Both are saved as a safetensors file with a JSON record inside, and a
+readable copy of that record in a `.json` beside it.
 
 Shape suffixes: N = contexts, T = ids of a context, V = vocabulary, D = embedding size.
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
+from perplexit.atomic_files import write_json
 from perplexit.errors import UsageError, VocabularyError
-from perplexit.igf.stored import (
+from perplexit.igf.tensors_with_record import (
     StoredFileError,
     json_kind,
     read_stored,
@@ -27,7 +27,6 @@ from perplexit.igf.stored import (
     stored_kind,
     tensor_path,
     write_stored,
-    write_text,
 )
 from perplexit.protected_outputs import OutputFile, paths_among
 from perplexit.untrusted_files import stated
@@ -44,16 +43,16 @@ class Learner(Protocol):
     record: dict[str, Any]
 
     def predict(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
-        """The predicted z-score of each context's gain, float64 [N]."""
+        """Return the predicted z-score of each context's gain, float64 [N]."""
         ...
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """What has to be kept to predict the same again."""
+        """Return what has to be saved to predict the same again."""
         ...
 
 
 def token_counts(ids_NT: NDArray[np.int32], vocab_size: int) -> sparse.csr_matrix:
-    """How often each id is in each context, sparse float64 [N, V].
+    """Count how often each id is in each context, sparse float64 [N, V].
 
     Raises VocabularyError for ids outside the vocabulary.
     """
@@ -99,7 +98,7 @@ class RidgeLearner:
     def fit(
         cls, ids_NT: NDArray[np.int32], z_N: NDArray[np.float64], vocab_size: int, penalty: float
     ) -> "RidgeLearner":
-        """The minimum of `Σ (z - prediction)² + penalty · |weights|²`, in its dual form.
+        """Return the minimum of `Σ (z - prediction)² + penalty · |weights|²`, in its dual form.
 
         With centred counts `X`: `weights = Xᵀ (X Xᵀ + penalty · I)⁻¹ (z - mean z)`; N × N, so the
         vocabulary's size does not matter.
@@ -142,7 +141,7 @@ class ConvolutionLearner(nn.Module):
         )
 
     def forward(self, context: Tensor) -> Tensor:
-        """Predicted z-scores, [N, 1], of contexts [N, T] (or [N, 1, T], as the original has it)."""
+        """Return predicted z-scores [N, 1] of contexts [N, T] (or [N, 1, T], as the original)."""
         ids_NT = context.squeeze(1) if context.dim() == 3 else context
         channels = torch.relu(self.convolution(self.embeddings(ids_NT).transpose(1, 2)))
         found: Tensor = self.layers(channels.amax(dim=2))
@@ -180,7 +179,7 @@ class SecondaryLearner(ConvolutionLearner):
 
 
 def learner_fingerprint(learner: Learner) -> str:
-    """The SHA-256 of what a learner predicts by: its kind and its tensors."""
+    """Return the SHA-256 of what a learner predicts by: its kind and its tensors."""
     content = hashlib.sha256(learner.kind.encode())
     for name, array in sorted(learner.tensors().items()):
         content.update(name.encode() + np.ascontiguousarray(array).tobytes())
@@ -188,7 +187,7 @@ def learner_fingerprint(learner: Learner) -> str:
 
 
 def check_learner_fits(learner: Learner, model: nn.Module) -> None:
-    """Raise VocabularyError where the learner knows ids that the model has not.
+    """Raise VocabularyError where the learner knows ids that the model does not have.
 
     It was then trained on contexts of another tokenizer, whose ids mean other words here.
     """
@@ -203,15 +202,16 @@ def check_learner_fits(learner: Learner, model: nn.Module) -> None:
 
 
 def input_embedding(model: nn.Module) -> Tensor:
-    """The language model's input embedding, [V, D]."""
+    """Return the language model's input embedding, [V, D]."""
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     return weight
 
 
 def learner_output(path: str | Path, *, inputs: object = (), force: bool = False) -> OutputFile:
-    """The file for a learner. Raises OutputError where it, or the record beside it, is not ours.
+    """Return the file for a learner.
 
-    Another learner is there only with `force`: whether training will give the same is not known.
+    Raises OutputError where it or the record beside it holds something else, and where it holds a
+    learner and `force` is not given: whether training will give the same one is not known.
     """
     place = learner_path(path)
     read = paths_among(inputs)
@@ -223,20 +223,19 @@ def learner_output(path: str | Path, *, inputs: object = (), force: bool = False
 
 
 def save_learner(learner: Learner, path: str | Path) -> Path:
-    """Write a learner: `path` (safetensors) and its record as JSON beside it; returns `path`.
+    """Write a learner: `path` (safetensors) and its record as JSON beside it; return `path`.
 
-    In the place of an older learner, if there is one; OutputError for anything else.
+    Replaces an older learner; raises OutputError where anything else is there.
     """
     learner_output(path, force=True)
     record = {"learner": learner.kind, **learner.record}
     path = write_stored(learner_path(path), KIND, learner.tensors(), record)
-    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_text(path.with_suffix(".json"), text)
+    write_json(path.with_suffix(".json"), record)
     return path
 
 
 def load_learner(path: str | Path) -> Learner:
-    """The learner that `save_learner` wrote; it predicts the same to the last bit."""
+    """Return the learner that `save_learner` wrote; it predicts the same to the last bit."""
     tensors, record = read_stored(learner_path(path), KIND)
     kind = record.pop("learner", None)
     record = {k: v for k, v in record.items() if k not in ("kind", "version")}
@@ -257,6 +256,6 @@ def load_learner(path: str | Path) -> Learner:
 
 
 def learner_path(path: str | Path) -> Path:
-    """Where a learner's tensors are kept: `path`, with `.safetensors` at its end."""
+    """Return where a learner's tensors are kept: `path`, with `.safetensors` at its end."""
     path = tensor_path(path)
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")

@@ -1,7 +1,7 @@
 """The loss of a causal language model on short contexts: differentiable, or only measured.
 
 Shape suffixes: N = contexts, B = contexts of one batch, T = ids of a context.
-A context of T ids has T - 1 targets; the last id predicts nothing and is never fed.
+A context of T ids has T - 1 targets; the last id predicts nothing and is not given to the model.
 """
 
 import math
@@ -25,7 +25,7 @@ DEFAULT_BATCH_IDS = 1024
 
 
 def context_losses(model: nn.Module, contexts_BT: Tensor) -> Tensor:
-    """The mean nll of each context in nats, [B], differentiable, in float32 or better."""
+    """Return the mean nll of each context in nats, [B], differentiable, in float32 or better."""
     with held_at(LengthDependentRope.of(model), contexts_BT.shape[1]):
         logits = model(input_ids=contexts_BT[:, :-1], use_cache=False).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -38,8 +38,8 @@ def context_losses(model: nn.Module, contexts_BT: Tensor) -> Tensor:
 class ContextScorer:
     """Losses of contexts without a gradient, through the scoring core of Perplexit's sessions.
 
-    Made once a model: it finds the model's own head, so that logits exist a chunk at a time only.
-    It reads the weights as they are at each call, also while others stand in their place.
+    Make it once per model: it finds the model's own head, so that only a chunk of the logits exists
+    at a time. Each call reads the weights as they are then, also while they are replaced.
     """
 
     def __init__(self, model: nn.Module, *, batch_ids: int = DEFAULT_BATCH_IDS) -> None:
@@ -52,7 +52,7 @@ class ContextScorer:
         self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, vocab_size)
 
     def losses(self, contexts_NT: Tensor) -> NDArray[np.float64]:
-        """The mean nll of each context in nats, float64 [N].
+        """Return the mean nll of each context in nats, float64 [N].
 
         Raises NonFiniteError where one is not finite, UsageError for contexts without a target.
         """
@@ -73,7 +73,7 @@ class ContextScorer:
         return losses
 
     def mean_loss(self, contexts_NT: Tensor) -> float:
-        """The mean nll a target over all contexts (they are equally long), in nats."""
+        """Return the mean nll per target over all contexts (they are equally long), in nats."""
         return float(self.losses(contexts_NT).mean())
 
     def _batch(self, contexts_BT: Tensor) -> NDArray[np.float64]:
@@ -93,20 +93,6 @@ def _id_limit(model: nn.Module) -> int:
     return len(model.get_input_embeddings().weight)  # type: ignore[operator]
 
 
-def measured_losses(
-    model: nn.Module, contexts_NT: Tensor, *, batch_ids: int = DEFAULT_BATCH_IDS
-) -> NDArray[np.float64]:
-    """As `ContextScorer(model).losses(contexts_NT)`, for once; leaves the model in evaluation."""
-    return ContextScorer(model, batch_ids=batch_ids).losses(contexts_NT)
-
-
-def mean_loss(
-    model: nn.Module, contexts_NT: Tensor, *, batch_ids: int = DEFAULT_BATCH_IDS
-) -> float:
-    """The mean of `measured_losses`."""
-    return float(measured_losses(model, contexts_NT, batch_ids=batch_ids).mean())
-
-
 def perplexity_of(loss: float) -> float:
-    """exp(loss), infinite only where a float64 cannot hold it."""
+    """Return exp(loss), infinite only where a float64 cannot hold it."""
     return math.exp(loss) if loss < 709.78 else math.inf

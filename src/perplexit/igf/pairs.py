@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perplexit.atomic_files import write_json
 from perplexit.errors import OutputError, UsageError
 from perplexit.igf.pickles import read_pickle
-from perplexit.igf.stored import (
+from perplexit.igf.resume_conditions import CONDITIONS_FILE
+from perplexit.igf.tensors_with_record import (
     PICKLE_SUFFIXES,
     StoredFileError,
     json_kind,
+    object_in,
     read_stored,
     stored_as,
     stored_kind,
@@ -24,6 +27,7 @@ from perplexit.igf.stored import (
     write_stored,
 )
 from perplexit.protected_outputs import OutputFile, paths_among
+from perplexit.runs.parts_folder import LOCK_FILE, PartsFolder
 from perplexit.untrusted_files import stated
 
 KIND = "information gain pairs"
@@ -31,14 +35,14 @@ KIND = "information gain pairs"
 
 @dataclass(frozen=True, slots=True)
 class GainStatistics:
-    """Mean and standard deviation (of the population) of gains: what a z-score needs."""
+    """Mean and standard deviation (of the population) of gains, for z-scores."""
 
     mean: float
     std: float
 
     @classmethod
     def of(cls, gains: NDArray[np.float64]) -> "GainStatistics":
-        """The statistics of these gains. Raises UsageError where they do not vary."""
+        """Return the statistics of these gains. Raises UsageError where they do not vary."""
         std = float(gains.std()) if len(gains) else 0.0
         if not (std > 0 and np.isfinite(std)):
             raise UsageError(
@@ -48,17 +52,17 @@ class GainStatistics:
         return cls(float(gains.mean()), std)
 
     def normalised(self, gains: NDArray[np.float64]) -> NDArray[np.float64]:
-        """`(gain - mean) / std`."""
+        """Return `(gain - mean) / std`."""
         z: NDArray[np.float64] = (gains - self.mean) / self.std
         return z
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Contexts and what a step on each does to the objective.
+    """Contexts, and what a step on each does to the objective.
 
     ids_NT:            int32.
-    article_N:         int64, the article's fingerprint.
+    article_N:         int64, the fingerprint of the article that the context comes from.
     gain_nats_N:       float64, the drop of the objective's mean nll.
     gain_perplexity_N: float64, the drop of the objective's perplexity.
     record:            how they were measured.
@@ -74,12 +78,12 @@ class Pairs:
         return len(self.ids_NT)
 
     def __iter__(self) -> Any:
-        """(context [1, T], normalised gain) pairs, as the original's file holds them."""
+        """Yield (context [1, T], normalised gain), as the original's file holds them."""
         z = GainStatistics.of(self.gain_nats_N).normalised(self.gain_nats_N)
         return iter([(ids[None], float(gain)) for ids, gain in zip(self.ids_NT, z, strict=True)])
 
     def take(self, rows: NDArray[Any]) -> "Pairs":
-        """The pairs at these rows (indices or a mask)."""
+        """Return the pairs at these rows (indices or a mask)."""
         return Pairs(
             self.ids_NT[rows],
             self.article_N[rows],
@@ -108,7 +112,7 @@ class Pairs:
 
     @classmethod
     def open(cls, path: str | Path) -> "Pairs":
-        """The pairs that `save` wrote."""
+        """Return the pairs that `save` wrote. Raises StoredFileError for any other file."""
         tensors, record = read_stored(path, KIND)
         with stated(path, stored_as(KIND)):
             ids, article = tensors["context_ids"], tensors["article"]
@@ -122,23 +126,47 @@ class Pairs:
 
 
 def pairs_output(path: str | Path, *, inputs: object = ()) -> OutputFile:
-    """The file for pairs. Raises OutputError where it, or what stands beside it, is not ours."""
+    """Return the file for pairs.
+
+    Raises OutputError where it, its parts or its cost would replace what Perplexit did not write.
+    """
     place = tensor_path(path)
     read = paths_among(inputs)
-    OutputFile(place.with_suffix(".seconds.json"), json_kind("num_pairs_measured"), read)
-    parts = place.with_name(place.name + ".parts")
-    if parts.is_dir() and any(parts.iterdir()) and not (parts / "conditions.json").is_file():
+    OutputFile(_cost_path(place), json_kind("num_pairs_measured"), read)
+    parts = parts_folder(place).folder
+    names = {entry.name for entry in parts.iterdir()} if parts.is_dir() else set()
+    if names - {LOCK_FILE} and CONDITIONS_FILE not in names:
         raise OutputError(
             f"expected the parts of a collection in {parts}, got other files; name another output"
         )
     return OutputFile(place, stored_kind(KIND), read)
 
 
-def load(path: str | Path, *, allow_pickle: bool = False) -> Pairs:
-    """Pairs from Perplexit's file or, with `allow_pickle`, from the original's `.jbl`.
+def parts_folder(path: Path) -> PartsFolder:
+    """Return the folder beside a pairs' file that keeps the parts of an unfinished collection."""
+    return PartsFolder(path.with_name(path.name + ".parts"), stored_as(f"a part of {KIND}"))
 
-    The original's labels are already z-scored and it keeps no article, so each context counts as
-    an article of its own there.
+
+def write_cost(path: Path, num_pairs: int, seconds: float) -> None:
+    """Write what measuring took beside the pairs' file, which itself is the same in every run."""
+    cost = {"seconds": seconds, "num_pairs_measured": num_pairs}
+    write_json(_cost_path(path), {**cost, "pairs_per_second": num_pairs / max(seconds, 1e-9)})
+
+
+def cost_of(path: str | Path) -> dict[str, Any]:
+    """Return what `write_cost` wrote beside a pairs' file; nothing where it is not there."""
+    return object_in(_cost_path(tensor_path(path)))
+
+
+def _cost_path(path: Path) -> Path:
+    return path.with_suffix(".seconds.json")
+
+
+def load(path: str | Path, *, allow_pickle: bool = False) -> Pairs:
+    """Read pairs from Perplexit's file or, with `allow_pickle`, from the original's `.jbl`.
+
+    The original's labels are already z-scores and it keeps no articles, so each of its contexts
+    counts as an article.
     """
     stored = tensor_path(path)
     if Path(path).suffix not in PICKLE_SUFFIXES or stored.exists():
@@ -150,7 +178,7 @@ load_pairs = load
 
 
 def pairs_of(items: Any, *, source: str = "memory") -> Pairs:
-    """Pairs from any sequence of (context, gain): Pairs themselves, or the original's list."""
+    """Return Pairs from Pairs themselves, or from the original's sequence of (context, gain)."""
     if isinstance(items, Pairs):
         return items
     try:

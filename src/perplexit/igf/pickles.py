@@ -1,7 +1,7 @@
-"""A pickle that the original IGF wrote, read by joblib where the user allows it by name.
+"""Reading a pickle that the original IGF wrote, by joblib, where the user allows it.
 
-A pickle is a program: reading it runs its code with the user's full rights. No filter in between
-would change that, so there is none; the user is told instead.
+A pickle is a program: reading it runs its code with the user's full rights. No filter would change
+that, so there is none; the user is warned instead.
 """
 
 import warnings
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import MissingPackageError, TrustWarning, UsageError
-from perplexit.igf.stored import StoredFileError
+from perplexit.igf.tensors_with_record import StoredFileError
 
 RIGHTS = "the code in the file is run with your full rights: it can read, change and send any file"
 
 
 def read_pickle(path: str | Path, *, allowed: bool) -> Any:
-    """Whatever a joblib or pickle file holds, after a warning that its code is run.
+    """Return what a joblib or pickle file holds, after a warning that its code is run.
 
-    Raises UsageError where nobody allowed it, StoredFileError where it cannot be read.
+    Raises UsageError where it is not allowed, StoredFileError where it cannot be read.
     """
     if not allowed:
         raise UsageError(

@@ -1,13 +1,13 @@
-"""Which candidate contexts a fine-tuning step learns from: one class a method, one interface.
+"""Selections: which candidate contexts a fine-tuning step uses. One class per method.
 
-A method that needs no forward pass of the language model says so (`costs_forward_pass`); the
-record of a run counts what each method really read.
+`costs_forward_pass` says whether a method needs a forward pass of the language model; the record of
+a run counts what each method really read.
 
 Shape suffixes: N = candidates, T = ids of a context.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from perplexit.errors import UsageError
 from perplexit.igf.learners import Learner
 
-Losses = Callable[[NDArray[np.int32]], NDArray[np.float64]]  # the model's loss of each, in nats
+Losses = Callable[
+    [NDArray[np.int32]], NDArray[np.float64]
+]  # the model's loss of each context, in nats
 
-CALIBRATION_SEED = 1_000_003  # contexts that quantiles are taken from; no run draws from it
+CALIBRATION_SEED = 1_000_003  # of the contexts that quantiles are taken from; no run has it
 NUM_CALIBRATION = 512
 
 METHODS = (
@@ -36,11 +38,11 @@ class Threshold(Protocol):
     """The least predicted gain (a z-score) that is accepted at a step, counted from 0."""
 
     def at(self, step: int) -> float:
-        """The threshold at this step."""
+        """Return the threshold at this step."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """The threshold's parameters."""
+        """Return the threshold's parameters as JSON values."""
         ...
 
 
@@ -56,7 +58,7 @@ class ConstantThreshold:
 
     def to_json(self) -> dict[str, Any]:
         """See Threshold."""
-        return {"threshold": "constant", "value": self.value}
+        return {"threshold": "constant", **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +75,11 @@ class ShiftingThreshold:
 
     def to_json(self) -> dict[str, Any]:
         """See Threshold."""
-        return {
-            "threshold": "shifting",
-            "first": self.first,
-            "then": self.then,
-            "steps": self.steps,
-        }
+        return {"threshold": "shifting", **asdict(self)}
 
 
 def quantile_threshold(predicted_N: NDArray[np.float64], share: float) -> ConstantThreshold:
-    """The threshold that accepts the best `share` of contexts like those predicted here.
+    """Return the threshold that accepts the best `share` of contexts like those predicted here.
 
     Predictions shrink towards the mean, so +1 accepts few and -1 rejects almost none; a quantile
     of the predictions themselves accepts what it says.
@@ -98,28 +95,28 @@ def check_share(share: float) -> None:
 
 
 class Selection(Protocol):
-    """Decides on candidates. `scores` is asked once a candidate, `accepts` at the step of use."""
+    """Decides on candidates: `scores` is called once for each, `accepts` at the step of use."""
 
     @property
     def name(self) -> str:
-        """The method's name."""
+        """Return the method's name."""
         ...
 
     @property
     def costs_forward_pass(self) -> bool:
-        """Whether `scores` asks the language model."""
+        """Return whether `scores` asks the language model."""
         ...
 
     def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
-        """A number a candidate; they are candidates `start …` of the stream."""
+        """Return one number per candidate; they are candidates `start …` of the stream."""
         ...
 
     def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
-        """Which of them step `step` takes."""
+        """Return which of them step `step` takes."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """Name and parameters."""
+        """Return name and parameters as JSON values."""
         ...
 
 
@@ -145,7 +142,7 @@ class Everything:
 
 @dataclass(frozen=True)
 class InformationGain:
-    """Takes what is predicted at or above the threshold, before any forward pass."""
+    """Takes candidates predicted at or above the threshold, before any forward pass."""
 
     learner: Learner
     threshold: Threshold = field(default_factory=ShiftingThreshold)
@@ -168,7 +165,7 @@ class InformationGain:
 
 @dataclass(frozen=True)
 class RandomSkip:
-    """Takes a candidate with probability `share`: what skipping alone does."""
+    """Takes a candidate with probability `share`: shows what skipping alone does."""
 
     share: float = 0.25
     seed: int = 0
@@ -197,7 +194,7 @@ class RandomSkip:
 class LossBand:
     """Takes candidates whose loss under the model being tuned lies between two bounds, in nats.
 
-    `high-loss` has no upper bound; `perplexity-band` keeps the middle. Costs a forward pass a
+    `high-loss` has no upper bound; `perplexity-band` keeps the middle. Costs one forward pass per
     candidate.
     """
 
@@ -236,11 +233,11 @@ def _check_reached(predicted_N: NDArray[np.float64], threshold: float) -> None:
 def threshold_within_reach(
     predicted_N: NDArray[np.float64], threshold: float, *, least: float = 0.01
 ) -> float:
-    """`threshold`, or where fewer than the share `least` reach it, the one that `least` reach."""
+    """Return `threshold`, or the lower one that the share `least` reaches."""
     return min(threshold, quantile_threshold(predicted_N, least).value)
 
 
-def selection_named(  # noqa: PLR0911 - one return a method
+def selection_named(  # noqa: PLR0911 - one return per method
     name: str,
     *,
     learner: Learner | None = None,
@@ -250,7 +247,7 @@ def selection_named(  # noqa: PLR0911 - one return a method
     constant: float = 1.0,
     seed: int = 0,
 ) -> Selection:
-    """One of METHODS. `share`: how many candidates the quantile, random and loss methods accept.
+    """Return one of METHODS. share: how many candidates quantile, random and loss methods accept.
 
     calibration_NT: contexts like the candidates, from which quantiles are taken;
     calibration_losses: gives the untouched model's losses on them (asked for only where needed).

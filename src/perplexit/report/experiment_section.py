@@ -9,7 +9,7 @@ from typing import Any
 
 from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, MethodOutcome, PairedOutcome
-from perplexit.igf.scores import doubt_about
+from perplexit.igf.learner_scores import doubt_about
 from perplexit.metrics.number_format import DASH, figure, interval
 from perplexit.report.chart_drawings import Chart
 from perplexit.report.experiment_charts import (

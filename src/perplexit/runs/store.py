@@ -8,31 +8,31 @@ documents.parquet  a row for each document: where it came from
 .lock            held while a process writes here; the system releases it if that process dies
 """
 
-import hashlib
 import json
-import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from perplexit.atomic_files import is_temporary, remove_leftovers, write_atomically
+from perplexit.atomic_files import (
+    is_temporary,
+    remove_leftovers,
+    write_atomically,
+    write_bytes,
+)
 from perplexit.errors import RunError
 from perplexit.fingerprints import sha256_of_file
 from perplexit.runs.documents import DOCUMENTS_FILE
+from perplexit.runs.parts_folder import LOCK_FILE, PartsFolder, lock_folder
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.run_tokens import RunTokens
 from perplexit.runs.scored_batch import PART, ScoredBatch
-from perplexit.untrusted_files import read_bytes, stated
+from perplexit.untrusted_files import stated
 
 PARTS_FOLDER = "parts"
-LOCK_FILE = ".lock"
-_LARGEST_PART = 16 << 30  # bytes
-_PART_NAME = re.compile(r"part-(\d{12})-(\d{12})-([0-9a-f]{16})\.safetensors")
 
 
 class RunStore:
@@ -43,6 +43,7 @@ class RunStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._parts = PartsFolder(self.folder / PARTS_FOLDER, PART)
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"expected a folder for the run, got the file {folder}; name another")
         if self.folder.is_dir() and not self._is_ours():
@@ -50,42 +51,25 @@ class RunStore:
                 f"expected a new folder or a run's folder, got {folder} with other files in it; "
                 "name another with --run"
             )
-        self._lock = FileLock(self.folder / LOCK_FILE)
+        self._lock: FileLock | None = None
 
     def _is_ours(self) -> bool:
         """Whether a run, or the beginning of one, is in the folder and nothing else is."""
         names = {path.name for path in self.folder.iterdir()}
-        if PARTS_FOLDER in names and not self._has_only_parts():
+        if PARTS_FOLDER in names and not self._parts.holds_only_parts():
             return False
         ours = {RUN_FILE, PARTS_FOLDER, LOCK_FILE}
         return RUN_FILE in names or all(name in ours or is_temporary(name) for name in names)
 
-    def _has_only_parts(self) -> bool:
-        """Whether `parts/`, which is removed in the end, holds what was put there by a run."""
-        folder = self.folder / PARTS_FOLDER
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else [PARTS_FOLDER]
-        return all(
-            _PART_NAME.fullmatch(name) or is_temporary(name) or name.startswith(".part-")
-            for name in names
-        )
-
     def __enter__(self) -> "RunStore":
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise RunError(
-                f"another process is writing to the run {self.folder}; wait for it, "
-                "or name another folder with --run"
-            ) from None
-        except OSError as error:
-            raise RunError(f"the run folder {self.folder} cannot be made: {error}") from None
-        for folder in (self.folder, self.folder / PARTS_FOLDER):
-            remove_leftovers(folder)
+        remedy = "name another folder with --run"
+        self._lock = lock_folder(self.folder, "run", remedy, RunError)
+        remove_leftovers(self._parts.folder)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def record(self) -> Run | None:
         """The run as recorded so far, or None in a new folder."""
@@ -94,31 +78,21 @@ class RunStore:
     def write_record(self, run: Run) -> None:
         """Put `run.json` in place, whole."""
         text = json.dumps(run.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        write_atomically(self.folder / RUN_FILE, lambda path: _write_bytes(path, text.encode()))
+        write_bytes(self.folder / RUN_FILE, text.encode())
 
     def add_part(self, part: ScoredBatch) -> None:
         """Commit scored windows: after this returns, a kill does not lose them."""
-        data = part.to_bytes()
-        digest = hashlib.sha256(data).hexdigest()[:16]
-        name = f"part-{part.start:012d}-{part.stop:012d}-{digest}.safetensors"
-        path = self.folder / PARTS_FOLDER / name
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, lambda temporary: _write_bytes(temporary, data))
+        self._parts.add(part.start, part.stop, part.to_bytes())
 
     def parts(self) -> Iterator[ScoredBatch]:
         """Yield every whole part, in plan order.
 
         One that does not match its hash is left out, and its windows are scored again.
         """
-        for path in sorted((self.folder / PARTS_FOLDER).glob("part-*.safetensors")):
-            match = _PART_NAME.fullmatch(path.name)
-            if match is None:
-                continue
-            data = read_bytes(path, PART, largest=_LARGEST_PART)
-            if hashlib.sha256(data).hexdigest()[:16] == match[3]:
-                with stated(path, PART):
-                    part = ScoredBatch.from_bytes(data, int(match[1]), int(match[2]))
-                yield part
+        for stored in self._parts:
+            with stated(stored.path, PART):
+                part = ScoredBatch.from_bytes(stored.data, stored.start, stored.stop)
+            yield part
 
     def write_tokens(self, tokens: RunTokens) -> str:
         """Put `tokens.parquet` in place and give its SHA-256."""
@@ -133,11 +107,7 @@ class RunStore:
 
     def remove_parts(self) -> None:
         """Drop the parts of a run that is complete."""
-        shutil.rmtree(self.folder / PARTS_FOLDER, ignore_errors=True)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+        self._parts.remove()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch import nn
 from perplexit.checkpoints.adapters import Adapter, adapted_fingerprint, find_adapter, with_adapter
 from perplexit.checkpoints.loading import Checkpoint, load_checkpoint
 from perplexit.checkpoints.location import CheckpointSource, find_checkpoint
+from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.quantization.pytorch_quantization import (
@@ -25,7 +26,6 @@ from perplexit.sessions.pytorch.device_choice import chosen_device, chosen_threa
 from perplexit.sessions.pytorch.module_facts import (
     config_integer,
     dtype_name,
-    module_fingerprint,
     rounded_activations,
 )
 from perplexit.sessions.pytorch.placement import Placement, head_device

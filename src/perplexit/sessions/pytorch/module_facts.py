@@ -1,57 +1,12 @@
-"""What a loaded module says of itself: identity, dtype, vocabulary, positions."""
+"""What a loaded module says of itself: dtype, vocabulary, positions."""
 
-import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from perplexit.checkpoints.identity import canonical_json
+from torch import nn
 
 # Of torchao's weights: what is to be done to the activations that they are multiplied with.
 _ACTIVATION_SETTINGS = ("activation_quantization", "act_quant_kwargs", "input_quant_func")
-
-
-def module_fingerprint(module: nn.Module) -> str:
-    """The SHA-256 of a loaded module: class, configuration, and every tensor of its state."""
-    config: Any = getattr(module, "config", None)
-    settings = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
-    for irrelevant in ("_name_or_path", "transformers_version"):
-        settings.pop(irrelevant, None)
-    name_and_settings = [type(module).__qualname__, sorted(f"{k}={v}" for k, v in settings.items())]
-    digest = hashlib.sha256(canonical_json(name_and_settings))
-    for name, value in sorted(module.state_dict().items()):
-        shape = list(value.shape) if isinstance(value, Tensor) else None
-        digest.update(canonical_json([name, str(getattr(value, "dtype", None)), shape]))
-        for part in _parts(value):
-            digest.update(_content(part))
-    return digest.hexdigest()
-
-
-def _parts(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors that a tensor is made of: packed codes and scales, or itself alone.
-
-    torch.ao's packed layers hold a quantized weight and a bias as one tuple.
-    """
-    if isinstance(tensor, tuple):
-        for part in tensor:
-            yield from _parts(part)
-        return
-    if not isinstance(tensor, Tensor):
-        return
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _parts(getattr(tensor, name))
-
-
-def _content(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().data  # NumPy has no bfloat16, but it has bytes
 
 
 def dtype_name(module: nn.Module) -> str:

@@ -1,7 +1,7 @@
-"""Training secondary learners: held out by article, the best kept, stopped early.
+"""Training secondary learners: articles are held out, the best learner is kept.
 
-Articles are dealt to three parts by their fingerprints: one to fit, one to choose (ridge's penalty,
-the network's epoch), one that only the reported scores see.
+Articles are divided into three parts by their fingerprints: one to fit, one to choose (ridge's
+penalty, the network's epoch), and one that only the reported scores see.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from perplexit.errors import UsageError
+from perplexit.igf.learner_scores import score_predictions
 from perplexit.igf.learners import (
     ConvolutionLearner,
     Learner,
@@ -21,7 +22,6 @@ from perplexit.igf.learners import (
     input_embedding,
 )
 from perplexit.igf.pairs import GainStatistics, Pairs
-from perplexit.igf.scores import score_predictions
 
 LearnerKind = Literal["ridge", "cnn"]
 PENALTIES = tuple(float(p) for p in np.geomspace(0.3, 3000, 17))
@@ -39,7 +39,7 @@ class PairParts:
 def divide_by_article(
     pairs: Pairs, *, choose: float = 0.2, report: float = 0.2, seed: int = 0
 ) -> PairParts:
-    """The three parts; whole articles are dealt in an order that seed and content decide.
+    """Return the three parts; whole articles go to one of them, by seed and content.
 
     Raises UsageError with fewer than three articles.
     """
@@ -85,7 +85,7 @@ def train_learner(
     patience: int = 5,
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> Learner:
-    """A learner fitted to the pairs, its scores on held-out articles in `record["scores"]`.
+    """Return a learner fitted to the pairs, with its held-out scores in `record["scores"]`.
 
     Labels are z-scores of the gain in nats under the fit part's statistics. The network takes its
     embedding from `model`; the best epoch on the choose part is kept, and training stops after
@@ -94,26 +94,34 @@ def train_learner(
     parts = divide_by_article(pairs, seed=seed)
     statistics = GainStatistics.of(pairs.gain_nats_N[parts.fit])
     z_N = statistics.normalised(pairs.gain_nats_N)
+    learner: RidgeLearner | ConvolutionLearner
     if kind == "ridge":
-        size = vocab_size or _vocab_size(pairs, model)
-        learner: Learner = _best_ridge(pairs, z_N, parts, size, progress)
+        vocab_size = vocab_size or (
+            int(pairs.ids_NT.max()) + 1 if model is None else len(input_embedding(model))
+        )
+        learner = _best_ridge(pairs, z_N, parts, vocab_size, progress)
     elif kind == "cnn":
         if model is None:
             raise UsageError("expected a model whose embeddings the cnn starts from; name one")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = ConvolutionLearner(input_embedding(model))
-            fit = NetworkFit(network, learning_rate, batch_size, seed)
-            fit.run(pairs, z_N, parts, max_epochs, patience, progress)
-        learner = network
+            learner = ConvolutionLearner(input_embedding(model))
+            fit_network(
+                learner,
+                pairs,
+                z_N,
+                parts,
+                max_epochs=max_epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                patience=patience,
+                seed=seed,
+                progress=progress,
+            )
     else:
         raise UsageError(f"expected a learner of kind ridge or cnn, got {kind!r}")
     learner.record |= _record(learner, pairs, z_N, parts, statistics, threshold, seed)
     return learner
-
-
-def _vocab_size(pairs: Pairs, model: nn.Module | None) -> int:
-    return int(pairs.ids_NT.max()) + 1 if model is None else len(input_embedding(model))
 
 
 def _record(  # noqa: PLR0917 - the pieces of one record
@@ -148,8 +156,7 @@ def _best_ridge(
     vocab_size: int,
     progress: Callable[[TrainingProgress], None] | None,
 ) -> RidgeLearner:
-    best: RidgeLearner | None = None
-    best_mse = np.inf
+    tried = []
     for number, penalty in enumerate(PENALTIES, start=1):
         learner = RidgeLearner.fit(pairs.ids_NT[parts.fit], z_N[parts.fit], vocab_size, penalty)
         fit_mse, choose_mse = (
@@ -158,67 +165,62 @@ def _best_ridge(
         )
         if progress is not None:
             progress(TrainingProgress(number, len(PENALTIES), fit_mse, choose_mse))
-        if best is None or choose_mse < best_mse:
-            best, best_mse = learner, choose_mse
-            learner.record = {"penalty": penalty, "choose_mse": choose_mse}
-    if best is None:
-        raise UsageError("expected at least one penalty to try")
-    return best
+        learner.record = {"penalty": penalty, "choose_mse": choose_mse}
+        tried.append(learner)
+    return min(tried, key=lambda learner: learner.record["choose_mse"])
 
 
-class NetworkFit:
-    """Adam on the mean squared error, epoch by epoch; the network ends with its best weights."""
+def fit_network(
+    network: ConvolutionLearner,
+    pairs: Pairs,
+    z_N: NDArray[np.float64],
+    parts: PairParts,
+    *,
+    max_epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    patience: int,
+    seed: int,
+    progress: Callable[[TrainingProgress], None] | None = None,
+) -> None:
+    """Train on the fit part by Adam on the mean squared error; keep the best epoch's weights.
 
-    def __init__(
-        self, network: nn.Module, learning_rate: float, batch_size: int, seed: int
-    ) -> None:
-        self._network = network
-        self._optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
-        self._batch_size = batch_size
-        self._random = np.random.default_rng(seed)
+    Dropout draws from PyTorch's global generator. Raises UsageError where no epoch is allowed.
+    """
+    if max_epochs < 1:
+        raise UsageError(f"expected at least 1 epoch, got {max_epochs}")
+    ids_NT, z = torch.from_numpy(pairs.ids_NT).long(), torch.from_numpy(z_N).float()
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    random = np.random.default_rng(seed)
 
-    def run(  # noqa: PLR0917 - one call
-        self,
-        pairs: Pairs,
-        z_N: NDArray[np.float64],
-        parts: PairParts,
-        max_epochs: int,
-        patience: int,
-        progress: Callable[[TrainingProgress], None] | None = None,
-    ) -> None:
-        """Train on the fit part; raises UsageError where no epoch is allowed."""
-        if max_epochs < 1:
-            raise UsageError(f"expected at least 1 epoch, got {max_epochs}")
-        ids, z = torch.from_numpy(pairs.ids_NT).long(), torch.from_numpy(z_N).float()
-        best_mse, best_epoch, kept = np.inf, 0, self._weights()
-        for epoch in range(1, max_epochs + 1):
-            fit_mse = self._epoch(ids, z, self._random.permutation(parts.fit))
-            choose_mse = self._mse(ids[parts.choose], z[parts.choose])
-            if progress is not None:
-                progress(TrainingProgress(epoch, max_epochs, fit_mse, choose_mse))
-            if choose_mse < best_mse:
-                best_mse, best_epoch, kept = choose_mse, epoch, self._weights()
-            elif epoch - best_epoch >= patience:
-                break
-        self._network.load_state_dict(kept)
-        self._network.eval()
-        self._network.record = {"best_epoch": best_epoch, "choose_mse": best_mse}  # type: ignore[assignment]
-
-    def _epoch(self, ids_NT: Tensor, z_N: Tensor, order: NDArray[np.int64]) -> float:
-        self._network.train()
+    def train_epoch() -> float:
+        network.train()
         total = 0.0
-        for rows in torch.split(torch.from_numpy(order), self._batch_size):
-            self._optimizer.zero_grad()
-            loss = nn.functional.mse_loss(self._network(ids_NT[rows])[:, 0], z_N[rows])
+        for rows in torch.split(torch.from_numpy(random.permutation(parts.fit)), batch_size):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(network(ids_NT[rows])[:, 0], z[rows])
             torch.autograd.backward(loss)
-            self._optimizer.step()
+            optimizer.step()
             total += float(loss.detach()) * len(rows)
-        return total / max(1, len(order))
+        return total / max(1, len(parts.fit))
 
-    def _mse(self, ids_NT: Tensor, z_N: Tensor) -> float:
-        self._network.eval()
+    best_mse, best_epoch, kept = np.inf, 0, _copied_state(network)
+    for epoch in range(1, max_epochs + 1):
+        fit_mse = train_epoch()
+        network.eval()
         with torch.inference_mode():
-            return float(nn.functional.mse_loss(self._network(ids_NT)[:, 0], z_N))
+            predicted = network(ids_NT[parts.choose])[:, 0]
+            choose_mse = float(nn.functional.mse_loss(predicted, z[parts.choose]))
+        if progress is not None:
+            progress(TrainingProgress(epoch, max_epochs, fit_mse, choose_mse))
+        if choose_mse < best_mse:
+            best_mse, best_epoch, kept = choose_mse, epoch, _copied_state(network)
+        elif epoch - best_epoch >= patience:
+            break
+    network.load_state_dict(kept)
+    network.eval()
+    network.record = {"best_epoch": best_epoch, "choose_mse": best_mse}
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self._network.state_dict().items()}
+
+def _copied_state(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -24,7 +24,7 @@ from perplexit.igf import (
 )
 from perplexit.igf import pairs as joblib
 from perplexit.igf.articles import read_articles
-from perplexit.igf.contexts import check_disjoint
+from perplexit.igf.random_contexts import check_disjoint
 from tests.tiny_models import TINY_MODELS, byte_tokenizer
 
 ORIGINAL = {

@@ -8,22 +8,22 @@ from torch import Tensor, nn
 
 from perplexit.errors import UsageError
 from perplexit.igf.articles import Articles, read_articles
-from perplexit.igf.contexts import Contexts, objective_contexts
-from perplexit.igf.losses import mean_loss, perplexity_of
+from perplexit.igf.losses import ContextScorer, perplexity_of
+from perplexit.igf.random_contexts import Contexts, objective_contexts
 
 DATA_FILE = "data/tokenized_stories_train_wikitext103.jbl"
 
 
 def compute_perplexity(model: nn.Module, test_data: Any, context_len: int) -> Tensor:
-    """The perplexity of `model` on contexts of `context_len` ids, as a tensor of one number.
+    """Return the perplexity of `model` on contexts of `context_len` ids, a tensor of one number.
 
     test_data: Contexts, or rows of at least `context_len` ids, which are cut there. Batched, in
     evaluation mode, without a gradient; the model's mode is put back.
     """
     was_training = model.training
-    model.eval()
     try:
-        loss = mean_loss(model, _rows(test_data, context_len).to(next(model.parameters()).device))
+        rows = torch.from_numpy(contexts_of(test_data, context_len).ids_NT).long()
+        loss = ContextScorer(model).mean_loss(rows.to(next(model.parameters()).device))
     finally:
         model.train(was_training)
     return torch.tensor(perplexity_of(loss), dtype=torch.float64)
@@ -41,7 +41,7 @@ def generate_datasets(
     seed: int = 42,
     allow_pickle: bool = False,
 ) -> tuple[Articles, Any]:
-    """Training articles, and `number` contexts of held-out articles: two disjoint splits of `file`.
+    """Return training articles, and `number` contexts of held-out articles, disjoint by article.
 
     file:     text, JSON Lines, Parquet, a folder, tokenised articles (`Articles.save`), or with
         `allow_pickle` the original's `.jbl`. model: whose tokenizer reads text.
@@ -62,12 +62,8 @@ def generate_datasets(
     return train.longer_than(max(min_len, context_len - 1)), contexts
 
 
-def _rows(data: Any, context_len: int) -> Tensor:
-    return torch.from_numpy(contexts_of(data, context_len).ids_NT.astype(np.int64))
-
-
 def contexts_of(data: Any, context_len: int) -> Contexts:
-    """Contexts from Contexts, or from rows of at least `context_len` ids, cut there."""
+    """Return Contexts from Contexts, or from rows of at least `context_len` ids, cut there."""
     if isinstance(data, Contexts):
         return data
     rows = [np.asarray(row).reshape(-1)[:context_len] for row in data]

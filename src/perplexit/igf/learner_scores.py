@@ -1,4 +1,4 @@
-"""How well a secondary learner predicts, and what must be said of one that does not. No engine.
+"""How well a secondary learner predicts, and the warning for one that does not. Needs no engine.
 
 Shape suffix: N = contexts.
 """
@@ -17,14 +17,15 @@ from perplexit.metrics.intervals import DOCUMENT, Clusters, ratio_interval
 
 @dataclass(frozen=True, slots=True)
 class LearnerScores:
-    """How well predictions match on contexts of articles that were not learnt from.
+    """How well predictions match on contexts of articles that were not used for training.
 
     mse, mse_of_mean: of the z-score; the second predicts the mean of the fitted pairs for all.
     r2:        1 - mse / mse_of_mean; None where the z-scores do not vary. r2_low, r2_high: its 95 %
                interval, clustered by article; None with fewer than 4 articles.
     spearman:  rank correlation; None where predictions do not vary.
-    precision: of the contexts predicted at or above `threshold`, the share that really are;
-               None where none is. base_rate: that share among all. accepted: how many are accepted.
+    accepted:  the share of contexts predicted at or above `threshold`.
+    precision: the share of those that really are; None where there are none.
+    base_rate: that share among all contexts.
     """
 
     num_pairs: int
@@ -41,7 +42,7 @@ class LearnerScores:
     r2_high: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The scores as JSON values."""
+        """Return the scores as JSON values."""
         return asdict(self)
 
 
@@ -53,7 +54,7 @@ def score_predictions(
     fitted_mean: float = 0.0,
     article_N: NDArray[Any] | None = None,
 ) -> LearnerScores:
-    """The scores of predicted against true z-scores; article_N: the article of each context."""
+    """Score predicted against true z-scores; article_N: the article of each context."""
     error_N, error_of_mean_N = (predicted_N - true_N) ** 2, (fitted_mean - true_N) ** 2
     articles = np.zeros(len(true_N)) if article_N is None else article_N
     names, labels = np.unique(articles, return_inverse=True)
@@ -82,15 +83,15 @@ def score_predictions(
 def _share_explained(
     error_N: NDArray[np.float64], error_of_mean_N: NDArray[np.float64], clusters: Clusters
 ) -> Estimate:
-    """R² = Σ (error of the mean - error) / Σ error of the mean, at most 1."""
+    """Return R² = Σ (error of the mean - error) / Σ error of the mean, at most 1."""
     sums_C, totals_C = clusters.sums(error_of_mean_N - error_N), clusters.sums(error_of_mean_N)
     return ratio_interval(sums_C, totals_C, clusters.method, 0.95).clamped(highest=1.0)
 
 
 def doubt_about(scores: Mapping[str, Any] | None) -> str | None:
-    """Return the sentence that belongs to a learner that does not predict; None for one that does.
+    """Return a warning for a learner that does not predict; None for one that does.
 
-    scores: of its record. A learner without them (one that was trained elsewhere) is not judged.
+    scores: those of its record. A learner without them (trained elsewhere) is not judged.
     """
     if not scores or "r2" not in scores:
         return None

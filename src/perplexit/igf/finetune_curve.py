@@ -1,4 +1,4 @@
-"""How a fine-tuning is set up, how far it is, and what came of it."""
+"""The settings of a fine-tuning, its progress, and its curve: test loss by step, and cost."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,12 +11,13 @@ from perplexit.igf.losses import perplexity_of
 class FinetuneSettings:
     """How to fine-tune; the defaults are the paper's.
 
-    steps:           optimizer steps. eval_interval: steps between evaluations (0 too is evaluated).
+    steps:           optimizer steps.
+    eval_interval:   steps between evaluations; step 0 is evaluated too.
     schedule_steps:  the learning rate falls linearly to 0 over so many steps; None: constant.
     micro_batch:     contexts in one forward pass; changes memory and rounding, not the gradient.
     dropout:         train in training mode (the original does); a mask follows from seed and step.
     seed_compatible: the original's gradient: that of the last accepted context alone.
-    max_candidates:  the most candidates that one step may look at before the filter is given up on.
+    max_candidates:  one step looks at no more candidates; beyond them the filter is an error.
     """
 
     steps: int = 60
@@ -33,36 +34,29 @@ class FinetuneSettings:
     max_candidates: int = 20000
 
     def __post_init__(self) -> None:
-        names = (
-            "steps",
-            "batch_size",
-            "eval_interval",
-            "micro_batch",
-            "max_candidates",
-        )
-        for name in names:
+        for name in ("steps", "batch_size", "eval_interval", "micro_batch", "max_candidates"):
             if getattr(self, name) < 1:
                 raise UsageError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if not (self.learning_rate > 0 and self.clip_norm > 0):
             raise UsageError("expected a learning rate and a clip norm above 0")
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values."""
+        """Return the settings as JSON values."""
         return asdict(self)
 
 
 @dataclass
 class FinetuneCurve:
-    """What came of a fine-tuning: the test loss step by step, and what it cost.
+    """The result of a fine-tuning: the test loss step by step, and the cost.
 
-    tokens are ids: `trained` went forward and backward, `scored` forward only, to be selected;
-    `judged` were only looked at by the filter. Evaluation is in none of them, nor in `seconds`.
+    Tokens are ids: `trained` went forward and backward; `scored` went forward, to be selected;
+    `judged` were looked at by the filter. Evaluation counts in none of them.
     """
 
     steps: list[int] = field(default_factory=list)
-    test_loss: list[float] = field(default_factory=list)  # nats a target
+    test_loss: list[float] = field(default_factory=list)  # nats per target
     num_candidates: list[int] = field(default_factory=list)  # seen until that step
-    train_loss: list[float] = field(default_factory=list)  # a value a step, before the step
+    train_loss: list[float] = field(default_factory=list)  # one value per step, before the step
     tokens_trained: int = 0
     tokens_scored: int = 0
     tokens_judged: int = 0
@@ -72,11 +66,11 @@ class FinetuneCurve:
     num_steps_resumed: int = 0
 
     def perplexities(self) -> list[float]:
-        """The test perplexity at each of `steps`."""
+        """Return the test perplexity at each of `steps`."""
         return [perplexity_of(loss) for loss in self.test_loss]
 
     def to_json(self) -> dict[str, Any]:
-        """The curve as JSON values."""
+        """Return the curve as JSON values."""
         return asdict(self) | {"test_perplexity": self.perplexities()}
 
 

@@ -1,6 +1,6 @@
-"""Tensors and one JSON record in a safetensors file: what IGF keeps, and never a pickle.
+"""Tensors and one JSON record in a safetensors file: how IGF keeps articles, pairs and learners.
 
-The record is one metadata entry in canonical JSON, so equal content gives equal bytes.
+The record is one metadata entry in canonical JSON, so that equal content gives equal bytes.
 """
 
 import json
@@ -12,26 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from perplexit.atomic_files import write_atomically
-from perplexit.errors import PerplexitError, ResumeError
+from perplexit.errors import PerplexitError
+from perplexit.fingerprints import canonical_json
 from perplexit.protected_outputs import Kind, OutputFile, header_has_mark
 from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import parse_json
+from perplexit.untrusted_json import parse_json, read_json
 from perplexit.untrusted_tensors import read_tensors
 
 PICKLE_SUFFIXES = (".jbl", ".joblib", ".pkl", ".pickle", ".pt", ".bin")
 _RECORD = "perplexit"
-CONDITIONS = Expected(
-    "the conditions of what was begun here", ResumeError, "remove the folder, or name another"
-)
 
 
 class StoredFileError(PerplexitError):
-    """A file of IGF's that is missing, damaged, or holds something else."""
+    """A file of IGF is missing, damaged, or holds something else."""
 
 
 def tensor_path(path: str | Path) -> Path:
-    """The path, or for a pickle's name (`.jbl`, `.pt`, …) the `.safetensors` in its place."""
+    """Return `path`; for a pickle's name (`.jbl`, `.pt`, …) the `.safetensors` in its place."""
     path = Path(path)
     return path.with_suffix(".safetensors") if path.suffix in PICKLE_SUFFIXES else path
 
@@ -44,44 +41,35 @@ def write_stored(
     Raises OutputError where something else than an older file of the same kind is there.
     """
     file = OutputFile(tensor_path(path), stored_kind(kind), force=True)
-    document = json.dumps(
-        {"kind": kind, "version": 1, **record}, sort_keys=True, ensure_ascii=False, allow_nan=False
-    )
+    document = canonical_json({"kind": kind, "version": 1, **record})
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     return file.write(lambda p: save_file(arrays, p, metadata={_RECORD: document}))
 
 
 def stored_kind(kind: str) -> Kind:
-    """The kind of output that `write_stored` writes under this name."""
-    mark = json.dumps(json.dumps({"kind": kind})[1:-1])[1:-1].encode()
-    return Kind(kind, lambda path: header_has_mark(path, mark))
+    """Return the kind of output that `write_stored` writes under this name.
+
+    Files of older versions have a blank after the record's colons.
+    """
+    marks = [json.dumps(f'"kind":{blank}"{kind}"')[1:-1].encode() for blank in ("", " ")]
+    return Kind(kind, lambda path: any(header_has_mark(path, mark) for mark in marks))
 
 
 def json_kind(key: str) -> Kind:
-    """A record in JSON, told by a key that it has."""
+    """Return the kind of output that is a JSON object with this key."""
     return Kind("a record in JSON", lambda path: key in object_in(path))
 
 
 def object_in(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is something else."""
+    """Return the JSON object in a file; an empty one where there is something else."""
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError):
+        return read_json(path, stored_as("a JSON object"), dict[str, Any])
+    except StoredFileError:
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Put a text file in place in one step."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
 
 
 def read_stored(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The tensors and the record that `write_stored` wrote.
+    """Return the tensors and the record that `write_stored` wrote.
 
     Raises StoredFileError where the file is missing, damaged or of another kind.
     """
@@ -103,5 +91,5 @@ def read_stored(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]], d
 
 
 def stored_as(kind: str) -> Expected:
-    """What a file of this kind should hold; for those who read on in what `read_stored` gave."""
+    """Return what a file of this kind should hold, for checks of what `read_stored` returned."""
     return Expected(f"{kind} written by Perplexit", StoredFileError, "make it again")

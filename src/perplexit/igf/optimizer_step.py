@@ -1,4 +1,4 @@
-"""One optimizer step on one context, and a way back from it that is exact to the last bit.
+"""Gradients, one optimizer step on a loss, and a way back that is exact to the last bit.
 
 The first step of AdamW from a zero state has a closed form: the bias corrections cancel, and with
 gradient `g` (after clipping), learning rate `lr` and `epsilon`
@@ -8,10 +8,12 @@ gradient `g` (after clipping), learning rate `lr` and `epsilon`
 
 so no optimizer state is needed. The new weights are built in the gradients' own memory and put in
 the parameters' place; the old ones are never written to, hence nothing has to be restored.
+
+Shape suffixes: N = contexts of the objective, T = ids of a context.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -20,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.errors import NonFiniteError, UsageError
+from perplexit.igf.losses import context_losses
 
 _BLOCK = 1 << 18  # elements: three blocks of float32 stay in a core's cache
+_OBJECTIVE_BATCH_IDS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class StepRule:
-    """The optimizer whose first step is meant.
+    """The optimizer whose first step is meant; the defaults are the paper's.
 
     clip_norm: the gradient's norm is limited to this before the step; None: no limit.
     epsilon:   AdamW's; unused by SGD.
@@ -48,17 +52,12 @@ class StepRule:
             raise UsageError(f"expected a clip norm above 0 or none, got {self.clip_norm!r}")
 
     def to_json(self) -> dict[str, Any]:
-        """The rule as JSON values."""
+        """Return the rule as JSON values."""
         return asdict(self)
-
-    @classmethod
-    def paper(cls) -> "StepRule":
-        """AdamW with learning rate 5e-5, no weight decay, gradients clipped at norm 3."""
-        return cls()
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a step changes, each once (tied weights are one parameter).
+    """Return the parameters that a step changes, each once (tied weights are one parameter).
 
     Raises UsageError where there are none.
     """
@@ -71,8 +70,39 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
+def objective_gradient(model: nn.Module, objective_NT: Tensor) -> list[Tensor | None]:
+    """Return the gradient of the objective's mean loss: one tensor per trainable parameter.
+
+    None stands for a parameter that the loss does not use. Computed in batches, in evaluation
+    mode. Raises NonFiniteError where the gradient is not finite.
+    """
+    batch_size = max(1, _OBJECTIVE_BATCH_IDS // objective_NT.shape[1])
+
+    def losses() -> Iterator[Tensor]:
+        for batch in torch.split(objective_NT, batch_size):
+            yield context_losses(model, batch).sum() / len(objective_NT)
+
+    gradient = _gradients(model, trainable_parameters(model), losses, dropout=False)
+    gradient_scale([g for g in gradient if g is not None], None)  # raises unless finite
+    return gradient
+
+
+@contextmanager
+def sparse_embedding_gradients(model: nn.Module) -> Iterator[None]:
+    """Let embeddings give sparse gradients inside: a few rows instead of the whole vocabulary."""
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is None]
+    before = [e.sparse for e in embeddings]
+    try:
+        for embedding in embeddings:
+            embedding.sparse = True
+        yield
+    finally:
+        for embedding, sparse in zip(embeddings, before, strict=True):
+            embedding.sparse = sparse
+
+
 def gradient_scale(gradients: Sequence[Tensor], clip_norm: float | None) -> float:
-    """`min(1, clip_norm / (norm + 1e-6))`, as torch.nn.utils.clip_grad_norm_ scales by it.
+    """Return `min(1, clip_norm / (norm + 1e-6))`, as torch.nn.utils.clip_grad_norm_ scales.
 
     Raises NonFiniteError where the norm is NaN or infinite.
     """
@@ -89,14 +119,14 @@ def gradient_scale(gradients: Sequence[Tensor], clip_norm: float | None) -> floa
 def stepped(
     model: nn.Module, loss: Callable[[], Tensor], rule: StepRule, *, dropout: bool = False
 ) -> Iterator[None]:
-    """While inside, the model's weights are those after one step of `rule` on `loss()`.
+    """Hold the model's weights after one step of `rule` on `loss()` inside the block.
 
     Outside they are the very tensors they were before, also after an exception. Costs one copy of
-    the trainable weights (the gradients' memory). The model is left in evaluation mode; `dropout`
-    computes the gradient in training mode.
+    the trainable weights (the gradients' memory). The model is left in evaluation mode; with
+    `dropout` the gradient is computed in training mode.
     """
     parameters = trainable_parameters(model)
-    gradients = _gradients(model, parameters, loss, dropout)
+    gradients = _gradients(model, parameters, lambda: [loss()], dropout=dropout)
     turn_gradients_into_weights(parameters, gradients, rule)
     changed = [(p, w) for p, w in zip(parameters, gradients, strict=True) if w is not None]
     with replaced_weights([p for p, _ in changed], [w for _, w in changed]):
@@ -107,7 +137,7 @@ def stepped(
 def replaced_weights(
     parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]
 ) -> Iterator[None]:
-    """While inside, the parameters hold `weights`; then again the very tensors they held before."""
+    """Put `weights` into the parameters inside the block; afterwards put the same tensors back."""
     kept = [p.data for p in parameters]
     try:
         for parameter, replacement in zip(parameters, weights, strict=True):
@@ -119,14 +149,23 @@ def replaced_weights(
 
 
 def _gradients(
-    model: nn.Module, parameters: list[nn.Parameter], loss: Callable[[], Tensor], dropout: bool
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    losses: Callable[[], Iterable[Tensor]],
+    *,
+    dropout: bool,
 ) -> list[Tensor | None]:
+    """Return the gradient of the sum of `losses()`, computed one loss after the other.
+
+    The model is in evaluation mode and its `.grad` fields are empty afterwards.
+    """
     model.train(dropout)
     try:
         for parameter in parameters:
             parameter.grad = None
         with torch.enable_grad():
-            torch.autograd.backward(loss())
+            for loss in losses():
+                torch.autograd.backward(loss)
         return [p.grad for p in parameters]
     finally:
         model.eval()
@@ -153,7 +192,7 @@ def turn_gradients_into_weights(
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same stretch of each tensor (all of one shape), a cache's worth at a time, as views."""
+    """Yield views of the same stretch of each tensor (all of one shape), of a cache's size."""
     if all(t.is_contiguous() for t in tensors):
         flat = [t.view(-1) for t in tensors]
         yield from zip(*(torch.split(t, _BLOCK) for t in flat), strict=True)

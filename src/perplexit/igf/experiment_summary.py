@@ -1,7 +1,7 @@
-"""What an experiment showed: median curves with intervals, paired tests, cost. NumPy and SciPy.
+"""The summary of an experiment: median curves with intervals, paired tests, cost.
 
-Everything is in log-perplexity (nats a target) until the last line: differences of it are ratios
-of perplexities.
+All computation is in log-perplexity (nats per target), whose differences are log-ratios of
+perplexities; only the results are exponentiated.
 """
 
 import math
@@ -17,10 +17,10 @@ _RESAMPLES = 2000
 
 
 def summarise(records: Records, *, confidence: float = 0.95) -> dict[str, Any]:
-    """`methods` (a summary each), and `comparisons` of every other method with the first.
+    """Return `methods` (one summary each) and `comparisons` of every other method with the first.
 
-    records: method → seed → the curve that a fine-tuning gave. Only seeds that a method and the
-    first both have are paired.
+    records: method → seed → the curve of a fine-tuning. Only seeds that a method and the first
+        both have are paired.
     """
     methods = {m: _method(runs, confidence) for m, runs in records.items() if runs}
     reference = next(iter(records), None)
@@ -39,9 +39,10 @@ def summarise(records: Records, *, confidence: float = 0.95) -> dict[str, Any]:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjusted p-values: family-wise error is held, whatever their dependence.
+    """Return Holm's step-down adjusted p-values, which bound the family-wise error.
 
-    A p-value that is not known (None) stays so, and counts as a test all the same.
+    Any dependence between the tests is allowed. A p-value that is not known (None) stays None, and
+    counts as a test.
     """
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
@@ -55,7 +56,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def median_interval(
     values_SP: NDArray[np.float64], confidence: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Percentile-bootstrap interval of the median over seeds, at each point: two arrays [P].
+    """Return the percentile-bootstrap interval of the median over seeds: two arrays [P].
 
     S = seeds, P = points of the curve. The resamples follow from a fixed seed. One seed has no
     interval: NaN at each point.
@@ -129,7 +130,7 @@ def _mean_interval(values: NDArray[np.float64], confidence: float) -> tuple[floa
 
 
 def _p(test: Any, differences: NDArray[np.float64]) -> float | None:
-    """The test's p-value; None where it is not known, as for seeds that all differ alike."""
+    """Return the test's p-value; None where it is not known, as for equal differences."""
     if not np.any(differences):
         return 1.0  # no difference at all: both tests would divide zero by zero
     if test is stats.ttest_rel and np.ptp(differences) == 0:
@@ -142,7 +143,7 @@ def _p(test: Any, differences: NDArray[np.float64]) -> float | None:
 def _steps_to(
     runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]], seeds: list[int]
 ) -> int | None:
-    """The first evaluated step whose median loss is at most the reference's median at its end."""
+    """Return the first evaluated step whose median loss is at most the reference's last median."""
     target = float(np.median([base[s]["test_loss"][-1] for s in seeds]))
     medians = np.median([runs[s]["test_loss"] for s in seeds], axis=0)
     reached = np.flatnonzero(medians <= target)

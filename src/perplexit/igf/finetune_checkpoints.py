@@ -1,6 +1,5 @@
 """Checkpoints of a fine-tuning: trainable weights, optimizer state, curve; whole or absent."""
 
-import json
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from perplexit.atomic_files import write_atomically
 from perplexit.errors import ResumeError
-from perplexit.igf.identity import differing_conditions
+from perplexit.fingerprints import canonical_json
+from perplexit.igf.resume_conditions import require_same
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import parse_json
 from perplexit.untrusted_tensors import opened_tensors
@@ -25,20 +25,20 @@ class _Record(TypedDict):
     state: dict[str, Any]
 
 
-class Checkpoints:
-    """One folder with the latest checkpoint in it.
+class FinetuneCheckpoints:
+    """A folder that holds the latest checkpoint of one fine-tuning.
 
-    Raises ResumeError where what is there was made under other conditions or is damaged.
+    conditions: what must be equal for a checkpoint to be continued; see `require_same`.
     """
 
     def __init__(self, folder: str | Path, conditions: dict[str, Any]) -> None:
         self._path = Path(folder) / FILE
-        self._conditions = json.loads(json.dumps(conditions))
+        self._conditions = conditions
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
-        """Put a checkpoint in the place of the last."""
+        """Replace the last checkpoint with one of the model, the optimizer and `state`."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, parameter in _trainable(model):
@@ -47,17 +47,20 @@ class Checkpoints:
                 if moment in optimizer.state.get(parameter, {}):
                     value = optimizer.state[parameter][moment]
                     tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous()
-        record = json.dumps({"conditions": self._conditions, "state": state}, allow_nan=False)
+        record = canonical_json({"conditions": self._conditions, "state": state})
         write_atomically(self._path, lambda p: save_file(tensors, p, metadata={"record": record}))
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Put the last checkpoint into model and optimizer; its state, or None in a new folder."""
+        """Load the last checkpoint into model and optimizer; return its state, None without one.
+
+        Raises ResumeError where it was made under other conditions or is damaged.
+        """
         if not self._path.exists():
             return None
         with opened_tensors(self._path, _EXPECTED, framework="pt") as file:
             text = (file.metadata() or {})["record"]
             record = parse_json(text, _EXPECTED, _Record, place=self._path)
-            self._check(record["conditions"])
+            require_same(record["conditions"], self._conditions, "fine-tuning", self._path)
             names = set(file.keys())
             for name, parameter in _trainable(model):
                 parameter.data.copy_(file.get_tensor(f"weight.{name}"))
@@ -69,14 +72,6 @@ class Checkpoints:
                     if f"{moment}.{name}" in names
                 }
         return record["state"]
-
-    def _check(self, found: dict[str, Any]) -> None:
-        differing = differing_conditions(found, self._conditions)
-        if differing:
-            raise ResumeError(
-                f"expected the checkpoint in {self._path} to be of the same fine-tuning, but "
-                f"{differing} differ; name another folder, or remove it"
-            )
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""The picture of an experiment: median test perplexity against steps, with intervals."""
+"""The plot of an experiment: median test perplexity against steps, with intervals."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from perplexit.atomic_files import cache_folder
 from perplexit.errors import MissingPackageError
 
-# Okabe and Ito's colours, told apart by people who see few colours; dashes tell the rest apart
+# Okabe and Ito's colours, which colour-blind people can tell apart; dashes help further
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#999999", "#CC79A7", "#E69F00")
 _DASHES = ("-", "-", "-", "-", "--", "-.", ":")
 
@@ -56,7 +56,7 @@ def draw_experiment(
 
 
 def _figure_class() -> Any:
-    """Matplotlib's Figure. Its list of fonts is kept in Perplexit's cache, not at home."""
+    """Return Matplotlib's Figure; its list of fonts goes to Perplexit's cache, not to the home."""
     chosen = "MPLCONFIGDIR" in os.environ or "matplotlib" in sys.modules
     if not chosen:
         os.environ["MPLCONFIGDIR"] = str(cache_folder() / "matplotlib")

@@ -1,4 +1,4 @@
-"""Contexts: short windows drawn at random from articles, by a seed, the same in every run.
+"""Short contexts drawn at random from articles; a seed gives the same ones in every run.
 
 Shape suffixes: N = contexts, T = ids of a context.
 """
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from perplexit.errors import CorpusError, UsageError
 from perplexit.igf.articles import Articles, read_articles
 
-_BLOCK = 256  # candidates drawn from one seed
+_BLOCK = 256  # candidates drawn from one random generator
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Windows of one length: ids int32 [N, T], the fingerprint of the article each comes from."""
+    """Windows of one length: ids int32 [N, T], and the fingerprint of each one's article."""
 
     ids_NT: NDArray[np.int32]
     article_N: NDArray[np.int64]
@@ -27,18 +27,18 @@ class Contexts:
         return len(self.ids_NT)
 
     def fingerprint(self) -> str:
-        """The SHA-256 of ids and articles."""
+        """Return the SHA-256 of ids and articles."""
         content = hashlib.sha256(repr(self.ids_NT.shape).encode())
         content.update(self.ids_NT.astype("<i4").tobytes() + self.article_N.astype("<i8").tobytes())
         return content.hexdigest()
 
 
 class ContextStream:
-    """Candidate number i of a seed, for any i: a random window of a random article.
+    """Candidate contexts by number: each is a random window of a random article.
 
-    Articles are drawn with equal probability, as the original does; every window of an article
-    equally likely. Knowing i is knowing the stream's whole state, so nothing else has to be kept
-    in a checkpoint.
+    Articles are drawn with equal probability, as in the original, and so are the windows of an
+    article. A candidate follows from the seed and its number alone, so a checkpoint keeps only the
+    number of the next one.
     """
 
     def __init__(self, articles: Articles, length: int, seed: int) -> None:
@@ -51,7 +51,7 @@ class ContextStream:
         self._seed = seed
 
     def take(self, start: int, count: int) -> Contexts:
-        """Candidates `start … start + count - 1`."""
+        """Return candidates `start … start + count - 1`."""
         first, last = start // _BLOCK, (start + max(1, count) - 1) // _BLOCK
         drawn = [self._block(number) for number in range(first, last + 1)]
         offset = start - first * _BLOCK
@@ -75,7 +75,7 @@ class ContextStream:
 def objective_contexts(
     articles: Articles, *, number: int = 100, length: int = 32, min_len: int = 1026, seed: int = 0
 ) -> Contexts:
-    """`number` windows of articles longer than `min_len` ids, one an article as far as they go.
+    """Draw `number` windows from articles longer than `min_len` ids, one from each article.
 
     Where there are fewer articles than `number`, each gives further windows in turn.
     """
@@ -102,9 +102,10 @@ def train_and_test(
     seed: int = 0,
     allow_pickle: bool = False,
 ) -> tuple[Articles, Contexts]:
-    """Articles to train on and contexts to test on, disjoint by article.
+    """Return articles to train on and contexts to test on, disjoint by article.
 
-    test: its own corpus; None: the hash split of `corpus`, whose objective part nobody gets.
+    test: a corpus of its own; None: the hash split of `corpus`, of which the objective part is
+        left out.
     """
     articles = read_articles(corpus, tokenizer, allow_pickle=allow_pickle)
     if test is None:
@@ -117,7 +118,7 @@ def train_and_test(
 
 
 def check_disjoint(**contexts_or_articles: Contexts | Articles) -> None:
-    """Raise CorpusError where one article is in two of the named sets: a leak."""
+    """Raise CorpusError where an article is in two of the named sets, which would be a leak."""
     seen: dict[int, str] = {}
     for name, item in contexts_or_articles.items():
         owned = item.article_N if isinstance(item, Contexts) else item.fingerprints()

@@ -1,6 +1,6 @@
 """The original's functions by name, with its parameters in its order, over the functions here.
 
-What differs from the original is what was wrong there: articles of the objective, of training and
+They differ from the original only where it was wrong: articles of the objective, of training and
 of the test are disjoint; nothing is pickled (a name ending in `.jbl` or `.pt` is written as
 `.safetensors`); the best learner is returned, not the last; a batch is the mean of its contexts
 (`seed_compatible=True` gives the original's last context alone); dropout is off while measuring.
@@ -8,7 +8,8 @@ of the test are disjoint; nothing is pickled (a name ending in `.jbl` or `.pt` i
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import nn
 from perplexit.errors import UsageError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.contexts import ContextStream
-from perplexit.igf.finetune_record import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_curve import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
-from perplexit.igf.gains import Mode
+from perplexit.igf.gain_measures import Mode
+from perplexit.igf.language_model import load_gpt2, model_output, recopy_gpt2, save_model
+from perplexit.igf.learner_training import divide_by_article, fit_network
 from perplexit.igf.learners import (
     ConvolutionLearner,
     Learner,
@@ -29,16 +31,14 @@ from perplexit.igf.learners import (
     learner_output,
     save_learner,
 )
-from perplexit.igf.learning import NetworkFit, divide_by_article
-from perplexit.igf.models import load_gpt2, recopy_gpt2
-from perplexit.igf.pairs import GainStatistics, Pairs, pairs_of
-from perplexit.igf.saved_model import model_output, save_in
-from perplexit.igf.seed_data import (
+from perplexit.igf.original_data import (
     DATA_FILE,
     compute_perplexity,
     contexts_of,
     generate_datasets,
 )
+from perplexit.igf.pairs import GainStatistics, Pairs, pairs_of
+from perplexit.igf.random_contexts import ContextStream
 from perplexit.igf.selection import (
     CALIBRATION_SEED,
     NUM_CALIBRATION,
@@ -67,7 +67,7 @@ def collect_objective_set(  # noqa: PLR0917 - the original's
     dropout: bool = False,
     seed: int = 4,
 ) -> Pairs:
-    """`max_steps` pairs of a context and its information gain, also written to `filename`.
+    """Return `max_steps` pairs of a context and its information gain; write them to `filename`.
 
     orig_perp: the objective's perplexity before any step; checked against what is measured here.
     recopy_model: not needed, since the model's weights are never overwritten; kept for its place.
@@ -101,7 +101,7 @@ def generate_n_pairs(  # noqa: PLR0917 - the original's
     dropout: bool = False,
     allow_pickle: bool = False,
 ) -> Pairs:
-    """`max_steps` pairs of a context and its information gain, also written to `igf_data_file`.
+    """Return `max_steps` pairs of a context and its gain; write them to `igf_data_file`.
 
     The objective set is `size_objective_set` contexts of articles of their own, see
     `generate_datasets`. model: names another model than GPT-2, or is one.
@@ -149,7 +149,7 @@ def train_secondary_learner(  # noqa: PLR0917 - the original's
     patience: int = 5,
     seed: int = 42,
 ) -> ConvolutionLearner:
-    """The learner with its best weights on held-out articles, also written to `igf_model_path`.
+    """Return the learner with its best held-out weights; write it to `igf_model_path`.
 
     Adam on the squared error of z-scores. eval_freq: kept for its place; the held-out articles are
     looked at after every epoch.
@@ -160,11 +160,19 @@ def train_secondary_learner(  # noqa: PLR0917 - the original's
     statistics = GainStatistics.of(pairs.gain_nats_N[parts.fit])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        NetworkFit(secondary_learner, learning_rate, batch_size, seed).run(
-            pairs, statistics.normalised(pairs.gain_nats_N), parts, max_epochs, patience
+        fit_network(
+            secondary_learner,
+            pairs,
+            statistics.normalised(pairs.gain_nats_N),
+            parts,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            patience=patience,
+            seed=seed,
         )
     secondary_learner.record |= {
-        "statistics": {"mean": statistics.mean, "std": statistics.std},
+        "statistics": asdict(statistics),
         "seed": seed,
     }
     save_learner(secondary_learner, igf_model_path)
@@ -181,7 +189,7 @@ def training_secondary_learner(
     model: Any = None,
     learning_rate: float = 1e-5,
 ) -> ConvolutionLearner:
-    """A new SecondaryLearner trained on the pairs; see `train_secondary_learner`.
+    """Return a new SecondaryLearner trained on the pairs; see `train_secondary_learner`.
 
     model: whose embeddings it starts from, where it is not GPT-2.
     """
@@ -219,7 +227,7 @@ def finetune(  # noqa: PLR0917 - the original's
     seed: int = 42,
     progress: Callable[[FinetuneProgress], None] | None = None,
 ) -> nn.Module:
-    """`model`, fine-tuned in place with the filter (standard without a learner), and saved.
+    """Return `model`, fine-tuned in place with the filter (standard without a learner); save it.
 
     max_steps: the length of the linear schedule; at most `last_step` steps are taken, as in the
         original. threshold: for the first 10 steps, then -1; where the learner predicts so much
@@ -271,19 +279,3 @@ def _reached(learner: Learner, threshold: float, train: Articles, context_len: i
             stacklevel=3,
         )
     return first
-
-
-def save_model(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    inputs: object = (),
-    request: Mapping[str, Any] | None = None,
-    force: bool = False,
-) -> Path:
-    """Write the model as a Hugging Face folder (safetensors); a pickle's suffix is dropped.
-
-    Raises OutputError where something else is there, or another fine-tuned model (see
-    `model_output`), which `force` replaces.
-    """
-    return save_in(model_output(path, inputs=inputs, request=request, force=force), model, request)
