@@ -18,7 +18,7 @@ from perplexit.inputs.prepare_output import check_id_lines_output as check_id_li
 from perplexit.inputs.preparing import prepare as prepare
 from perplexit.inputs.token_file import TokenFile as TokenFile
 from perplexit.report import write_report as write_report
-from perplexit.resources.memory import MemoryTracker as MemoryTracker
+from perplexit.resources.memory_tracker import MemoryTracker as MemoryTracker
 from perplexit.resources.timer import Timer as Timer
 from perplexit.runs.documents import export_documents as export_documents
 from perplexit.runs.run import Run as Run
