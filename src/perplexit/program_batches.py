@@ -1,8 +1,9 @@
-"""Windows in, a compiled program's losses out, whatever the engine: padding, batches, targets.
+"""Windows through a compiled program, whatever the engine: padding, batches, targets.
 
 A program takes `input_ids` (B, T), padded on the right; with the head inside also `target_rows`
 (N), the row · T + (position − 1) of each target, and `target_ids` (N), and gives `nll` (N).
-Without, it gives logits (B, T, V). No id sees one after it, so the padding needs no mask.
+Without, it gives logits (B, T, V). No id sees one after it, so the padding needs no mask; programs
+of other exporters take an `attention_mask` (B, T) of 1 for a window's own ids.
 
 Shape suffixes: B = windows, T = ids a window (padded), N = targets over all windows, V =
 vocabulary.
@@ -30,54 +31,42 @@ def program_nll(
     shapes: ProgramShapes,
     *,
     calls_at_a_time: int = 1,
+    masked: bool = False,
 ) -> list[NDArray[np.float32]]:
-    """The nll of each window's targets, from a program with the head inside.
+    """Return the nll of each window's targets, from a program with the head inside.
 
-    calls_at_a_time: threads that may call `run` side by side; then a part has about 1024 ids.
+    calls_at_a_time: threads that may call `run` side by side; then a batch has about 1024 ids.
+    masked: whether the program takes an attention mask.
     Raises CapabilityError where a window is longer than the program's.
     """
     if not windows:
         return []
-    parts = parts_of(windows, shapes, calls_at_a_time=calls_at_a_time)
+
+    def nll_of_batch(batch: Sequence[WindowIds]) -> NDArray[np.float32]:
+        return _batch_nll(run, batch, shapes, masked)
+
+    batches = _batches(windows, shapes, calls_at_a_time)
     if calls_at_a_time == 1:
-        nll_N = [_part_nll(run, part, shapes) for part in parts]
+        nll_N = np.concatenate([nll_of_batch(batch) for batch in batches])
     else:
         with ThreadPoolExecutor(calls_at_a_time, "perplexit") as pool:
-            nll_N = list(pool.map(lambda part: _part_nll(run, part, shapes), parts))
-    return split_by_window(np.concatenate(nll_N), windows)
+            nll_N = np.concatenate(list(pool.map(nll_of_batch, batches)))
+    stops = np.cumsum([len(window.targets_N) for window in windows])
+    return np.split(nll_N, stops[:-1])
 
 
 def target_logit_rows(
-    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes
+    run: RunProgram,
+    windows: Sequence[WindowIds],
+    shapes: ProgramShapes,
+    *,
+    masked: bool = False,
 ) -> Iterator[NDArray[np.float32]]:
-    """For each window the logits that predict its targets, (targets, V); see `program_nll`."""
-    for part in parts_of(windows, shapes):
-        logits_BTV = run({"input_ids": padded_ids(part, shapes)})
-        for row, window in enumerate(part):
-            yield rows_before(logits_BTV[row], window.targets_N)
-
-
-def padded_ids(
-    windows: Sequence[WindowIds], shapes: ProgramShapes, *, program: str = "the program"
-) -> NDArray[np.int64]:
-    """The ids (B, T), each row filled up with its own last id, missing rows with the first.
-
-    Raises CapabilityError where a window is longer than the program's.
-    """
-    longest = max(len(window.ids_T) for window in windows)
-    if shapes.length is not None and longest > shapes.length:
-        raise CapabilityError(
-            f"{program} was compiled for windows of {shapes.length} ids, got one of {longest}; "
-            f"prepare the input with --max-length {shapes.length}, or compile the program for "
-            "longer ones"
-        )
-    num_rows = shapes.batch_size or len(windows)
-    ids_BT = np.empty((num_rows, shapes.length or longest), np.int64)
-    for row, window in enumerate(windows):
-        fed = len(window.ids_T)
-        ids_BT[row, :fed], ids_BT[row, fed:] = window.ids_T, window.ids_T[-1]
-    ids_BT[len(windows) :] = ids_BT[0]
-    return ids_BT
+    """Yield the logits that predict each window's targets, (targets, V); see `program_nll`."""
+    for batch in _batches(windows, shapes, 1):
+        logits_BTV = run(_ids_feed(batch, shapes, masked))
+        for row, window in enumerate(batch):
+            yield _rows_before(logits_BTV[row], window.targets_N)
 
 
 def check_vocabulary(windows: Sequence[WindowIds], vocab_size: int) -> None:
@@ -92,20 +81,6 @@ def check_vocabulary(windows: Sequence[WindowIds], vocab_size: int) -> None:
             )
 
 
-def parts_of(
-    windows: Sequence[WindowIds], shapes: ProgramShapes, *, calls_at_a_time: int = 1
-) -> Iterator[Sequence[WindowIds]]:
-    """The windows, as many at a time as one call takes."""
-    if calls_at_a_time > 1 and shapes.batch_size is None:
-        lengths = [len(window.ids_T) for window in windows]
-        for part in balanced_parts(lengths, workers=calls_at_a_time, most_ids=MOST_IDS_A_CALL):
-            yield windows[part.start : part.stop]
-        return
-    size = shapes.batch_size or max(1, len(windows))
-    for start in range(0, len(windows), size):
-        yield windows[start : start + size]
-
-
 def windows_at_once(
     window_length: int,
     shapes: ProgramShapes,
@@ -114,7 +89,7 @@ def windows_at_once(
     most_ids: int,
     calls_at_a_time: int = 1,
 ) -> int:
-    """How many windows a batch should take: those of a fixed program, else half of the free memory.
+    """Return how many windows a batch takes: a fixed program's, else what half the memory holds.
 
     window_bytes: what one window needs. most_ids: of a batch; beyond, a CPU gains no speed.
     """
@@ -127,54 +102,71 @@ def windows_at_once(
     return max(1, min(most, free // max(1, window_bytes)))
 
 
-def split_by_window(
-    nll_N: NDArray[np.float32], windows: Sequence[WindowIds]
-) -> list[NDArray[np.float32]]:
-    """Results of all targets, window by window."""
-    stops = np.cumsum([len(window.targets_N) for window in windows])
-    return np.split(nll_N, stops[:-1])
+def _batches(
+    windows: Sequence[WindowIds], shapes: ProgramShapes, calls_at_a_time: int
+) -> Iterator[Sequence[WindowIds]]:
+    """Yield the windows, as many at a time as one call takes."""
+    if calls_at_a_time > 1 and shapes.batch_size is None:
+        lengths = [len(window.ids_T) for window in windows]
+        for part in balanced_parts(lengths, workers=calls_at_a_time, most_ids=MOST_IDS_A_CALL):
+            yield windows[part.start : part.stop]
+        return
+    size = shapes.batch_size or max(1, len(windows))
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
 
 
-def nll_of_feeds(
-    run: RunProgram, windows: Sequence[WindowIds], *, length: int, num_targets: int | None
-) -> NDArray[np.float32]:
-    """The nll of all targets (N), from `run` of their `target_rows` and `target_ids`.
+def _ids_feed(windows: Sequence[WindowIds], shapes: ProgramShapes, masked: bool) -> Feed:
+    """Return the ids (B, T), each row filled up with its last id, missing rows with the first.
 
-    length: of the padded windows. num_targets: of one call of a fixed program; None: any.
+    Raises CapabilityError where a window is longer than the program's.
     """
+    longest = max(len(window.ids_T) for window in windows)
+    if shapes.length is not None and longest > shapes.length:
+        raise CapabilityError(
+            f"the program was compiled for windows of {shapes.length} ids, got one of {longest}; "
+            f"prepare the input with --max-length {shapes.length}, or compile the program for "
+            "longer ones"
+        )
+    num_rows = shapes.batch_size or len(windows)
+    ids_BT = np.empty((num_rows, shapes.length or longest), np.int64)
+    mask_BT = np.zeros_like(ids_BT)
+    for row, window in enumerate(windows):
+        fed = len(window.ids_T)
+        ids_BT[row, :fed], ids_BT[row, fed:] = window.ids_T, window.ids_T[-1]
+        mask_BT[row, :fed] = 1
+    for array_BT in (ids_BT, mask_BT):
+        array_BT[len(windows) :] = array_BT[0]
+    return {"input_ids": ids_BT} | ({"attention_mask": mask_BT} if masked else {})
+
+
+def _batch_nll(
+    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes, masked: bool
+) -> NDArray[np.float32]:
+    """Return the nll of all targets (N), in as many calls as a fixed number of targets needs."""
+    ids = _ids_feed(windows, shapes, masked)
+    length = ids["input_ids"].shape[1]
     rows_N = np.concatenate([row * length + w.targets_N - 1 for row, w in enumerate(windows)])
     ids_N = np.concatenate([window.ids_T[window.targets_N] for window in windows])
     if not len(rows_N):
         return np.empty(0, np.float32)
-    most = num_targets or len(rows_N)
+    most = shapes.num_targets or len(rows_N)
     results = []
-    for start in range(0, len(rows_N), most):  # targets may outnumber those of a fixed program
+    for start in range(0, len(rows_N), most):
         part = slice(start, start + most)
         padding = (0, most - len(rows_N[part]))
-        feed: Feed = {
+        targets = {
             "target_rows": np.pad(rows_N[part].astype(np.int64), padding),
             "target_ids": np.pad(ids_N[part].astype(np.int64), padding),
         }
-        results.append(run(feed)[: len(rows_N[part])])
+        results.append(run(ids | targets)[: len(rows_N[part])])
     return np.concatenate(results)
 
 
-def _part_nll(
-    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes
-) -> NDArray[np.float32]:
-    ids: Feed = {"input_ids": padded_ids(windows, shapes)}
-    return nll_of_feeds(
-        lambda targets: run(ids | targets),
-        windows,
-        length=ids["input_ids"].shape[1],
-        num_targets=shapes.num_targets,
-    )
-
-
-def rows_before(
+def _rows_before(
     logits_TV: NDArray[np.float32], targets_N: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """The rows that predict the targets; a view, not a copy, where the targets are consecutive."""
+    """Return the rows that predict the targets: a view where the targets are consecutive."""
     if len(targets_N) and targets_N[-1] - targets_N[0] + 1 == len(targets_N):
         return logits_TV[targets_N[0] - 1 : targets_N[-1]]
     return logits_TV[targets_N - 1]

@@ -5,18 +5,17 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from perplexit.checkpoints.loading import Checkpoint
-from perplexit.compilation.checkpoint_nll import window_nll
+from perplexit.compilation.body_and_head import describe_model
 from perplexit.compilation.gguf_file import WRITTEN_TYPES, llamacpp_nll, write_gguf
+from perplexit.compilation.loss_check import window_nll
 from perplexit.compilation.targets import CompileRequest
 from perplexit.errors import CompilationError, QuantizationError
 from perplexit.program_record import (
     ProgramMemory,
     ProgramMetadata,
-    ProgramModel,
     ProgramQuantization,
     ProgramShapes,
     ProgramVerification,
@@ -50,11 +49,11 @@ def build_gguf_program(
     precision = request.recipe.precision if request.recipe else request.dtype
     path = folder / GGUF_FILE
     model: Any = checkpoint.model
+    source = checkpoint.source
     ids = _probe_ids(model.config)
-    reference = _checkpoint_nll(checkpoint, ids)
-    original = checkpoint.source.original
-    if precision not in _TOLERANCES and original.suffix == ".gguf":
-        quantize_gguf(original, path, precision)
+    reference = window_nll(model, ids)
+    if precision not in _TOLERANCES and source.original.suffix == ".gguf":
+        quantize_gguf(source.original, path, precision)
     elif precision in _TOLERANCES:
         _write(checkpoint, path, precision)
     else:
@@ -73,7 +72,7 @@ def build_gguf_program(
         dtype=header.matrix_dtype,
         opset=0,
         shapes=ProgramShapes(),
-        model=_model_of(checkpoint),
+        model=describe_model(model, address=source.address, fingerprint=source.fingerprint),
         memory=ProgramMemory(bytes_per_id=0, bytes_per_id_pair=0),
         verification=ProgramVerification(
             reference="the checkpoint in PyTorch float32",
@@ -96,11 +95,6 @@ def _write(checkpoint: Checkpoint, path: Path, precision: str) -> Path:
         tokenizer_json=tokenizer if tokenizer.is_file() else None,
         precision=precision,
     )
-
-
-def _checkpoint_nll(checkpoint: Checkpoint, ids: NDArray[np.int32]) -> NDArray[np.float64]:
-    with torch.inference_mode():
-        return window_nll(checkpoint.model, torch.from_numpy(ids.astype(np.int64)))
 
 
 def _probe_ids(config: Any) -> NDArray[np.int32]:
@@ -139,16 +133,4 @@ def _quantization(header: GgufHeader, precision: str) -> ProgramQuantization | N
         effective_bits=found.effective_bits,
         unquantized=found.unquantized,
         settings={"tensor_types": header.tensor_types},
-    )
-
-
-def _model_of(checkpoint: Checkpoint) -> ProgramModel:
-    model: Any = checkpoint.model
-    return ProgramModel(
-        address=checkpoint.source.address,
-        architecture=type(model).__name__,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights_fingerprint=checkpoint.source.fingerprint,
-        vocab_size=int(model.config.vocab_size),
-        max_length=getattr(model.config, "max_position_embeddings", None),
     )

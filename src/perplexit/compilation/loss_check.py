@@ -18,12 +18,12 @@ from perplexit.program_record import ProgramModel, ProgramShapes, ProgramVerific
 TOLERANCE = 1e-3  # nats a token
 _MEAN_TOLERANCE = 4.0  # in the mean, of quantized weights on random ids; noise costs tens
 _LEAST_CHANGE = 1e-6  # nats: less than this is rounding, no quantization
-_LENGTHS = (64, 37, 2)  # ids: unequal, and not those that a graph was traced with
+_LENGTHS = (64, 37, 2)  # ids: unequal, so that padding and masks are tested
 Losses = NDArray[np.float64]
 
 
 def verification_windows(model: ProgramModel, shapes: ProgramShapes) -> list[WindowIds]:
-    """A few windows of random ids (the same every time) that fit the program's shapes."""
+    """Return a few windows of random ids (the same every time) that fit the program's shapes."""
     longest = min(shapes.length or _LENGTHS[0], model.max_length or _LENGTHS[0])
     random = np.random.default_rng(0)
     windows = []
@@ -33,45 +33,70 @@ def verification_windows(model: ProgramModel, shapes: ProgramShapes) -> list[Win
     return windows
 
 
-def checkpoint_losses(model: Any, windows: Sequence[WindowIds]) -> Losses:
-    """PyTorch's losses with a float64 log-softmax, each window alone, unpadded."""
+def window_nll(model: Any, ids_T: NDArray[np.int32]) -> Losses:
+    """Return the nll of each id but the first, by one forward pass and a float64 log-softmax."""
+    ids = torch.from_numpy(ids_T.astype(np.int64))
     with torch.inference_mode():
-        return np.concatenate([_window_nll(model, window) for window in windows])
+        logprobs_TV = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double()
+        logprobs_TV = logprobs_TV.log_softmax(-1)
+        nll: Losses = -logprobs_TV.gather(1, ids[1:, None])[:, 0].numpy()
+    return nll
+
+
+def checkpoint_losses(model: Any, windows: Sequence[WindowIds]) -> Losses:
+    """Return PyTorch's losses with a float64 log-softmax, each window alone, unpadded."""
+    return np.concatenate([window_nll(model, window.ids_T) for window in windows])
 
 
 def program_losses(
-    run: RunProgram, windows: Sequence[WindowIds], shapes: ProgramShapes, *, perplexity: bool
+    run: RunProgram,
+    windows: Sequence[WindowIds],
+    shapes: ProgramShapes,
+    *,
+    perplexity: bool,
+    masked: bool = False,
 ) -> Losses:
-    """The program's own losses, or those of its logits."""
+    """Return the program's own losses, or those of its logits; see `program_nll`."""
     if perplexity:
-        return np.concatenate(program_nll(run, windows, shapes)).astype(np.float64)
-    rows = target_logit_rows(run, windows, shapes)
+        return np.concatenate(program_nll(run, windows, shapes, masked=masked)).astype(np.float64)
+    rows = target_logit_rows(run, windows, shapes, masked=masked)
     return np.concatenate([_nll_of_rows(r, w) for r, w in zip(rows, windows, strict=True)])
 
 
-def verified(losses: Losses, reference: Losses, against: str) -> ProgramVerification:
-    """The record of the comparison. Raises CompilationError above 1e-3 nats a token."""
+def verified(
+    losses: Losses, reference: Losses, against: str, *, tolerance: float = TOLERANCE
+) -> ProgramVerification:
+    """Return the record of the comparison.
+
+    Raises CompilationError where a loss is more than `tolerance` nats from the reference.
+    """
     difference = float(np.abs(losses - reference).max())
-    if not difference <= TOLERANCE:  # NaN too
+    if not difference <= tolerance:  # NaN too
         raise CompilationError(
-            f"expected the program's losses within {TOLERANCE} nats of {against}, got a difference "
+            f"expected the program's losses within {tolerance} nats of {against}, got a difference "
             f"of {difference:.3g}; evaluate the checkpoint with PyTorch instead (hf:…)"
         )
     return ProgramVerification(against, len(losses), difference)
 
 
+def check_changed(losses: Losses, full_precision: Losses, precision: str) -> None:
+    """Raise QuantizationError where quantized weights give the full-precision losses."""
+    change = float(np.abs(losses - full_precision).max())
+    if not change >= _LEAST_CHANGE:
+        raise QuantizationError(
+            f"expected {precision} weights to change the losses, got the full-precision ones "
+            f"(largest difference {change:.1e} nats); compile without a quantization"
+        )
+
+
 def verified_change(
     losses: Losses, reference: Losses, full_precision: Losses, precision: str
 ) -> ProgramVerification:
-    """The record of what a quantization changed.
+    """Return the record of what a quantization changed.
 
-    Raises QuantizationError where it changed nothing, CompilationError where it left nothing.
+    Raises QuantizationError where it changed nothing, CompilationError where the losses are noise.
     """
-    if not float(np.abs(losses - full_precision).max()) >= _LEAST_CHANGE:
-        raise QuantizationError(
-            f"expected {precision} weights to change the losses, got the full-precision ones; "
-            "compile without a quantization"
-        )
+    check_changed(losses, full_precision, precision)
     if not abs(float((losses - reference).mean())) <= _MEAN_TOLERANCE:  # NaN too
         raise CompilationError(
             f"expected {precision} weights to cost at most {_MEAN_TOLERANCE} nats a token on "
@@ -79,14 +104,6 @@ def verified_change(
         )
     against = f"the checkpoint in PyTorch float32, which the {precision} weights stand in for"
     return ProgramVerification(against, len(losses), float(np.abs(losses - reference).max()))
-
-
-def _window_nll(model: Any, window: WindowIds) -> Losses:
-    ids_T = torch.from_numpy(window.ids_T.astype(np.int64))
-    logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
-    logprobs_TV = logits_TV[:-1].double().log_softmax(-1)
-    nll: Losses = -logprobs_TV.gather(1, ids_T[1:, None])[:, 0].numpy()
-    return nll
 
 
 def _nll_of_rows(rows_NV: NDArray[np.float32], window: WindowIds) -> Losses:

@@ -1,6 +1,6 @@
-"""What the sessions of compiled programs share: a program is opened, checked and asked.
+"""What the sessions of compiled programs share: open a program, check it, feed it windows.
 
-An engine's own file opens the program (`_opened`) and says under which conditions it runs.
+An engine's own file opens the program (`_open`) and reports the conditions under which it runs.
 Shape suffixes: N = targets of a window, V = vocabulary.
 """
 
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,17 +39,6 @@ from perplexit.sessions.by_details import ScoresByDetails
 from perplexit.sessions.logit_rows import details_of_rows
 from perplexit.token_columns import TokenDetails
 
-_MOST_IDS = 2048  # ids of a call at a time: beyond, a CPU gains no speed and only pays memory
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the caller asked of the session; None: the program's own."""
-
-    dtype: str
-    device: str | None = None
-    threads: int | None = None
-
 
 @dataclass(frozen=True, slots=True)
 class RunningProgram:
@@ -67,13 +56,21 @@ class RunningProgram:
 class ProgramSession(ABC):
     """A program in a folder that `perplexit compile` made; see `InferenceSession`.
 
+    A program that gives logits is opened as the engine's `ProgramLogits` class.
     Raises ModelError where the folder holds no such program or a damaged one, CapabilityError
     where it is not what was asked for.
     """
 
     _engine: ClassVar[str]  # the program's engine, as in its record and in addresses
     _native: ClassVar[bool] = False  # whether the program is machine code, not a graph
-    _dtypes: ClassVar[tuple[str, ...]] = ("float32",)  # that a program can run in
+    _dtypes: ClassVar[tuple[str, ...]] = ()  # that a program can run in, beside its own
+    _most_ids: ClassVar[int] = 2048  # of a batch: beyond, a CPU gains no speed and needs memory
+    _takes_mask: ClassVar[bool] = False  # whether the program takes an attention mask
+    _head_fields: ClassVar[tuple[str, ...]] = ("head_rows", "head_columns")  # settings to record
+
+    def __new__(cls, folder: str | Path, **_: Any) -> Self:
+        """Make a session that has `token_details` only where the program gives logits."""
+        return super().__new__(cls._class_for(folder) if "_engine" in vars(cls) else cls)
 
     def __init__(
         self,
@@ -85,11 +82,12 @@ class ProgramSession(ABC):
         quantization: str | None = None,
         address: str | None = None,
     ) -> None:
-        path = program_folder(folder, self._engine)
-        self._metadata = ProgramMetadata.read(path, engine=self._engine)
+        path = path_of_program(folder, self._engine)
+        self._metadata = self._read(path)
         check_numbers(threads=threads)
-        asked = Asked(self._checked_dtype(dtype, quantization), device, threads)
-        self._metadata.check_files(path)
+        dtype = self._checked_dtype(dtype, quantization)
+        if (path / PROGRAM_FILE).is_file():
+            self._metadata.check_files(path)
         if self._native:
             warnings.warn(
                 f"{self._engine}:{folder} is a native program: its code is run with your full "
@@ -97,57 +95,84 @@ class ProgramSession(ABC):
                 TrustWarning,
                 stacklevel=2,
             )
-        self._opened: RunningProgram | None = self._open(path, asked)
-        made_from = asdict(self._metadata.model)
-        made_from["address"] = address or f"{self._engine}:{folder}"
+        made_from = {
+            **asdict(self._metadata.model),
+            "address": address or f"{self._engine}:{folder}",
+        }
         self._model = ModelDescription(**made_from)
-        self._calls_at_a_time = self._opened.calls_at_a_time
-        self._description = self._described(self._opened, asked.dtype)
+        program = self._open(path, dtype, device, threads)
+        self._program: RunningProgram | None = program
+        self._calls_at_a_time = program.calls_at_a_time
+        self._description = self._describe(program, dtype)
+
+    @classmethod
+    def _class_for(cls, folder: str | Path) -> type[Self]:
+        """Return the class that has the abilities of the program in `folder`."""
+        record = ProgramMetadata.read(path_of_program(folder, cls._engine), engine=cls._engine)
+        if record.perplexity:
+            return cls
+        return next(each for each in cls.__subclasses__() if issubclass(each, ProgramLogits))
+
+    def _read(self, folder: Path) -> ProgramMetadata:
+        """Return the record of the program in `folder`."""
+        return ProgramMetadata.read(folder, engine=self._engine)
 
     @abstractmethod
-    def _open(self, folder: Path, asked: Asked) -> RunningProgram:
-        """The program, ready to run as asked."""
+    def _open(
+        self, folder: Path, dtype: str, device: str | None, threads: int | None
+    ) -> RunningProgram:
+        """Open the program to run as asked; None leaves a setting to the program."""
 
     @property
     def model(self) -> ModelDescription:
-        """The checkpoint that the program was made from, at the program's address."""
+        """Return the checkpoint that the program was made from, at the program's address."""
         return self._model
 
     @property
     def description(self) -> SessionDescription:
-        """The engine and the settings in effect."""
+        """Return the engine and the settings in effect."""
         return self._description
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target, from the head inside the program; see InferenceSession."""
-        check_vocabulary(windows, self._model.vocab_size)
+        """Return the nll of each target, from the head inside the program; see InferenceSession."""
+        self._check_windows(windows)
         return program_nll(
-            self._run, windows, self._metadata.shapes, calls_at_a_time=self._calls_at_a_time
+            self._run,
+            windows,
+            self._metadata.shapes,
+            calls_at_a_time=self._calls_at_a_time,
+            masked=self._takes_mask,
         )
 
     def max_batch_size(self, window_length: int) -> int:
-        """How many windows of that many ids half of the free memory and the engine's calls take."""
+        """Return how many windows of that length fit half of the free memory and one batch."""
         return windows_at_once(
             window_length,
             self._metadata.shapes,
             window_bytes=self._window_bytes(window_length),
-            most_ids=max(_MOST_IDS, self._calls_at_a_time * MOST_IDS_A_CALL),
+            most_ids=max(self._most_ids, self._calls_at_a_time * MOST_IDS_A_CALL),
             calls_at_a_time=self._calls_at_a_time,
         )
 
     def close(self) -> None:
         """Release the program."""
-        self._opened = None
+        self._program = None
         return_freed_memory()
+
+    def _check_windows(self, windows: Sequence[WindowIds]) -> None:
+        check_vocabulary(windows, self._model.vocab_size)
 
     def _window_bytes(self, length: int) -> int:
         memory = self._metadata.memory
         return length * (memory.bytes_per_id + length * memory.bytes_per_id_pair)
 
-    def _run(self, feed: Feed) -> NDArray[np.float32]:
-        if self._opened is None:
+    def _running(self) -> RunningProgram:
+        if self._program is None:
             raise UsageError(f"the session of {self._model.address} is closed; load it again")
-        return self._opened.run(feed)
+        return self._program
+
+    def _run(self, feed: Feed) -> NDArray[np.float32]:
+        return self._running().run(feed)
 
     def _checked_dtype(self, dtype: str | None, quantization: str | None) -> str:
         metadata = self._metadata
@@ -164,20 +189,20 @@ class ProgramSession(ABC):
                 f"compile with --quantization {quantization}"
             )
         wanted = canonical_dtype(dtype or metadata.dtype)
-        if wanted not in (metadata.dtype, *self._dtypes):
+        possible = dict.fromkeys((metadata.dtype, *self._dtypes))
+        if wanted not in possible:
             raise CapabilityError(
-                f"expected dtype {' or '.join(self._dtypes)} for a program of {self._engine}, got "
-                f"{dtype}; leave it out"
+                f"the program was compiled in {metadata.dtype}, got dtype {dtype}; it runs in "
+                f"{' or '.join(possible)} only: leave the dtype out"
             )
         return wanted
 
-    def _described(self, opened: RunningProgram, dtype: str) -> SessionDescription:
+    def _describe(self, program: RunningProgram, dtype: str) -> SessionDescription:
         metadata = self._metadata
         settings = {
-            **opened.settings,
+            **program.settings,
             "perplexity_head": metadata.perplexity,
-            "head_rows": metadata.head_rows,
-            "head_columns": metadata.head_columns,
+            **{name: getattr(metadata, name) for name in self._head_fields},
             "shapes": asdict(metadata.shapes),
             "program_files": {file.name: file.sha256 for file in metadata.files},
             "made_by": dict(metadata.made_by),
@@ -185,61 +210,58 @@ class ProgramSession(ABC):
         quantization = None
         if metadata.quantization is not None:
             fields = asdict(metadata.quantization)
-            settings["weights"] = {**fields.pop("settings"), **opened.settings.get("weights", {})}
+            settings["weights"] = {**fields.pop("settings"), **program.settings.get("weights", {})}
             quantization = QuantizationDescription(**fields)
         return SessionDescription(
-            engine=opened.engine,
-            version=opened.version,
+            engine=program.engine,
+            version=program.version,
             dtype=dtype,
-            device=opened.device,
+            device=program.device,
             quantization=quantization,
-            threads=opened.threads,
+            threads=program.threads,
             settings=settings,
         )
 
 
 class ProgramLogits(ScoresByDetails, ProgramSession):
-    """A program that gives logits (`--no-perplexity`): it tells whole distributions too."""
+    """A program that gives logits (`--no-perplexity`), and with them whole distributions."""
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
     ) -> Iterator[LogitsChunk]:
-        """The logits of every target, chunk by chunk; see LogitsSession."""
-        check_vocabulary(windows, self._model.vocab_size)
+        """Yield the logits of every target, chunk by chunk; see LogitsSession."""
         for place, window in enumerate(windows):
-            (rows_NV,) = logit_rows(self._run, [window], self._metadata.shapes)
+            (rows_NV,) = self._logit_rows([window])
             for start in range(0, len(rows_NV), chunk_rows):
-                # the caller may overwrite them, and the engine's own memory is not its to write
+                # the caller may overwrite them, but not the engine's own memory
                 yield LogitsChunk(place, start, rows_NV[start : start + chunk_rows].copy())
 
     def _window_bytes(self, length: int) -> int:
-        # The logits of every position, and once more while they are handed over.
+        # The logits of every position, and a second copy while they are passed on.
         return super()._window_bytes(length) + 2 * 4 * length * self._model.vocab_size
+
+    def _logit_rows(self, windows: Sequence[WindowIds]) -> Iterator[NDArray[np.float32]]:
+        self._check_windows(windows)
+        return logit_rows(self._run, windows, self._metadata.shapes, masked=self._takes_mask)
 
     def _details(
         self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int
     ) -> list[TokenDetails]:
-        check_vocabulary(windows, self._model.vocab_size)
-        rows = logit_rows(self._run, windows, self._metadata.shapes)
         return [
             details_of_rows(
                 rows_NV, window.ids_T[window.targets_N], with_details=with_details, top_k=top_k
             )
-            for window, rows_NV in zip(windows, rows, strict=True)
+            for window, rows_NV in zip(windows, self._logit_rows(windows), strict=True)
         ]
 
 
-def program_folder(folder: str | Path, engine: str) -> Path:
-    """The program's folder, from an address or a path. Raises ModelError for a file."""
+def path_of_program(folder: str | Path, engine: str) -> Path:
+    """Return the program's folder, from an address or a path. Raises ModelError for a file."""
     path = Path(str(folder).removeprefix(f"{engine}:")).expanduser()
-    if path.is_file():
+    if path.is_file() or path.suffix == ".onnx":
         raise ModelError(
             f"expected a folder made by `perplexit compile` (with a {PROGRAM_FILE}), got the file "
-            f"{path}: it does not say which checkpoint it holds or what it returns"
+            f"{path}: a bare {path.suffix or 'program'} file does not say which checkpoint it "
+            "holds or what it returns; name its folder"
         )
     return path
-
-
-def gives_logits(folder: str | Path, engine: str) -> bool:
-    """Whether the program in `folder` was compiled with `--no-perplexity`."""
-    return not ProgramMetadata.read(program_folder(folder, engine), engine=engine).perplexity

@@ -8,13 +8,7 @@ import openvino
 from perplexit.errors import CapabilityError
 from perplexit.quantization.openvino_engine import effective_threads, open_program
 from perplexit.resources.cores import num_cores
-from perplexit.sessions.compiled_program import (
-    Asked,
-    ProgramLogits,
-    ProgramSession,
-    RunningProgram,
-    gives_logits,
-)
+from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
 
 _MODEL_FILE = "model.xml"
 # Calls at a time. A stream's threads wait for each other less; but one window runs on one stream.
@@ -34,23 +28,17 @@ class OpenVinoInferenceSession(ProgramSession):
     _engine = "openvino"
     _dtypes = ("float32", "bfloat16")
 
-    def __new__(cls, folder: str | Path, **_: Any) -> "OpenVinoInferenceSession":
-        """A session that has `token_details` only where the program gives logits."""
-        logits = cls is OpenVinoInferenceSession and gives_logits(folder, cls._engine)
-        return super().__new__(OpenVinoLogitsSession if logits else cls)
-
-    def _open(self, folder: Path, asked: Asked) -> RunningProgram:
-        if asked.device not in (None, "cpu"):
+    def _open(
+        self, folder: Path, dtype: str, device: str | None, threads: int | None
+    ) -> RunningProgram:
+        if device not in (None, "cpu"):
             raise CapabilityError(
-                f"expected device cpu for OpenVINO, got {asked.device!r}: its other devices do not "
+                f"expected device cpu for OpenVINO, got {device!r}: its other devices do not "
                 "compute in float32; leave it out"
             )
-        threads = asked.threads or num_cores()
+        threads = threads or num_cores()
         program = open_program(
-            folder / _MODEL_FILE,
-            dtype=asked.dtype,
-            threads=threads,
-            streams=min(threads, _MOST_STREAMS),
+            folder / _MODEL_FILE, dtype=dtype, threads=threads, streams=min(threads, _MOST_STREAMS)
         )
         settings: dict[str, Any] = {
             "properties": {graph: dict(says) for graph, says in program.properties.items()},
@@ -63,13 +51,12 @@ class OpenVinoInferenceSession(ProgramSession):
                 "activations": f"8 bits, groups of {', '.join(sorted(groups))} (OpenVINO)",
                 "batch_invariant": False,
             }
-        threads = effective_threads(program)
         return RunningProgram(
             program.run,
             "openvino",
             openvino.__version__,
             "cpu",
-            threads or None,
+            effective_threads(program) or None,
             settings,
             program.streams,
         )

@@ -1,7 +1,6 @@
 """AOTInductor: a package that `perplexit compile --to pt2` made, machine code by PyTorch."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,13 +8,7 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.program_batches import Feed
-from perplexit.sessions.compiled_program import (
-    Asked,
-    ProgramLogits,
-    ProgramSession,
-    RunningProgram,
-    gives_logits,
-)
+from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
 
 _PACKAGE_FILE = "model.pt2"
 
@@ -30,18 +23,15 @@ class Pt2InferenceSession(ProgramSession):
     _engine = "pt2"
     _native = True
 
-    def __new__(cls, folder: str | Path, **_: Any) -> "Pt2InferenceSession":
-        """A session that has `token_details` only where the program gives logits."""
-        logits = cls is Pt2InferenceSession and gives_logits(folder, cls._engine)
-        return super().__new__(Pt2LogitsSession if logits else cls)
-
-    def _open(self, folder: Path, asked: Asked) -> RunningProgram:
-        if asked.device not in (None, "cpu"):
+    def _open(
+        self, folder: Path, dtype: str, device: str | None, threads: int | None
+    ) -> RunningProgram:
+        if device not in (None, "cpu"):
             raise CapabilityError(
-                f"the program was compiled for the cpu, got device {asked.device!r}; leave it out"
+                f"the program was compiled for the cpu, got device {device!r}; leave it out"
             )
-        if asked.threads is not None:
-            torch.set_num_threads(asked.threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
         try:
             program = torch._inductor.aoti_load_package(str(folder / _PACKAGE_FILE))
         except (RuntimeError, OSError) as error:
@@ -56,9 +46,8 @@ class Pt2InferenceSession(ProgramSession):
             return array
 
         settings = {"made_for": self._metadata.made_by.get("processor", ""), "native_code": True}
-        return RunningProgram(
-            run, "aotinductor", torch.__version__, "cpu", torch.get_num_threads(), settings
-        )
+        threads = torch.get_num_threads()
+        return RunningProgram(run, "aotinductor", torch.__version__, "cpu", threads, settings)
 
 
 class Pt2LogitsSession(ProgramLogits, Pt2InferenceSession):

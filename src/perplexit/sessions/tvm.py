@@ -1,19 +1,12 @@
 """Apache TVM: a model library that `perplexit compile --to tvm` made, of fixed sizes."""
 
 from pathlib import Path
-from typing import Any
 
 import tvm
 
 from perplexit.errors import CapabilityError
 from perplexit.quantization.tvm_engine import OpenedLibrary
-from perplexit.sessions.compiled_program import (
-    Asked,
-    ProgramLogits,
-    ProgramSession,
-    RunningProgram,
-    gives_logits,
-)
+from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
 
 
 class TvmInferenceSession(ProgramSession):
@@ -26,32 +19,24 @@ class TvmInferenceSession(ProgramSession):
     _engine = "tvm"
     _native = True
 
-    def __new__(cls, folder: str | Path, **_: Any) -> "TvmInferenceSession":
-        """A session that has `token_details` only where the program gives logits."""
-        logits = cls is TvmInferenceSession and gives_logits(folder, cls._engine)
-        return super().__new__(TvmLogitsSession if logits else cls)
-
-    def _open(self, folder: Path, asked: Asked) -> RunningProgram:
+    def _open(
+        self, folder: Path, dtype: str, device: str | None, threads: int | None
+    ) -> RunningProgram:
         target = self._metadata.made_by["target"]
-        same = {target, "cpu"} if target == "llvm" else {target}
-        if asked.device is not None and asked.device not in same:
+        own = "cpu" if target == "llvm" else target
+        if device not in (None, target, own):
             raise CapabilityError(
-                f"the program was compiled for {target}, got device {asked.device!r}; leave it "
-                f"out, or compile with --device {asked.device}"
+                f"the program was compiled for {target}, got device {device!r}; leave it "
+                f"out, or compile with --device {device}"
             )
-        if asked.threads is not None:
-            _set_threads(asked.threads)
+        if threads is not None:
+            # the pool is the process's; -1: the engine chooses the cores
+            tvm.get_global_func("runtime.config_threadpool")(1, threads)
         level = self._metadata.made_by.get("processor_level", "")
         library = OpenedLibrary(folder, target, level)
-        device = "cpu" if target == "llvm" else target
         settings = {"target": target, "processor_level": level, "native_code": True}
-        return RunningProgram(library.run, "tvm", tvm.__version__, device, asked.threads, settings)
+        return RunningProgram(library.run, "tvm", tvm.__version__, own, threads, settings)
 
 
 class TvmLogitsSession(ProgramLogits, TvmInferenceSession):
     """A TVM program that gives logits."""
-
-
-def _set_threads(threads: int) -> None:
-    # the pool is the process's; -1: the engine chooses the cores
-    tvm.get_global_func("runtime.config_threadpool")(1, threads)

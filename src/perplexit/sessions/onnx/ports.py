@@ -1,4 +1,4 @@
-"""What goes into an ONNX language model and what comes out, told by the usual names.
+"""The inputs and outputs of an ONNX language model, recognized by their usual names.
 
 Shape suffixes: B = windows, T = ids fed, S = ids in the cache, H = heads, D = head size.
 """
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError
+from perplexit.program_batches import Feed
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -34,26 +36,26 @@ class Port:
     dtype: np.dtype[Any]
 
     def size(self, axis: int) -> int | None:
-        """The fixed size of an axis; None where it is free."""
+        """Return the fixed size of an axis; None where it is free."""
         value = self.shape[axis] if len(self.shape) > axis else None
         return value if isinstance(value, int) else None
 
 
 @dataclass(frozen=True, slots=True)
 class CachePort:
-    """One layer's keys or values: where the past goes in and the present comes out."""
+    """The keys or values of one layer: the input for the past, the output for the present."""
 
     past: Port
     present: str
 
     @property
     def heads(self) -> int:
-        """H."""
+        """Return H."""
         return self.past.size(1) or 0
 
     @property
     def head_size(self) -> int:
-        """D."""
+        """Return D."""
         return self.past.size(3) or 0
 
 
@@ -77,27 +79,46 @@ class GraphPorts:
 
     @property
     def batch_size(self) -> int | None:
-        """B where it is fixed."""
+        """Return B where it is fixed."""
         return self.ids.size(0)
 
     @property
     def length(self) -> int | None:
-        """T where it is fixed."""
+        """Return T where it is fixed."""
         return self.ids.size(1)
 
     @property
     def last_position_only(self) -> bool:
-        """Whether only the last id's logits come out, as far as the shapes tell."""
+        """Return whether only the last id's logits come out, as far as the shapes tell."""
         return len(self.logits.shape) == 2 or (self.logits.size(1) == 1 and self.length != 1)
 
     @property
     def sees_whole_windows(self) -> bool:
-        """Whether one call can give the logits of every position of a window."""
+        """Return whether one call can give the logits of every position of a window."""
         return not self.last_position_only and self.capacity is None and self.length != 1
+
+    def whole_windows(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Return the graph's inputs for whole windows, by its own names and dtypes.
+
+        Pasts have no ids, which makes the call a plain forward pass.
+        """
+        ids_BT = feed["input_ids"]
+        named = {self.ids.name: ids_BT.astype(self.ids.dtype, copy=False)}
+        if self.mask is not None:
+            named[self.mask.name] = feed["attention_mask"].astype(self.mask.dtype, copy=False)
+        if self.positions is not None:
+            position_T = np.arange(ids_BT.shape[1], dtype=self.positions.dtype)
+            named[self.positions.name] = np.broadcast_to(position_T, ids_BT.shape).copy()
+        if self.use_cache_branch is not None:
+            named[self.use_cache_branch] = np.array([False])
+        for cache in self.caches:
+            shape = (len(ids_BT), cache.heads, 0, cache.head_size)
+            named[cache.past.name] = np.empty(shape, cache.past.dtype)
+        return named | {name: feed[name] for name in _OURS if name in feed}
 
 
 def ports_of(session: Any, *, program: str) -> GraphPorts:
-    """The ports of an ONNX Runtime session of a causal language model.
+    """Return the ports of an ONNX Runtime session of a causal language model.
 
     Raises CapabilityError that names what is not understood.
     """
@@ -141,7 +162,7 @@ def ports_of(session: Any, *, program: str) -> GraphPorts:
 
 
 def takes_cache(names: Sequence[str]) -> bool:
-    """Whether a program with inputs of these names is fed in blocks."""
+    """Return whether a program with inputs of these names is fed in blocks."""
     return any(_layer_and_kind(name) for name in names)
 
 
@@ -149,13 +170,13 @@ def _port(value: Any, program: str) -> Port:
     if value.type not in _DTYPES:
         raise CapabilityError(
             f"expected float32, float16 or integer inputs and outputs, but {value.name} of "
-            f"{program} is {value.type}; export it with another dtype at its borders"
+            f"{program} is {value.type}; export it with another dtype for its inputs and outputs"
         )
     return Port(value.name, tuple(value.shape), _DTYPES[value.type])
 
 
 def _layer_and_kind(name: str) -> tuple[int, str] | None:
-    """(layer, "key" or "value") of a cache's input or output; None for any other."""
+    """Return (layer, "key" or "value") of a cache's input or output; None for any other."""
     if not re.search(r"past|present|cache", name) or name == "use_cache_branch":
         return None
     if found := _LAYER_THEN_KIND.search(name):
@@ -168,19 +189,19 @@ def _layer_and_kind(name: str) -> tuple[int, str] | None:
 def _capacity(
     caches: Sequence[CachePort], outputs: dict[str, Port], inputs: dict[str, Port], program: str
 ) -> int | None:
-    """S of a retained cache; None for one that grows."""
-    unknown = [c.past.name for c in caches if not (len(c.past.shape) == 4 and c.heads)]
-    unknown += [c.past.name for c in caches if not c.head_size]
+    """Return S of a retained cache; None for one that grows."""
+    pasts = [cache.past for cache in caches]
+    unknown = [x.name for x in pasts if not (len(x.shape) == 4 and x.size(1) and x.size(3))]
     if unknown:
         raise CapabilityError(
             f"expected caches of the shape batch, heads, ids, head size with fixed heads and head "
-            f"size, but {unknown[0]} of {program} does not say them; fix them at the export"
+            f"size, but {unknown[0]} of {program} does not give them; fix them at the export"
         )
-    sizes = {c.past.size(2) for c in caches}
+    sizes = {past.size(2) for past in pasts}
     if sizes <= {None}:
         return None
     size = sizes.pop()
-    if sizes or any(outputs[c.present].size(2) != size for c in caches):
+    if sizes or any(outputs[cache.present].size(2) != size for cache in caches):
         raise CapabilityError(
             f"expected pasts of any length, or retained ones whose presents have the same fixed "
             f"length, but {program} takes pasts of {size} ids and gives others back"

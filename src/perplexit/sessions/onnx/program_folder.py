@@ -1,15 +1,14 @@
-"""The folder of an ONNX program: ours with its record, or one that was exported elsewhere."""
+"""The folder of an ONNX program: one with our record, or one from another exporter."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import nan, prod
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 from google.protobuf.message import DecodeError
 
 from perplexit.errors import CapabilityError, ModelError
@@ -23,9 +22,6 @@ from perplexit.program_record import (
     ProgramShapes,
     ProgramVerification,
 )
-from perplexit.quantization.precisions import canonical_dtype, canonical_precision
-from perplexit.sessions.base import QuantizationDescription, SessionDescription
-from perplexit.sessions.onnx.engine import has_shared_arena
 from perplexit.sessions.onnx.ports import takes_cache
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import read_json
@@ -49,53 +45,47 @@ _FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DO
 
 @dataclass(frozen=True, slots=True)
 class OnnxProgram:
-    """A graph on disk and what is known of it; `foreign`: it was not made by `perplexit compile`.
+    """A graph on disk and what is known of it.
 
     takes_cache: whether it can be fed in blocks.
-    activations: how it rounds what stands together in a batch with one scale; None: it does not.
+    activations: how it rounds the activations of a whole batch with one scale; None: it does not.
     rope_border: the longest window whose rotary frequencies are those of every shorter one; None
-    where they are the same for all.
+        where they are the same for all.
     """
 
     graph: Path
     metadata: ProgramMetadata
     takes_cache: bool
-    foreign: bool
     activations: str | None = None
     rope_border: int | None = None
 
 
-def find_program(folder: str | Path) -> OnnxProgram:
-    """The program in a folder.
+def find_program(folder: Path) -> OnnxProgram:
+    """Find the program in a folder.
 
     Raises ModelError where there is none or the choice is not clear, CapabilityError where a
-    foreign one does not say its vocabulary.
+    program of another exporter does not give its vocabulary's size.
     """
-    path = Path(str(folder).removeprefix("onnx:")).expanduser()
-    if path.is_file() or path.suffix == ".onnx":
-        raise ModelError(
-            f"expected a folder made by `perplexit compile` (with a {PROGRAM_FILE}) or by another "
-            f"exporter, got the file {path}: a bare .onnx file does not say which checkpoint it "
-            "holds; name its folder"
-        )
-    if (path / PROGRAM_FILE).is_file() or not list(path.glob("**/*.onnx")):
-        metadata = ProgramMetadata.read(path, engine="onnx")
-        return OnnxProgram(path / OUR_FILE, metadata, metadata.cache is not None, foreign=False)
-    graph = _foreign_graph(path)
+    if (folder / PROGRAM_FILE).is_file() or not list(folder.glob("**/*.onnx")):
+        metadata = ProgramMetadata.read(folder, engine="onnx")
+        return OnnxProgram(folder / OUR_FILE, metadata, metadata.cache is not None)
+    graph = _foreign_graph(folder)
     model = _read_graph(graph)
     names = [value.name for value in model.graph.input]
     if "target_rows" in names:
         raise ModelError(
             f"{graph} is a program that `perplexit compile` made, without its {PROGRAM_FILE}, "
-            "which says whose losses these are; copy that too, or compile the checkpoint again"
+            "which names the checkpoint; copy that too, or compile the checkpoint again"
         )
-    metadata, border = _foreign_metadata(path, graph, model), _rope_border(_config(path))
-    together = _rounded_together(model)
-    return OnnxProgram(graph, metadata, takes_cache(names), True, together, border)
+    config = _config(folder)
+    metadata = _foreign_metadata(folder, graph, model, config)
+    return OnnxProgram(
+        graph, metadata, takes_cache(names), _rounded_together(model), _rope_border(config)
+    )
 
 
 def _rounded_together(model: Any) -> str | None:
-    """How a graph rounds the activations of a whole batch with one scale; None where it does not.
+    """Return how a graph rounds a whole batch's activations with one scale; None: it does not.
 
     Operators in the branches of an `If` and in functions of the graph's own count too.
     """
@@ -114,7 +104,7 @@ def _all_nodes(model: Any) -> Iterator[Any]:
 
 
 def _read_graph(path: Path) -> Any:
-    """The graph without its weights. Raises ModelError where the file holds none."""
+    """Read the graph without its weights. Raises ModelError where the file holds none."""
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, OSError) as error:
@@ -139,8 +129,9 @@ def _foreign_graph(folder: Path) -> Path:
     )
 
 
-def _foreign_metadata(folder: Path, graph: Path, model: Any) -> ProgramMetadata:
-    config = _config(folder)
+def _foreign_metadata(
+    folder: Path, graph: Path, model: Any, config: Mapping[str, Any]
+) -> ProgramMetadata:
     counts: Counter[str] = Counter()
     external = {graph}
     for tensor in model.graph.initializer:
@@ -177,7 +168,7 @@ def _foreign_metadata(folder: Path, graph: Path, model: Any) -> ProgramMetadata:
     )
 
 
-def _vocab_size(model: Any, config: dict[str, Any], graph: Path) -> int:
+def _vocab_size(model: Any, config: Mapping[str, Any], graph: Path) -> int:
     logits = _sizes(model.graph.output, "logits", 3)[-1]
     found = logits or config.get("vocab_size")
     if not found:
@@ -189,7 +180,7 @@ def _vocab_size(model: Any, config: dict[str, Any], graph: Path) -> int:
 
 
 def _sizes(values: Any, name: str, rank: int) -> list[int | None]:
-    """The fixed sizes of a port by name, None where free."""
+    """Return the fixed sizes of a port by name, None where free."""
     for value in values:
         if value.name == name:
             dims = value.type.tensor_type.shape.dim
@@ -198,7 +189,7 @@ def _sizes(values: Any, name: str, rank: int) -> list[int | None]:
 
 
 def _rope_border(config: Mapping[str, Any]) -> int | None:
-    """The longest window below the border of a LongRoPE or a dynamic NTK; None without either."""
+    """Return the longest window below a LongRoPE's or dynamic NTK's border; None without."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = str(rope.get("rope_type") or rope.get("type") or "") if isinstance(rope, Mapping) else ""
     if kind not in ("longrope", "su", "dynamic"):
@@ -221,60 +212,3 @@ def _file(path: Path) -> ProgramFile:
     if not path.is_file():
         raise ModelError(f"expected the graph's weights in {path}, but there is no such file")
     return ProgramFile(path.name, path.stat().st_size, sha256_of_file(path))
-
-
-def check_asked(metadata: ProgramMetadata, dtype: str | None, quantization: str | None) -> None:
-    """Raise CapabilityError unless the program is what is asked for; None asks for nothing."""
-    if metadata.engine != "onnx":
-        raise ModelError(f"expected a program for ONNX Runtime, got one for {metadata.engine}")
-    if dtype is not None and canonical_dtype(dtype) != metadata.dtype:
-        raise CapabilityError(
-            f"the program was compiled in {metadata.dtype}, got dtype {dtype}; a program's dtype "
-            "is settled when it is compiled: leave it out"
-        )
-    own = metadata.quantization.name if metadata.quantization else None
-    if quantization is not None and canonical_precision(quantization) != own:
-        raise CapabilityError(
-            f"the program's weights are {own or 'not quantized'}, got quantization "
-            f"{quantization!r}; it is settled when a program is compiled: leave it out, or compile "
-            f"with --quantization {quantization}"
-        )
-
-
-def describe(
-    program: OnnxProgram, device: str, threads: int, providers: Sequence[str]
-) -> SessionDescription:
-    """ONNX Runtime, and the settings in effect."""
-    metadata = program.metadata
-    quantized = metadata.quantization
-    settings: dict[str, Any] = {
-        "providers": list(providers),
-        "graph_optimization": "all",
-        "cpu_memory_arena": "shared, grows by need" if has_shared_arena() else "off",
-        "perplexity_head": metadata.perplexity,
-        "head_rows": metadata.head_rows,
-        "opset": metadata.opset,
-        "shapes": asdict(metadata.shapes),
-        "program_files": {file.name: file.sha256 for file in metadata.files},
-        "made_by": dict(metadata.made_by),
-    }
-    quantization = None
-    if quantized is not None:
-        settings["weights"] = dict(quantized.settings)
-        fields = {key: value for key, value in asdict(quantized).items() if key != "settings"}
-        quantization = QuantizationDescription(**fields)
-    if program.activations is not None:
-        settings["weights"] = {
-            **settings.get("weights", {}),
-            "activations": program.activations,
-            "batch_invariant": False,
-        }
-    return SessionDescription(
-        engine="onnxruntime",
-        version=onnxruntime.__version__,
-        dtype=metadata.dtype,
-        device=device,
-        quantization=quantization,
-        threads=threads,
-        settings=settings,
-    )
