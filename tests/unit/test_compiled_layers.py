@@ -7,7 +7,7 @@ import torch
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional import fused_head
 from perplexit.functional.fused_head import CompiledHead
-from perplexit.functional.linear_nll import statistics_of_hidden_states
+from perplexit.functional.linear_nll import head_statistics
 from perplexit.functional.nll import token_statistics
 from perplexit.sessions.cached import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
@@ -109,8 +109,8 @@ def test_the_compiled_head_gives_what_the_plain_one_gives() -> None:
         return rows_ND @ weight_VD.t()
 
     compiled_head = CompiledHead(head, torch.device("cpu"))
-    got = statistics_of_hidden_states(
-        hidden_ND, targets_N, compiled_head, chunk_rows=10, with_details=True, top_k=4
+    got = head_statistics(compiled_head)(
+        hidden_ND, targets_N, chunk_rows=10, with_details=True, top_k=4
     )
     expected = token_statistics(head(hidden_ND).double(), targets_N, top_k=4)
     assert torch.allclose(got.nll_N.double(), expected.nll_N, atol=1e-5)
@@ -118,7 +118,7 @@ def test_the_compiled_head_gives_what_the_plain_one_gives() -> None:
     assert torch.equal(got.rank_N, expected.rank_N)
     assert torch.equal(got.top_ids_NK, expected.top_ids_NK)
     assert torch.allclose(got.top_logprobs_NK.double(), expected.top_logprobs_NK, atol=1e-5)
-    alone = statistics_of_hidden_states(hidden_ND, targets_N, compiled_head, chunk_rows=10)
+    alone = head_statistics(compiled_head)(hidden_ND, targets_N, chunk_rows=10)
     assert torch.equal(alone.nll_N, got.nll_N)  # to the last bit, with and without details
     assert alone.entropy_N is None
 

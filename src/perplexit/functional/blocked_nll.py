@@ -17,6 +17,7 @@ from torch import Tensor
 from perplexit.functional.nll import TokenStatistics
 from perplexit.functional.row_blocks import equal_blocks
 
+BLOCKED_COLUMNS = frozenset({"nll", "entropy", "rank"})  # without whole logits
 _LOG2_E = 1.0 / math.log(2.0)
 # (rows, columns): 1 MiB of float32 logits; 16-bit ones are widened beside, in longer rows.
 _BLOCK, _HALF_BLOCK = (512, 512), (256, 2048)

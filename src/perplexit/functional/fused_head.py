@@ -126,8 +126,8 @@ class FusedHead:
         targets_N: Tensor,
         *,
         chunk_rows: int,
-        with_details: bool,
-        top_k: int,
+        with_details: bool = False,
+        top_k: int = 0,
     ) -> TokenStatistics:
         """The nll; entropy and rank are not to be had. The library chooses its own chunks."""
         if top_k:
@@ -172,8 +172,8 @@ class CompiledHead:
         targets_N: Tensor,
         *,
         chunk_rows: int,
-        with_details: bool,
-        top_k: int,
+        with_details: bool = False,
+        top_k: int = 0,
     ) -> TokenStatistics:
         """Nll, entropy and rank chunk by chunk; always all three, so that the bits are the same."""
         return TokenStatistics.joined(

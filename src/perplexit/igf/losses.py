@@ -16,8 +16,8 @@ from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, hel
 from perplexit.errors import NonFiniteError, UsageError
 from perplexit.functional.linear_nll import (
     DEFAULT_LOGITS_BYTES,
+    head_statistics,
     rows_within,
-    statistics_of_hidden_states,
 )
 from perplexit.sessions.pytorch.forward import find_forward
 
@@ -79,11 +79,8 @@ class ContextScorer:
     def _batch(self, contexts_BT: Tensor) -> NDArray[np.float64]:
         with held_at(self._rope, contexts_BT.shape[1]):
             rows_NX = self._forward.rows(contexts_BT[:, :-1], None).flatten(0, 1)
-        statistics = statistics_of_hidden_states(
-            rows_NX,
-            contexts_BT[:, 1:].flatten(),
-            self._forward.head,
-            chunk_rows=self._chunk_rows,
+        statistics = head_statistics(self._forward.head)(
+            rows_NX, contexts_BT[:, 1:].flatten(), chunk_rows=self._chunk_rows
         )
         nll_BT = statistics.nll_N.view(len(contexts_BT), -1).to(torch.float64)
         return np.asarray(nll_BT.mean(1).cpu().numpy(), dtype=np.float64)

@@ -8,7 +8,7 @@ Shape suffixes: N = scored tokens of one window, K = alternatives a token.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +114,28 @@ class InferenceSession(Protocol):
     def close(self) -> None:
         """Release the model. A closed session is not used again."""
         ...
+
+
+class OpenSession(InferenceSession, Protocol):
+    """A session that was loaded; as a context manager it is closed at the end of the block."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class ClosedByWith:
+    """Makes a session a context manager: `with` closes it."""
+
+    def close(self) -> None:
+        """Release the model."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @runtime_checkable

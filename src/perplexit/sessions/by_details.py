@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.inputs.windows import WindowIds
+from perplexit.sessions.base import ClosedByWith
 from perplexit.token_columns import TokenDetails
 
 
-class ScoresByDetails(ABC):
+class ScoresByDetails(ClosedByWith, ABC):
     """`token_nll` and `token_details` from one method, so that the two give the same nll."""
 
     @abstractmethod

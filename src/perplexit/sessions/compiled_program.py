@@ -30,6 +30,7 @@ from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.sessions.base import (
+    ClosedByWith,
     LogitsChunk,
     ModelDescription,
     QuantizationDescription,
@@ -53,7 +54,7 @@ class RunningProgram:
     calls_at_a_time: int = 1
 
 
-class ProgramSession(ABC):
+class ProgramSession(ClosedByWith, ABC):
     """A program in a folder that `perplexit compile` made; see `InferenceSession`.
 
     A program that gives logits is opened as the engine's `ProgramLogits` class.

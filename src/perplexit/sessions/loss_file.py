@@ -29,7 +29,7 @@ from perplexit.errors import CapabilityError, FingerprintMismatchError, ModelErr
 from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.alternatives import contradiction, most_likely_first
-from perplexit.sessions.base import ModelDescription, SessionDescription
+from perplexit.sessions.base import ClosedByWith, ModelDescription, SessionDescription
 from perplexit.sessions.loss_file_formats import RecordedWindow, base_file_identity, read_recording
 from perplexit.token_columns import TokenDetails
 
@@ -37,7 +37,7 @@ _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-2  # devices write half precision, or a few digits
 
 
-class RecordedInferenceSession:
+class RecordedInferenceSession(ClosedByWith):
     """Recorded per-token results as a session; nothing is computed.
 
     Every target's id must be the recorded one (and every other recorded id must agree with the

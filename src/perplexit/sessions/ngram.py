@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.base import ModelDescription, SessionDescription
+from perplexit.sessions.base import ClosedByWith, ModelDescription, SessionDescription
 from perplexit.untrusted_files import Expected, check_regular, read_bytes, stated
 from perplexit.untrusted_json import LARGEST_TABLE
 
@@ -30,7 +30,7 @@ _NO_UNKNOWN = -100.0  # KenLM's log10 p(<unk>) for a model without <unk>
 _BOS = "<s>"
 
 
-class NgramInferenceSession:
+class NgramInferenceSession(ClosedByWith):
     """An n-gram model; each target given the up to `order - 1` words before it in its window.
 
     A window whose first id has the word `<s>` starts in KenLM's sentence-begin state; any other

@@ -6,18 +6,20 @@ This is the one lazy door through which an engine's packages come in. A new engi
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
 from perplexit.option_ranges import check_numbers
 from perplexit.program_record import PROGRAM_FILE
 from perplexit.quantization.precisions import canonical_dtype, require_known_precision
-from perplexit.sessions.base import InferenceSession
+from perplexit.sessions.base import InferenceSession, OpenSession
+from perplexit.sessions.options import EngineOptions, given_options
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import read_json
 
@@ -88,50 +90,48 @@ _ADAPTER_REMEDY = (
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-def load_session(
-    address: str | Path,
-    *,
-    dtype: str | None = None,
-    quantization: str | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    adapter: str | Path | None = None,
-    merge_adapter: bool = False,
-    attention: str | None = None,
-    head: str | None = None,
-    compile_mode: str | None = None,
-    device_map: Mapping[str, str | int] | str | Path | None = None,
-    tensor_parallel: int | None = None,
-) -> InferenceSession:
-    """An open session on the model at `address`: `prefix:location`, or a path known by what it is.
+def load_session(address: str | Path, **options: Unpack[EngineOptions]) -> OpenSession:
+    """Return an open session on the model at `address`; use it as a context manager.
 
-    Options left at None take the engine's default. Raises ModelError for an address that leads
-    nowhere, CapabilityError for an engine or option that is not to be had, MissingPackageError
-    with the command that installs what is missing.
+    address: `prefix:location`, or a path known by what it is. options: see EngineOptions; what is
+    left out, or None, takes the engine's default.
+    Raises ModelError for an address that leads nowhere, CapabilityError for an engine or option
+    that is not to be had, MissingPackageError with the command that installs what is missing.
     """
     prefix, location = split_address(address)
-    options = {
-        "dtype": dtype,
-        "quantization": quantization,
-        "device": device,
-        "threads": threads,
-        "adapter": adapter,
-        "merge_adapter": merge_adapter or None,
-        "attention": attention,
-        "head": head,
-        "compile_mode": compile_mode,
-        "device_map": device_map,
-        "tensor_parallel": tensor_parallel,
-        "address": f"{prefix}:{location}",
-    }
-    check_numbers(threads=threads, tensor_parallel=tensor_parallel)
-    if dtype is not None:
-        canonical_dtype(dtype)
-    if quantization is not None:
-        require_known_precision(quantization)
+    given = given_options(EngineOptions, options)
+    check_numbers(threads=given.get("threads"), tensor_parallel=given.get("tensor_parallel"))
+    if "dtype" in given:
+        canonical_dtype(given["dtype"])
+    if "quantization" in given:
+        require_known_precision(given["quantization"])
     session_class = _session_class(prefix)
-    session: InferenceSession = session_class(location, **_accepted(session_class, prefix, options))
+    _refuse_unknown(session_class, prefix, given)
+    if "address" in inspect.signature(session_class.__init__).parameters:
+        given["address"] = f"{prefix}:{location}"
+    session: OpenSession = session_class(location, **given)
     return session
+
+
+@contextmanager
+def opened_session(
+    model: InferenceSession | str | Path, **options: Unpack[EngineOptions]
+) -> Iterator[InferenceSession]:
+    """Yield the session on a model: the one that is given, or one that is loaded and then closed.
+
+    Raises UsageError for options with a session that is open already, and what loading raises.
+    """
+    if isinstance(model, str | Path):
+        with closing(load_session(model, **options)) as session:
+            yield session
+        return
+    given = given_options(EngineOptions, options)
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: these options are for a model that is being loaded, but an open "
+            "session was given; give them to load_session"
+        )
+    yield model
 
 
 def split_address(address: str | Path) -> tuple[str, str]:
@@ -212,15 +212,16 @@ def _session_class(prefix: str) -> Any:
         ) from error
 
 
-def _accepted(session_class: Any, prefix: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, all of which the class must know; `address` where it does."""
-    if options["merge_adapter"] and options["adapter"] is None:
+def _refuse_unknown(session_class: Any, prefix: str, given: Mapping[str, Any]) -> None:
+    """Raise CapabilityError for an option that the class does not take."""
+    if given.get("merge_adapter") and "adapter" not in given:
         raise UsageError("expected an adapter to merge, got none; name its folder with --adapter")
     known = inspect.signature(session_class.__init__).parameters
-    for name, value in options.items():
-        if value is not None and name not in known and name != "address":
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for name, value in given.items():
+        if name not in known:
             remedy = _ADAPTER_REMEDY if "adapter" in name else "leave it out"
             raise CapabilityError(
                 f"the engine {prefix!r} has no option {name}, got {str(value)!r}; {remedy}"
             )
-    return {name: v for name, v in options.items() if v is not None and name in known}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.alternatives import contradiction, most_likely_first
-from perplexit.sessions.base import ModelDescription, SessionDescription
+from perplexit.sessions.base import ClosedByWith, ModelDescription, SessionDescription
 from perplexit.sessions.completions.answers import (
     KnownTexts,
     PromptAnswer,
@@ -39,7 +39,7 @@ _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-3  # of one answer's own numbers, which are of one computation
 
 
-class CompletionsInferenceSession:
+class CompletionsInferenceSession(ClosedByWith):
     """A served model. `dtype`, `quantization` and `device` are the server's affair.
 
     location:    `URL#MODEL`; without `#MODEL`, the server's only model.

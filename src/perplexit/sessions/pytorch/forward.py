@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import ModelError
-from perplexit.functional.blocked_nll import blocked_statistics
+from perplexit.functional.blocked_nll import BLOCKED_COLUMNS, blocked_statistics
 from perplexit.functional.linear_nll import statistics_by_chunks
 from perplexit.functional.nll import TokenStatistics
 from perplexit.sessions.pytorch.independence import NOT_REPEATABLE, depends_on_others
 from perplexit.sessions.pytorch.module_call import CachePlace, ModuleCall, field_of
 from perplexit.sessions.pytorch.module_facts import position_limit
+from perplexit.token_columns import Needs, columns_that_need
 
 _PROBE_LENGTH = 8
 
@@ -129,15 +130,16 @@ class LinearHead:
         targets_N: Tensor,
         *,
         chunk_rows: int,
-        with_details: bool,
-        top_k: int,
+        with_details: bool = False,
+        top_k: int = 0,
     ) -> TokenStatistics:
-        """The results of the targets; see ScoringHead. Alternatives need whole logits."""
-        if not self.blocked or top_k:
+        """Return the columns of the targets; see HeadStatistics. Some need whole logits."""
+        wanted = columns_that_need(Needs.LOSS, Needs.DISTRIBUTION)
+        if not self.blocked or top_k or (with_details and not BLOCKED_COLUMNS.issuperset(wanted)):
             return statistics_by_chunks(
+                self,
                 hidden_ND,
                 targets_N,
-                self,
                 chunk_rows=chunk_rows,
                 with_details=with_details,
                 top_k=top_k,

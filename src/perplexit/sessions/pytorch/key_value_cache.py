@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.errors import CacheMismatchError, CapabilityError
-from perplexit.functional.linear_nll import statistics_of_hidden_states
+from perplexit.functional.linear_nll import head_statistics
 from perplexit.sessions.base import MOST_CACHED_IDS, FedRows
 from perplexit.sessions.pytorch.device_choice import free_bytes
 from perplexit.sessions.pytorch.forward import ForwardPass
@@ -118,10 +118,9 @@ class _PytorchRows:
         """The details of the ids as the next tokens; see FedRows."""
 
         def work() -> TokenDetails:
-            statistics = statistics_of_hidden_states(
+            statistics = head_statistics(self.forward.head)(
                 self.rows_NX,
                 torch.from_numpy(ids_N).to(self.rows_NX.device),
-                self.forward.head,
                 chunk_rows=self.chunk_rows,
                 with_details=with_details,
                 top_k=top_k,

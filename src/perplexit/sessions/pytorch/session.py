@@ -4,8 +4,10 @@ Shape suffixes: N = targets, T = ids of a window, V = vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
 from perplexit.functional.output_head import OutputHead
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
-from perplexit.sessions.base import LogitsChunk, ModelDescription, SessionDescription
+from perplexit.sessions.base import ClosedByWith, LogitsChunk, ModelDescription, SessionDescription
+from perplexit.sessions.options import EngineOptions, declared, given_options
 from perplexit.sessions.pytorch.batch import check_windows, fed_length, refuse_beyond_positions
 from perplexit.sessions.pytorch.cpu_kernels.layout import chosen_kernels, kernels_for, with_kernels
 from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads
@@ -36,13 +39,6 @@ from perplexit.sessions.pytorch.key_value_cache import (
     cached_windows_for,
     check_cache,
 )
-from perplexit.sessions.pytorch.launched_batches import (
-    Launched,
-    Scoring,
-    by_parts,
-    launch,
-    target_rows,
-)
 from perplexit.sessions.pytorch.loading import ModuleChanges, open_module
 from perplexit.sessions.pytorch.module_facts import (
     activation_bytes_per_id,
@@ -50,31 +46,24 @@ from perplexit.sessions.pytorch.module_facts import (
     num_embeddings,
     position_limit,
 )
-from perplexit.sessions.pytorch.placement import DeviceMap, Placement, devices_of
+from perplexit.sessions.pytorch.placement import Placement, devices_of
+from perplexit.sessions.pytorch.window_batches import WindowBatches
 from perplexit.sessions.pytorch.written_head import written_head
 from perplexit.token_columns import TokenDetails
 
 _T = TypeVar("_T")
 
 
-class PytorchInferenceSession:
+class PytorchInferenceSession(ClosedByWith):
     """A model in PyTorch; logits exist for one chunk of scored tokens at a time.
 
     model:   `[hf:]PATH_OR_ID[@REVISION]`, a folder, a `.gguf` (dequantized), or a loaded causal
              language model whose forward gives `.logits`, a tuple or a tensor. A loaded one keeps
              its dtype, device and training flags.
-    dtype:   float32 for an address unless told otherwise, whatever the checkpoint's own is.
-    device:  cpu, cuda, cuda:N, mps or auto; None takes CUDA where there is one.
-    threads: of the CPU; None takes OMP_NUM_THREADS, else the cores this process may use.
-    quantization: the weights' precision, such as nf4 or int8: `known_precisions("pytorch")`.
-    adapter: the folder of a PEFT adapter for the model; merge_adapter: merged into its weights.
     kernels: packed, or plain for transformers' own bits; None asks PERPLEXIT_KERNELS, then packs.
-    attention: sdpa, eager or flash_attention_2; None leaves the choice to transformers.
-    head:    chunked (the default), compiled, liger or cce; the last two give the nll alone.
-    compile_mode: default or reduce-overhead: the layers go through `torch.compile`.
-    device_map: module → device, or a JSON file of one; the device "auto" has one made.
-    tensor_parallel: processes that each hold a part of every layer.
     max_logits_bytes: how much float32 logits may take at a time.
+    options: see EngineOptions. An address is loaded in float32 unless told otherwise, whatever
+        the checkpoint's own dtype is.
     Raises ModelError, UsageError, QuantizationError, MissingPackageError.
     """
 
@@ -82,24 +71,24 @@ class PytorchInferenceSession:
         self,
         model: str | Path | nn.Module,
         *,
-        dtype: str | None = None,
-        device: str | None = None,
-        threads: int | None = None,
-        quantization: str | None = None,
-        adapter: str | Path | None = None,
-        merge_adapter: bool = False,
         kernels: str | None = None,
-        attention: str | None = None,
-        head: str | None = None,
-        compile_mode: str | None = None,
-        device_map: DeviceMap | str | Path | None = None,
-        tensor_parallel: int | None = None,
         max_logits_bytes: int | None = None,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        changes = ModuleChanges(quantization, adapter, merge_adapter)
-        placement = Placement(device, device_map, attention, tensor_parallel)
+        given = {name: option.default for name, (_, option) in declared(EngineOptions).items()}
+        given |= given_options(EngineOptions, options)
+        head, compile_mode = given["head"], given["compile_mode"]
         opened = open_module(
-            model, dtype=dtype, placement=placement, threads=threads, changes=changes
+            model,
+            dtype=given["dtype"],
+            placement=Placement(
+                given["device"],
+                given["device_map"],
+                given["attention"],
+                given["tensor_parallel"],
+            ),
+            threads=given["threads"],
+            changes=ModuleChanges(given["quantization"], given["adapter"], given["merge_adapter"]),
         )
         self._opened, self._module, self._device = opened, opened.module, opened.device
         self._rope = length_dependent_rope(opened, compiled=compile_mode is not None)
@@ -125,6 +114,9 @@ class PytorchInferenceSession:
         self._description = with_kernels(self._description, on_kernels, forward)
         aside = on_kernels.get("windows_side_by_side") and opened.threads > 1
         self._threads = WindowThreads(opened.threads) if aside else None
+        self._windows = WindowBatches(
+            forward, self._device, self._chunk_rows, self._num_logits, self._threads, self._rope
+        )
         self._model_description: ModelDescription | None = None
         self._closed = False
         self._num_cached_layers: int | None = None
@@ -150,11 +142,13 @@ class PytorchInferenceSession:
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """The nll of each target, window by window; see InferenceSession."""
-        return [d.nll_N for d in self._checked_and_scored(windows, False, 0)]
+        self._check(windows)
+        launched = self._within_memory(windows, self._windows.launch, windows, False, 0)
+        return [details.nll_N for details in self._within_memory(windows, launched.collect)]
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """The nll with entropy, rank and alternatives; see DetailedSession."""
-        return self._checked_and_scored(windows, True, top_k)
+        return self.queue_details(windows, top_k=top_k)()
 
     @property
     def queues(self) -> bool:
@@ -166,8 +160,8 @@ class PytorchInferenceSession:
     ) -> Callable[[], list[TokenDetails]]:
         """`token_details`, under way; what is returned waits for it. See QueueingSession."""
         self._check(windows)
-        launched = self._within_memory(windows, lambda: self._launched(windows, True, top_k))
-        return lambda: self._within_memory(windows, launched.collect)
+        launched = self._within_memory(windows, self._windows.launch, windows, True, top_k)
+        return partial(self._within_memory, windows, launched.collect)
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
@@ -223,19 +217,7 @@ class PytorchInferenceSession:
     def _target_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
         """What the head is given for each target, window by window."""
         self._check(windows)
-        return self._within_memory(windows, lambda: self._gathered_rows(windows))
-
-    def _gathered_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
-        results = [torch.empty(0, 0)] * len(windows)
-        scoring = self._scoring_of(False, 0)
-
-        def gather(places: list[int]) -> None:
-            batch, rows_NX = target_rows([windows[place] for place in places], scoring)
-            for place, rows in zip(places, torch.split(rows_NX, list(batch.counts)), strict=True):
-                results[place] = rows
-
-        by_parts(windows, gather, scoring)
-        return results
+        return self._within_memory(windows, self._windows.target_rows, windows)
 
     def max_batch_size(self, window_length: int) -> int:
         """How many windows half of the free memory holds; at least 1."""
@@ -306,27 +288,23 @@ class PytorchInferenceSession:
         self._memory.close()
         self._module = nn.Identity()
         self._forward = WholeForward(self._module)
+        self._windows = replace(self._windows, forward=self._forward)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         elif self._opened.source is not None:
             return_freed_memory()
 
-    def _checked_and_scored(
-        self, windows: Sequence[WindowIds], with_details: bool, top_k: int
-    ) -> list[TokenDetails]:
-        self._check(windows)
-        return self._within_memory(
-            windows, lambda: self._launched(windows, with_details, top_k).collect()
-        )
-
     def _scoring(self, work: Callable[[], _T]) -> _T:
         with self._opened.scoring():
             return work()
 
-    def _within_memory(self, windows: Sequence[WindowIds], work: Callable[[], _T]) -> _T:
-        """What `work` gives; EngineOutOfMemoryError where memory runs out meanwhile."""
+    def _within_memory(
+        self, windows: Sequence[WindowIds], work: Callable[..., _T], *given: Any
+    ) -> _T:
+        """Return what `work` gives; raise EngineOutOfMemoryError where memory runs out."""
         try:
-            return self._scoring(work)
+            with self._opened.scoring():
+                return work(*given)
         except (MemoryError, RuntimeError, IndexError) as error:
             if not is_out_of_memory(error):
                 refuse_beyond_positions(self._module, windows, error)
@@ -339,20 +317,6 @@ class PytorchInferenceSession:
         raise EngineOutOfMemoryError(
             f"{len(windows)} windows of up to {max(len(w.ids_T) for w in windows)} ids do not fit "
             f"into the memory of {self._device} ({reason}); use a smaller batch or --max-length"
-        )
-
-    def _launched(self, windows: Sequence[WindowIds], with_details: bool, top_k: int) -> Launched:
-        return launch(windows, self._scoring_of(with_details, top_k), self._num_logits)
-
-    def _scoring_of(self, with_details: bool, top_k: int) -> Scoring:
-        return Scoring(
-            self._forward,
-            self._device,
-            self._chunk_rows,
-            with_details,
-            top_k,
-            threads=self._threads,
-            rope=self._rope,
         )
 
     def _check_open(self) -> None:

@@ -1,0 +1,125 @@
+"""The options of an engine, declared once: type, help and default of each.
+
+The command line makes its options of these entries, `evaluate`, `doctor` and `load_session` take
+them as keywords, and a session takes those that mean something to it. A new option is one entry
+here, and its use in a session.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
+
+from perplexit.errors import UsageError
+from perplexit.quantization.precisions import precisions_by_engine
+
+DeviceMap = Mapping[str, str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What the command line says of an option.
+
+    flag: where it is not the option's name. lowest: the smallest value of a number.
+    """
+
+    help: str
+    default: Any = None
+    flag: str | None = None
+    metavar: str | None = None
+    lowest: int | None = None
+
+
+class EngineOptions(TypedDict, total=False):
+    """How a model is loaded. What is left out, or None, is the engine's default."""
+
+    dtype: Annotated[str | None, Option("float32, bfloat16 or float16. [default: float32]")]
+    quantization: Annotated[
+        str | None, Option(f"The weights' precision. {precisions_by_engine()}.", metavar="Q")
+    ]
+    device: Annotated[
+        str | None,
+        Option(
+            "PyTorch: cpu, cuda, cuda:N, mps, or auto (layers are spread over all devices). ONNX "
+            "Runtime: an execution provider. Others: what the program or library was built for. "
+            "[default: PyTorch takes cuda where there is one, else cpu]"
+        ),
+    ]
+    threads: Annotated[int | None, Option("CPU threads. [default: the engine's own]", lowest=1)]
+    adapter: Annotated[
+        str | Path | None,
+        Option("Folder of a PEFT adapter (LoRA and similar) for the model.", metavar="DIR"),
+    ]
+    merge_adapter: Annotated[
+        bool, Option("Add the adapter into the weights before scoring.", default=False)
+    ]
+    attention: Annotated[
+        str | None, Option("PyTorch: sdpa, eager or flash_attention_2. [default: sdpa]")
+    ]
+    head: Annotated[
+        str | None,
+        Option(
+            "PyTorch: how hidden states become losses: chunked; compiled (torch.compile); on CUDA "
+            "also liger and cce, which give the loss alone. [default: chunked]"
+        ),
+    ]
+    compile_mode: Annotated[
+        str | None,
+        Option(
+            "PyTorch: compile the layers; reduce-overhead replays CUDA graphs.",
+            flag="--compile",
+            metavar="default|reduce-overhead",
+        ),
+    ]
+    device_map: Annotated[
+        DeviceMap | str | Path | None,
+        Option(
+            "PyTorch: a JSON object of modules and their devices (cuda:0, cpu, disk). --device "
+            "auto makes one.",
+            metavar="FILE",
+        ),
+    ]
+    tensor_parallel: Annotated[
+        int | None,
+        Option("PyTorch: split every layer over N processes, one per GPU.", metavar="N", lowest=2),
+    ]
+
+
+class ScoringOptions(EngineOptions, total=False):
+    """How a model is loaded, and how windows go through it."""
+
+    mode: Annotated[
+        Literal["full", "cached"],
+        Option("Whole windows, or prefill and decode against a key/value cache.", default="full"),
+    ]
+    prompt_len: Annotated[
+        int | None, Option("Ids of the prefill, with --mode cached. [default: 1]", lowest=1)
+    ]
+    decode_chunk: Annotated[
+        int | None, Option("Ids per decode call, with --mode cached. [default: 1]", lowest=1)
+    ]
+    reference_dtype: Annotated[
+        Literal["float32", "float16"],
+        Option("How --save-reference stores the hidden states.", default="float32"),
+    ]
+
+
+def declared(kind: type[EngineOptions]) -> dict[str, tuple[Any, Option]]:
+    """Return the type and the entry of each option, by name, in the order of declaration."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: (get_args(hint)[0], get_args(hint)[1]) for name, hint in hints.items()}
+
+
+_DEFAULTS = {name: option.default for name, (_, option) in declared(ScoringOptions).items()}
+
+
+def given_options(kind: type[EngineOptions], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that differ from their defaults.
+
+    Raises UsageError for a name that `kind` does not have.
+    """
+    known = declared(kind)
+    for name in options:
+        if name not in known:
+            raise UsageError(f"expected one of the options {', '.join(known)}; got {name!r:.60}")
+    return {n: value for n, value in options.items() if value != _DEFAULTS[n]}
