@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import perplexit as px
+from perplexit.evaluation.scorer import ProgressUpdate
 from perplexit.inputs.windows import WindowIds
-from perplexit.scoring import ProgressUpdate
 from perplexit.token_columns import TokenDetails
 from sidebyside.scripts import Job, printed
 from sidebyside.workloads import Workload, token_file_of

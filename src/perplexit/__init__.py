@@ -7,6 +7,7 @@ transformers and `perplexit --help` stays quick.
 from importlib import import_module
 from typing import Any
 
+from perplexit import errors
 from perplexit.telemetry import switch_off
 
 switch_off()  # before anything below could import an engine
@@ -19,6 +20,7 @@ _HOME_OF = {
     "TokenFile": "perplexit.inputs.token_file",
     "load_session": "perplexit.sessions.registry",
     "evaluate": "perplexit.evaluation",
+    "perplexity": "perplexit.evaluation",
     "compare": "perplexit.comparison",
     "compare_runs": "perplexit.comparison",
     "Comparison": "perplexit.comparison",
@@ -56,6 +58,7 @@ _HOME_OF = {
     "calculate_perplexity": "perplexit.seed_api",
     "torch_perplexity": "perplexit.seed_api",
     "compute_perplexity": "perplexit.seed_api",
+    **dict.fromkeys(errors.__all__, "perplexit.errors"),
 }
 
 __all__ = ["__version__", *_HOME_OF]  # noqa: PLE0604 - strings, from the table above

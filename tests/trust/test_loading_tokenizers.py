@@ -52,7 +52,7 @@ def test_b7_an_input_of_another_tokenizer_is_refused(tiny_llama_dir, tmp_path, m
     def never(*args, **options):
         raise AssertionError("the model was loaded before its tokenizer was compared")
 
-    monkeypatch.setattr("perplexit.evaluation.load_session", never)
+    monkeypatch.setattr("perplexit.sessions.registry.load_session", never)
     with pytest.raises(FingerprintMismatchError) as raised:
         px.evaluate(f"hf:{tiny_llama_dir}", tokens)
     for part in ("another vocabulary", "document 0: id", "--tokenizer", "--other-tokenizer"):

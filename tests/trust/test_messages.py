@@ -76,7 +76,7 @@ def nothing_may_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded before the error was stated")
 
-    monkeypatch.setattr("perplexit.evaluation.load_session", fail)
+    monkeypatch.setattr("perplexit.sessions.registry.load_session", fail)
 
 
 @pytest.mark.parametrize(
@@ -150,17 +150,21 @@ def test_f_sibling_a_wrong_reference_is_refused_before_a_model_is_loaded(
             px.evaluate(tiny_llama_dir, tokens, **options)
 
 
-@pytest.mark.parametrize("content", ["The committee met on Tuesday.\n" * 9, "short", ""])
-def test_f_a_text_in_place_of_a_token_file_is_told_how_to_be_prepared(
-    content: str, tmp_path: Path
+@pytest.mark.parametrize("content", ["The committee met on Tuesday.\n" * 9, "short text", ""])
+def test_f_a_text_in_place_of_a_token_file_is_scored(
+    content: str, tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
     path = tmp_path / "my.txt"
     path.write_text(content)
-    done = command("eval", "MODEL", path)
-    assert done.returncode == 1
+    done = command("eval", tiny_llama_dir, path, "--run", tmp_path / "run")
     if content:
-        assert f"perplexit prepare {path} --tokenizer MODEL -o my.safetensors" in done.stderr
-    assert not re.search(r"\d{12}", done.stderr.replace(str(path), ""))
+        assert done.returncode == 0, done.stderr
+        assert px.Run.open(tmp_path / "run").num_bytes <= len(content)
+    else:
+        assert done.returncode != 0
+        assert "empty" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not re.search(r"\d{12}", done.stderr.replace(str(path), ""))
 
 
 def test_f_igf_names_the_option_for_short_articles() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -239,7 +240,8 @@ def test_running_out_of_memory_is_an_error_that_the_caller_can_halve_on(tiny_lla
     def exhausted(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
-    session._forward = SimpleNamespace(rows=exhausted, takes_mask=True, alone=False)
+    forward = SimpleNamespace(rows=exhausted, head=None, takes_mask=True, alone=False)
+    session._windows = replace(session._windows, forward=forward)
     with pytest.raises(EngineOutOfMemoryError, match="3 windows of up to 9 ids") as caught:
         session.token_nll([random_window(i, 9, VOCAB_SIZE) for i in range(3)])
     assert caught.value.__context__ is None  # the failed batch's tensors are free already
@@ -251,7 +253,8 @@ def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(tiny_llama_dir)
     def broken(*args, **kwargs):
         raise RuntimeError("a real bug")
 
-    session._forward = SimpleNamespace(rows=broken, takes_mask=True, alone=False)
+    forward = SimpleNamespace(rows=broken, head=None, takes_mask=True, alone=False)
+    session._windows = replace(session._windows, forward=forward)
     with pytest.raises(RuntimeError, match="a real bug"):
         session.token_nll([random_window(0, 9, VOCAB_SIZE)])
 

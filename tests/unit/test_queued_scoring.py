@@ -8,9 +8,10 @@ import pytest
 
 import perplexit as px
 from perplexit.errors import EngineOutOfMemoryError
+from perplexit.evaluation.batch_plan import plan_batches
+from perplexit.evaluation.scorer import Scorer
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
-from perplexit.scoring import Scorer, plan_batches
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.token_columns import TokenDetails
 from tests.toy_sessions import BigramSession

@@ -4,13 +4,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
+from perplexit.sessions.options import EngineOptions
 
 EXAMPLES = examples(
     "perplexit doctor smollm2/",
@@ -20,6 +22,7 @@ EXAMPLES = examples(
 )
 
 
+@takes_options(EngineOptions)
 def doctor(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model address, as in eval.")],
     tokens: Annotated[
@@ -44,20 +47,8 @@ def doctor(
             help="Ids of the longest window to try \\[default: INPUT's, or 1024].",
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="D", help="float32, bfloat16 or float16 \\[default: fp32]."),
-    ] = None,
-    quantization: Annotated[
-        str | None, typer.Option(metavar="Q", help="A weight quantization of the engine.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, … \\[default: the engine's].")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads \\[default: every core].")
-    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    **options: Unpack[EngineOptions],
 ) -> None:
     """Check a model on its engine before anyone trusts a number of it.
 
@@ -70,11 +61,8 @@ def doctor(
             tokens,
             tokenizer=tokenizer,
             max_length=max_length,
-            dtype=dtype,
-            quantization=quantization,
-            device=device,
-            threads=threads,
             progress=progress,
+            **options,
         )
     tell(str(diagnosis))
     if json:

@@ -4,17 +4,18 @@ import shlex
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Unpack
 
 import typer
 
 import perplexit as px
 from perplexit.cli.command_group import continued_by, examples
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
 from perplexit.cli.progress import scoring_progress
 from perplexit.cli.record_tables import run_table
 from perplexit.errors import UsageError
-from perplexit.quantization.precisions import precisions_by_engine
+from perplexit.sessions.options import ScoringOptions
 
 EXAMPLES = examples(
     "perplexit eval smollm2/ speech.safetensors --run runs/fp32",
@@ -35,20 +36,7 @@ class OnNonFinite(StrEnum):
     COUNT = "count"
 
 
-class Mode(StrEnum):
-    """How windows go through the model."""
-
-    FULL = "full"
-    CACHED = "cached"
-
-
-class ReferenceDtype(StrEnum):
-    """How hidden states are stored."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-
-
+@takes_options(ScoringOptions)
 def evaluate(
     model: Annotated[
         str,
@@ -69,80 +57,10 @@ def evaluate(
             "\\[default: a new one under runs/]",
         ),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. \\[default: float32]")
-    ] = None,
-    quantization: Annotated[
-        str | None, typer.Option(help=f"The weights' precision. {precisions_by_engine()}.")
-    ] = None,
     batch_size: Annotated[
         str,
         typer.Option(metavar="auto|N", help="Windows in one forward pass."),
     ] = "auto",
-    mode: Annotated[
-        Mode,
-        typer.Option(help="Whole windows, or prefill and decode against a key/value cache."),
-    ] = Mode.FULL,
-    prompt_len: Annotated[
-        int | None,
-        typer.Option(min=1, help="Ids of the prefill, with --mode cached. \\[default: 1]"),
-    ] = None,
-    decode_chunk: Annotated[
-        int | None,
-        typer.Option(min=1, help="Ids a decode call, with --mode cached. \\[default: 1]"),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="PyTorch: cpu, cuda, cuda:N, mps, or auto (layers spread over all there is). ONNX "
-            "Runtime: an execution provider. Others: what the program or library was built for. "
-            "\\[default: of PyTorch cuda where there is one, else cpu]"
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. \\[default: the engine's own]")
-    ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A PEFT adapter (LoRA and its like) on the model."),
-    ] = None,
-    merge_adapter: Annotated[
-        bool,
-        typer.Option("--merge-adapter", help="Add the adapter into the weights before scoring."),
-    ] = False,
-    attention: Annotated[
-        str | None,
-        typer.Option(help=r"PyTorch: sdpa, eager or flash_attention_2. \[default: sdpa]"),
-    ] = None,
-    head: Annotated[
-        str | None,
-        typer.Option(
-            help="PyTorch: how hidden states become losses: chunked; compiled (torch.compile); on "
-            r"CUDA also liger and cce, which give the loss alone. \[default: chunked]"
-        ),
-    ] = None,
-    compile_mode: Annotated[
-        str | None,
-        typer.Option(
-            "--compile",
-            metavar="default|reduce-overhead",
-            help="PyTorch: compile the layers; reduce-overhead replays CUDA graphs.",
-        ),
-    ] = None,
-    device_map: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="PyTorch: a JSON object of modules and their devices (cuda:0, cpu, disk). "
-            "--device auto makes one.",
-        ),
-    ] = None,
-    tensor_parallel: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=2, help="PyTorch: split every layer over N processes, one a GPU."
-        ),
-    ] = None,
     top_k: Annotated[
         int, typer.Option(min=0, help="Keep the K most likely tokens of every position.")
     ] = 0,
@@ -158,9 +76,6 @@ def evaluate(
             help="Keep the final hidden states, so that candidates can be held against this run.",
         ),
     ] = False,
-    reference_dtype: Annotated[
-        ReferenceDtype, typer.Option(help="How the hidden states are stored.")
-    ] = ReferenceDtype.FLOAT32,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -187,6 +102,7 @@ def evaluate(
     json: Annotated[
         bool, typer.Option("--json", help="Print the run's record as JSON on stdout.")
     ] = False,
+    **options: Unpack[ScoringOptions],
 ) -> None:
     """Score a token file with a model: perplexity with its interval, losses, memory and time.
 
@@ -207,30 +123,16 @@ def evaluate(
             model,
             tokens,
             run=folder,
-            dtype=dtype,
-            quantization=quantization,
-            device=device,
-            threads=threads,
-            adapter=adapter,
-            merge_adapter=merge_adapter,
-            attention=attention,
-            head=head,
-            compile_mode=compile_mode,
-            device_map=device_map,
-            tensor_parallel=tensor_parallel,
             batch_size=_batch_size(batch_size),
-            mode=mode.value,
-            prompt_len=prompt_len,
-            decode_chunk=decode_chunk,
             top_k=top_k,
             confidence=confidence,
             on_non_finite=on_non_finite.value,
             save_reference=save_reference,
-            reference_dtype=reference_dtype.value,
             reference=reference,
             measure_noise_floor=measure_noise_floor,
             other_tokenizer=other_tokenizer,
             progress=progress,
+            **options,
         )
     people().print(run_table(result.to_json()))
     tell(f"The run is in {folder}")

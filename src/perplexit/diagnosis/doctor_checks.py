@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Unpack
 
 from perplexit.diagnosis import (
     doctor_decode,
@@ -16,11 +17,12 @@ from perplexit.diagnosis import (
 from perplexit.diagnosis.doctor_findings import Diagnosis, Finding, skipped
 from perplexit.diagnosis.doctor_probe import ExaminedModel, make_probe
 from perplexit.errors import PerplexitError, UsageError
+from perplexit.evaluation.input_fit import own_tokenizer
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.sessions.base import InferenceSession
-from perplexit.sessions.registry import load_session
-from perplexit.tokenizer_check import own_tokenizer
+from perplexit.sessions.options import EngineOptions
+from perplexit.sessions.registry import opened_session
 
 Progress = Callable[[str, int, int], None]  # a check's name, its number, how many there are
 
@@ -63,17 +65,13 @@ def doctor(
     tokens: TokenFile | str | Path | None = None,
     *,
     tokenizer: str | Path | object | None = None,
-    dtype: str | None = None,
-    quantization: str | None = None,
-    device: str | None = None,
-    threads: int | None = None,
     max_length: int | None = None,
     progress: Progress | None = None,
+    **options: Unpack[EngineOptions],
 ) -> Diagnosis:
     """What is sound and what is not about a model on its engine, check by check.
 
-    model:  an open session, or an address that is loaded with `dtype`, `quantization`, `device`
-        and `threads`, and closed afterwards.
+    model:  an open session, or an address that is loaded with `options` and closed afterwards.
     tokens: the input that figures will be taken over; its windows are then what is examined.
         Without it the doctor makes a probe from a packaged text with the model's own tokenizer.
     tokenizer: the model's own, where it does not come with the model.
@@ -87,18 +85,7 @@ def doctor(
     if max_length is not None and max_length < 2:
         raise UsageError(f"max_length must be at least 2, got {max_length}")
     with ExitStack() as stack:
-        if isinstance(model, str | Path):
-            session = load_session(
-                model, dtype=dtype, quantization=quantization, device=device, threads=threads
-            )
-            stack.callback(session.close)
-        elif (dtype, quantization, device, threads) != (None, None, None, None):
-            raise UsageError(
-                "dtype, quantization, device and threads are settings of a session that is being "
-                "loaded, but an open session was given; set them in load_session"
-            )
-        else:
-            session = model
+        session = stack.enter_context(opened_session(model, **options))
         token_file = (
             tokens if isinstance(tokens, TokenFile) or tokens is None else TokenFile.open(tokens)
         )
@@ -108,7 +95,9 @@ def doctor(
             else own_tokenizer(session.model.address)
         )
         probe = make_probe(session, own, token_file, max_length)
-        examined = ExaminedModel(session, own, token_file, probe, dtype, quantization)
+        examined = ExaminedModel(
+            session, own, token_file, probe, options.get("dtype"), options.get("quantization")
+        )
         return Diagnosis(
             model=asdict(session.model),
             session=asdict(session.description),

@@ -1,8 +1,8 @@
 """The doctor's checks of vocabulary, window length and precision."""
 
-from perplexit.conditions import UNKNOWN_VOCABULARY
 from perplexit.diagnosis.doctor_findings import Finding, skipped
 from perplexit.diagnosis.doctor_probe import ExaminedModel
+from perplexit.evaluation.input_fit import UNKNOWN_VOCABULARY
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.conditions import UNKNOWN_VOCABULARY
 from perplexit.diagnosis.doctor_findings import Finding, judged, skipped
 from perplexit.diagnosis.doctor_probe import ExaminedModel
+from perplexit.evaluation.input_fit import UNKNOWN_VOCABULARY
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import LogitsSession
 

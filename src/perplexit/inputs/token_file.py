@@ -35,6 +35,7 @@ from perplexit.untrusted_json import parse_json
 
 FORMAT = "perplexit-token-file"
 FORMAT_VERSION = "1"
+_LONGEST_PATH = 4096  # characters; what is longer is a text
 LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
     "token_ids": ("I32", ()),
     "document_starts": ("I64", ()),
@@ -57,6 +58,22 @@ def input_fingerprint(metadata: dict[str, str]) -> str:
 def tensor_identity(dtype: str, shape: tuple[int, ...], sha256: str) -> str:
     """What the metadata says of one tensor: dtype, shape and content."""
     return f"{dtype}{list(shape)}:{sha256}"
+
+
+def is_token_file(path: str | Path) -> bool:
+    """Whether a path is meant as a token file: by its suffix, or by how the file begins."""
+    if "\n" in str(path) or len(str(path)) > _LONGEST_PATH:
+        return False
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        size = path.stat().st_size
+    except (OSError, ValueError):
+        return False
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
 
 
 class TokenFile:

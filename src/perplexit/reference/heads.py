@@ -195,18 +195,15 @@ def _loaded_again(run: Run) -> Iterator[Head]:
             "that was saved without; evaluate it again with save_reference=True"
         )
     quantization, adapter = run.session.get("quantization"), run.model.get("adapter")
-    session = load_session(
+    with load_session(
         address,
         dtype=run.session.get("dtype"),
         device=run.session.get("device"),
         quantization=quantization and quantization["name"],
         adapter=adapter and adapter["path"],
         merge_adapter=bool(adapter and adapter["merged"]),
-    )
-    try:
+    ) as session:
         yield _checked(session, run)
-    finally:
-        session.close()
 
 
 def _checked(session: InferenceSession, run: Run) -> HiddenStateSession:

@@ -25,12 +25,12 @@ from perplexit.sessions.base import (
     LogitsSession,
 )
 from perplexit.sessions.loss_file import described_base_file
-from perplexit.sessions.registry import load_session
+from perplexit.sessions.registry import opened_session
 from perplexit.token_columns import TokenDetails
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedReference:
     """How to score with a reference, and what the run records of it."""
 
     details: Callable[..., list[TokenDetails]]
@@ -94,7 +94,7 @@ def reference_scoring(
     reference: Reference | None,
     save_in: Path | Literal["memory"] | None,
     dtype: StatesDtype,
-) -> Iterator[Opened]:
+) -> Iterator[OpenedReference]:
     """Yield scoring that saves hidden states, or that holds a candidate against a reference.
 
     reference: as `requested_reference` gives it.
@@ -114,15 +114,13 @@ def reference_scoring(
         with proven_head(reference, states) as head:
             scoring = ReferenceScoring(session, StoredLogits(states, head))
             described = _described("stored states", reference.model, reference.session)
-            yield Opened(scoring.details, reference=described, measured=reference)
-    elif isinstance(reference, str):
-        with _loaded(reference) as live:
-            yield _live(session, live)
+            yield OpenedReference(scoring.details, reference=described, measured=reference)
     elif reference is not None:
-        yield _live(session, reference)
+        with opened_session(reference) as live:
+            yield _live(session, live)
 
 
-def _saving(session: InferenceSession, save_in: Path | str, dtype: StatesDtype) -> Opened:
+def _saving(session: InferenceSession, save_in: Path | str, dtype: StatesDtype) -> OpenedReference:
     scratch = None
     if save_in == "memory":
         scratch = TemporaryFolder("reference")
@@ -138,19 +136,10 @@ def _saving(session: InferenceSession, save_in: Path | str, dtype: StatesDtype) 
             else "kept with the states"
         ),
     }
-    return Opened(scoring.details, saved=saved, scratch=scratch, saving=(scoring, writer))
+    return OpenedReference(scoring.details, saved=saved, scratch=scratch, saving=(scoring, writer))
 
 
-@contextmanager
-def _loaded(address: str, **settings: Any) -> Iterator[InferenceSession]:
-    session = load_session(address, **settings)
-    try:
-        yield session
-    finally:
-        session.close()
-
-
-def _base_file(session: InferenceSession, file: KlBaseFile) -> Opened:
+def _base_file(session: InferenceSession, file: KlBaseFile) -> OpenedReference:
     scoring = ReferenceScoring(session, KlBaseReference(file))
     mean, largest = floor_of_file(file)
     record = {
@@ -163,16 +152,16 @@ def _base_file(session: InferenceSession, file: KlBaseFile) -> Opened:
         "self_kl_max": largest,
     }
     measured = [asdict(part) for part in described_base_file(file)]
-    return Opened(scoring.details, reference=record, measured=(measured[0], measured[1]))
+    return OpenedReference(scoring.details, reference=record, measured=(measured[0], measured[1]))
 
 
-def _alternatives(session: InferenceSession, run: Run) -> Opened:
+def _alternatives(session: InferenceSession, run: Run) -> OpenedReference:
     """A reference that recorded its most likely tokens: KL becomes a pair of bounds."""
     reference = TopKReference(run)
     scoring = ReferenceScoring(session, reference)
     kind = f"top {reference.num_alternatives} and a tail"
     described = _described(kind, run.model, run.session)
-    return Opened(scoring.details, reference=described, measured=run)
+    return OpenedReference(scoring.details, reference=described, measured=run)
 
 
 def _states_of(run: Run) -> ReferenceStates:
@@ -183,7 +172,7 @@ def _states_of(run: Run) -> ReferenceStates:
     return ReferenceStates(folder)
 
 
-def _live(session: InferenceSession, reference: InferenceSession) -> Opened:
+def _live(session: InferenceSession, reference: InferenceSession) -> OpenedReference:
     if not isinstance(reference, LogitsSession):
         raise CapabilityError(
             f"expected a reference that gives whole distributions, but {reference.model.address} "
@@ -192,7 +181,7 @@ def _live(session: InferenceSession, reference: InferenceSession) -> Opened:
         )
     scoring = ReferenceScoring(session, LiveLogits(reference))
     model, described = asdict(reference.model), asdict(reference.description)
-    return Opened(
+    return OpenedReference(
         scoring.details,
         reference=_described("in step", model, described),
         measured=(model, described),

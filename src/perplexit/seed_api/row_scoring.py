@@ -3,12 +3,9 @@
 Shape suffix: N = targets of a row.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
+from contextlib import AbstractContextManager
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,42 +15,12 @@ from perplexit.errors import EngineOutOfMemoryError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.metrics.totals import require_finite
 from perplexit.sessions.base import InferenceSession
-from perplexit.sessions.registry import load_session
+from perplexit.sessions.registry import opened_session
 
 
-@contextmanager
-def session_of(given: Any, *, device: Any = None) -> Iterator[InferenceSession]:
-    """The session that is meant by a session, a model's address or a `torch.nn.Module`.
-
-    Raises UsageError for anything else. Only a session that was opened here is closed.
-    """
-    if isinstance(given, str | Path):
-        session = load_session(str(given), device=None if device is None else str(device))
-        try:
-            yield session
-        finally:
-            session.close()
-    elif isinstance(given, InferenceSession):
-        yield given
-    elif _is_module(given):
-        pytorch = import_module("perplexit.sessions.pytorch")  # torch is loaded already
-        session = pytorch.PytorchInferenceSession(
-            given, device=None if device is None else str(device)
-        )
-        try:
-            yield session
-        finally:
-            session.close()
-    else:
-        raise UsageError(
-            "expected an inference session, a model's address or a torch.nn.Module, got "
-            f"{type(given).__name__}: make one with perplexit.load_session('hf:FOLDER')"
-        )
-
-
-def _is_module(given: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(given, torch.nn.Module)
+def session_of(given: Any, *, device: Any = None) -> AbstractContextManager[InferenceSession]:
+    """Return the session of a session, an address or a module; see `opened_session`."""
+    return opened_session(given, device=None if device is None else str(device))
 
 
 def regrouped(batches: Iterable[Sequence[WindowIds]], size: int) -> Iterator[list[WindowIds]]:

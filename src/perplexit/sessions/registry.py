@@ -6,8 +6,9 @@ This is the one lazy door through which an engine's packages come in. A new engi
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -114,17 +115,26 @@ def load_session(address: str | Path, **options: Unpack[EngineOptions]) -> OpenS
 
 
 @contextmanager
-def opened_session(
-    model: InferenceSession | str | Path, **options: Unpack[EngineOptions]
-) -> Iterator[InferenceSession]:
-    """Yield the session on a model: the one that is given, or one that is loaded and then closed.
+def opened_session(model: Any, **options: Unpack[EngineOptions]) -> Iterator[InferenceSession]:
+    """Yield the session on a model, and close it if it was opened here.
 
-    Raises UsageError for options with a session that is open already, and what loading raises.
+    model: an open session, which is yielded as it is; an address; or a `torch.nn.Module`.
+    Raises UsageError for another object, and for options of a session that is open already; and
+    what loading raises.
     """
     if isinstance(model, str | Path):
-        with closing(load_session(model, **options)) as session:
+        with load_session(model, **options) as session:
             yield session
         return
+    if _is_module(model):
+        with _session_class("hf")(model, **options) as session:
+            yield session
+        return
+    if not isinstance(model, InferenceSession):
+        raise UsageError(
+            "expected an inference session, a model's address or a torch.nn.Module, got "
+            f"{type(model).__name__}: make one with perplexit.load_session('hf:FOLDER')"
+        )
     given = given_options(EngineOptions, options)
     if given:
         raise UsageError(
@@ -132,6 +142,11 @@ def opened_session(
             "session was given; give them to load_session"
         )
     yield model
+
+
+def _is_module(given: object) -> bool:
+    torch = sys.modules.get("torch")  # whoever has a module has loaded torch
+    return torch is not None and isinstance(given, torch.nn.Module)
 
 
 def split_address(address: str | Path) -> tuple[str, str]:

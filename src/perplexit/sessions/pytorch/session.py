@@ -148,7 +148,9 @@ class PytorchInferenceSession(ClosedByWith):
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """The nll with entropy, rank and alternatives; see DetailedSession."""
-        return self.queue_details(windows, top_k=top_k)()
+        self._check(windows)
+        launched = self._within_memory(windows, self._windows.launch, windows, True, top_k)
+        return self._within_memory(windows, launched.collect)
 
     @property
     def queues(self) -> bool:

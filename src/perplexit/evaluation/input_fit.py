@@ -1,16 +1,20 @@
-"""Whether an input was prepared with the tokenizer that comes with a model."""
+"""Whether an input fits a model: its vocabulary, its window lengths, its tokenizer."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from perplexit.errors import FingerprintMismatchError, PerplexitError
+from perplexit.errors import FingerprintMismatchError, PerplexitError, VocabularyError
 from perplexit.inputs.retokenizing import match_tokenizer
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import Tokenizer
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
+from perplexit.runs.identity import depends_on_batch
+from perplexit.sessions.base import InferenceSession
 
+UNKNOWN_VOCABULARY = 2**31 - 1  # of a session that takes any id
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -68,3 +72,42 @@ def check_tokenizer(
         f"--tokenizer {address.partition(':')[2]}; if you know that these are the model's own ids, "
         "go on with --other-tokenizer, which the run records"
     )
+
+
+def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
+    """Warnings about an input that the model can take but was not made for.
+
+    Raises VocabularyError where the input holds ids that the model has no row for.
+    """
+    vocab_size = session.model.vocab_size
+    prefix_id = int(tokens.windows.prefix_id.max(initial=-1))
+    largest_id = max(int(tokens.token_ids.max(initial=-1)), prefix_id)
+    if largest_id >= vocab_size:
+        raise VocabularyError(
+            f"expected token ids below the model's vocabulary of {vocab_size}, got "
+            f"{largest_id} in the input; prepare the input with this model's own "
+            f"tokenizer ({session.model.address})"
+        )
+    warnings = []
+    longest = int(tokens.fed_lengths().max(initial=0))
+    limit = session.model.max_length
+    if limit is not None and longest > limit:
+        warnings.append(
+            f"windows of up to {longest} ids, but the model was made for {limit}: losses beyond "
+            f"that position tell about extrapolation; prepare with --max-length {limit}"
+        )
+    known = vocab_size < UNKNOWN_VOCABULARY
+    if known and tokens.vocab_size and tokens.vocab_size < vocab_size:
+        warnings.append(
+            f"the model has {vocab_size} vocabulary rows and the tokenizer {tokens.vocab_size}: "
+            "the rows without a token keep their share of the probability"
+        )
+    described = asdict(session.description)
+    if depends_on_batch(described):
+        rounding = described["settings"]["weights"].get("activations", "over the whole batch")
+        warnings.append(
+            f"activations are rounded while the model runs ({rounding}): losses "
+            "depend a little on what stands beside a window in its batch; compare runs of one "
+            "batch size"
+        )
+    return warnings

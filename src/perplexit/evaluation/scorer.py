@@ -6,12 +6,14 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError
+from perplexit.evaluation.batch_plan import BatchPlan, longest_first
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
 from perplexit.runs.scored_batch import ScoredBatch
@@ -23,74 +25,6 @@ from perplexit.sessions.base import (
 )
 from perplexit.sessions.on_device import QueueingSession
 from perplexit.token_columns import TokenDetails
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimit:
-    """How large batches are from place `start` on; one window is always allowed.
-
-    max_windows: windows a batch; max_ids: ids fed forward a batch, padding included.
-    """
-
-    start: int
-    max_windows: int
-    max_ids: int | None = None
-
-    def halved(self, start: int, num_windows: int) -> "BatchLimit":
-        """The limit after a batch of `num_windows` at `start` did not fit."""
-        return BatchLimit(start, max(1, num_windows // 2), self.max_ids and self.max_ids // 2)
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Which windows go together: frozen at the start of a run, so that a resumed run repeats it.
-
-    A batch's composition can change the last bits of its results; the same plan on the same
-    machine gives the same bits. `limits` grows only when an engine runs out of memory.
-    """
-
-    limits: tuple[BatchLimit, ...]
-    order: str = "longest-first"
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as `run.json` holds it."""
-        return {
-            "order": self.order,
-            "limits": [
-                {"start": x.start, "max_windows": x.max_windows, "max_ids": x.max_ids}
-                for x in self.limits
-            ],
-        }
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "BatchPlan":
-        """The plan that `to_json` described."""
-        return cls(tuple(BatchLimit(**limit) for limit in record["limits"]), record["order"])
-
-    def batch_stop(self, start: int, lengths: NDArray[np.int64]) -> int:
-        """Where the batch that begins at place `start` ends. `lengths` are in plan order."""
-        limit = [x for x in self.limits if x.start <= start][-1]
-        next_change = min((x.start for x in self.limits if x.start > start), default=len(lengths))
-        size = limit.max_windows
-        if limit.max_ids is not None:  # longest first: the first window sets the padded length
-            size = min(size, max(1, limit.max_ids // max(1, int(lengths[start]))))
-        return min(start + size, next_change, len(lengths))
-
-
-def plan_batches(
-    session: InferenceSession, tokens: TokenFile, batch_size: int | None = None
-) -> BatchPlan:
-    """The plan for a new run: `batch_size` windows a batch, or what the session's memory allows."""
-    if batch_size is not None:
-        return BatchPlan((BatchLimit(0, batch_size),))
-    longest = int(tokens.fed_lengths().max(initial=1))
-    size = max(1, session.max_batch_size(longest))
-    return BatchPlan((BatchLimit(0, max_windows=4096, max_ids=size * longest),))
-
-
-def longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows of the window table, longest window first, ties in table order."""
-    return np.argsort(-lengths, kind="stable")
 
 
 class ScoreWindows(Protocol):
@@ -146,6 +80,7 @@ class Scorer:
                 f"{self.session.model.address} gives the loss of each target alone; "
                 "leave --top-k out, or compile with --no-perplexity"
             )
+        self._score_windows = self.details or details_from(self.session, top_k=self.top_k)
         lengths = self.tokens.fed_lengths()
         self.order = longest_first(lengths)
         self.lengths = lengths[self.order]
@@ -211,10 +146,7 @@ class Scorer:
         rows = self.order[start:stop]
         windows = [self.tokens.window_ids(int(row)) for row in rows]
         began = time.perf_counter()
-        if self.details is not None:
-            details = self.details(windows, top_k=self.top_k)
-        else:
-            details = details_of(self.session, windows, top_k=self.top_k)
+        details = self._score_windows(windows, top_k=self.top_k)
         seconds, decode_seconds = time.perf_counter() - began, 0.0
         if isinstance(self.session, TimesPhases):
             measured = self.session.take_seconds()
@@ -250,12 +182,14 @@ class _Queued:
         return ScoredBatch.of(places, self.windows, details, seconds)
 
 
-def details_of(
-    session: InferenceSession, windows: Sequence[WindowIds], *, top_k: int = 0
-) -> list[TokenDetails]:
-    """Everything the session can tell of each target: details where it can, else nll alone."""
+def details_from(session: InferenceSession, *, top_k: int) -> ScoreWindows:
+    """Return what gives most of a session's windows: details where it can, else the nll alone."""
     if isinstance(session, DetailedSession):
-        return session.token_details(windows, top_k=top_k)
+        return session.token_details
     if top_k and isinstance(session, AlternativesSession):
-        return session.token_alternatives(windows, top_k=top_k)
-    return [TokenDetails({"nll": nll_N}) for nll_N in session.token_nll(windows)]
+        return partial(session.token_alternatives, top_k=top_k)
+
+    def nll_alone(windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
+        return [TokenDetails({"nll": nll_N}) for nll_N in session.token_nll(windows)]
+
+    return nll_alone

@@ -2,24 +2,27 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from perplexit import __version__
-from perplexit.conditions import check_fits
 from perplexit.errors import NonFiniteError
+from perplexit.evaluation.batch_plan import BatchPlan, plan_batches
+from perplexit.evaluation.input_fit import check_fits
+from perplexit.evaluation.noise_floor import noise_floor_of
+from perplexit.evaluation.request import Request
+from perplexit.evaluation.resuming import check_same_conditions
+from perplexit.evaluation.scorer import ProgressUpdate, Scorer
+from perplexit.evaluation.window_order import WindowResults
 from perplexit.inputs.token_file import TokenFile
-from perplexit.noise_floor import noise_floor_of
 from perplexit.resources.host_memory import HostMemory
-from perplexit.results import WindowResults
 from perplexit.runs.figures import figures_of
 from perplexit.runs.run import SCHEMA_VERSION, Run
 from perplexit.runs.scored_batch import ScoredBatch
 from perplexit.runs.store import RunStore
-from perplexit.scoring import BatchPlan, ProgressUpdate, Scorer, plan_batches
 from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory
 from perplexit.sessions.on_device import MeasuresWorkingMemory
 
@@ -29,21 +32,52 @@ Progress = Callable[[ProgressUpdate], None]
 
 
 @dataclass
-class Recording:
-    """One evaluation under way: session, input and folder, and what is being filled."""
+class RunInProgress:
+    """One evaluation under way: session, input and folder, and the results so far.
+
+    began: `time.perf_counter()` when the evaluation began, before its model was loaded.
+    with_reference: a `reference.opening.OpenedReference`, where one is saved or compared with.
+    """
 
     session: InferenceSession
     tokens: TokenFile
     store: RunStore | None
+    request: Request
     memory: HostMemory
     progress: Progress | None
-    tokenizer_check: Mapping[str, Any] | None = None  # see Run
-    with_reference: Any = None  # a reference.opening.Opened, where divergences are asked for
+    tokenizer_check: Mapping[str, Any] | None  # see Run
+    began: float
+    with_reference: Any = None
+    load_seconds: float = field(init=False)
+    results: WindowResults = field(init=False)
+    resumed: "_Resumed" = field(init=False)
 
-    def new_run(
-        self, *, top_k: int, confidence: float, on_non_finite: str, batch_size: int | str
-    ) -> Run:
-        """The record of a run under these conditions that has scored nothing yet."""
+    def __post_init__(self) -> None:
+        self.load_seconds = time.perf_counter() - self.began
+
+    def begun(self, recorded: Run | None) -> Run:
+        """Return the record to be filled, or the recorded run where it is complete and whole.
+
+        recorded: what the run's folder holds; the new run goes on with its batches.
+        Raises ResumeError where it was made under other conditions.
+        """
+        wanted = self._new_run()
+        if recorded is None or self.store is None:
+            return wanted
+        wanted = replace(wanted, created=recorded.created, batch_plan=recorded.batch_plan)
+        wanted = self.identified(wanted)
+        check_same_conditions(recorded, wanted, self.request.batch_size)
+        lost = self.lost_of(recorded)
+        if recorded.status == "complete" and lost is None:
+            self.store.remove_parts()  # a kill may have come between the record and this
+            return recorded
+        if lost is not None:
+            again = f"the run was complete, but {lost}: it was scored again"
+            wanted = replace(wanted, warnings=[*wanted.warnings, again])
+        return wanted
+
+    def _new_run(self) -> Run:
+        request = self.request
         warnings = check_fits(self.session, self.tokens)
         if self.tokenizer_check is not None and not self.tokenizer_check["same"]:
             warnings.append(
@@ -52,15 +86,14 @@ class Recording:
             )
         description = asdict(self.session.description)
         threads = description.pop("threads")
-        plan = plan_batches(
-            self.session, self.tokens, None if batch_size == "auto" else int(batch_size)
-        )
+        size = request.batch_size
+        plan = plan_batches(self.session, self.tokens, None if size == "auto" else size)
         run = Run(
             schema_version=SCHEMA_VERSION,
             perplexit_version=__version__,
             status="running",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            confidence=confidence,
+            confidence=request.confidence,
             input_path=str(self.tokens.path.resolve()),
             input_fingerprint=self.tokens.input_fingerprint,
             text_fingerprint=self.tokens.text_fingerprint,
@@ -73,9 +106,9 @@ class Recording:
             model=asdict(self.session.model),
             session=description,
             threads=threads,
-            top_k=top_k,
-            on_non_finite=on_non_finite,
-            batch_plan={"batch_size": batch_size, **plan.to_json()},
+            top_k=request.top_k,
+            on_non_finite=request.on_non_finite,
+            batch_plan={"batch_size": size, **plan.to_json()},
             warnings=warnings,
             saved_reference=self.with_reference and self.with_reference.saved,
         )
@@ -97,21 +130,46 @@ class Recording:
             lost = self.with_reference.lost_of(self.tokens)
         return lost
 
-    def complete(self, run: Run, *, began: float, load_seconds: float) -> Run:
-        """The run with everything scored and every figure filled in, stored if it has a folder."""
-        results = WindowResults(self.tokens)
+    def score_all(self, run: Run) -> Run:
+        """Score what is not done and commit it part by part.
+
+        Returns the run with its batch plan as it ended up: smaller where memory ran out.
+        """
+        self.results = results = WindowResults(self.tokens)
         if self.store is not None:
             for part in self.store.parts():
                 results.add(part)
             self.store.write_record(run)
-        resumed = _Resumed(results.num_windows_scored, results.num_tokens_done, results.seconds)
+        self.resumed = _Resumed.of(results)
+        details = self.with_reference and self.with_reference.details
+        plan = BatchPlan.from_json(run.batch_plan)
+        scorer = Scorer(self.session, self.tokens, plan, run.top_k, details)
+        pending = _PendingPart(self.store)
         try:
-            run = self._score_all(run, results, resumed)
+            for batch in scorer.batches(results.done[scorer.order]):
+                if scorer.plan != plan:  # memory ran out: a resumed run must repeat the halving
+                    pending.commit()
+                    plan = scorer.plan
+                    run = replace(run, batch_plan={**run.batch_plan, **plan.to_json()})
+                    if self.store is not None:
+                        self.store.write_record(run)
+                if run.on_non_finite == "error":
+                    self._check_finite(batch)
+                pending.add(batch)
+                results.add(batch)
+                if self.progress is not None:
+                    self.progress(_progress_of(results, self.tokens, self.resumed))
         except BaseException:
+            pending.commit()
             if self.store is not None:
-                last = self.store.record() or run
-                self.store.write_record(replace(last, status="interrupted"))
+                self.store.write_record(replace(run, status="interrupted"))
             raise
+        pending.commit()
+        return run
+
+    def completed(self, run: Run) -> Run:
+        """Return the scored run with every figure filled in, stored if it has a folder."""
+        results, resumed = self.results, self.resumed
         run = replace(
             self.identified(run),
             schema_version=SCHEMA_VERSION,
@@ -141,10 +199,10 @@ class Recording:
                 ),
             },
             seconds={
-                "load": load_seconds,
+                "load": self.load_seconds,
                 "prefill": results.seconds - results.decode_seconds,
                 "decode": results.decode_seconds,
-                "total": time.perf_counter() - began + resumed.seconds,
+                "total": time.perf_counter() - self.began + resumed.seconds,
             },
             tokens_per_second=results.num_tokens_done / max(results.seconds, 1e-9),
         )
@@ -162,35 +220,6 @@ class Recording:
         run = replace(run, noise_floor=floor.to_json())
         if self.store is not None:
             self.store.write_record(run)
-        return run
-
-    def _score_all(self, run: Run, results: WindowResults, resumed: "_Resumed") -> Run:
-        """Score what is not done, committing as it goes; the run with the plan as it ended up."""
-        scorer = Scorer(
-            self.session,
-            self.tokens,
-            BatchPlan.from_json(run.batch_plan),
-            run.top_k,
-            self.with_reference and self.with_reference.details,
-        )
-        pending = _PendingPart(self.store)
-        plan = scorer.plan
-        try:
-            for batch in scorer.batches(results.done[scorer.order]):
-                if scorer.plan != plan:  # memory ran out: a resumed run must repeat the halving
-                    pending.commit()
-                    plan = scorer.plan
-                    run = replace(run, batch_plan={**run.batch_plan, **plan.to_json()})
-                    if self.store is not None:
-                        self.store.write_record(run)
-                if run.on_non_finite == "error":
-                    self._check_finite(batch)
-                pending.add(batch)
-                results.add(batch)
-                if self.progress is not None:
-                    self.progress(_progress_of(results, self.tokens, resumed))
-        finally:
-            pending.commit()
         return run
 
     def _check_finite(self, batch: ScoredBatch) -> None:
@@ -226,6 +255,10 @@ class _Resumed:
     num_windows: int
     num_tokens: int
     seconds: float
+
+    @classmethod
+    def of(cls, results: WindowResults) -> "_Resumed":
+        return cls(results.num_windows_scored, results.num_tokens_done, results.seconds)
 
 
 class _PendingPart:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from perplexit.errors import EmptyScoreError
+from perplexit.evaluation.batch_plan import BatchPlan
 from perplexit.inputs.token_file import TokenFile
 from perplexit.metrics.intervals import clusters_for, mean_interval
 from perplexit.runs.run import Run
-from perplexit.scoring import BatchPlan
 from perplexit.sessions.base import InferenceSession
 
 MAX_WINDOWS = 32

@@ -1,0 +1,65 @@
+"""The command line's options of an engine, made of the library's own declarations."""
+
+import inspect
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from perplexit.sessions.options import EngineOptions, Option, declared
+
+Command = Callable[..., None]
+
+
+def takes_options(kind: type[EngineOptions]) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command the options of `kind` in place of its `**options`.
+
+    They stand where `**options` stands: behind the command's own parameters.
+    """
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = [_parameter(n, hint, option) for n, (hint, option) in declared(kind).items()]
+
+        names = declared(kind)
+
+        def called(**given: Any) -> None:
+            command(
+                **{
+                    n: str(x) if n in names and isinstance(x, StrEnum) else x
+                    for n, x in given.items()
+                }
+            )
+
+        called.__doc__, called.__name__ = command.__doc__, command.__name__
+        called.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        called.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
+        return called
+
+    return decorate
+
+
+def _parameter(name: str, hint: Any, option: Option) -> inspect.Parameter:
+    flags = [option.flag] if option.flag else []
+    if hint is bool:
+        flags = [f"--{name.replace('_', '-')}"]
+    typed = typer.Option(
+        *flags, help=option.help.replace("[", r"\["), metavar=option.metavar, min=option.lowest
+    )
+    kind = _shown_type(name, hint)
+    default = kind(option.default) if isinstance(kind, type(StrEnum)) else option.default
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typed]
+    )
+
+
+def _shown_type(name: str, hint: Any) -> Any:
+    """Return the one type of a hint that the command line reads."""
+    if get_origin(hint) is Literal:
+        return StrEnum(name, {str(value).upper(): value for value in get_args(hint)})
+    if Path in get_args(hint):
+        return Path | None
+    return hint
