@@ -101,12 +101,19 @@ class Scorer:
             if done[start:stop].all():
                 start = stop
                 continue
+            rows = self.order[start:stop]
+            windows = [self.tokens.window_ids(int(row)) for row in rows]
+            began = time.perf_counter()
             try:
-                batch = self._score(start, stop)
+                details = self._score_windows(windows, top_k=self.top_k)
             except EngineOutOfMemoryError as error:
                 self._halve(start, stop, error)
                 continue
-            yield batch
+            seconds, decode_seconds = time.perf_counter() - began, 0.0
+            if isinstance(session, TimesPhases):
+                measured = session.take_seconds()
+                seconds, decode_seconds = measured.prefill + measured.decode, measured.decode
+            yield ScoredBatch.of(range(start, stop), rows, details, seconds, decode_seconds)
             start = stop
 
     def _queued(self, session: QueueingSession, done: NDArray[np.bool_]) -> Iterator[ScoredBatch]:
@@ -141,17 +148,6 @@ class Scorer:
         windows = [self.tokens.window_ids(int(row)) for row in rows]
         began = time.perf_counter()
         return _Queued(start, stop, rows, session.queue_details(windows, top_k=self.top_k), began)
-
-    def _score(self, start: int, stop: int) -> ScoredBatch:
-        rows = self.order[start:stop]
-        windows = [self.tokens.window_ids(int(row)) for row in rows]
-        began = time.perf_counter()
-        details = self._score_windows(windows, top_k=self.top_k)
-        seconds, decode_seconds = time.perf_counter() - began, 0.0
-        if isinstance(self.session, TimesPhases):
-            measured = self.session.take_seconds()
-            seconds, decode_seconds = measured.prefill + measured.decode, measured.decode
-        return ScoredBatch.of(range(start, stop), rows, details, seconds, decode_seconds)
 
     def _halve(self, start: int, stop: int, error: EngineOutOfMemoryError) -> None:
         if stop - start == 1:
