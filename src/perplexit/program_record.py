@@ -130,14 +130,14 @@ class ProgramMetadata:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """The record as `program.json` holds it."""
+        """Return the record as `program.json` holds it."""
         return asdict(self)
 
     @classmethod
     def from_json(
         cls, record: Mapping[str, Any], *, place: str | Path = PROGRAM_FILE
     ) -> "ProgramMetadata":
-        """The record that `to_json` described.
+        """Return the record that `to_json` described.
 
         Raises ModelError for another format version, and for a field that is missing
         or of another type.
@@ -160,7 +160,7 @@ class ProgramMetadata:
 
     @classmethod
     def read(cls, folder: Path, *, engine: str = "ENGINE") -> "ProgramMetadata":
-        """The record of the program in `folder`, which the caller takes for one of `engine`.
+        """Return the record of the program in `folder`, which the caller takes for one of `engine`.
 
         Raises ModelError where there is none, or none that this version can read.
         """
@@ -189,7 +189,7 @@ class ProgramMetadata:
 
 
 def files_of(folder: Path) -> tuple[ProgramFile, ...]:
-    """Every file in `folder` but the record itself, with size and hash, sorted by name."""
+    """Return every file in `folder` but the record itself, with size and hash, sorted by name."""
     paths = sorted(path for path in folder.iterdir() if path.name != PROGRAM_FILE)
     return tuple(ProgramFile(p.name, p.stat().st_size, sha256_of_file(p)) for p in paths)
 

@@ -46,7 +46,7 @@ class Adapter:
 
 
 def find_adapter(folder: str | Path) -> Adapter:
-    """The adapter in `folder`, as PEFT's save_pretrained writes it.
+    """Read the adapter in `folder`, as PEFT's save_pretrained writes it.
 
     Raises ModelError where there is none, and CapabilityError for prompts that are learned: they
     add tokens of their own to every window, so the windows would no longer be the input's.
@@ -86,7 +86,7 @@ def _check_readable(weights: Path) -> None:
 
 
 def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Module:
-    """The model with the adapter beside its layers, or merged into their weights.
+    """Return the model with the adapter beside its layers, or merged into their weights.
 
     A merged model is held against the unmerged one first: merged into weights that are shared
     (LoRA on a tied embedding), an adapter also changes what it was not trained to change.
@@ -131,7 +131,7 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
 
 
 def adapted_fingerprint(base: str, adapter: Adapter) -> str:
-    """The identity of the base model's weights with the adapter on them, merged or not."""
+    """Return the identity of the base model's weights with the adapter on them, merged or not."""
     identity = {"base": base, "adapter": adapter.fingerprint}
     return hashlib.sha256(canonical_json(identity)).hexdigest()
 
@@ -143,7 +143,7 @@ def _fingerprint(config: dict[str, Any], weights: Path) -> str:
 
 
 def _check_complete(adapter: Adapter, model: nn.Module, expected: dict[str, Any]) -> None:
-    """PEFT leaves out what has no place and keeps fresh weights where some are missing."""
+    """Raise ModelError where PEFT dropped saved tensors or kept fresh weights for missing ones."""
     with opened_tensors(adapter.folder / _WEIGHTS, _TENSORS) as file:
         saved = set(file.keys())
     odd = sorted(saved ^ set(expected))

@@ -14,7 +14,7 @@ _SETTLED_SECONDS = 3.0
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal; a large file's is remembered.
+    """Return the SHA-256 of a file's content, in hexadecimal; a large file's is remembered.
 
     Remembered under its path, size, inode and times of change (the inode's time cannot be set by
     a program), and only once the file has rested, so that two changes within one tick of the file

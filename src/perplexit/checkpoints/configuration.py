@@ -51,7 +51,7 @@ _QUANTIZED = ("quantization_config", "compression_config")
 
 
 def checked_config(source: CheckpointSource) -> Any:
-    """The configuration object of a checkpoint, with nothing in it that chooses code to run.
+    """Return the configuration object of a checkpoint, with nothing in it that chooses code to run.
 
     Raises ModelError for an encoder-decoder and a field that the model's class does not read.
     """
@@ -101,7 +101,7 @@ def check_weights_are_plain(source: CheckpointSource) -> None:
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """The configuration and the ones inside it."""
+    """Yield the configuration and the ones inside it."""
     yield config
     for name in getattr(type(config), "sub_configs", None) or {}:
         part = getattr(config, name, None)
@@ -119,7 +119,7 @@ def _let_nothing_choose(config: Any) -> None:
 
 
 def _text_parts(config: Any, written: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Any]]:
-    """(what is written, the object) of the parts that text goes through."""
+    """Yield (the JSON, the configuration object) of the parts that process text."""
     text = config.get_text_config()
     if text is config:
         yield written, config
@@ -152,7 +152,7 @@ def _check_read(source: CheckpointSource, written: Mapping[str, Any], config: An
 
 
 def _mentioned(config: Any, name: str) -> bool:
-    """Whether a configuration class takes the field in some way of its own (older spellings)."""
+    """Return whether a configuration class reads the field in a way of its own (older names)."""
     home = getmodule(type(config))
     if name in _ROPE_NAMES or home is None:
         return False  # every class has a property of that name
@@ -160,7 +160,7 @@ def _mentioned(config: Any, name: str) -> bool:
 
 
 def _says(written: Mapping[str, Any], name: str) -> bool:
-    """Whether a field says anything beyond what a class without it does."""
+    """Return whether a field changes what a class without it does."""
     value = written.get(name)
     if value in (None, False, 0, {}, []) or (value == 1 and name.endswith(("factor", "pct"))):
         return False

@@ -73,7 +73,7 @@ _HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count
 
 
 def whole_config(path: Path) -> Any:
-    """The configuration of the GGUF file at `path`, with everything in it that the file says.
+    """Return the configuration of the GGUF file at `path`, with every key that the file has.
 
     Raises ModelError by the name of what transformers would lose.
     """
@@ -130,18 +130,18 @@ class _Told:
             )
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value of a key, which counts as read from now on."""
+        """Return the value of a key, which counts as read from now on."""
         self.left.discard(key)
         return self.keys.get(key, default)
 
     def values_of(self, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The content of a tensor, flat."""
+        """Return the content of a tensor, flat."""
         tensor = next(t for t in self._reader.tensors if t.name == f"{name}.weight")
         values = dequantize(tensor.data, tensor.tensor_type)
         return np.asarray(values, dtype=np.float64).reshape(-1)
 
     def any_tensor(self, *parts: str) -> bool:
-        """Whether a tensor's name ends with one of the parts."""
+        """Return whether a tensor's name ends with one of the parts."""
         return any(name.endswith(parts) for name in self.tensors)
 
     def check_nothing_left(self, config: Any) -> None:
@@ -179,7 +179,7 @@ class _Told:
 
 
 def _says_the_same(key: str, value: Any, config: Any) -> bool:
-    """Whether a key repeats what the model does without being told."""
+    """Return whether a key repeats what the model does anyway."""
     if key == "attention.scale":
         return math.isclose(value, _head_dim(config) ** -0.5, rel_tol=1e-5)
     if key == "feed_forward_length":
@@ -217,7 +217,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _set_heads(told: _Told, config: Any) -> None:
-    """Head size, and the part of it that is rotated."""
+    """Set the heads' size, and the part of it that is rotated."""
     if config.model_type.startswith("gemma4") or not hasattr(config, "num_attention_heads"):
         return
     # A list says other numbers of heads in other layers; transformers' reader knows which it takes.
@@ -286,7 +286,7 @@ def _set_rope(told: _Told, config: Any) -> None:
 
 
 def _set_by_architecture(told: _Told, config: Any) -> None:
-    """What llama.cpp knows of an architecture and the file only hints at."""
+    """Set what llama.cpp knows of an architecture and the file does not state."""
     biases: list[tuple[str, Callable[[], bool]]] = [
         ("attention_bias", lambda: told.any_tensor("attn_q.bias", "attn_qkv.bias")),
         ("mlp_bias", lambda: told.any_tensor("ffn_up.bias")),

@@ -40,7 +40,7 @@ def check_is_gguf(path: Path) -> None:
 
 
 def dequantized_folder(path: Path) -> Path:
-    """A folder with the weights of `path` in float32 and its tokenizer; made once, then kept.
+    """Return a folder with the float32 weights and the tokenizer of `path`, made once and kept.
 
     It lies in the cache under the file's fingerprint and the version of transformers, which does
     the dequantizing, and appears there whole or not at all.
@@ -126,7 +126,7 @@ def _check_complete(path: Path, model: PreTrainedModel, loading_info: Mapping[st
 
 
 def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that was not loaded from GGUF: only that one can be saved."""
+    """Return the weights in a model that was not loaded from GGUF: only that can be saved."""
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
     # On "meta" and assigned: the weights are never held twice.

@@ -26,7 +26,7 @@ def rope_parameters(
     head_dim: int,
     max_length: int,
 ) -> dict[str, Any]:
-    """Scaling as transformers spells it, {} where the file asks for none.
+    """Return the scaling as transformers writes it, {} where the file asks for none.
 
     told:     `rope.scaling.*` without that prefix, and the old `rope.scale_linear` as `factor`.
     divisors: the tensors rope_freqs, rope_factors_short and rope_factors_long that there are.
@@ -94,7 +94,7 @@ def _divided(
     length: int,
     max_length: int,
 ) -> dict[str, Any]:
-    """Frequencies divided one by one: as Llama 3's blend where it is one, else as a list."""
+    """Return frequencies divided one by one: as Llama 3's blend where it is one, else as a list."""
     if len(divisors) != len(frequencies):
         raise ModelError(
             f"rope_freqs.weight has {len(divisors)} entries for {len(frequencies)} frequencies"
@@ -118,7 +118,7 @@ def _divided(
 def llama3_divisors(
     frequencies: NDArray[np.float64], *, length: int, factor: float, low: float, high: float
 ) -> NDArray[np.float64]:
-    """What Llama 3 divides each frequency by: 1 up to `factor`, by its wavelength.
+    """Return what Llama 3 divides each frequency by: 1 up to `factor`, by its wavelength.
 
     Wavelengths below `length / high` keep their frequency, those above `length / low` have it
     divided by `factor`, with a linear blend between (transformers' type "llama3").
@@ -131,7 +131,7 @@ def llama3_divisors(
 def _llama3(
     divisors: NDArray[np.float64], frequencies: NDArray[np.float64], length: int
 ) -> dict[str, Any] | None:
-    """The parameters whose blend gives these divisors; None where none do.
+    """Return the parameters whose blend gives these divisors; None where none do.
 
     Only where the blend begins and ends shows in the divisors, so the trained length is given.
     """
@@ -162,7 +162,7 @@ def _llama3(
 def _ends_of_blend(
     kept: NDArray[np.float64], frequencies: NDArray[np.float64]
 ) -> Sequence[float] | None:
-    """(the frequency where the blend begins, where it ends): those that 0 and 1 are kept of."""
+    """Return the frequencies of which nothing and everything is kept: the blend's two ends."""
     between = np.flatnonzero((kept > _NEAR) & (kept < 1 - _NEAR))
     if len(between) > 1:
         slope, offset = np.polyfit(frequencies[between], kept[between], 1)

@@ -31,7 +31,7 @@ _IRRELEVANT_KEYS = ("_name_or_path", "transformers_version")
 
 
 def weights_fingerprint(path: Path) -> str:
-    """The identity of a `.gguf` file (the SHA-256 of its bytes) or of a safetensors folder.
+    """Return the identity of a `.gguf` file (the SHA-256 of its bytes) or of a safetensors folder.
 
     A folder's is the SHA-256 of a canonical JSON text: the weight files' names with their digests
     in order of name, and config.json without the keys that cannot change a number.
@@ -47,7 +47,7 @@ def weights_fingerprint(path: Path) -> str:
 
 
 def weights_stamp(path: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """What the system says of the files whose content `weights_fingerprint` reads.
+    """Return the names, sizes, inodes and times of the files whose content `weights_fingerprint` reads.
 
     Another stamp means that they may have changed. Raises ModelError where they are not there.
     """
@@ -60,12 +60,12 @@ def weights_stamp(path: Path) -> tuple[tuple[str, int, int, int], ...]:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The canonical JSON of `value` in UTF-8; a configuration may hold NaN or infinity."""
+    """Return the canonical JSON of `value` in UTF-8; a configuration may hold NaN or infinity."""
     return canonical_text(value, allow_nan=True).encode()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of config.json. Raises ModelError where it is missing or not a JSON object."""
+    """Read config.json. Raises ModelError where it is missing or not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
@@ -88,7 +88,7 @@ def _check_size(path: Path, name: str, value: Any) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a folder's weights, in order of name.
+    """Return the safetensors files that make up a folder's weights, in order of name.
 
     With an index, the files that it names; else `model.safetensors`, as transformers reads them.
     Raises ModelError where one is missing, or where the weights are pickles.
@@ -113,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor → file, as an index of sharded weights says. Raises ModelError where it cannot."""
+    """Read the file of each tensor from an index of sharded weights. Raises ModelError."""
     found = read_json(index, _INDEX, _Index, largest=LARGEST_TABLE)["weight_map"]
     return found
 

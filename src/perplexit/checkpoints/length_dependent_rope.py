@@ -72,7 +72,7 @@ class LengthDependentRope:
 
     @contextmanager
     def held_at(self, length: int) -> Iterator[None]:
-        """Within: every call sees a window of `length` ids, and none that came before."""
+        """Hold the angles at a window of `length` ids in every call inside the block."""
         handles = [
             handle
             for module in self._modules

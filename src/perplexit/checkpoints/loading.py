@@ -34,7 +34,7 @@ def load_checkpoint(
     options: Mapping[str, Any] | None = None,
     split_over: int | None = None,
 ) -> Checkpoint:
-    """The model at `address` (see `find_checkpoint`) in `dtype` on `device`, in evaluation mode.
+    """Load the model at `address` (see `find_checkpoint`) in `dtype`, in evaluation mode.
 
     device: None leaves it where transformers puts it. options: more for `from_pretrained`.
     split_over: processes that load it together, each a part of every layer.

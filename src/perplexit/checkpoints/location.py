@@ -39,16 +39,16 @@ class CheckpointSource:
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of weights and configuration; see `weights_fingerprint`."""
+        """Return the SHA-256 of weights and configuration; see `weights_fingerprint`."""
         return weights_fingerprint(self.original)
 
     def stamp(self) -> tuple[object, ...]:
-        """Changes when the checkpoint's files do; see `weights_stamp`."""
+        """Return a mark that changes when the checkpoint's files do; see `weights_stamp`."""
         return weights_stamp(self.original)
 
 
 def find_checkpoint(address: str | Path) -> CheckpointSource:
-    """The checkpoint at `[hf:]PATH_OR_ID[@REVISION]`, downloaded or dequantized where need be.
+    """Find the checkpoint at `[hf:]PATH_OR_ID[@REVISION]`; download or dequantize it if needed.
 
     A path that exists wins over a hub id of the same name. Raises ModelError.
     """

@@ -31,7 +31,7 @@ class Unmerged:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Unmerged":
-        """What the adapted model gives."""
+        """Return what the adapted model gives."""
         ids = _probe_ids(model)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         own = _logits(model, ids)
@@ -43,7 +43,7 @@ class Unmerged:
         return cls(ids, dtype, wide, _MOST_FARTHER * _rms(own.log_softmax(-1) - wide))
 
     def why_not(self, merged: nn.Module) -> str | None:
-        """Why a merged model may not stand for the adapted one; None: it may."""
+        """Return why a merged model may not replace the adapted one; None: it may."""
         difference = _logits(merged, self.ids).log_softmax(-1) - self.wide
         apart = _rms(difference)
         if apart <= self.most:

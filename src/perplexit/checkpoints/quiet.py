@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Only errors reach stderr inside; the settings before come back afterwards."""
+    """Let only errors reach stderr inside the block, and restore the settings afterwards."""
     verbosity = logging.get_verbosity()
     had_bars = logging.is_progress_bar_enabled()
     accelerate = getLogger("accelerate")  # it tells of every layer that goes to disk

@@ -41,7 +41,7 @@ class StoredTensors:
 
     @classmethod
     def of(cls, source: CheckpointSource) -> "StoredTensors":
-        """The entries of the folder's files, which must agree with its index and each other.
+        """Return the entries of the folder's files, which must agree with its index and each other.
 
         Raises ModelError for a file that cannot be read, a tensor in another file than the index
         says, in two files, or in none, and for two sets of weights in one folder.
@@ -83,7 +83,7 @@ class StoredTensors:
         self._check_ties(model)
 
     def _left_out_by_class(self, model: nn.Module) -> set[str]:
-        """Layers that the class leaves out by their number, whatever this model's own number is."""
+        """Return the tensors of layers that the class leaves out by their number."""
         patterns: Iterable[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         numbered = [p for p in patterns if re.search(r"layers\\?\.(\\d|\d)", p)]
         if not numbered:
@@ -162,7 +162,7 @@ class StoredTensors:
 
 
 def _equal(one: nn.Parameter, other: nn.Parameter) -> bool:
-    """Whether two tensors hold the same, wherever they are: layers may be spread over devices."""
+    """Return whether two tensors hold the same; layers may be spread over devices."""
     return one.shape == other.shape and bool((one == other.to(one.device)).all())
 
 

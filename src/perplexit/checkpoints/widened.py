@@ -12,7 +12,7 @@ _Kept = list[tuple[dict[str, Any], str, Tensor]]
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """The model computes in float32 inside, from its own weights; they come back to the last bit.
+    """Compute in float32 inside the block from the model's weights; restore them bit for bit.
 
     One repeated layer is widened at a time, so that memory grows by that layer's float32 weights.
     """
@@ -45,7 +45,7 @@ def _removed(handle: Any) -> Iterator[None]:
 
 
 def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """(what runs, whose tensors are widened meanwhile): items of lists whole, others alone."""
+    """Yield (module that runs, modules widened meanwhile): list items whole, others alone."""
     if isinstance(module, nn.ModuleList):
         yield from ((item, list(item.modules())) for item in module)
         return

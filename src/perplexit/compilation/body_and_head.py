@@ -23,7 +23,7 @@ _FEWEST_ROWS, _MOST_ROWS = 32, 256  # below, the head's weights are read too oft
 
 
 def rows_at_a_time(vocab_size: int) -> int:
-    """How many rows of logits the head inside a program makes at a time."""
+    """Return how many rows of logits the head inside a program makes at a time."""
     rows = _HEAD_LOGITS_BYTES // (4 * vocab_size)
     return max(_FEWEST_ROWS, min(_MOST_ROWS, rows // 16 * 16))
 
@@ -63,7 +63,7 @@ def check_rotary(model: Any, shapes: ProgramShapes) -> None:
 
 @contextmanager
 def exportable_attention(model: Any) -> Iterator[None]:
-    """Within: SDPA, one operator; eager where SDPA would leave out a soft-cap or sinks."""
+    """Use SDPA, one operator, inside the block; eager where SDPA omits a soft-cap or sinks."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None:
         with suppress(ValueError):  # transformers: this model has no SDPA
             model.set_attn_implementation("sdpa")
@@ -81,7 +81,7 @@ class _GivenStates(nn.Module):
 
 
 def head_of(model: Any) -> nn.Module:
-    """The model's own `forward` without its body: soft-cap, scale and bias are its own code."""
+    """Return the model's own `forward` without its body, with its soft-cap, scale and bias."""
     head = copy.copy(model)
     head._modules = {**model._modules, model.base_model_prefix: _GivenStates()}
     return head  # type: ignore[no-any-return]
@@ -98,7 +98,7 @@ class Body(nn.Module):
         self.body = model.base_model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) → (B, T, D)."""
+        """Map (B, T) → (B, T, D)."""
         # a mask of ones: without any, transformers looks for windows packed into one row
         mask_BT = input_ids.new_ones(input_ids.shape)
         output = self.body(input_ids=input_ids, attention_mask=mask_BT, use_cache=False)
@@ -113,12 +113,12 @@ class LogitsHead(nn.Module):
         self.head = head_of(model)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, V)."""
+        """Map (B, T, D) → (B, T, V)."""
         return self.head(inputs_embeds=hidden_BTD, use_cache=False).logits.float()  # type: ignore[no-any-return]
 
 
 def describe_model(model: Any, *, address: str, fingerprint: str) -> ProgramModel:
-    """What a program's record says of the checkpoint that it was made from."""
+    """Describe, for a program's record, the checkpoint that it was made from."""
     config = model.config.get_text_config()
     return ProgramModel(
         address=address,
@@ -131,7 +131,7 @@ def describe_model(model: Any, *, address: str, fingerprint: str) -> ProgramMode
 
 
 def memory_of(model: Any) -> ProgramMemory:
-    """Roughly what a window costs while a float32 program runs."""
+    """Estimate what a window costs while a float32 program runs."""
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)

@@ -22,7 +22,7 @@ class CompiledProgram:
     metadata: ProgramMetadata
 
     def to_json(self) -> dict[str, Any]:
-        """The program's record with its folder."""
+        """Return the program's record with its folder."""
         return {"folder": str(self.folder), **self.metadata.to_json()}
 
 
@@ -39,7 +39,7 @@ def compile(
     device: str | None = None,
     force: bool = False,
 ) -> CompiledProgram:
-    """The program that `model` (a checkpoint's address) becomes for the engine `to`.
+    """Compile `model` (a checkpoint's address) into a program for the engine `to`.
 
     quantization: a precision that the engine has (`int8`, `int4`, `q4_k_m` …); None: the
         checkpoint's own numbers, in `dtype`.
@@ -77,7 +77,7 @@ def compile(
 
 
 def _is_program(folder: Path) -> bool:
-    """Whether a folder holds a compiled program and nothing that somebody put beside it."""
+    """Return whether a folder holds a compiled program and nothing that somebody put beside it."""
     try:
         own = {file.name for file in ProgramMetadata.read(folder).files}
     except ModelError:
@@ -89,6 +89,6 @@ PROGRAM = Kind("a compiled program", _is_program)
 
 
 def _is_same(folder: Path, asked: Mapping[str, Any], fingerprint: str) -> bool:
-    """Whether the program there was made from the same checkpoint with the same settings."""
+    """Return whether the program there was made from the same checkpoint with the same settings."""
     found = ProgramMetadata.read(folder)
     return found.model.weights_fingerprint == fingerprint and found.request == asked

@@ -20,7 +20,7 @@ _SUMMED_AT_ONCE = 256
 
 
 def fixed_shapes(asked: ProgramShapes, longest: int | None) -> ProgramShapes:
-    """The sizes asked for; one window of 512 ids (or of all that the model takes) otherwise.
+    """Return the sizes asked for; one window of 512 ids (or of all that the model takes) otherwise.
 
     Raises UsageError for windows longer than the model was made for.
     """
@@ -53,7 +53,7 @@ class FixedLogits(nn.Module):
             self.register_buffer("sliding", _additive(causal_TT & ~causal_TT.tril(-reach)))
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """(B, T) → (B, T, D)."""
+        """Map (B, T) → (B, T, D)."""
         mask: Any = self.causal
         if self.by_kind:
             mask = {"full_attention": self.causal, "sliding_attention": self.sliding}
@@ -66,7 +66,7 @@ class FixedLogits(nn.Module):
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) → (B, T, V)."""
+        """Map (B, T) → (B, T, V)."""
         return self.head(self.hidden_states(input_ids))  # type: ignore[no-any-return]
 
 
@@ -81,7 +81,7 @@ class FixedLoss(FixedLogits):
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, target_rows: Tensor, target_ids: Tensor
     ) -> Tensor:
-        """(B, T), (N), (N) → (N)."""
+        """Map (B, T), (N), (N) → (N)."""
         hidden_ND = self.hidden_states(input_ids).flatten(0, 1)
         nll = []
         for start in range(0, self.num_targets, self.rows):
@@ -95,7 +95,7 @@ class FixedLoss(FixedLogits):
 
 
 def _log_of_total(logprobs_CV: Tensor) -> Tensor:
-    """(C, V) → (C): the log of the probabilities' sum, which is 0 but for what the engine lost.
+    """Return the log of the probabilities' sum, (C, V) → (C): 0, but for what the engine lost.
 
     A compiler's plain float32 loop over 49,152 terms loses those far below its sum, always to the
     same side: 1.5e-4 nats a token in the log-softmax. Sums of 256 terms lose 1e-6.
@@ -110,7 +110,7 @@ def _log_of_total(logprobs_CV: Tensor) -> Tensor:
 
 
 def exported_fixed(model: Any, shapes: ProgramShapes, *, perplexity: bool) -> Any:
-    """The `torch.export` program of FixedLoss or FixedLogits. Raises CompilationError."""
+    """Return the `torch.export` program of FixedLoss or FixedLogits. Raises CompilationError."""
     check_rotary(model, shapes)
     model.eval().requires_grad_(False)
     module = (FixedLoss if perplexity else FixedLogits)(model, shapes)
@@ -130,6 +130,6 @@ def exported_fixed(model: Any, shapes: ProgramShapes, *, perplexity: bool) -> An
 
 
 def _additive(seen_TT: Tensor) -> Tensor:
-    """0 where an id is seen, the lowest float32 where it is not, (1, 1, T, T)."""
+    """Return 0 where an id is seen, the lowest float32 where it is not, (1, 1, T, T)."""
     lowest = torch.finfo(torch.float32).min
     return torch.zeros(seen_TT.shape).masked_fill(~seen_TT, lowest)[None, None]

@@ -31,7 +31,7 @@ class FourBitMatrix(nn.Module):
         self.scales_NG = _constant(packed.scales_NG)
 
     def unpacked(self, packed_NS: Tensor, scales_NG: Tensor) -> Tensor:
-        """Float32 rows, (N, K): `(code − 7) · scale`."""
+        """Return float32 rows, (N, K): `(code − 7) · scale`."""
         # by arithmetic on small whole numbers, which is exact: not every compiler has shifts
         both = packed_NS.float()
         second = torch.floor(both / 16)
@@ -53,7 +53,7 @@ class FourBitLinear(nn.Module):
         self.matrix, self.bias = matrix, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, K) → (…, N)."""
+        """Map (…, K) → (…, N)."""
         weight_NK = self.matrix.unpacked(self.matrix.packed_NS, self.matrix.scales_NG)
         return nn.functional.linear(x, weight_NK, self.bias)
 
@@ -68,7 +68,7 @@ class FourBitEmbedding(nn.Module):
         self.matrix, self.scale = matrix, scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(…) → (…, D)."""
+        """Map (…) → (…, D)."""
         flat = ids.flatten()
         rows = self.matrix.unpacked(
             self.matrix.packed_NS.index_select(0, flat), self.matrix.scales_NG.index_select(0, flat)
@@ -78,7 +78,7 @@ class FourBitEmbedding(nn.Module):
 
 
 def pack_model(model: Any, *, with_embedding_and_head: bool) -> tuple[int, int]:
-    """(modules replaced, their bytes): every matrix of the model becomes a packed one, in place.
+    """Pack every matrix of the model in place; return (modules replaced, their bytes).
 
     Tied matrices stay one. Raises QuantizationError where there was nothing to pack.
     """
@@ -99,7 +99,7 @@ def pack_model(model: Any, *, with_embedding_and_head: bool) -> tuple[int, int]:
 
 
 def record_of(model: Any, name: str, packed: tuple[int, int], num_parameters: int) -> Any:
-    """The quantization's record, counted on the packed model."""
+    """Return the quantization's record, counted on the packed model."""
     stored = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
     num_bytes = sum(x.numel() * x.element_size() for x in stored)
     large = sorted(

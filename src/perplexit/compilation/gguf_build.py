@@ -37,7 +37,7 @@ _MEAN_TOLERANCE = 4.0
 def build_gguf_program(
     checkpoint: Checkpoint, folder: Path, request: CompileRequest
 ) -> ProgramMetadata:
-    """The record of the program written into `folder`: matrices in the recipe's type, or `dtype`.
+    """Write a GGUF file into `folder`, in the recipe's type or `dtype`, and return its record.
 
     A GGUF file holds weights, so the losses are the session's whatever `perplexity` says.
 
@@ -104,7 +104,7 @@ def _probe_ids(config: Any) -> NDArray[np.int32]:
 
 
 def _check(nll: NDArray[np.float64], reference: NDArray[np.float64], precision: str) -> float:
-    """The largest difference a token. Raises CompilationError where it is too large."""
+    """Return the largest difference a token. Raises CompilationError where it is too large."""
     difference = float(np.abs(nll - reference).max())
     mean = float(abs((nll - reference).mean()))
     if not (difference <= _TOLERANCES.get(precision, np.inf) and mean <= _MEAN_TOLERANCE):

@@ -39,7 +39,7 @@ def write_gguf(
     tokenizer_json: Path | None,
     precision: str = "float32",
 ) -> Path:
-    """`path`, a GGUF file of the checkpoint with its matrices in `precision` (see WRITTEN_TYPES).
+    """Write the checkpoint to `path` as GGUF with its matrices in `precision` (WRITTEN_TYPES).
 
     Vectors stay float32, and so do matrices whose rows are no multiple of the type's block.
     Raises CompilationError for a checkpoint with no form in GGUF, QuantizationError where no
@@ -73,7 +73,7 @@ def write_gguf(
 
 
 def llamacpp_nll(path: Path, ids: NDArray[np.int32]) -> NDArray[np.float64]:
-    """The nll of `ids[1:]` as llama.cpp computes it from the file, in nats: for verification.
+    """Return the nll of `ids[1:]` that llama.cpp computes from the file, in nats, to verify it.
 
     Raises CompilationError where llama.cpp cannot load the file.
     """

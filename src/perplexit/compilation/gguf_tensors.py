@@ -32,7 +32,7 @@ class GgufArchitecture:
 
 
 def architecture_of(config: Mapping[str, Any]) -> GgufArchitecture:
-    """How to write a checkpoint with this config. Raises CompilationError where it cannot be."""
+    """Return how to write a checkpoint with this config. Raises CompilationError."""
     names = config.get("architectures") or ["none"]
     if names[0] not in _ARCHITECTURES:
         raise CompilationError(
@@ -47,7 +47,7 @@ def gguf_tensors(
     config: Mapping[str, Any],
     state: Mapping[str, Any],
 ) -> Iterator[tuple[str, Array]]:
-    """(GGUF name, float32 array) of each tensor, in the order of `state`.
+    """Yield (GGUF name, float32 array) of each tensor, in the order of `state`.
 
     state: torch tensors by transformers' names. Raises CompilationError for a tensor that GGUF has
     no name for, rather than leave it out.
@@ -96,7 +96,7 @@ def _add_llama(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def _add_yarn(writer: gguf.GGUFWriter, rope: Mapping[str, Any]) -> None:
-    """YaRN's parameters. llama.cpp's attention factor is beside 0.1 ln(factor) + 1, not in it."""
+    """Add YaRN's parameters. llama.cpp multiplies its attention factor by 0.1 ln(factor) + 1."""
     other = [name for name in ("mscale", "mscale_all_dim") if rope.get(name)]
     if rope.get("truncate") is False:
         other.append("truncate")
@@ -145,13 +145,13 @@ def _converted_gpt2(name: str, array: Array, config: Mapping[str, Any]) -> Array
 
 
 def _interleaved(array: Array, num_heads: int) -> Array:
-    """The rows of each head (first axis) reordered from halves to pairs: 0, d/2, 1, d/2 + 1."""
+    """Return each head's rows (first axis) in pairs instead of halves: 0, d/2, 1, d/2 + 1."""
     rows = array.reshape(num_heads, 2, len(array) // num_heads // 2, *array.shape[1:])
     return rows.swapaxes(1, 2).reshape(array.shape)
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary parameters under one spelling. Raises CompilationError for an unknown kind."""
+    """Return the rotary parameters under one name each. Raises CompilationError."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
@@ -169,13 +169,13 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_fixed(rope: Mapping[str, Any]) -> bool:
-    """Whether longrope's divisors are the same at every length, as read from a GGUF file."""
+    """Return whether longrope's divisors are the same at every length, as read from a GGUF file."""
     same = rope.get("short_factor") == rope.get("long_factor") and rope.get("short_factor")
     return bool(rope["rope_type"] == "longrope" and same and rope.get("attention_factor") == 1.0)
 
 
 def _rope_factors(config: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
-    """Divisors of the frequencies, which llama.cpp reads as a tensor; nothing without any."""
+    """Yield the frequencies' divisors, which llama.cpp reads as a tensor, if there are any."""
     rope = _rope(config) if "num_attention_heads" in config else {}
     if rope.get("rope_type") not in ("llama3", "longrope"):
         return

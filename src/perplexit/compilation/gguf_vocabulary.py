@@ -54,7 +54,7 @@ def _kind(spec: Mapping[str, Any]) -> str:
 
 
 def _pre(spec: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the way text is split before the merges, judged by its parts."""
+    """Return llama.cpp's name for the way text is split before the merges, judged by its parts."""
     written = json.dumps(spec.get("pre_tokenizer"))
     if '"Digits"' in written:
         return _SMOLLM_PRE

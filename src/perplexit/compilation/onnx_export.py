@@ -54,7 +54,7 @@ class ExportedGraph:
 def export_graph(
     model: Any, *, perplexity: bool, shapes: ProgramShapes, weights_fingerprint: str
 ) -> ExportedGraph:
-    """The graph of a transformers causal language model (left in eager attention and eval mode).
+    """Export a transformers causal language model, left in eager attention and eval mode.
 
     `weights_fingerprint` finds the graph again when the same checkpoint is compiled once more.
     With `perplexity`: input_ids_BT, attention_mask_BT, target_rows_N (the row of the flattened
@@ -216,7 +216,7 @@ def _exported(module: nn.Module, signature: _Signature) -> ir.Model:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages and deprecations that are not the user's."""
+    """Hide the exporter's remarks on packages and deprecations inside the block."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

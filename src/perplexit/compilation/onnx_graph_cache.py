@@ -28,7 +28,7 @@ def cached_graph(
     perplexity: bool,
     shapes: ProgramShapes,
 ) -> ir.Model:
-    """What `export` returns for this very checkpoint, from the cache where it is there.
+    """Return what `export` returns for this very checkpoint, from the cache where it is there.
 
     `parameters` by the names that the graph's initializers have. The key holds everything that
     the graph depends on, the weights too: folding may have turned some into other constants.
@@ -55,7 +55,7 @@ def _digest(content: bytes) -> str:
 
 
 def _read(path: Path, parameters: Mapping[str, Tensor]) -> ir.Model | None:
-    """The cached graph with its weights back in place; None where it cannot be used."""
+    """Return the cached graph with its weights back in place; None where it cannot be used."""
     try:
         graph = ir.load(path)
     except Exception:  # a damaged cache is a slow start, no error; protobuf's errors are many

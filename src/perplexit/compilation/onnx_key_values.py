@@ -24,16 +24,16 @@ class CacheShape:
 
     @property
     def past_names(self) -> list[str]:
-        """Names of the past's inputs, layer by layer, key before value."""
+        """Return names of the past's inputs, layer by layer, key before value."""
         return [name.format(i) for i in range(len(self.layers)) for name in PAST]
 
     @property
     def present_names(self) -> list[str]:
-        """Names of the present's outputs, in the past's order."""
+        """Return names of the present's outputs, in the past's order."""
         return [name.format(i) for i in range(len(self.layers)) for name in PRESENT]
 
     def example(self, batch_size: int, num_ids: int, dtype: torch.dtype) -> list[Tensor]:
-        """Pasts of zeros."""
+        """Return pasts of zeros."""
         return [
             torch.zeros(batch_size, heads, num_ids, size, dtype=dtype)
             for layer in self.layers
@@ -42,7 +42,7 @@ class CacheShape:
 
 
 def cache_shape(model: Any) -> CacheShape | None:
-    """The cache that the model makes on a short probe; None where it is not keys and values."""
+    """Return the model's cache on a short probe; None where it is not keys and values."""
     try:
         with torch.inference_mode():
             output = model.base_model(
@@ -74,7 +74,7 @@ class CachedLogitsProgram(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, *pasts: Tensor
     ) -> tuple[Tensor, ...]:
-        """(logits, present key and value of each layer)."""
+        """Return (logits, present key and value of each layer)."""
         layers = [_holding(*pair) for pair in zip(pasts[::2], pasts[1::2], strict=True)]
         output = self.body(
             input_ids=input_ids,
@@ -87,7 +87,7 @@ class CachedLogitsProgram(nn.Module):
 
 
 def _holding(keys: Tensor, values: Tensor) -> DynamicLayer:
-    """A layer that grows from these keys and values."""
+    """Return a layer that grows from these keys and values."""
     layer = DynamicLayer()  # type: ignore[no-untyped-call]
     layer.keys, layer.values = keys, values
     layer.dtype, layer.device = keys.dtype, keys.device

@@ -91,7 +91,7 @@ def request_for(
     batch_size: int | None = None,
     device: str | None = None,
 ) -> CompileRequest:
-    """What is asked of the target `to`, before anything heavy is imported.
+    """Return what is asked of the target `to`, before anything heavy is imported.
 
     Raises CapabilityError for what the target cannot do, QuantizationError for a precision that
     it does not have, UsageError for sizes that are none.
@@ -118,7 +118,7 @@ def request_for(
 
 
 def target_of(to: str) -> Target:
-    """The entry of an engine. Raises CapabilityError for one that is not compiled to."""
+    """Return the entry of an engine. Raises CapabilityError for one that is not compiled to."""
     if to not in TARGETS:
         raise CapabilityError(
             f"expected an engine that this version compiles to ({', '.join(TARGETS)}), got {to!r}"
@@ -127,7 +127,7 @@ def target_of(to: str) -> Target:
 
 
 def load_builder(to: str) -> tuple[Callable[..., Any], Builder]:
-    """(`load_checkpoint`, the target's builder), with torch, transformers and the engine imported.
+    """Import torch, transformers and the engine; return (`load_checkpoint`, the target's builder).
 
     Raises MissingPackageError with the command that installs what is missing.
     """

@@ -15,7 +15,7 @@ OUTLIER_THRESHOLD = 6.0  # LLM.int8(): columns with a larger activation are comp
 
 
 def quantize_matrices(model: nn.Module, matrices: list[Matrix], precision: str) -> dict[str, int]:
-    """Bytes of each quantized matrix, scales included, by module name; layers are replaced."""
+    """Replace the layers; return each matrix's bytes, scales included, by module name."""
     num_bytes = {}
     for matrix in matrices:
         linear = as_linear(model, matrix).module

@@ -50,7 +50,7 @@ class GgufHeader:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The header of the GGUF file at `path`. Raises ModelError where it is none."""
+    """Read the header of the GGUF file at `path`. Raises ModelError where it is none."""
     check_gguf(path, _EXPECTED)
     with stated(path, _EXPECTED):
         return _header_of(GGUFReader(path))
@@ -71,7 +71,7 @@ def _header_of(reader: GGUFReader) -> GgufHeader:
 
 
 def _rope_border(reader: GGUFReader) -> int | None:
-    """As llama.cpp has it: the trained context where the original one is not given."""
+    """Return the border that llama.cpp uses: the trained context where no original is given."""
     if not any("rope_factors_long" in tensor.name for tensor in reader.tensors):
         return None
     for name in (".rope.scaling.original_context_length", ".context_length"):

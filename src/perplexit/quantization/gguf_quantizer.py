@@ -41,7 +41,7 @@ _SYNONYMS = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "flo
 
 
 def file_type_number(precision: str) -> int:
-    """llama.cpp's number of a file type, `q4_k_m` → 15.
+    """Return llama.cpp's number of a file type, `q4_k_m` → 15.
 
     Raises QuantizationError that lists the names.
     """
@@ -57,7 +57,7 @@ def file_type_number(precision: str) -> int:
 def quantize_gguf(
     source: Path, target: Path, precision: str, *, threads: int | None = None
 ) -> Path:
-    """`target`, written by llama.cpp's quantizer from the GGUF file `source`.
+    """Write `target` with llama.cpp's quantizer from the GGUF file `source`; return it.
 
     A source that is quantized already is dequantized first; what it lost stays lost. Written
     under another name and moved, so that `target` is whole where it exists. Raises
@@ -82,7 +82,7 @@ def quantize_gguf(
 
 
 def requantized_gguf(source: Path, precision: str | None, *, threads: int | None = None) -> Path:
-    """`source` in another precision, made once and kept in the cache; `source` itself for None.
+    """Return `source` in another precision, made once and cached; `source` itself for None.
 
     Raises QuantizationError where nothing was quantized, or where the name is unknown.
     """

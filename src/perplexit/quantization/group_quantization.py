@@ -40,12 +40,12 @@ class GroupQuantized:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of codes and scales: 4.5 bits a weight where K is a multiple of 32."""
+        """Return bytes of codes and scales: 4.5 bits a weight where K is a multiple of 32."""
         return self.packed_NS.nbytes + self.scales_NG.nbytes
 
 
 def quantize_groups(weight_NK: NDArray[np.floating]) -> GroupQuantized:
-    """The matrix in groups of 32 along its last axis.
+    """Return the matrix in groups of 32 along its last axis.
 
     Ties round to even. A group whose scale rounds to zero becomes zero. Raises QuantizationError
     where a weight is not finite, or too large for a float16 scale (above 7 · 65504).
@@ -66,7 +66,7 @@ def quantize_groups(weight_NK: NDArray[np.floating]) -> GroupQuantized:
 
 
 def dequantize_groups(quantized: GroupQuantized) -> NDArray[np.float32]:
-    """The float32 matrix, N × K, that the codes stand for: `(code − 7) · scale`, exactly."""
+    """Return the float32 matrix, N × K, that the codes stand for: `(code − 7) · scale`, exactly."""
     num_outputs, num_groups = quantized.scales_NG.shape
     codes = codes_of(quantized).astype(np.int8).reshape(num_outputs, num_groups, GROUP_SIZE)
     weight = (codes - np.int8(MAX_CODE)) * quantized.scales_NG.astype(np.float32)[..., None]
@@ -75,7 +75,7 @@ def dequantize_groups(quantized: GroupQuantized) -> NDArray[np.float32]:
 
 
 def codes_of(quantized: GroupQuantized) -> NDArray[np.uint8]:
-    """The codes one a byte, N × 32·G, those of the padding (7) included."""
+    """Return the codes one a byte, N × 32·G, those of the padding (7) included."""
     words = quantized.packed_NS[..., None] >> _SHIFTS
     return (words & np.uint32(0xF)).astype(np.uint8).reshape(len(quantized.packed_NS), -1)
 

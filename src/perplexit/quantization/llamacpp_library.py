@@ -27,7 +27,7 @@ def _on_log(level: int, text: bytes, _user_data: Any) -> None:
 
 @contextmanager
 def library_log() -> Iterator[list[str]]:
-    """The lines that llama.cpp logs inside the block, in a list that fills as they come."""
+    """Yield the lines that llama.cpp logs inside the block, in a list that fills as they come."""
     global _keep  # noqa: PLW0603 - the callback belongs to the process, as the library's log does
     with _lock:
         llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
@@ -41,7 +41,7 @@ def library_log() -> Iterator[list[str]]:
 
 
 def last_words(lines: list[str], count: int = 3) -> str:
-    """The log's last lines that speak of an error, or simply its last ones, on one line."""
+    """Return the log's last lines that speak of an error, or simply its last ones, on one line."""
     errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
     chosen = (errors or lines)[-count:]
     return " / ".join(line.strip() for line in chosen) or "it logged nothing"

@@ -21,13 +21,13 @@ class Matrix:
 
     @property
     def inputs_last(self) -> Tensor:
-        """A view of shape NK: the inputs, which a product sums over, as the last axis."""
+        """Return a view of shape NK: the inputs, which a product sums over, as the last axis."""
         weight: Tensor = self.module.weight
         return weight.detach().t() if isinstance(self.module, Conv1D) else weight.detach()
 
 
 def matrices_of(model: nn.Module, *, head: bool, embeddings: bool) -> list[Matrix]:
-    """The model's linear layers (Conv1D among them); with head and embeddings where asked for.
+    """Return the model's linear layers (and Conv1D), with head and embeddings where asked for.
 
     Raises QuantizationError where there is none: its figures would be full-precision ones.
     """
@@ -47,7 +47,7 @@ def matrices_of(model: nn.Module, *, head: bool, embeddings: bool) -> list[Matri
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that makes the logits, where the model says which one that is."""
+    """Return the module that makes the logits, where the model says which one that is."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     return head if isinstance(head, nn.Module) else None
@@ -69,7 +69,7 @@ def untie_head(model: nn.Module) -> bool:
 
 
 def as_linear(model: nn.Module, matrix: Matrix) -> Matrix:
-    """The matrix in a plain linear layer: a Conv1D is replaced, since no library knows it."""
+    """Return the matrix in a plain linear layer; a Conv1D, which no library knows, is replaced."""
     module = matrix.module
     if not isinstance(module, Conv1D):
         return matrix
@@ -90,7 +90,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def large_matrices(parameters: dict[str, Tensor], num_parameters: int) -> tuple[str, ...]:
-    """The names of the matrices worth naming, largest first."""
+    """Return the names of the matrices worth naming, largest first."""
     large = {
         name: tensor.numel()
         for name, tensor in parameters.items()

@@ -48,7 +48,7 @@ INT8 = ElementFormat("INT8", 8, 6, min_exponent=0, max_exponent=0, max_value=127
 
 
 def mx_round_trip(weight_NK: Tensor, element: ElementFormat) -> Tensor:
-    """The float32 values that the matrix's MX form stands for, in blocks along the last axis.
+    """Return the float32 values of the matrix's MX form, in blocks along the last axis.
 
     A short last block is taken as it is. Raises QuantizationError where a weight is not finite
     (the specification leaves the conversion of NaN and infinity to the implementation).
@@ -67,7 +67,7 @@ def mx_round_trip(weight_NK: Tensor, element: ElementFormat) -> Tensor:
 
 
 def scale_exponents(blocks_NGB: Tensor, element: ElementFormat) -> Tensor:
-    """The shared scales' exponents, (N, G), integers that E8M0 can hold."""
+    """Return the shared scales' exponents, (N, G), integers that E8M0 can hold."""
     largest_NG = blocks_NGB.abs().amax(dim=-1)
     # frexp: largest = m · 2^e with 0.5 ≤ m < 1, so floor(log2) is e − 1, exactly
     exponents_NG = torch.frexp(largest_NG).exponent - 1 - element.max_exponent
@@ -76,7 +76,7 @@ def scale_exponents(blocks_NGB: Tensor, element: ElementFormat) -> Tensor:
 
 
 def round_to_element(values: Tensor, element: ElementFormat) -> Tensor:
-    """The nearest numbers of the element format, ties to the even one, saturated (float64)."""
+    """Round to the nearest numbers of the element format, ties to even, saturated (float64)."""
     values = values.double()
     exponents = (torch.frexp(values).exponent - 1).clamp(min=element.min_exponent)
     steps = torch.exp2((exponents - element.mantissa_bits).double())
@@ -84,7 +84,7 @@ def round_to_element(values: Tensor, element: ElementFormat) -> Tensor:
 
 
 def mx_num_bytes(weight_NK: Tensor, bits: int) -> int:
-    """Bytes of the matrix in an MX format of `bits`-bit elements, a byte of scale a block."""
+    """Return the matrix's bytes in an MX format: `bits` an element, one byte of scale a block."""
     num_rows, num_inputs = weight_NK.shape
     num_blocks = -(-num_inputs // BLOCK_SIZE)
     return -(-num_rows * num_inputs * bits // 8) + num_rows * num_blocks

@@ -44,11 +44,11 @@ class QuantizedWeight:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of codes and scales."""
+        """Return bytes of codes and scales."""
         return self.codes_NGB.nbytes + self.scales_NG.nbytes
 
     def dequantized(self) -> NDArray[np.float32]:
-        """The weight that the codes stand for, in the checkpoint's own layout."""
+        """Return the weight that the codes stand for, in the checkpoint's own layout."""
         codes = self.codes_NGB
         if self.blocks.bits == 4:
             codes = np.stack((codes & 0xF, codes >> 4), axis=-1).reshape(*codes.shape[:2], -1)
@@ -90,7 +90,7 @@ def quantize_weights(
 
 
 def large_tensors(model: ir.Model, *, share: float, num_parameters: int) -> tuple[str, ...]:
-    """The floating-point matrices with at least `share` of the parameters, largest first."""
+    """Return the floating-point matrices with at least `share` of the parameters, largest first."""
     sizes = {
         str(value.name): int(np.prod(value.const_value.shape.numpy()))
         for value in weights_of(model)
@@ -104,12 +104,12 @@ def large_tensors(model: ir.Model, *, share: float, num_parameters: int) -> tupl
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """The bytes of all the graph's constants: what its weights cost on disk."""
+    """Return the bytes of all the graph's constants: what its weights cost on disk."""
     return sum(value.const_value.nbytes for value in weights_of(model) if value.const_value)
 
 
 def weights_of(model: ir.Model) -> Iterator[ir.Value]:
-    """Every initializer of the graph."""
+    """Yield every initializer of the graph."""
     yield from model.graph.initializers.values()
 
 
@@ -123,7 +123,7 @@ class _ConstantWeight:
 
 
 def _constant_weight(node: ir.Node) -> _ConstantWeight | None:
-    """The constant matrix that the node multiplies by, seen through a transpose."""
+    """Return the constant matrix that the node multiplies by, seen through a transpose."""
     if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type == "Gemm" and not _is_plain_gemm(node):

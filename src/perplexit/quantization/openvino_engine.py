@@ -57,7 +57,7 @@ class OpenedProgram:
     _idle: SimpleQueue[tuple[Any, ...]] = field(default_factory=SimpleQueue)
 
     def run(self, feed: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-        """The program's output. Raises EngineOutOfMemoryError, ModelError."""
+        """Run the program; return its output. Raises EngineOutOfMemoryError, ModelError."""
         requests: tuple[Any, ...] = ()
         try:
             requests = self._requests()
@@ -77,11 +77,11 @@ class OpenedProgram:
 
     @property
     def streams(self) -> int:
-        """How many threads may call `run` at a time: the engine takes no more than it has cores."""
+        """Return how many threads may call `run` at a time; the engine allows one per core."""
         return min(int(says["NUM_STREAMS"]) for says in self.properties.values())
 
     def _requests(self) -> tuple[Any, ...]:
-        """One call's own place in each graph: one that is idle, or a new one."""
+        """Return one call's own request for each graph: an idle one, or a new one."""
         try:
             return self._idle.get_nowait()
         except Empty:
@@ -91,7 +91,7 @@ class OpenedProgram:
 def open_program(
     model: Path | ov.Model, *, dtype: str = "float32", threads: int | None = None, streams: int = 1
 ) -> OpenedProgram:
-    """The program on this machine's processor with its body in `dtype`; the head is float32.
+    """Open the program on this machine's processor with its body in `dtype`; the head is float32.
 
     dtype: `float32` or `bfloat16`. streams: calls to run at a time, which share the threads.
     Raises CapabilityError where the processor or the engine does
@@ -116,12 +116,12 @@ def open_program(
 
 
 def effective_threads(program: OpenedProgram) -> int:
-    """How many threads the engine runs on."""
+    """Return how many threads the engine runs on."""
     return int(program.graphs[0].get_property("INFERENCE_NUM_THREADS"))
 
 
 def _cut(model: ov.Model) -> tuple[ov.Model, ov.Model]:
-    """(ids → hidden states, hidden states and the other inputs → results); uses the model up."""
+    """Return (ids → hidden states, these and other inputs → results); consumes the model."""
     boundary = next((op for op in model.get_ops() if op.get_friendly_name() == BOUNDARY), None)
     if boundary is None:
         raise CapabilityError(
@@ -141,7 +141,7 @@ def _cut(model: ov.Model) -> tuple[ov.Model, ov.Model]:
 
 
 def _checked(graph: Any, precision: str) -> dict[str, str]:
-    """The effective properties. Raises CapabilityError where the precision is another."""
+    """Return the effective properties. Raises CapabilityError where the precision is another."""
     says = {name: _plain(graph.get_property(name)) for name in _REPORTED}
     if _MAX_ISA in os.environ:
         says[_MAX_ISA] = os.environ[_MAX_ISA]

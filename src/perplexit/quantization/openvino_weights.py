@@ -22,7 +22,7 @@ _LARGE_SHARE = 0.01  # a tensor with at least 1 % of the parameters is large
 def compress_weights(
     graph: ov.Model, recipe: Recipe, *, head_prefix: str, num_parameters: int
 ) -> tuple[ov.Model, ProgramQuantization]:
-    """The graph with its body's weights compressed, and the record of what was.
+    """Return the graph with its body's weights compressed, and the record of what was.
 
     Nodes named `head_prefix.…` stay as they are. The graph given is used up. Raises
     QuantizationError where NNCF compressed nothing.
@@ -62,7 +62,7 @@ def compress_weights(
 
 
 def _sizes(constants: list[Any], head_prefix: str) -> dict[str, int]:
-    """The numbers of each constant by its name; the head's blocks are one."""
+    """Return the numbers of each constant by its name; the head's blocks are one."""
     sizes: dict[str, int] = {}
     for constant in constants:
         name = constant.get_friendly_name()
@@ -72,7 +72,7 @@ def _sizes(constants: list[Any], head_prefix: str) -> dict[str, int]:
 
 
 def _constants(graph: ov.Model) -> tuple[list[Any], list[Any]]:
-    """(the integer matrices, all other constants), inside loops too."""
+    """Return (the integer matrices, all other constants), inside loops too."""
     codes: list[Any] = []
     others: list[Any] = []
     for op in _ops_of(graph):
@@ -102,7 +102,7 @@ def _num_bytes(constant: Any) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without NNCF's tables and progress bars."""
+    """Hide NNCF's tables and progress bars inside the block."""
     logger = logging.getLogger("nncf")
     level = logger.level
     logger.setLevel(logging.ERROR)

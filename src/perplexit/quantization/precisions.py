@@ -23,7 +23,7 @@ _DTYPE_SYNONYMS = {
 
 
 def canonical_dtype(name: str) -> str:
-    """`float32`, `bfloat16` or `float16`, for any usual spelling (`fp32`, `torch.bfloat16`, …).
+    """Return `float32`, `bfloat16` or `float16` for any usual name (`fp32`, `torch.bfloat16`, …).
 
     Raises UsageError for a name that is none of them.
     """
@@ -130,13 +130,13 @@ _RECIPES = {
 
 
 def canonical_precision(name: str) -> str:
-    """The precision's canonical name (`8bit` → `int8`); unknown names pass, in lower case."""
+    """Return the precision's canonical name (`8bit` → `int8`); unknown names in lower case."""
     spelling = name.strip().lower()
     return _PRECISION_SYNONYMS.get(spelling, spelling)
 
 
 def known_precisions(engine: str, *, on_loading: bool = False) -> tuple[str, ...]:
-    """The precisions that can be made for `engine`, in the table's order.
+    """Return the precisions that can be made for `engine`, in the table's order.
 
     on_loading: those alone that `eval --quantization` makes.
     """
@@ -148,7 +148,7 @@ def known_precisions(engine: str, *, on_loading: bool = False) -> tuple[str, ...
 
 
 def precisions_by_engine() -> str:
-    """What `eval --quantization` takes on each engine, and what `compile` must have made."""
+    """Return what `eval --quantization` takes on each engine, and what `compile` must have made."""
     engines = dict.fromkeys(engine for engine, _ in _RECIPES)
     loading = {e: known_precisions(e, on_loading=True) for e in engines}
     parts = [f"{engine}: {_listed(names)}" for engine, names in loading.items() if names]
@@ -173,7 +173,7 @@ def require_known_precision(name: str) -> None:
 
 
 def recipe_for(precision: str, *, engine: str) -> Recipe:
-    """Who makes `precision` on `engine`, and how.
+    """Return how `precision` is made on `engine`, and by which library.
 
     Raises QuantizationError that lists the engine's precisions, and the engines that do have it.
     """

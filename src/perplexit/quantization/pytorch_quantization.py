@@ -43,12 +43,12 @@ class PytorchRecipe:
 
     @property
     def dynamic_activations(self) -> str | None:
-        """How activations are rounded while the model runs; None: they are left alone."""
+        """Return how activations are rounded while the model runs; None: they are left alone."""
         return _ACTIVATIONS.get(self.recipe.precision)
 
     @property
     def keeps_plain_weights(self) -> bool:
-        """Whether the weights stay ordinary tensors, which can be saved and loaded again."""
+        """Return whether the weights stay ordinary tensors, which can be saved and loaded again."""
         return self.recipe.library == "perplexit" or self.recipe.precision.startswith("mx")
 
 
@@ -74,7 +74,7 @@ class PytorchQuantization:
 
 
 def pytorch_recipe(name: str) -> PytorchRecipe:
-    """The recipe of a name such as `nf4` or `int4:head`; the latter quantizes the head too.
+    """Return the recipe of a name such as `nf4` or `int4:head`; the latter quantizes the head too.
 
     Raises QuantizationError that lists the names, UsageError for another suffix.
     """
@@ -93,7 +93,7 @@ def pytorch_recipe(name: str) -> PytorchRecipe:
 
 
 def quantize_model(model: nn.Module, wanted: PytorchRecipe) -> PytorchQuantization:
-    """What was done to the model, in place. Raises QuantizationError, MissingPackageError."""
+    """Quantize the model in place and count. Raises QuantizationError, MissingPackageError."""
     quantize = _library(wanted.recipe)
     num_parameters = sum(p.numel() for p in model.parameters())
     tied = _head_is_tied(model)
@@ -126,7 +126,7 @@ def quantize_model(model: nn.Module, wanted: PytorchRecipe) -> PytorchQuantizati
 
 
 def _library(recipe: Recipe) -> Callable[[nn.Module, list[Matrix], str], dict[str, int]]:
-    """The lazy door to the packages that quantize."""
+    """Import the recipe's library, through the one lazy door to the packages that quantize."""
     try:
         module = import_module(_HOMES[recipe.library])
     except ImportError as error:
@@ -148,7 +148,7 @@ def _head_is_tied(model: nn.Module) -> bool:
 
 
 def _left_alone(before: dict[str, nn.Parameter], num_bytes: dict[str, int]) -> dict[str, Tensor]:
-    """The parameters that were not quantized, each once, under its first name."""
+    """Return the parameters that were not quantized, each once, under its first name."""
     quantized = {id(before[f"{name}.weight"]) for name in num_bytes}
     left: dict[int, tuple[str, Tensor]] = {}
     for name, parameter in before.items():
@@ -180,7 +180,7 @@ def _settings(wanted: PytorchRecipe, tied: bool) -> dict[str, Any]:
 
 
 def _refuse_saving(model: nn.Module, wanted: PytorchRecipe) -> None:
-    """Packed weights under the checkpoint's own names and configuration load as something else."""
+    """Make saving an error: packed weights under the checkpoint's own names load as others."""
 
     def save_pretrained(*_: Any, **__: Any) -> None:
         raise QuantizationError(

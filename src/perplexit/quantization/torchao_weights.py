@@ -39,7 +39,7 @@ _MX_ELEMENTS = {
 
 
 def quantize_matrices(model: nn.Module, matrices: list[Matrix], precision: str) -> dict[str, int]:
-    """Bytes of each quantized matrix, scales included, by module name; changed in place.
+    """Quantize in place; return each matrix's bytes, scales included, by module name.
 
     Matrices whose inputs are no multiple of the groups of 32 are left alone.
     """
@@ -55,7 +55,7 @@ def quantize_matrices(model: nn.Module, matrices: list[Matrix], precision: str) 
 
 
 def _num_bytes(module: Any, precision: str) -> int:
-    """Codes at their nominal bits (torchao keeps 4-bit codes one a byte), and the scales."""
+    """Count codes at their nominal bits (torchao stores a 4-bit code in a byte), and scales."""
     weight = module.weight
     codes, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
     if not isinstance(codes, Tensor) or not isinstance(scale, Tensor):
@@ -69,7 +69,7 @@ def _num_bytes(module: Any, precision: str) -> int:
 
 
 def _mx_round_trip(element: torch.dtype, bits: int) -> RoundTrip:
-    """Blocks of 32 with the scale that the MX specification gives (torchao's FLOOR)."""
+    """Return the round trip in blocks of 32 with the MX specification's scale (torchao's FLOOR)."""
 
     def round_trip(weight_NK: Tensor) -> tuple[Tensor, int]:
         num_inputs = weight_NK.shape[1]

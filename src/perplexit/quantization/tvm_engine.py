@@ -45,17 +45,17 @@ PROCESSORS = (Processor("x86_64_v4", 8, 32), Processor("x86_64_v3", 4, 16), Proc
 
 
 def this_processor() -> Processor:
-    """The highest level that this machine has."""
+    """Return the highest level that this machine has."""
     return next(each for each in PROCESSORS if runs_level(each.level))
 
 
 def runs_level(level: str) -> bool:
-    """Whether this machine has all instructions of the level."""
+    """Return whether this machine has all instructions of the level."""
     return not level or cpu.TARGETS[level] <= cpu.host()
 
 
 def device_of(target: str) -> Any:
-    """TVM's device for a target's name.
+    """Return TVM's device for a target's name.
 
     Raises CapabilityError where this build of TVM or this machine has none.
     """
@@ -93,7 +93,7 @@ class OpenedLibrary:
         self._parameters = [self._tensor(stored[name]) for name in sorted(stored)]
 
     def run(self, feed: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-        """The program's output. Raises ModelError."""
+        """Run the program; return its output. Raises ModelError."""
         inputs = [self._tensor(feed[name]) for name in INPUTS if name in feed]
         try:
             result: NDArray[np.float32] = self._main(*inputs, *self._parameters).numpy()

@@ -27,7 +27,7 @@ RoundTrip = Callable[[Tensor], tuple[Tensor, int]]
 
 
 def group_round_trip(weight_NK: Tensor) -> tuple[Tensor, int]:
-    """q4f16_0's values of the matrix, and its bytes."""
+    """Return q4f16_0's values of the matrix, and its bytes."""
     quantized = quantize_groups(weight_NK.cpu().numpy())
     return torch.from_numpy(dequantize_groups(quantized)), quantized.num_bytes
 
@@ -49,13 +49,13 @@ ROUND_TRIPS: Mapping[str, RoundTrip] = {
 
 
 def quantize_matrices(model: nn.Module, matrices: list[Matrix], precision: str) -> dict[str, int]:
-    """Bytes of each matrix in the format, by module name; the weights are changed in place."""
+    """Change the weights in place; return each matrix's bytes in the format, by module name."""
     del model
     return round_trip_matrices(matrices, ROUND_TRIPS[precision])
 
 
 def round_trip_matrices(matrices: list[Matrix], round_trip: RoundTrip) -> dict[str, int]:
-    """As `quantize_matrices`. A weight that two modules share is changed, and counted, once."""
+    """Change each weight, also one that two modules share, once; see `quantize_matrices`."""
     num_bytes: dict[str, int] = {}
     done: dict[int, int] = {}
     for matrix in matrices:

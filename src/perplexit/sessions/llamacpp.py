@@ -100,7 +100,7 @@ class LlamaCppInferenceSession(ScoresByDetails):
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
     ) -> Iterator[LogitsChunk]:
-        """The logits of every target, a decoded chunk at a time; see LogitsSession."""
+        """Yield the logits of every target, a decoded chunk at a time; see LogitsSession."""
         self._prepare(windows)
         for place, window in enumerate(windows):
             first = 0
@@ -110,12 +110,12 @@ class LlamaCppInferenceSession(ScoresByDetails):
                 first += len(logits_RV)
 
     def max_batch_size(self, window_length: int) -> int:
-        """1: windows are computed one after another, so a larger batch gains nothing."""
+        """Return 1: windows are computed one after another, so a larger batch gains nothing."""
         del window_length
         return 1
 
     def own_token_ids(self, text: str, *, special: bool) -> list[int]:
-        """The ids of `text` by the file's own tokenizer; see TokenizesText."""
+        """Return the ids of `text` by the file's own tokenizer; see TokenizesText."""
         return own_token_ids(self._model, text, special=special)
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ class LlamaCppInferenceSession(ScoresByDetails):
     def _window_logits(
         self, window: WindowIds
     ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
-        """(logits, ids) of consecutive targets; each view is valid until the next is asked for."""
+        """Yield (logits, ids) of consecutive targets; each view is valid until the next one."""
         # From an empty cache: reusing the overlap of sliding windows would be another protocol.
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         if self._rope_border is not None:
@@ -185,7 +185,7 @@ class LlamaCppInferenceSession(ScoresByDetails):
     def _decode(
         self, ids_T: NDArray[np.int32], start: int, end: int, wanted_T: NDArray[np.int8]
     ) -> NDArray[np.float32]:
-        """The logits of the wanted positions in [start, end): a view, valid until the next call."""
+        """Return the wanted logits in [start, end): a view, valid until the next call."""
         batch, length = self._batch, end - start
         batch.n_tokens = length
         _array(batch.token, length)[:] = ids_T[start:end]

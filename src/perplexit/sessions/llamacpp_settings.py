@@ -23,7 +23,7 @@ class EffectiveSettings:
 
 
 def effective_settings(context_log: list[str]) -> EffectiveSettings:
-    """What llama.cpp's log says is in effect."""
+    """Read the settings in effect from llama.cpp's log."""
     kv_type = logged_setting(context_log, r"K \((\w+)\)")
     return EffectiveSettings(
         kv_dtype=canonical_dtype(kv_type) if kv_type else "none (no KV cache)",
@@ -32,7 +32,7 @@ def effective_settings(context_log: list[str]) -> EffectiveSettings:
 
 
 def described_quantization(quantization: GgufQuantization | None) -> QuantizationDescription | None:
-    """The quantization of a GGUF file as a session describes it."""
+    """Return the quantization of a GGUF file as a session describes it."""
     if quantization is None:
         return None
     return QuantizationDescription(
@@ -46,13 +46,13 @@ def described_quantization(quantization: GgufQuantization | None) -> Quantizatio
 
 
 def logged_setting(log: list[str], pattern: str) -> str | None:
-    """The first group of `pattern` in what llama.cpp logged; None where it says nothing."""
+    """Return the first group of `pattern` in what llama.cpp logged; None where it says nothing."""
     found = re.search(pattern, "".join(log))
     return found.group(1) if found else None
 
 
 def model_file(path: Path) -> Path:
-    """The GGUF file at `path`, or in the folder `path`.
+    """Return the GGUF file at `path`, or in the folder `path`.
 
     Raises ModelError where there is none, or where a record beside it is of another file.
     """
@@ -68,7 +68,7 @@ def model_file(path: Path) -> Path:
 
 
 def checked_device(device: str | None) -> str:
-    """The device's name; cpu by default. Raises CapabilityError where this build cannot use it."""
+    """Return the device's name; cpu by default. Raises CapabilityError if this build lacks it."""
     name = (device or "cpu").lower()
     if name != "cpu" and not llama_cpp.llama_supports_gpu_offload():
         raise CapabilityError(
@@ -79,7 +79,7 @@ def checked_device(device: str | None) -> str:
 
 
 def own_token_ids(model: Any, text: str, *, special: bool) -> list[int]:
-    """The ids of `text` by llama.cpp's tokenizer of a loaded model; see TokenizesText.
+    """Return the ids of `text` by llama.cpp's tokenizer of a loaded model; see TokenizesText.
 
     Raises TokenizerError where the file holds no vocabulary to tokenise with.
     """

@@ -72,7 +72,7 @@ class RecordedInferenceSession(ClosedByWith):
         )
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The recorded nll of each target; see InferenceSession.
+        """Return the recorded nll of each target; see InferenceSession.
 
         Raises FingerprintMismatchError where the recording is of other ids or lacks a target, and
         ModelError where a log-probability is positive. A recorded NaN stays one.
@@ -80,7 +80,7 @@ class RecordedInferenceSession(ClosedByWith):
         return [self._window_nll(window) for window in windows]
 
     def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
-        """The recorded nll with the `top_k` most likely tokens that were recorded.
+        """Return the recorded nll with the `top_k` most likely tokens that were recorded.
 
         Raises CapabilityError where the recording lists fewer anywhere, ModelError where what it
         lists contradicts the target's log-probability, and what `token_nll` raises.
@@ -94,7 +94,7 @@ class RecordedInferenceSession(ClosedByWith):
         return [self._window_details(window, top_k) for window in windows]
 
     def max_batch_size(self, window_length: int) -> int:
-        """As many windows as are wanted: the recording is in memory."""
+        """Return as many windows as are wanted: the recording is in memory."""
         return max(1, (1 << 20) // max(1, window_length))
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class RecordedInferenceSession(ClosedByWith):
         return TokenDetails({"nll": nll_N, "top_ids": top_ids_NK, "top_logprobs": top_logprobs_NK})
 
     def _rows(self, window: WindowIds) -> tuple[RecordedWindow, NDArray[np.int64]]:
-        """(what is recorded of the window, the row in it of each target)."""
+        """Return (what is recorded of the window, the row in it of each target)."""
         if window.index not in self._windows:
             raise self._mismatch(f"no window {window.index}: is the recording complete?")
         recorded = self._windows[window.index]
@@ -185,7 +185,7 @@ class RecordedInferenceSession(ClosedByWith):
 
 
 def described_base_file(file: KlBaseFile) -> tuple[ModelDescription, SessionDescription]:
-    """How a session on llama.cpp's base file describes itself, without reading the file's rows."""
+    """Describe a session on llama.cpp's base file without reading the file's rows."""
     digest = weights_fingerprint(file.path)
     return _described(base_file_identity(file), f"recorded:{file.path}", digest)
 

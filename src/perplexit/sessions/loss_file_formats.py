@@ -98,7 +98,7 @@ class RecordedWindow:
     top_logprobs_PK: NDArray[np.float64] | None = None
 
     def fewest_alternatives(self) -> int | None:
-        """How many every scored position lists at least; None where none is scored."""
+        """Return how many every scored position lists at least; None where none is scored."""
         if not self.is_given_P.any():
             return None
         if self.top_ids_PK is None:
@@ -107,7 +107,7 @@ class RecordedWindow:
 
 
 def read_recording(path: Path) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:
-    """(what the recording says of itself, its windows). Raises ModelError for another file."""
+    """Return (the recording's description, its windows). Raises ModelError for another file."""
     if not path.is_file():
         raise ModelError(f"expected a recording (.jsonl, .parquet or .csv), found none at {path}")
     if is_kl_base_file(path):
@@ -141,7 +141,7 @@ def _check_window(number: int, window: RecordedWindow) -> None:
 
 
 def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:
-    """The losses that llama.cpp's file holds.
+    """Read the losses that llama.cpp's file holds.
 
     A clamped target has the clamp as its log-probability, as in llama.cpp's own figures: its loss
     is a lower bound, and `num_clamped_targets` in the settings says how many there are.
@@ -163,7 +163,7 @@ def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, RecordedW
 
 
 def base_file_identity(file: KlBaseFile) -> dict[str, Any]:
-    """What llama.cpp's file says of itself, without reading its rows."""
+    """Return what llama.cpp's file says of itself, without reading its rows."""
     model = {"weights_fingerprint": file.fingerprint, "vocab_size": file.vocab_size}
     return {"model": model, "session": {"engine": "llama.cpp", "dtype": "uint16 steps"}}
 
@@ -241,7 +241,7 @@ def _windows_of_table(table: pa.Table) -> dict[int, RecordedWindow]:
 
 
 def _padded(lengths: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> tuple[Any, ...]:
-    """(ids, log-probabilities) as rectangles, or () where the file has no such lists.
+    """Return (ids, log-probabilities) as rectangles, or () where the file has no such lists.
 
     lengths, values: of `top_ids` and `top_logprobs`, the rows' lists one after the other.
     """

@@ -76,11 +76,11 @@ class NgramInferenceSession(ClosedByWith):
         )
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target in nats (KenLM's log10 times ln 10); see InferenceSession."""
+        """Return each target's nll in nats (KenLM's log10 times ln 10); see InferenceSession."""
         return [self._window_nll(window) for window in windows]
 
     def max_batch_size(self, window_length: int) -> int:
-        """As many windows as are wanted: nothing but the result is kept."""
+        """Return as many windows as are wanted: nothing but the result is kept."""
         return max(1, (1 << 20) // max(1, window_length))
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ def _loaded(file: Path) -> "kenlm.Model":
 
 
 def _vocabulary(file: Path) -> tuple[tuple[str, ...] | None, Path | None]:
-    """(the word of each id, the file that says so); (None, None) for decimal ids."""
+    """Return (the word of each id, the file that says so); (None, None) for decimal ids."""
     for beside in (file.with_name(f"{file.name}.vocabulary.txt"), file.parent / "vocabulary.txt"):
         if beside.is_file():
             # split("\n"), not splitlines(): a word may hold U+2028 and its like
@@ -170,7 +170,7 @@ def _check_words(words: tuple[str, ...], file: Path) -> None:
 
 
 def _fingerprint(file: Path, vocabulary_file: Path | None) -> str:
-    """The model file's SHA-256; with a vocabulary, which decides what is looked up, of both."""
+    """Return the model file's SHA-256; with a vocabulary, which decides the words, of both."""
     if vocabulary_file is None:
         return weights_fingerprint(file)
     both = weights_fingerprint(file) + weights_fingerprint(vocabulary_file)
@@ -178,7 +178,7 @@ def _fingerprint(file: Path, vocabulary_file: Path | None) -> str:
 
 
 def _num_ngrams(file: Path) -> int:
-    """How many n-grams an ARPA file's header declares; 0 for a binary, which does not tell."""
+    """Return how many n-grams an ARPA file's header declares; 0 for a binary file."""
     total = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines):

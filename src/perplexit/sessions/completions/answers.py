@@ -87,12 +87,12 @@ class PromptAnswer:
     ranks: tuple[int | None, ...] = ()
 
     def without(self, hide: Callable[[str], str]) -> "PromptAnswer":
-        """The answer with `hide` applied to each text."""
+        """Return the answer with `hide` applied to each text."""
         return replace(self, texts=tuple(text and hide(text) for text in self.texts))
 
 
 def cards_of(body: bytes, place: str) -> list[Card]:
-    """The models that the body of `/models` lists. Raises ModelError."""
+    """Read the models that the body of `/models` lists. Raises ModelError."""
     expected = Expected(
         "a list of models", ModelError, "check the address (it usually ends in /v1)"
     )
@@ -109,7 +109,7 @@ def cards_of(body: bytes, place: str) -> list[Card]:
 
 
 def choice_of(body: bytes, place: str) -> Choice:
-    """The one choice in the body of a completion. Raises PromptAnswerError."""
+    """Read the one choice in the body of a completion. Raises PromptAnswerError."""
     expected = Expected(
         "a completion", PromptAnswerError, "is it an OpenAI-compatible server, and in order?"
     )
@@ -123,7 +123,7 @@ def choice_of(body: bytes, place: str) -> Choice:
 
 
 def answer_of_prompt_logprobs(choice: Choice, ids: list[int], top_k: int) -> PromptAnswer:
-    """Entries are None for the first id, then {id: {logprob, rank, decoded_token, …}, …}.
+    """Read entries: None for the first id, then {id: {logprob, rank, decoded_token, …}, …}.
 
     The prompt's own id is looked up: beside it there may be likelier ones, in any order.
     Raises PromptAnswerError.
@@ -154,7 +154,7 @@ def answer_of_prompt_logprobs(choice: Choice, ids: list[int], top_k: int) -> Pro
 
 
 def answer_of_echo(choice: Choice, ids: list[int], top_k: int) -> PromptAnswer:
-    """`token_logprobs` of the echoed prompt, then of what was generated.
+    """Read `token_logprobs` of the echoed prompt; those of what was generated follow.
 
     Raises PromptAnswerError.
     """
@@ -183,7 +183,7 @@ def answer_of_echo(choice: Choice, ids: list[int], top_k: int) -> PromptAnswer:
 
 
 def generated_of(choice: Choice) -> dict[str, float]:
-    """The log-probability of each text that the server might have generated first.
+    """Return the log-probability of each text that the server might have generated first.
 
     Raises PromptAnswerError.
     """
@@ -204,7 +204,7 @@ class KnownTexts:
         self._text_of: dict[int, str] = {}
 
     def check(self, ids: Sequence[int], texts: Sequence[str | None]) -> None:
-        """Learn the texts. Raises PromptAnswerError where too many differ from those before."""
+        """Record the texts. Raises PromptAnswerError where too many differ from those before."""
         pairs = [
             (index, text)
             for index, text in zip(ids[1:], texts[1:], strict=True)
@@ -236,7 +236,7 @@ def _echoed_alternatives(
 
 
 def _id_of(name: str, mark: str = "") -> int:
-    """The id in an alternative's name. Without a mark, a bare number may be the text of a digit."""
+    """Return the id in an alternative's name; without a mark, a number may be a digit's text."""
     number = name.removeprefix(mark)
     plain = number.isascii() and number.isdecimal() and len(number) <= _LONGEST_ID
     if (mark and number == name) or not plain:
@@ -251,7 +251,7 @@ def _id_of(name: str, mark: str = "") -> int:
 def _most_likely(
     named: Mapping[int, float | None], top_k: int, position: int
 ) -> tuple[tuple[int, float], ...]:
-    """The K most likely; the prompt's own id may be listed beside them, in any order."""
+    """Return the K most likely; the prompt's own id may be listed beside them, in any order."""
     values = {index: _number(value, position) for index, value in named.items()}
     if len(values) < top_k:
         raise PromptAnswerError(

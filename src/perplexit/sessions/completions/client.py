@@ -85,7 +85,7 @@ class CompletionsClient:
         self.model = self.card.id
 
     def prompt_answer(self, ids: list[int], style: Style, *, top_k: int = 0) -> PromptAnswer:
-        """The log-probabilities of `ids` as a prompt, with `top_k` alternatives of each.
+        """Return the log-probabilities of `ids` as a prompt, with `top_k` alternatives of each.
 
         Raises PromptAnswerError, ModelError.
         """
@@ -94,7 +94,7 @@ class CompletionsClient:
     def prompt_answers(
         self, prompts: Sequence[list[int]], style: Style, *, top_k: int = 0
     ) -> list[PromptAnswer | PromptAnswerError]:
-        """What `prompt_answer` gives or raises for each prompt. Raises ModelError."""
+        """Return what `prompt_answer` gives or raises for each prompt. Raises ModelError."""
 
         async def one(ids: list[int]) -> PromptAnswer | PromptAnswerError:
             try:
@@ -113,14 +113,14 @@ class CompletionsClient:
         return self._run(every())
 
     def next_tokens(self, ids: list[int]) -> dict[str, float]:
-        """The log-probability of the few most likely texts after `ids`, where they are generated.
+        """Return the log-probabilities of the few most likely texts that are generated after `ids`.
 
         Texts that two tokens share are left out. Raises PromptAnswerError, ModelError.
         """
         return generated_of(self._run(self._complete(ids, 5, logprobs=5)))
 
     def close(self) -> None:
-        """Break off what is under way and close the connections."""
+        """Abort what is under way and close the connections."""
         self._http.close()
 
     async def _prompt_answer(self, ids: list[int], style: Style, top_k: int) -> PromptAnswer:
@@ -172,7 +172,7 @@ class CompletionsClient:
 
     @contextmanager
     def _key_kept_out(self) -> Iterator[None]:
-        """Parsers' messages quote what they read; the key is taken out of those too."""
+        """Take the key out of parsers' messages too: they quote what they read."""
         try:
             yield
         except PerplexitError as error:
@@ -184,7 +184,7 @@ class CompletionsClient:
     async def _asked(
         self, path: str, question: dict[str, Any] | None, largest: int, num_ids: int
     ) -> bytes:
-        """The reply's body, after retries within the seconds that so many ids may take."""
+        """Return the reply's body, after retries within the seconds that so many ids may take."""
         seconds = self._seconds or _SECONDS + _SECONDS_PER_ID * num_ids
         reply_seconds = min(seconds, _REPLY_SECONDS + _REPLY_SECONDS_PER_ID * num_ids)
         retrying = tenacity.AsyncRetrying(
@@ -258,7 +258,7 @@ def _passes(error: BaseException) -> bool:
 
 
 def _wait_seconds(state: tenacity.RetryCallState) -> float:
-    """What Retry-After asks for, else an exponential wait with jitter; 30 seconds at most."""
+    """Return what Retry-After asks for, else an exponential wait with jitter; at most 30 s."""
     error = state.outcome.exception() if state.outcome else None
     asked = _retry_after(error.retry_after) if isinstance(error, StatusError) else None
     if asked is None:
@@ -268,7 +268,7 @@ def _wait_seconds(state: tenacity.RetryCallState) -> float:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds, from a number or a date; None where the header is absent or is neither."""
+    """Return seconds, from a number or a date; None where the header is absent or neither."""
     if header is None:
         return None
     try:

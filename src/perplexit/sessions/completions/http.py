@@ -49,7 +49,7 @@ class StatusError(ModelError):
 
     @property
     def passes(self) -> bool:
-        """Whether the same request may be answered later."""
+        """Return whether the same request may be answered later."""
         return self.status >= 500 or self.status in _TRANSIENT
 
 
@@ -89,7 +89,7 @@ class HttpServer:
         )
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns. Ctrl-C cancels it and is raised at once."""
+        """Run `work` and return its result. Ctrl-C cancels it and is raised at once."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -98,7 +98,7 @@ class HttpServer:
             raise
 
     def close(self) -> None:
-        """Break off what is under way and close the connections; takes a second at most."""
+        """Abort what is under way and close the connections; takes a second at most."""
         for name in _LOGGERS:
             logging.getLogger(name).removeFilter(self._log_filter)
         if self._loop.is_running():
@@ -108,7 +108,7 @@ class HttpServer:
     async def reply(
         self, path: str, question: Mapping[str, Any] | None, *, largest: int, seconds: float
     ) -> bytes:
-        """The body of the answer to a POST of `question`, or to a GET where it is None.
+        """Return the body of the answer to a POST of `question`, or to a GET where it is None.
 
         largest: bytes that the body may have; seconds: that it may take, once it has begun.
         Raises StatusError, ConnectionFailedError, ReplyBoundError.
@@ -141,13 +141,13 @@ class HttpServer:
         return body
 
     def printable(self, text: str) -> str:
-        """A server's words as one short line: no control characters, and never the key."""
+        """Return a server's words as one short line: no control characters, and never the key."""
         line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         line = self.without_key(line)
         return line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + "…"
 
     def without_key(self, text: str) -> str:
-        """The text with the key put out of sight, should the server have repeated it."""
+        """Return the text with the key replaced, in case the server repeated it."""
         return self._secret.sub("[the API key]", text) if self._secret else text
 
     async def _refusal(self, response: httpx2.Response) -> ModelError:
@@ -178,7 +178,7 @@ class HttpServer:
 
 
 def key_of_environment() -> str | None:
-    """The key from the environment. Raises UsageError, without it, where no header can hold it."""
+    """Return the key from the environment. Raises UsageError where no header can hold it."""
     for name in KEY_VARIABLES:
         key = os.environ.get(name, "").strip()
         if key and not (key.isascii() and key.isprintable() and " " not in key):
@@ -192,7 +192,7 @@ def key_of_environment() -> str | None:
 
 
 def checked_url(url: str) -> str:
-    """The address without a slash at its end, `/v1` added where it has no path.
+    """Return the address without a slash at its end, `/v1` added where it has no path.
 
     Raises UsageError for one that is no http(s) address, or that holds what must not be recorded.
     """
@@ -228,7 +228,7 @@ class _Redacting(logging.Filter):
 
 
 async def _body(response: httpx2.Response, largest: int) -> tuple[bytes, bool]:
-    """The body's first `largest` bytes, and whether those are all."""
+    """Return the body's first `largest` bytes, and whether those are all."""
     found = bytearray()
     async for piece in response.aiter_raw():
         found += piece
@@ -238,7 +238,7 @@ async def _body(response: httpx2.Response, largest: int) -> tuple[bytes, bool]:
 
 
 def _error_message(body: bytes) -> str:
-    """The message in an error's body, in the shapes that servers use; else the body's text."""
+    """Return the message in an error's body, in the forms that servers use; else its text."""
     text = body.decode("utf-8", "replace")
     try:
         value: Any = json.loads(text)

@@ -37,7 +37,7 @@ class Checked:
 
 
 def working_style(client: CompletionsClient, ids: Sequence[int]) -> Checked:
-    """The first way of asking whose answers are right for `ids` (the input's own first ids).
+    """Find the first way of asking whose answers are right for `ids` (the input's own first ids).
 
     Raises CapabilityError that says what is wrong with each way.
     """
@@ -75,7 +75,7 @@ def check_still_the_same(before: PromptAnswer, now: PromptAnswer | PromptAnswerE
 def check_alternatives(
     client: CompletionsClient, ids: Sequence[int], style: Style, top_k: int
 ) -> PromptAnswer:
-    """The answer for the input's first ids with `top_k` alternatives, after it was checked.
+    """Return the answer for the input's first ids with `top_k` alternatives, after it was checked.
 
     Asking for them must change no log-probability. Raises CapabilityError where the server refuses
     so many, gives fewer, or does not name their ids.
@@ -146,7 +146,7 @@ def _check_against_generation(
 
 
 def _id_of_text(ids: list[int], answer: PromptAnswer) -> dict[str, int]:
-    """The id of each text that stands for one id only, among `ids`."""
+    """Return the id of each text that stands for one id only, among `ids`."""
     found: dict[str, set[int]] = {}
     for index, text in zip(ids, answer.texts, strict=True):
         if text is not None and "\ufffd" not in text:

@@ -100,18 +100,18 @@ class CompletionsInferenceSession(ClosedByWith):
 
     @property
     def style(self) -> Style | None:
-        """How prompt log-probabilities are asked for; None before the probe."""
+        """Return how prompt log-probabilities are asked for; None before the probe."""
         return self._checked.style if self._checked else None
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target, one request per window; see InferenceSession.
+        """Return the nll of each target, one request per window; see InferenceSession.
 
         The first call probes the server. Raises CapabilityError where its answers are wrong.
         """
         return [found.nll_N for found in self._details(windows, top_k=0)]
 
     def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
-        """The nll with the `top_k` most likely tokens; `rank_N` where the server tells it.
+        """Return the nll with the `top_k` most likely tokens; `rank_N` where the server tells it.
 
         The first call checks that so many are to be had. Raises CapabilityError where not, and
         ModelError where alternatives contradict the target's own log-probability.
@@ -119,7 +119,7 @@ class CompletionsInferenceSession(ClosedByWith):
         return self._details(windows, top_k=top_k)
 
     def own_token_texts(self, ids: Sequence[int]) -> list[str | None]:
-        """The server's text of each id, as it echoes them; see SpellsTokens."""
+        """Return the server's text of each id, as it echoes them; see SpellsTokens."""
         style = self._probed(list(ids)).style
         try:
             return list(self._client.prompt_answer(list(ids), style).texts)
@@ -129,7 +129,7 @@ class CompletionsInferenceSession(ClosedByWith):
             ) from None
 
     def max_batch_size(self, window_length: int) -> int:
-        """As many windows as keep the allowed requests under way."""
+        """Return as many windows as keep the allowed requests under way."""
         return max(1, min(4 * self._concurrency, (1 << 20) // max(1, window_length)))
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class CompletionsInferenceSession(ClosedByWith):
         self._client.close()
 
     def _probed(self, ids: list[int]) -> Checked:
-        """How to ask, found out with these ids the first time."""
+        """Return how to ask, found out with these ids the first time."""
         if self._checked is None:
             self._checked = working_style(self._client, ids)
         return self._checked
@@ -202,7 +202,7 @@ def _longest(windows: Sequence[WindowIds]) -> list[int]:
 def _alternatives(
     answer: PromptAnswer, window: WindowIds, top_k: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """(ids, log-probabilities) of each target's alternatives. Raises PromptAnswerError."""
+    """Return (ids, log-probabilities) of each target's alternatives. Raises PromptAnswerError."""
     listed = answer.alternatives or ()
     pairs_NK2 = np.array([listed[int(target)] for target in window.targets_N], dtype=np.float64)
     pairs_NK2 = pairs_NK2.reshape(len(window.targets_N), top_k, 2)
@@ -217,7 +217,7 @@ def _alternatives(
 
 
 def _ranks(answer: PromptAnswer, window: WindowIds) -> NDArray[np.int32]:
-    """The server's rank of each target. Raises PromptAnswerError where one is missing."""
+    """Return the server's rank of each target. Raises PromptAnswerError where one is missing."""
     ranks = [answer.ranks[int(target)] for target in window.targets_N]
     if any(rank is None or not 1 <= rank <= _ANY_ID for rank in ranks):
         raise PromptAnswerError("it tells ranks for some positions only, or impossible ones")

@@ -14,7 +14,7 @@ _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate memory", "out of memory", "ba
 
 
 def provider_of(device: str) -> str:
-    """ONNX Runtime's name of a device: cpu, cuda, or an execution provider by its own name.
+    """Return ONNX Runtime's name of a device: cpu, cuda, or an execution provider's own name.
 
     `dnnl`, `DnnlExecutionProvider` and so on are one thing. Raises UsageError for an unknown
     device, CapabilityError that names those available for one that this build lacks.
@@ -40,7 +40,7 @@ def provider_of(device: str) -> str:
 
 
 def open_session(path: Path, provider: str, threads: int) -> Any:
-    """The graph at `path`, optimised for `provider`, one operator at a time on `threads` threads.
+    """Open the graph at `path` for `provider`, one operator at a time on `threads` threads.
 
     Raises ModelError, or EngineOutOfMemoryError where the weights do not fit.
     """
@@ -70,7 +70,7 @@ def open_session(path: Path, provider: str, threads: int) -> Any:
 
 @cache
 def has_shared_arena() -> bool:
-    """Whether this process's sessions share an arena that grows by what is asked.
+    """Return whether this process's sessions share an arena that grows by what is asked.
 
     A session's own arena grows by powers of two, and without an arena every buffer is mapped and
     unmapped anew, which costs a tenth of the time.
@@ -96,7 +96,7 @@ def has_shared_arena() -> bool:
 
 
 def translated(error: Exception, doing: str) -> Exception:
-    """EngineOutOfMemoryError or ModelError, with the first line of what the engine said."""
+    """Return EngineOutOfMemoryError or ModelError, with the first line of the engine's message."""
     first_line = str(error).strip().partition("\n")[0]
     if isinstance(error, MemoryError) or any(x in str(error).lower() for x in _OUT_OF_MEMORY):
         return EngineOutOfMemoryError(f"ONNX Runtime ran out of memory {doing}: {first_line}")

@@ -66,7 +66,7 @@ class OnnxCache:
         return _OnnxRows(np.empty((0, 1), np.float32) if logits_NV is None else logits_NV)
 
     def _group(self, num_rows: int, first_row: int, start: int) -> _Group:
-        """The rows that are fed, as one group at the front; finished ones are left out."""
+        """Return the rows that are fed, as one group at the front; finished ones are left out."""
         if start == 0:
             if first_row == 0:
                 self._groups = []
@@ -89,7 +89,7 @@ class OnnxCache:
         ]
 
     def _pieces(self, length: int, column_N: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """The block cut so that each piece is a call that gives all that is picked in it."""
+        """Return the block cut so that each piece is a call that gives all that is picked in it."""
         cuts = {0, length}
         if self._ports.last_position_only:
             cuts |= {int(column) + 1 for column in column_N}
@@ -102,7 +102,7 @@ class OnnxCache:
         ]
 
     def _step(self, group: _Group, ids_BT: NDArray[np.int64], start: int) -> NDArray[np.float32]:
-        """Logits of one call, (rows fed, ids fed or 1, V), float32; the cache moves on."""
+        """Return one call's logits, (rows fed, ids fed or 1, V), float32; the cache moves on."""
         num_rows, num_ids = ids_BT.shape
         block_BT = self._padded(ids_BT, start)
         feed = self._inputs(block_BT, start, group.values)
@@ -112,7 +112,7 @@ class OnnxCache:
         return self._checked(logits.numpy(), block_BT)[:num_rows, :num_ids]
 
     def inputs_of(self, ids_BT: NDArray[np.int64]) -> Feed:
-        """What the program takes for a first block of ids."""
+        """Return what the program takes for a first block of ids."""
         return self._inputs(ids_BT, 0, self._empty(len(ids_BT)))
 
     def _inputs(self, block_BT: NDArray[np.int64], start: int, pasts: list[Any]) -> Feed:
@@ -132,7 +132,7 @@ class OnnxCache:
         return feed | {cache.past.name: value for cache, value in named}
 
     def _padded(self, ids_BT: NDArray[np.int64], start: int) -> NDArray[np.int64]:
-        """The ids at the program's fixed sizes.
+        """Return the ids at the program's fixed sizes.
 
         Rows are added at the end. Ids are added on the right: a retained cache takes them at
         places that are written again before anything sees them.
@@ -151,7 +151,7 @@ class OnnxCache:
     def _checked(
         self, logits: NDArray[np.floating[Any]], block_BT: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """The logits with an axis for the positions. Raises ModelError for another number."""
+        """Return the logits with an axis for positions. Raises ModelError for another number."""
         logits_BTV = logits[:, None] if logits.ndim == 2 else logits
         expected = 1 if self._ports.last_position_only else block_BT.shape[1]
         if logits_BTV.shape[:2] != (len(block_BT), expected):
@@ -164,12 +164,12 @@ class OnnxCache:
 
 
 def cache_bytes(ports: GraphPorts) -> int:
-    """Bytes of one id's keys and values over all layers."""
+    """Return bytes of one id's keys and values over all layers."""
     return sum(c.heads * c.head_size * c.past.dtype.itemsize for c in ports.caches)
 
 
 def with_logits_probed(ports: GraphPorts, run: Run) -> GraphPorts:
-    """The ports, with the number of positions in the logits seen on two ids where it is not fixed.
+    """Return the ports, with the logits' number of positions tried on two ids if not fixed.
 
     A program may say "any number" and still give the last position alone.
     """
@@ -188,16 +188,16 @@ class _OnnxRows:
     logits_NV: NDArray[np.float32]
 
     def details(self, ids_N: NDArray[np.int64], *, with_details: bool, top_k: int) -> TokenDetails:
-        """The details of the ids as the next tokens; see FedRows."""
+        """Return the details of the ids as the next tokens; see FedRows."""
         return details_of_rows(self.logits_NV, ids_N, with_details=with_details, top_k=top_k)
 
     def array(self) -> NDArray[np.float32]:
-        """The logits; see FedRows."""
+        """Return the logits; see FedRows."""
         return self.logits_NV
 
 
 def _joined(groups: list[_Group], num_rows: int) -> _Group:
-    """The first rows of several groups as one."""
+    """Return the first rows of several groups as one."""
     columns = zip(*(group.values for group in groups), strict=True)
     values = [
         onnxruntime.OrtValue.ortvalue_from_numpy(
