@@ -47,7 +47,7 @@ def weights_fingerprint(path: Path) -> str:
 
 
 def weights_stamp(path: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Return the names, sizes, inodes and times of the files whose content `weights_fingerprint` reads.
+    """Return names, sizes, inodes and times of the files that `weights_fingerprint` reads.
 
     Another stamp means that they may have changed. Raises ModelError where they are not there.
     """
