@@ -70,13 +70,14 @@ build/liger/.setup-done:
 	$(PIP) --no-deps --target build/liger liger-kernel==0.8.5 triton==3.9.0
 	touch $@
 
+# FAST_TESTS=no leaves the tests out: for a job that runs `make test`, which has all of them.
 check: setup
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
-	$(PYTEST) -m 'not slow and not real_model'
+	$(if $(filter no,$(FAST_TESTS)),,$(PYTEST) -m 'not slow and not real_model')
 
 # The peers are development packages, so they run in the same environment on the same libraries.
 # Sections that are measured already are kept: `make bench BENCH_FLAGS=--again` measures them anew.
