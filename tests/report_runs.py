@@ -8,7 +8,10 @@ import numpy as np
 
 import perplexit as px
 from perplexit.runs.run import Run
-from perplexit.sessions.base import ModelDescription, SessionDescription
+from perplexit.session_descriptions import (
+    ModelDescription,
+    SessionDescription,
+)
 from tests.toy_sessions import BigramSession
 
 VOCAB_SIZE = 400

@@ -13,7 +13,10 @@ import perplexit as px
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.resources.host_memory import HostMemory
-from perplexit.sessions.base import ModelDescription, SessionDescription
+from perplexit.session_descriptions import (
+    ModelDescription,
+    SessionDescription,
+)
 from sidebyside.growth import DOCUMENTS, exponents
 from sidebyside.scripts import Job, printed
 from sidebyside.texts import speeches

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from perplexit.quantization.mx_formats import FP6_E2M3, mx_round_trip
 from perplexit.sessions.base import InferenceSession
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.contract import without_weights
 

@@ -16,8 +16,8 @@ from perplexit.compilation.compile_model import compile
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.program_record import PROGRAM_FILE
 from perplexit.sessions.base import CachingSession
-from perplexit.sessions.cached import cached_session
 from perplexit.sessions.onnx import OnnxInferenceSession
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.registry import split_address
 from tests.oracles import random_window

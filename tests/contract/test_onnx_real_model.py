@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from perplexit.compilation.compile_model import compile
-from perplexit.sessions.cached import cached_session
 from perplexit.sessions.onnx import OnnxInferenceSession
+from perplexit.sessions.prefill_decode import cached_session
 from tests.oracles import oracle_details, window_of
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from transformers import AutoModelForCausalLM
 
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.contract.engines import Engine
 from tests.contract.test_session_contract import *  # noqa: F403 - its tests, collected here too

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import perplexit as px
-from perplexit import recording
 from perplexit.errors import ResumeError, RunError
 from perplexit.inputs.token_file import TokenFile
+from perplexit.runs import store
 from perplexit.runs.store import RunStore
 from tests.toy_sessions import BigramSession
 
@@ -32,7 +32,7 @@ def tokens(byte_tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def commit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "SECONDS_BETWEEN_PARTS", 0.0)
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_PARTS", 0.0)
 
 
 class StopsAfter(BigramSession):

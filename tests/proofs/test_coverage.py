@@ -22,7 +22,7 @@ from perplexit.metrics.intervals import (
     paired_interval,
     ratio_interval,
 )
-from perplexit.runs.figures import figures_of
+from perplexit.runs.run_figures import figures_of
 from perplexit.runs.run_tokens import RunTokens
 from tests.proofs.share import WHOLE, times
 from tests.simulated_losses import MEAN, losses

@@ -177,7 +177,7 @@ def test_a_kill_at_any_moment_loses_nothing_and_leaves_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PERPLEXIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("perplexit.evaluation.run_in_progress.SECONDS_BETWEEN_PARTS", 0.0)
+    monkeypatch.setattr("perplexit.runs.store.SECONDS_BETWEEN_PARTS", 0.0)
     whole: dict[str, tuple[float, dict[str, object], set[str]]] = {}
     kept: dict[str, set[str]] = {}  # what an engine itself leaves in the temporary folder
     for name in {name for name, _ in moments()}:

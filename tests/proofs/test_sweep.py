@@ -26,7 +26,7 @@ import perplexit
 from perplexit.errors import PerplexitError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import InferenceSession
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 from tests.proofs.share import WHOLE, chosen
 from tests.proofs.tiny_causal_models import NOT_MADE, VOCAB, class_of, model_types, tiny_model
 

@@ -18,8 +18,8 @@ from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.token_file import TokenFile
 from perplexit.metrics.bounded_intervals import averaged, share_interval
 from perplexit.metrics.intervals import clusters_for, ratio_interval
-from perplexit.runs.figures import figures_of
 from perplexit.runs.run import RUN_FILE, Run
+from perplexit.runs.run_figures import figures_of
 from perplexit.runs.run_tokens import RunTokens
 from tests.simulated_losses import MEAN
 from tests.simulated_runs import document_runs, drifting_runs

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import perplexit as px
 from perplexit.errors import FingerprintMismatchError, ResumeError
 from perplexit.inputs.token_file import TokenFile
-from perplexit.runs.identity import measurement_differences
+from perplexit.runs.measurement import measurement_differences
 from perplexit.runs.run import Run
 from tests.tiny_models import save_tiny_model
 from tests.unit.test_partial_reference import chunk_logits, write_kl_base

@@ -7,7 +7,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from perplexit.checkpoints.widened import widened
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession, packed_linear
 from perplexit.sessions.pytorch.cpu_kernels.packed_linear import PackedLinear, why_no_packing
 from tests.oracles import random_window

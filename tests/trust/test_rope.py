@@ -29,9 +29,9 @@ from perplexit.compilation.compile_model import compile
 from perplexit.errors import CapabilityError, CompilationError, ModelError
 from perplexit.igf.losses import ContextScorer, context_losses
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.cached import cached_session
 from perplexit.sessions.llamacpp import LlamaCppInferenceSession
 from perplexit.sessions.onnx import OnnxInferenceSession
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.oracles import oracle_details, random_window, window_of
 

@@ -9,7 +9,7 @@ import perplexit as px
 from perplexit.errors import CapabilityError, ResumeError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import DetailedSession, HiddenStateSession, TimesPhases
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE

@@ -9,7 +9,7 @@ from perplexit.functional import fused_head
 from perplexit.functional.fused_head import CompiledHead
 from perplexit.functional.linear_nll import head_statistics
 from perplexit.functional.nll import token_statistics
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.pytorch.compiled import CompiledForward, bucket
 from tests.oracles import random_window

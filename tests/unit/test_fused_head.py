@@ -18,7 +18,7 @@ from perplexit.functional import fused_head
 from perplexit.functional.fused_head import fused_kernel
 from perplexit.functional.linear_nll import head_statistics
 from perplexit.sessions.base import DetailedSession
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE

@@ -22,8 +22,8 @@ from perplexit.errors import (
 from perplexit.program_record import ProgramMetadata
 from perplexit.quantization.onnx_blocks import QuantizedWeight, _blocks_of
 from perplexit.quantization.precisions import WeightBlocks
-from perplexit.sessions.cached import cached_session
 from perplexit.sessions.onnx import OnnxInferenceSession
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.oracles import random_window
 from tests.tiny_models import VOCAB_SIZE

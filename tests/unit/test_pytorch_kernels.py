@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from perplexit.errors import UsageError
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.pytorch import causal_attention as causal_attention_module
 from perplexit.sessions.pytorch import kernels as pytorch_kernels

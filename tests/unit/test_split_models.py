@@ -11,7 +11,7 @@ import torch
 
 import perplexit as px
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.pytorch import placement as pytorch_placement
 from perplexit.sessions.pytorch.placement import check_attention, devices_of, head_device, places_of

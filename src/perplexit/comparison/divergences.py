@@ -20,7 +20,7 @@ from perplexit.metrics.distribution import (
     mean_by,
 )
 from perplexit.metrics.intervals import mean_interval
-from perplexit.runs.identity import measurement_differences
+from perplexit.runs.measurement import measurement_differences
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import RunTokens
 from perplexit.token_columns import TOKEN_COLUMNS, Needs, columns_that_need

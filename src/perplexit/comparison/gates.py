@@ -16,7 +16,7 @@ from perplexit.comparison.byte_comparison import ByteComparison
 from perplexit.comparison.token_comparison import Comparison
 from perplexit.errors import UsageError
 from perplexit.metrics.estimate import Estimate
-from perplexit.runs.identity import plain_json
+from perplexit.runs.measurement import plain_json
 
 JudgedOn = Literal["interval", "value"]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from perplexit.errors import EmptyScoreError, FingerprintMismatchError, RunError
 from perplexit.metrics.intervals import Clusters, clusters_for
-from perplexit.runs.identity import flat_record
+from perplexit.runs.measurement import flat_record
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import RunTokens
 

@@ -9,7 +9,7 @@ from perplexit.comparison.verdict_sentences import Judged
 from perplexit.comparison.verdicts import Margin, Verdict, resolution_of, verdict_of
 from perplexit.metrics.estimate import Estimate
 from perplexit.runs.html_table import html_table
-from perplexit.runs.identity import plain_json
+from perplexit.runs.measurement import plain_json
 from perplexit.runs.run import Run
 
 

@@ -10,7 +10,7 @@ from perplexit.diagnosis.doctor_probe import ExaminedModel
 from perplexit.diagnosis.doctor_repeats import largest_difference, tolerance
 from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.sessions.base import CachingSession
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 
 # prompt_len, decode_chunk: token by token from the start, and in blocks after a prefill
 _WAYS = ((1, 1), (12, 7))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from perplexit.runs.html_table import html_table
-from perplexit.runs.identity import plain_json
+from perplexit.runs.measurement import plain_json
 
 Status = Literal["pass", "warn", "fail", "skipped"]
 Figure = float | int | str | None

@@ -12,7 +12,7 @@ from perplexit.diagnosis.step_contributions import Step, measured, steps_between
 from perplexit.errors import FingerprintMismatchError, PerplexitError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.html_table import html_table
-from perplexit.runs.identity import plain_json
+from perplexit.runs.measurement import plain_json
 from perplexit.runs.run import Run
 
 

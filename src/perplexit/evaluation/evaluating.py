@@ -24,8 +24,8 @@ from perplexit.resources.host_memory import HostMemory
 from perplexit.runs.run import Run
 from perplexit.runs.store import RunStore
 from perplexit.sessions.base import InferenceSession
-from perplexit.sessions.cached import cached_session
 from perplexit.sessions.options import ScoringOptions, given_options
+from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.registry import opened_session, split_address
 
 

@@ -11,7 +11,7 @@ from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer import Tokenizer
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
-from perplexit.runs.identity import depends_on_batch
+from perplexit.runs.measurement import depends_on_batch
 from perplexit.sessions.base import InferenceSession
 
 UNKNOWN_VOCABULARY = 2**31 - 1  # of a session that takes any id

@@ -6,7 +6,7 @@ from typing import Any
 from perplexit.errors import ResumeError
 from perplexit.evaluation.request import Request
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
-from perplexit.runs.identity import (
+from perplexit.runs.measurement import (
     MOST_NAMED,
     differing_names,
     flat_record,

@@ -19,14 +19,11 @@ from perplexit.evaluation.scorer import ProgressUpdate, Scorer
 from perplexit.evaluation.window_order import WindowResults
 from perplexit.inputs.token_file import TokenFile
 from perplexit.resources.host_memory import HostMemory
-from perplexit.runs.figures import figures_of
 from perplexit.runs.run import SCHEMA_VERSION, Run
+from perplexit.runs.run_figures import figures_of
 from perplexit.runs.scored_batch import ScoredBatch
 from perplexit.runs.store import RunStore
-from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory
-from perplexit.sessions.on_device import MeasuresWorkingMemory
-
-SECONDS_BETWEEN_PARTS = 1.0
+from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory, MeasuresWorkingMemory
 
 Progress = Callable[[ProgressUpdate], None]
 
@@ -144,27 +141,28 @@ class RunInProgress:
         details = self.with_reference and self.with_reference.details
         plan = BatchPlan.from_json(run.batch_plan)
         scorer = Scorer(self.session, self.tokens, plan, run.top_k, details)
-        pending = _PendingPart(self.store)
         try:
             for batch in scorer.batches(results.done[scorer.order]):
                 if scorer.plan != plan:  # memory ran out: a resumed run must repeat the halving
-                    pending.commit()
                     plan = scorer.plan
                     run = replace(run, batch_plan={**run.batch_plan, **plan.to_json()})
                     if self.store is not None:
+                        self.store.commit()
                         self.store.write_record(run)
                 if run.on_non_finite == "error":
                     self._check_finite(batch)
-                pending.add(batch)
+                if self.store is not None:
+                    self.store.add(batch)
                 results.add(batch)
                 if self.progress is not None:
                     self.progress(_progress_of(results, self.tokens, self.resumed))
         except BaseException:
-            pending.commit()
             if self.store is not None:
+                self.store.commit()
                 self.store.write_record(replace(run, status="interrupted"))
             raise
-        pending.commit()
+        if self.store is not None:
+            self.store.commit()
         return run
 
     def completed(self, run: Run) -> Run:
@@ -259,30 +257,6 @@ class _Resumed:
     @classmethod
     def of(cls, results: WindowResults) -> "_Resumed":
         return cls(results.num_windows_scored, results.num_tokens_done, results.seconds)
-
-
-class _PendingPart:
-    """Scored batches not yet committed; committed about once a second, and at the end."""
-
-    def __init__(self, store: RunStore | None) -> None:
-        self._store = store
-        self._batches: list[ScoredBatch] = []
-        self._last_commit = time.perf_counter()
-
-    def add(self, batch: ScoredBatch) -> None:
-        if self._store is None:
-            return
-        if self._batches and self._batches[-1].stop != batch.start:
-            self.commit()
-        self._batches.append(batch)
-        if time.perf_counter() - self._last_commit >= SECONDS_BETWEEN_PARTS:
-            self.commit()
-
-    def commit(self) -> None:
-        if self._store is not None and self._batches:
-            self._store.add_part(ScoredBatch.joined(self._batches))
-        self._batches = []
-        self._last_commit = time.perf_counter()
 
 
 def _progress_of(results: WindowResults, tokens: TokenFile, resumed: _Resumed) -> ProgressUpdate:

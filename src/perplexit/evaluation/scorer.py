@@ -21,9 +21,9 @@ from perplexit.sessions.base import (
     AlternativesSession,
     DetailedSession,
     InferenceSession,
+    QueueingSession,
     TimesPhases,
 )
-from perplexit.sessions.on_device import QueueingSession
 from perplexit.token_columns import TokenDetails
 
 

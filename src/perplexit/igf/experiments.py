@@ -48,7 +48,7 @@ from perplexit.igf.selection import (
     Selection,
     selection_named,
 )
-from perplexit.runs.identity import measurement_fingerprint, plain_json
+from perplexit.runs.measurement import measurement_fingerprint, plain_json
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import read_json
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from perplexit.atomic_files import write_json
 from perplexit.errors import ResumeError
-from perplexit.runs.identity import measurement_differences, plain_json
+from perplexit.runs.measurement import measurement_differences, plain_json
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import read_json
 

@@ -14,11 +14,16 @@ from perplexit.errors import CapabilityError, RunError, UsageError
 from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.token_file import TokenFile
 from perplexit.reference.heads import proven_head
-from perplexit.reference.partial import KlBaseReference, TopKReference, floor_of_file
+from perplexit.reference.partial_distributions import KlBaseReference, TopKReference, floor_of_file
 from perplexit.reference.request import Reference
-from perplexit.reference.scoring import LiveLogits, ReferenceScoring, SavingScoring, StoredLogits
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesDtype, StatesWriter
-from perplexit.runs.identity import measurement_fingerprint, measurement_of
+from perplexit.reference.window_scorers import (
+    LiveLogits,
+    ReferenceScoring,
+    SavingScoring,
+    StoredLogits,
+)
+from perplexit.runs.measurement import measurement_fingerprint, measurement_of
 from perplexit.runs.run import Run
 from perplexit.sessions.base import (
     InferenceSession,

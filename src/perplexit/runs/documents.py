@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from perplexit.errors import RunError
 from perplexit.metrics.likelihood import exp_or_inf
+from perplexit.runs.exported_tables import export_file, write_table
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
-from perplexit.runs.tables import export_file, write_table
 from perplexit.untrusted_files import Expected, stated
 from perplexit.untrusted_tensors import read_parquet
 

@@ -1,44 +1,31 @@
 """The types of the records inside `run.json`, for what reads them back; there may be more keys."""
 
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from types import UnionType
+from typing import Any, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints
+
+from perplexit.session_descriptions import ModelDescription, SessionDescription
 
 
-class ModelRecord(TypedDict):
-    """The model that was measured."""
-
-    address: NotRequired[str]
-    architecture: NotRequired[str]
-    num_parameters: NotRequired[int]
-    weights_fingerprint: NotRequired[str]
-    vocab_size: NotRequired[int]
-    max_length: NotRequired[int | None]
-    adapter: NotRequired[dict[str, Any] | None]
+def _record_of(kind: type) -> Any:
+    """Return the type of a dataclass's record as JSON, in which any key may be missing."""
+    hints = get_type_hints(kind)
+    return TypedDict(  # type: ignore[operator]
+        kind.__name__, {f.name: NotRequired[_json_type(hints[f.name])] for f in fields(kind)}
+    )
 
 
-class QuantizationRecord(TypedDict):
-    """What a quantization did."""
-
-    name: NotRequired[str]
-    library: NotRequired[str]
-    num_modules: NotRequired[int]
-    num_bytes: NotRequired[int]
-    effective_bits: NotRequired[float | None]
-    unquantized: NotRequired[list[str]]
-
-
-class SessionRecord(TypedDict):
-    """The conditions of the measurement."""
-
-    engine: NotRequired[str]
-    version: NotRequired[str]
-    dtype: NotRequired[str]
-    device: NotRequired[str]
-    quantization: NotRequired[QuantizationRecord | None]
-    threads: NotRequired[int | None]
-    settings: NotRequired[dict[str, Any]]
-    mode: NotRequired[str]
-    prompt_len: NotRequired[int | None]
-    decode_chunk: NotRequired[int | None]
+def _json_type(hint: Any) -> Any:
+    if get_origin(hint) is Union or isinstance(hint, UnionType):
+        return Union[tuple(_json_type(part) for part in get_args(hint))]  # noqa: UP007
+    if is_dataclass(hint):
+        return _record_of(hint)  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        return list[get_args(hint)[0]]  # type: ignore[misc]
+    if get_origin(hint) is Mapping:
+        return dict[str, Any]
+    return float | None if hint is float else hint
 
 
 class ProtocolRecord(TypedDict):
@@ -102,8 +89,8 @@ class NoiseFloorRecord(TypedDict):
 
 
 NESTED: dict[str, Any] = {
-    "model": ModelRecord,
-    "session": SessionRecord,
+    "model": _record_of(ModelDescription),
+    "session": _record_of(SessionDescription),
     "input_spec": SpecRecord,
     "reference": ReferenceRecord | None,
     "noise_floor": NoiseFloorRecord | None,

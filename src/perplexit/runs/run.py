@@ -8,7 +8,7 @@ from typing import Any, NotRequired, TypedDict, get_type_hints
 
 from perplexit.errors import RunError
 from perplexit.fingerprints import sha256_of_file
-from perplexit.runs.identity import (
+from perplexit.runs.measurement import (
     measurement_fingerprint,
     measurement_of,
     plain_json,

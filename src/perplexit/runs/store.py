@@ -1,14 +1,15 @@
-"""RunStore: a folder a run, filled part by part, so that a killed run goes on where it was.
+"""RunStore: one folder per run, filled part by part, so that a killed run can be continued.
 
 run.json         the record; written first with status "running", last with "complete"
 parts/           per-token results as they come, each file written atomically and named by its
                  content's hash; removed when the run is complete
-tokens.parquet   a row a scored token, written once at the end
-documents.parquet  a row for each document: where it came from
+tokens.parquet   one row per scored token, written once at the end
+documents.parquet  one row per document: where it came from
 .lock            held while a process writes here; the system releases it if that process dies
 """
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from perplexit.runs.scored_batch import PART, ScoredBatch
 from perplexit.untrusted_files import stated
 
 PARTS_FOLDER = "parts"
+SECONDS_BETWEEN_PARTS = 1.0
 
 
 class RunStore:
@@ -52,6 +54,8 @@ class RunStore:
                 "name another with --run"
             )
         self._lock: FileLock | None = None
+        self._pending: list[ScoredBatch] = []
+        self._last_commit = time.perf_counter()
 
     def _is_ours(self) -> bool:
         """Whether a run, or the beginning of one, is in the folder and nothing else is."""
@@ -80,9 +84,21 @@ class RunStore:
         text = json.dumps(run.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         write_bytes(self.folder / RUN_FILE, text.encode())
 
-    def add_part(self, part: ScoredBatch) -> None:
-        """Commit scored windows: after this returns, a kill does not lose them."""
-        self._parts.add(part.start, part.stop, part.to_bytes())
+    def add(self, batch: ScoredBatch) -> None:
+        """Take a scored batch; consecutive ones are committed together, about once a second."""
+        if self._pending and self._pending[-1].stop != batch.start:
+            self.commit()
+        self._pending.append(batch)
+        if time.perf_counter() - self._last_commit >= SECONDS_BETWEEN_PARTS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write the batches that were added: after this returns, a kill does not lose them."""
+        if self._pending:
+            part = ScoredBatch.joined(self._pending)
+            self._parts.add(part.start, part.stop, part.to_bytes())
+        self._pending = []
+        self._last_commit = time.perf_counter()
 
     def parts(self) -> Iterator[ScoredBatch]:
         """Yield every whole part, in plan order.

@@ -9,10 +9,10 @@ import pyarrow as pa
 from perplexit.errors import PerplexitError
 from perplexit.metrics.intervals import MIN_CLUSTERS
 from perplexit.runs.documents import DOCUMENTS_FILE, with_sources
-from perplexit.runs.figures import figures_of
+from perplexit.runs.exported_tables import export_file, write_table
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
+from perplexit.runs.run_figures import figures_of
 from perplexit.runs.run_tokens import read_token_table
-from perplexit.runs.tables import export_file, write_table
 
 _EXPORTED = ("document", "window", "position", "token_id", "nll", "text")  # what tells an export
 

@@ -31,9 +31,9 @@ from perplexit.errors import RunError, TokenFileError, UsageError
 from perplexit.inputs.encoded_batch import white_space, word_starts
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.documents import with_sources
+from perplexit.runs.exported_tables import export_file, write_table
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
-from perplexit.runs.tables import export_file, write_table
 
 COLUMNS = {
     "document": "index of the document in the input",

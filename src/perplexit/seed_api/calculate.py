@@ -18,7 +18,7 @@ from perplexit.resources.timer import Timer
 from perplexit.seed_api.batches import window_batches
 from perplexit.seed_api.row_scoring import regrouped, row_losses, session_of
 from perplexit.sessions.base import CachingSession, InferenceSession
-from perplexit.sessions.cached import cached_session
+from perplexit.sessions.prefill_decode import cached_session
 
 ENGINES_OF = {
     "torch": ("pytorch", "torch"),

@@ -6,70 +6,18 @@ session that lacks one fails an `isinstance` check before anything runs.
 Shape suffixes: N = scored tokens of one window, K = alternatives a token.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.inputs.windows import WindowIds
+from perplexit.session_descriptions import ModelDescription, SessionDescription
 from perplexit.token_columns import TokenDetails
 
-
-@dataclass(frozen=True, slots=True)
-class AdapterDescription:
-    """A PEFT adapter on the model: its method (LORA, …), and whether it was merged."""
-
-    path: str
-    kind: str
-    fingerprint: str
-    merged: bool
-    base: str | None = None  # the model it was trained on, as it says
-
-
 MOST_CACHED_IDS = 2**20  # ids in one cache over all its windows; no batch gains from more
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDescription:
-    """Whose numbers these are; `weights_fingerprint` is of weights, configuration and adapter."""
-
-    address: str
-    architecture: str
-    num_parameters: int
-    weights_fingerprint: str
-    vocab_size: int
-    max_length: int | None = None  # longest window the model was made for; None: unknown
-    adapter: AdapterDescription | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizationDescription:
-    """What a quantization really did, counted on the loaded model."""
-
-    name: str
-    library: str
-    num_modules: int
-    num_bytes: int  # bytes of the quantized tensors, scales included
-    effective_bits: float  # bits per parameter over the whole model
-    unquantized: tuple[str, ...] = ()  # names of the large tensors that were left alone
-
-
-@dataclass(frozen=True, slots=True)
-class SessionDescription:
-    """The conditions of a measurement, as they are in effect (not as they were asked for)."""
-
-    engine: str
-    version: str
-    dtype: str
-    device: str
-    quantization: QuantizationDescription | None = None
-    threads: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # engine's own effective settings
-    mode: str = "full"  # windows whole; "cached": prefill, then decode
-    prompt_len: int | None = None  # ids of the prefill
-    decode_chunk: int | None = None  # ids a call of the decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,4 +243,32 @@ class TimesPhases(Protocol):
 
     def take_seconds(self) -> PhaseSeconds:
         """What successful calls took since this was last asked."""
+        ...
+
+
+@runtime_checkable
+class QueueingSession(DetailedSession, Protocol):
+    """A session that can start a batch and go on while a device works on it."""
+
+    @property
+    def queues(self) -> bool:
+        """Whether a started batch really goes on by itself, here and now."""
+        ...
+
+    def queue_details(
+        self, windows: Sequence[WindowIds], *, top_k: int = 0
+    ) -> Callable[[], list[TokenDetails]]:
+        """`token_details` under way: what is returned waits for the results, and is called once.
+
+        Both calls may raise what `token_details` raises, EngineOutOfMemoryError included.
+        """
+        ...
+
+
+@runtime_checkable
+class MeasuresWorkingMemory(Protocol):
+    """A session that tells its working memory from the memory of its weights."""
+
+    def peak_device_bytes_beyond_weights(self) -> int | None:
+        """The peak since the model was loaded, less what it held then; None on the host."""
         ...

@@ -29,15 +29,16 @@ from perplexit.program_batches import target_logit_rows as logit_rows
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.resources.freed_memory import return_freed_memory
-from perplexit.sessions.base import (
-    ClosedByWith,
-    LogitsChunk,
+from perplexit.session_descriptions import (
     ModelDescription,
     QuantizationDescription,
     SessionDescription,
 )
-from perplexit.sessions.by_details import ScoresByDetails
-from perplexit.sessions.logit_rows import details_of_rows
+from perplexit.sessions.base import (
+    ClosedByWith,
+    LogitsChunk,
+)
+from perplexit.sessions.logit_rows import ScoresByDetails, details_of_rows
 from perplexit.token_columns import TokenDetails
 
 

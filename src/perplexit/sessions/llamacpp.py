@@ -24,12 +24,13 @@ from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
 from perplexit.quantization.gguf_quantizer import requantized_gguf
 from perplexit.quantization.llamacpp_library import last_words, library_log
 from perplexit.quantization.precisions import canonical_dtype
-from perplexit.sessions.base import (
-    LogitsChunk,
+from perplexit.session_descriptions import (
     ModelDescription,
     SessionDescription,
 )
-from perplexit.sessions.by_details import ScoresByDetails
+from perplexit.sessions.base import (
+    LogitsChunk,
+)
 from perplexit.sessions.llamacpp_settings import (
     EffectiveSettings,
     checked_device,
@@ -39,7 +40,7 @@ from perplexit.sessions.llamacpp_settings import (
     model_file,
     own_token_ids,
 )
-from perplexit.sessions.logit_rows import details_of_rows
+from perplexit.sessions.logit_rows import ScoresByDetails, details_of_rows
 from perplexit.token_columns import TokenDetails
 
 _KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers

@@ -11,7 +11,9 @@ from perplexit.errors import CapabilityError, ModelError, TokenizerError
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.gguf_header import GgufQuantization
 from perplexit.quantization.precisions import canonical_dtype
-from perplexit.sessions.base import QuantizationDescription
+from perplexit.session_descriptions import (
+    QuantizationDescription,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from perplexit import programs as p
+from perplexit import program_record as p
 from perplexit.checkpoints.adapters import find_adapter
 from perplexit.checkpoints.identity import read_config, weight_files, weights_fingerprint
 from perplexit.cli.record_tables import run_table, runs_table
@@ -290,7 +290,8 @@ def _make_parts(folder: Path) -> None:
 
     with RunStore(folder / "run") as store:
         details = TokenDetails({"nll": np.ones(5, np.float32), "rank": np.ones(5, np.int32)})
-        store.add_part(ScoredBatch(0, 2, np.arange(2), np.array([2, 3]), details, 0.1))
+        store.add(ScoredBatch(0, 2, np.arange(2), np.array([2, 3]), details, 0.1))
+        store.commit()
 
 
 def _change_parts(folder: Path, random: Random) -> None:

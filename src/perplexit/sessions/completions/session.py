@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds
-from perplexit.sessions.alternatives import contradiction, most_likely_first
-from perplexit.sessions.base import ClosedByWith, ModelDescription, SessionDescription
+from perplexit.session_descriptions import (
+    ModelDescription,
+    SessionDescription,
+)
+from perplexit.sessions.base import (
+    ClosedByWith,
+)
 from perplexit.sessions.completions.answers import (
     KnownTexts,
     PromptAnswer,
@@ -33,6 +38,7 @@ from perplexit.sessions.completions.probe import (
     check_still_the_same,
     working_style,
 )
+from perplexit.sessions.top_k_checks import contradiction, most_likely_first
 from perplexit.token_columns import TokenDetails
 
 _ANY_ID = np.iinfo(np.int32).max

@@ -7,7 +7,9 @@ import transformers
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import CapabilityError, ModelError
-from perplexit.sessions.base import SessionDescription
+from perplexit.session_descriptions import (
+    SessionDescription,
+)
 from perplexit.sessions.pytorch.compiled import CompiledForward, with_head
 from perplexit.sessions.pytorch.forward import ForwardPass, find_forward
 from perplexit.sessions.pytorch.loading import OpenedModule

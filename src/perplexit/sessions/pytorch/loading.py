@@ -21,7 +21,11 @@ from perplexit.quantization.pytorch_quantization import (
     pytorch_recipe,
     quantize_model,
 )
-from perplexit.sessions.base import AdapterDescription, ModelDescription, QuantizationDescription
+from perplexit.session_descriptions import (
+    AdapterDescription,
+    ModelDescription,
+    QuantizationDescription,
+)
 from perplexit.sessions.pytorch.device_choice import chosen_device, chosen_threads, scoring_settings
 from perplexit.sessions.pytorch.module_facts import (
     config_integer,

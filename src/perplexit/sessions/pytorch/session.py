@@ -18,7 +18,14 @@ from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
 from perplexit.functional.output_head import OutputHead
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.freed_memory import return_freed_memory
-from perplexit.sessions.base import ClosedByWith, LogitsChunk, ModelDescription, SessionDescription
+from perplexit.session_descriptions import (
+    ModelDescription,
+    SessionDescription,
+)
+from perplexit.sessions.base import (
+    ClosedByWith,
+    LogitsChunk,
+)
 from perplexit.sessions.options import EngineOptions, declared, given_options
 from perplexit.sessions.pytorch.batch import check_windows, fed_length, refuse_beyond_positions
 from perplexit.sessions.pytorch.cpu_kernels.layout import chosen_kernels, kernels_for, with_kernels

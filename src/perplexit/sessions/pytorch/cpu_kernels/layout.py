@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from perplexit.checkpoints.widened import widened
 from perplexit.errors import UsageError
 from perplexit.resources.freed_memory import keep_freed_memory, return_freed_memory
-from perplexit.sessions.base import SessionDescription
+from perplexit.session_descriptions import (
+    SessionDescription,
+)
 from perplexit.sessions.pytorch.cpu_kernels.causal_attention import use_causal_blocks, use_sdpa
 from perplexit.sessions.pytorch.cpu_kernels.fused_mlp import fuse_mlps, restore_forwards
 from perplexit.sessions.pytorch.cpu_kernels.fused_norm import fuse_norms

@@ -18,7 +18,7 @@ from perplexit.functional.output_head import OutputHead
 from perplexit.functional.partial_divergence import partial_divergences
 from perplexit.inputs.windows import WindowIds
 from perplexit.reference.heads import Head, RecordedLosses, proof_of
-from perplexit.reference.partial import PartialReference
+from perplexit.reference.partial_distributions import PartialReference
 from perplexit.reference.states import ReferenceStates, StatesWriter
 from perplexit.sessions.base import (
     AlternativesSession,

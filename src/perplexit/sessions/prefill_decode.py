@@ -19,6 +19,10 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.timer import Timer
+from perplexit.session_descriptions import (
+    ModelDescription,
+    SessionDescription,
+)
 from perplexit.sessions.base import (
     CachingSession,
     FedRows,
@@ -27,13 +31,11 @@ from perplexit.sessions.base import (
     KeyValueCache,
     LogitsChunk,
     MeasuresDeviceMemory,
-    ModelDescription,
+    MeasuresWorkingMemory,
     PhaseSeconds,
-    SessionDescription,
 )
-from perplexit.sessions.by_details import ScoresByDetails
-from perplexit.sessions.cached_blocks import Take, WindowBlock, window_blocks
-from perplexit.sessions.on_device import MeasuresWorkingMemory
+from perplexit.sessions.logit_rows import ScoresByDetails
+from perplexit.sessions.window_blocks import Take, WindowBlock, window_blocks
 from perplexit.token_columns import TokenDetails
 
 _KEPT_LOGITS_BYTES = 512 * 2**20  # logits of whole windows held at a time, where asked for
