@@ -11,12 +11,9 @@ from numpy.typing import NDArray
 
 import perplexit as px
 from perplexit.inputs.windows import WindowIds
-from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.resources.host_memory import HostMemory
-from perplexit.session_descriptions import (
-    ModelDescription,
-    SessionDescription,
-)
+from perplexit.resources.memory_advice import return_freed_memory
+from perplexit.session_descriptions import ModelDescription, SessionDescription
 from sidebyside.growth import DOCUMENTS, exponents
 from sidebyside.scripts import Job, printed
 from sidebyside.texts import speeches

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.resources.host_memory import HostMemory
+from perplexit.resources.memory_advice import return_freed_memory
 from sidebyside.contenders import Contender, Scored, Setting, open_contender
 from sidebyside.pool import pin_to_cores
 from sidebyside.workloads import Workload

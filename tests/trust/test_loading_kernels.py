@@ -8,7 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from perplexit.checkpoints.widened import widened
 from perplexit.sessions.prefill_decode import cached_session
-from perplexit.sessions.pytorch import PytorchInferenceSession, packed_linear
+from perplexit.sessions.pytorch import PytorchInferenceSession
+from perplexit.sessions.pytorch.cpu_kernels import layout, packed_linear
 from perplexit.sessions.pytorch.cpu_kernels.packed_linear import PackedLinear, why_no_packing
 from tests.oracles import random_window
 from tests.trust.loading_models import VOCAB_SIZE, llama, losses, oracle_of, saved
@@ -92,9 +93,7 @@ def test_b6_bfloat16_kernels_that_are_farther_are_put_back(plain, monkeypatch):
     assert settings(PytorchInferenceSession(plain, dtype="bfloat16"))["kernels"] == "packed"
     monkeypatch.setattr(PackedLinear, "product", worse)
     monkeypatch.setattr(packed_linear, "why_no_packing", lambda dtype: None)
-    monkeypatch.setattr(
-        "perplexit.sessions.pytorch.cpu_kernels.layout.why_no_packing", lambda dtype: None
-    )
+    monkeypatch.setattr(layout, "why_no_packing", lambda dtype: None)
     session = PytorchInferenceSession(plain, dtype="bfloat16")
     assert settings(session)["kernels"] == "plain"
     assert "farther from float32 than 1.25" in settings(session)["kernels_reason"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from perplexit.resources.mapped_files import MappedFiles
+from perplexit.resources.memory_advice import MappedFiles
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.oracles import oracle_details, random_window
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from perplexit.errors import MemoryBoundError, UsageError
-from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.resources.host_memory import HostMemory, lifetime_peak_bytes, rss_bytes
+from perplexit.resources.memory_advice import return_freed_memory
 from perplexit.resources.memory_tracker import MemoryTracker
 from perplexit.resources.shared_peak import SharedPeak
 from tests.resident import mapped

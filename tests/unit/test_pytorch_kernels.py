@@ -1,8 +1,6 @@
 """Packed linear layers and fused blocks: the same numbers, the same checkpoint, the way back."""
 
 import gc
-import subprocess
-import sys
 import weakref
 
 import numpy as np
@@ -14,16 +12,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from perplexit.errors import UsageError
-from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
-from perplexit.sessions.pytorch import causal_attention as causal_attention_module
-from perplexit.sessions.pytorch import kernels as pytorch_kernels
-from perplexit.sessions.pytorch.cpu_kernels.causal_attention import (
-    causal_attention,
-    folded_attention,
-)
+from perplexit.sessions.pytorch.cpu_kernels import layout
 from perplexit.sessions.pytorch.cpu_kernels.fused_mlp import fuse_mlps, restore_forwards
-from perplexit.sessions.pytorch.cpu_kernels.fused_norm import fuse_norms
 from perplexit.sessions.pytorch.cpu_kernels.packed_linear import (
     PackedLinear,
     pack_linears,
@@ -141,7 +132,7 @@ def test_in_bfloat16_packed_and_plain_are_equally_far_from_float32(name, request
     folder = request.getfixturevalue(f"tiny_{name}_dir")
     exact = [oracle_details(plain_model(name), window).nll_N for window in WINDOWS]
     errors = {}
-    for kernels in pytorch_kernels.KERNELS:
+    for kernels in layout.KERNELS:
         session = PytorchInferenceSession(folder, dtype="bf16", kernels=kernels)
         assert session.description.settings["kernels"] == kernels
         found = session.token_nll(WINDOWS)
@@ -251,137 +242,8 @@ def test_unpacking_gives_the_same_bits_back():
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("length", [2, 127, 128, 129, 420])
-@pytest.mark.parametrize("num_kv_heads", [2, 6])
-def test_attention_by_query_blocks_is_causal_attention(dtype, length, num_kv_heads):
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(2, length, heads, 16, generator=generator).to(dtype).transpose(1, 2)
-        for heads in (6, num_kv_heads, num_kv_heads)
-    )
-    scores = query.double() @ key.double().repeat_interleave(6 // num_kv_heads, 1).transpose(2, 3)
-    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
-    weights = (0.3 * scores).masked_fill(ahead, -torch.inf).softmax(-1)
-    expected = weights @ value.double().repeat_interleave(6 // num_kv_heads, 1)
-    got = causal_attention(query, key, value, 0.3)
-    assert got.dtype == dtype
-    assert (got - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
-
-
-def test_large_scores_are_not_rounded_to_bfloat16():
-    """A score of 400 nats in bfloat16 is off by up to 1, and its probability by a factor of e."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, 200, 16, generator=generator).bfloat16()
-    query[..., 0], key[..., 0] = 20.0, 20.0  # the same large term in every score
-    scores = (query.double() @ key.double().transpose(2, 3)).tril()
-    ahead = torch.ones(200, 200, dtype=torch.bool).triu(1)
-    expected = scores.masked_fill(ahead, -torch.inf).softmax(-1) @ value.double()
-    rounded = scores.bfloat16().double().masked_fill(ahead, -torch.inf).softmax(-1) @ value.double()
-    assert (rounded - expected).abs().max() > 0.3
-    assert (causal_attention(query, key, value, 1.0) - expected).abs().max() < 2e-2
-
-
-@pytest.mark.parametrize("length", [1, 5])
-def test_heads_that_share_keys_are_folded_into_queries(length):
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(3, 6, length, 16, generator=generator)
-    key, value = torch.randn(2, 3, 2, 40, 16, generator=generator)
-    mask = torch.ones(3, 1, length, 40, dtype=torch.bool).tril(40 - length)
-    mask[1, :, :, :7] = False
-    scores = 0.3 * query.double() @ key.double().repeat_interleave(3, 1).transpose(2, 3)
-    for given in (mask, None):
-        seen = scores if given is None else scores.masked_fill(~given, -torch.inf)
-        expected = seen.softmax(-1) @ value.double().repeat_interleave(3, 1)
-        got = folded_attention(query, key, value, given, 0.3)
-        assert (got - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("chunk", [1, 5])
-def test_decode_reads_shared_keys_once(tiny_llama_dir, monkeypatch, chunk):
-    calls = []
-    monkeypatch.setattr(
-        causal_attention_module,
-        "folded_attention",
-        lambda *args: calls.append(args[0].shape[2]) or folded_attention(*args),
-    )
-    window = random_window(3, 40, VOCAB_SIZE)
-    cached = cached_session(
-        PytorchInferenceSession(tiny_llama_dir), prompt_len=9, decode_chunk=chunk
-    )
-    calls.clear()  # opening probes the cache
-    nll_N = cached.token_nll([window])[0]
-    assert calls == [chunk] * (30 // chunk) * 2
-    expected = oracle_details(plain_model("llama"), window).nll_N
-    assert np.abs(nll_N - expected).max() < 1e-5
-
-
-def test_whole_windows_go_by_query_blocks_and_padded_ones_by_the_model_s_mask(
-    tiny_llama_dir, monkeypatch
-):
-    session = PytorchInferenceSession(tiny_llama_dir)
-    assert session.description.settings["attention"] == causal_attention_module.NAME
-    lengths = []
-    monkeypatch.setattr(
-        causal_attention_module,
-        "causal_attention",
-        lambda query, *rest: lengths.append(query.shape[2]) or causal_attention(query, *rest),
-    )
-    window = random_window(3, 200, VOCAB_SIZE)
-    alone = session.token_nll([window])[0]
-    assert lengths == [199, 199]
-    together = session.token_nll([window, WINDOWS[2]])[0]
-    assert lengths == [199, 199]
-    expected = oracle_details(plain_model("llama"), window).nll_N
-    assert np.abs(alone - expected).max() < 1e-5
-    assert np.abs(together - expected).max() < 1e-5
-
-
 def test_an_attention_that_does_more_keeps_its_own(tiny_gemma2_dir):
     """Gemma 2 caps the scores, which no kernel here does."""
     settings = PytorchInferenceSession(tiny_gemma2_dir).description.settings
     assert settings["attention"] == "eager"
     assert settings["kernels"] == "packed"
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_freed_memory_stays_with_the_process_until_it_is_given_back():
-    """Large blocks freed and asked for again cost page faults by default."""
-    script = (
-        "import resource, torch\n"
-        "from perplexit.resources.freed_memory import keep_freed_memory, return_freed_memory\n"
-        "kept = keep_freed_memory()\n"
-        "blocks = lambda: len([torch.ones(2**20) for _ in range(3)])\n"
-        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "blocks(); before = faults(); [blocks() for _ in range(20)]; again = faults() - before\n"
-        "return_freed_memory(); before = faults(); blocks()\n"
-        "print(kept, again, faults() - before)\n"
-    )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kept, again, after = done.stdout.split()
-    if kept == "False":
-        pytest.skip("another C library")
-    # 20 times 12 MiB are 61,440 pages; where blocks land in the arenas varies between runs
-    assert int(again) < 30_000
-    assert int(after) > 1000
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_norms_as_one_operator_give_the_same_bits(dtype):
-    model = plain_model("llama").to(dtype)
-    ids_BT = torch.randint(VOCAB_SIZE, (3, 50), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = model(ids_BT).logits
-        assert fuse_norms(model) == 2 * 2 + 1
-        assert torch.equal(model(ids_BT).logits, expected)
-        restore_forwards(model)
-        assert not any("forward" in module.__dict__ for module in model.modules())
-
-
-def test_norms_that_do_more_keep_their_own_forward():
-    assert fuse_norms(plain_model("gemma2")) == 0  # its weight is an offset from one
-    model = plain_model("llama")
-    model.model.norm.register_forward_hook(lambda *_: None)
-    model.model.layers[0].input_layernorm.variance_epsilon = torch.tensor(1e-5)
-    assert fuse_norms(model) == 5 - 2

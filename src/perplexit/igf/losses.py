@@ -19,7 +19,7 @@ from perplexit.functional.linear_nll import (
     head_statistics,
     rows_within,
 )
-from perplexit.sessions.pytorch.forward import find_forward
+from perplexit.sessions.pytorch.forward_probe import find_forward
 
 DEFAULT_BATCH_IDS = 1024
 

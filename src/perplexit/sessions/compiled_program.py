@@ -28,7 +28,7 @@ from perplexit.program_batches import (
 from perplexit.program_batches import target_logit_rows as logit_rows
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
-from perplexit.resources.freed_memory import return_freed_memory
+from perplexit.resources.memory_advice import return_freed_memory
 from perplexit.session_descriptions import (
     ModelDescription,
     QuantizationDescription,

@@ -7,7 +7,7 @@ from typing import Any
 import onnxruntime
 
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError, UsageError
-from perplexit.resources.freed_memory import return_freed_memory
+from perplexit.resources.memory_advice import return_freed_memory
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate memory", "out of memory", "bad allocation")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
-from perplexit.errors import ModelError, VocabularyError
+from perplexit.errors import EngineOutOfMemoryError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch.cuda import to_device
+from perplexit.sessions.pytorch.device_choice import is_out_of_memory
 from perplexit.sessions.pytorch.module_facts import config_integer
 
 
@@ -106,7 +107,33 @@ def check_windows(
             )
 
 
-def refuse_beyond_positions(
+def why_out_of_memory(
+    error: MemoryError | RuntimeError | IndexError, windows: Sequence[WindowIds], module: nn.Module
+) -> str:
+    """Return the engine's words for a lack of memory.
+
+    Raises the error itself where it is another one, ModelError where a window is longer than the
+    model's table of positions.
+    """
+    if not is_out_of_memory(error):
+        _refuse_beyond_positions(module, windows, error)
+        raise error
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def out_of_memory(
+    windows: Sequence[WindowIds], device: torch.device, reason: str
+) -> EngineOutOfMemoryError:
+    """Free what CUDA's allocator still holds; return the error to raise for these windows."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return EngineOutOfMemoryError(
+        f"{len(windows)} windows of up to {max(len(w.ids_T) for w in windows)} ids do not fit "
+        f"into the memory of {device} ({reason}); use a smaller batch or --max-length"
+    )
+
+
+def _refuse_beyond_positions(
     model: nn.Module, windows: Sequence[WindowIds], error: Exception
 ) -> None:
     """Raise ModelError where a window that failed is longer than the model's table of positions.

@@ -8,26 +8,23 @@ from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional.fused_head import CompiledHead, FusedHead, cannot_compile
-from perplexit.sessions.pytorch.forward import ForwardPass
+from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
 from perplexit.sessions.pytorch.module_call import CachePlace
+from perplexit.sessions.pytorch.module_facts import plain_output
 
 COMPILE_MODES = ("default", "reduce-overhead")
 HEADS = ("chunked", "compiled", "liger", "cce")
+_NO_CACHE = "compiled layers take no key/value cache; leave --compile out, or use --mode full"
 _MOST_SHAPES = 64  # programs kept; beyond, torch would quietly run a shape uncompiled
 
 
-class CompiledForward:
+class CompiledForward(WrappedForward):
     """The layers compiled; the head, and a pass with a cache, as they were.
 
     mode: "default", or "reduce-overhead", which replays CUDA graphs and so exists on CUDA alone.
     Batches are padded up to one of a few shapes, each with a program (and a graph) of its own:
     on the right, where a causal model's earlier predictions do not see it.
     """
-
-    takes_cache = False
-    why_no_cache = (
-        "compiled layers take no key/value cache; leave --compile out, or use --mode full"
-    )
 
     def __init__(self, inner: ForwardPass, mode: str, device: torch.device) -> None:
         if mode not in COMPILE_MODES:
@@ -37,14 +34,9 @@ class CompiledForward:
                 f"--compile reduce-overhead records CUDA graphs, got the device {device}; use "
                 "--compile default"
             )
-        self._inner = inner
+        super().__init__(inner, why_no_cache=_NO_CACHE)
         self._graphs = mode == "reduce-overhead"
-        self._rows = torch.compile(
-            inner.rows,
-            mode=mode,
-        )
-        self.kind, self.keeps_logits = inner.kind, inner.keeps_logits
-        self.takes_mask, self.alone = inner.takes_mask, inner.alone
+        self._rows = torch.compile(inner.rows, mode=mode)
         self.head = inner.head
 
     def rows(
@@ -52,7 +44,7 @@ class CompiledForward:
     ) -> Tensor:
         """The inner rows, by the compiled program of the batch's shape."""
         if cache is not None:
-            raise CapabilityError(self.why_no_cache)
+            raise CapabilityError(_NO_CACHE)
         num_rows, length = ids_BT.shape
         to_rows, to_length = bucket(num_rows), bucket(length)
         if self._graphs:  # what the last replay returned has been copied out of its buffer
@@ -96,28 +88,19 @@ def _grown_mask(mask_BT: Tensor | None, num_rows: int, length: int) -> Tensor | 
     return torch.cat([wide_BT, wide_BT[:1].expand(num_rows - len(wide_BT), -1)])
 
 
-class HeadedForward:
+class HeadedForward(WrappedForward):
     """A forward pass with another way from hidden states to per-token results."""
 
     def __init__(self, inner: ForwardPass, head: CompiledHead | FusedHead, kind: str) -> None:
-        self._inner = inner
-        self.kind, self.head = kind, head
-        self.keeps_logits, self.takes_mask = inner.keeps_logits, inner.takes_mask
-        self.takes_cache, self.alone = inner.takes_cache, inner.alone
-        self.library = head.library if isinstance(head, FusedHead) else None
-        self.why_no_cache = getattr(inner, "why_no_cache", None)
+        reason = None
         if isinstance(head, FusedHead):
-            self.takes_cache = False
-            self.why_no_cache = (
+            reason = (
                 f"the head {head.name!r} gives no entropy, which a cached run keeps for every "
                 "token; leave --head out, or use --mode full"
             )
-
-    def rows(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
-    ) -> Tensor:
-        """The inner rows."""
-        return self._inner.rows(ids_BT, mask_BT, cache)
+        super().__init__(inner, why_no_cache=reason)
+        self.kind, self.head = kind, head
+        self.library = head.library if isinstance(head, FusedHead) else None
 
 
 def with_head(
@@ -144,15 +127,6 @@ def with_head(
         )
     fused = FusedHead(name, linear.weight, linear.bias)
     return HeadedForward(forward, fused, f"{name} (fused)")
-
-
-def plain_output(module: nn.Module) -> nn.Linear | None:
-    """The model's output layer where it is a linear one with its weights in place."""
-    get = getattr(module, "get_output_embeddings", None)
-    layer = get() if get is not None else None
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
-        return None
-    return None if layer.weight.device.type == "meta" else layer
 
 
 def _is_product(forward: ForwardPass, linear: nn.Linear) -> bool:

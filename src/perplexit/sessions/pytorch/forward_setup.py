@@ -1,5 +1,6 @@
 """A forward pass as it was asked for: gathered, led, compiled, with another head; its record."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from perplexit.session_descriptions import (
     SessionDescription,
 )
 from perplexit.sessions.pytorch.compiled import CompiledForward, with_head
-from perplexit.sessions.pytorch.forward import ForwardPass, find_forward
+from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
+from perplexit.sessions.pytorch.forward_probe import find_forward
 from perplexit.sessions.pytorch.loading import OpenedModule
 from perplexit.sessions.pytorch.module_facts import dtype_name
 from perplexit.sessions.pytorch.placement import GatheredForward, embedding_device, places_of
@@ -111,7 +113,8 @@ def described(
     compile_mode: str | None,
     chunk_rows: int,
     num_logits: int,
-    rope: LengthDependentRope | None = None,
+    rope: LengthDependentRope | None,
+    kernels: Mapping[str, Any],
 ) -> SessionDescription:
     """PyTorch, and the settings in effect; what was not arranged has no entry."""
     config = getattr(opened.module, "config", None)
@@ -135,6 +138,8 @@ def described(
         settings["modules_by_device"] = places_of(opened.module, opened.device)
     if opened.group is not None:
         settings["tensor_parallel"] = opened.group.size
+    blocked = isinstance(forward.head, LinearHead) and forward.head.blocked
+    settings |= {**kernels, "head_in_blocks": blocked}
     library = getattr(forward, "library", None)
     if library is not None:
         settings["head_library"] = library

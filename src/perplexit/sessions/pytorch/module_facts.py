@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Of torchao's weights: what is to be done to the activations that they are multiplied with.
 _ACTIVATION_SETTINGS = ("activation_quantization", "act_quant_kwargs", "input_quant_func")
@@ -43,6 +43,18 @@ def num_embeddings(module: nn.Module) -> int | None:
         return None
     weight = getattr(embedding, "weight", None)
     return len(weight) if weight is not None else None
+
+
+def plain_output(module: nn.Module) -> nn.Linear | None:
+    """Return the model's output layer where it is a plain linear one with its weights in place.
+
+    A subclass (a quantized or adapted layer, or weight) may compute something else: None.
+    """
+    get = getattr(module, "get_output_embeddings", None)
+    layer = get() if get is not None else None
+    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+        return None
+    return None if layer.weight.device.type == "meta" else layer
 
 
 def position_limit(module: nn.Module) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
 from perplexit.sessions.pytorch.device_choice import chosen_device
-from perplexit.sessions.pytorch.forward import ForwardPass
+from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
 from perplexit.sessions.pytorch.module_call import CachePlace
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import read_json
@@ -138,17 +138,15 @@ def _computing_device(part: nn.Module | None, module: nn.Module) -> torch.device
     return next((x.device for x in tensors if x.device.type != "meta"), torch.device("cpu"))
 
 
-class GatheredForward:
+class GatheredForward(WrappedForward):
     """A forward pass over spread layers, fed where they begin; all of it comes back to one device.
 
     start: where the ids are looked up; device: the session's own.
     """
 
     def __init__(self, inner: ForwardPass, start: torch.device, device: torch.device) -> None:
-        self._inner, self._start, self._device = inner, start, device
-        self.kind, self.keeps_logits = inner.kind, inner.keeps_logits
-        self.takes_mask, self.takes_cache = inner.takes_mask, inner.takes_cache
-        self.alone = inner.alone
+        super().__init__(inner)
+        self._start, self._device = start, device
 
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None

@@ -14,24 +14,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from perplexit.errors import CapabilityError, EngineOutOfMemoryError, UsageError
+from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional.output_head import OutputHead
 from perplexit.inputs.windows import WindowIds
-from perplexit.resources.freed_memory import return_freed_memory
-from perplexit.session_descriptions import (
-    ModelDescription,
-    SessionDescription,
-)
-from perplexit.sessions.base import (
-    ClosedByWith,
-    LogitsChunk,
-)
+from perplexit.resources.memory_advice import return_freed_memory
+from perplexit.session_descriptions import ModelDescription, SessionDescription
+from perplexit.sessions.base import ClosedByWith, LogitsChunk
 from perplexit.sessions.options import EngineOptions, declared, given_options
-from perplexit.sessions.pytorch.batch import check_windows, fed_length, refuse_beyond_positions
-from perplexit.sessions.pytorch.cpu_kernels.layout import chosen_kernels, kernels_for, with_kernels
+from perplexit.sessions.pytorch.batch import (
+    check_windows,
+    fed_length,
+    out_of_memory,
+    why_out_of_memory,
+)
+from perplexit.sessions.pytorch.cpu_kernels.layout import heads_in_blocks, kernels_for
 from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads
 from perplexit.sessions.pytorch.cuda import DeviceMemory, chunk_rows_for
-from perplexit.sessions.pytorch.device_choice import batch_size_for, is_out_of_memory
+from perplexit.sessions.pytorch.device_choice import batch_size_for
 from perplexit.sessions.pytorch.forward import ForwardPass, WholeForward
 from perplexit.sessions.pytorch.forward_setup import (
     arranged,
@@ -103,7 +102,7 @@ class PytorchInferenceSession(ClosedByWith):
         with opened.scoring():
             on_kernels = kernels_for(opened, kernels, compiled=compile_mode is not None)
             forward, self._num_logits = first_forward(
-                opened, num_rows or 2, blocked_head=chosen_kernels(kernels) != "plain"
+                opened, num_rows or 2, blocked_head=heads_in_blocks(kernels)
             )
             forward = arranged(forward, opened, compile_mode=compile_mode, head=head)
         self._forward: ForwardPass = forward
@@ -117,8 +116,8 @@ class PytorchInferenceSession(ClosedByWith):
             chunk_rows=self._chunk_rows,
             num_logits=self._num_logits,
             rope=self._rope,
+            kernels=on_kernels,
         )
-        self._description = with_kernels(self._description, on_kernels, forward)
         aside = on_kernels.get("windows_side_by_side") and opened.threads > 1
         self._threads = WindowThreads(opened.threads) if aside else None
         self._windows = WindowBatches(
@@ -296,6 +295,7 @@ class PytorchInferenceSession(ClosedByWith):
             self._threads.close()
         self._memory.close()
         self._module = nn.Identity()
+        self._opened = replace(self._opened, module=self._module)
         self._forward = WholeForward(self._module)
         self._windows = replace(self._windows, forward=self._forward)
         if self._device.type == "cuda":
@@ -315,18 +315,10 @@ class PytorchInferenceSession(ClosedByWith):
             with self._opened.scoring():
                 return work(*given)
         except (MemoryError, RuntimeError, IndexError) as error:
-            if not is_out_of_memory(error):
-                refuse_beyond_positions(self._module, windows, error)
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = why_out_of_memory(error, windows, self._module)
         # Raised out here (and not in a context manager, which would chain them): the engine's own
         # exception holds a traceback, which holds the failed batch's tensors.
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        raise EngineOutOfMemoryError(
-            f"{len(windows)} windows of up to {max(len(w.ids_T) for w in windows)} ids do not fit "
-            f"into the memory of {self._device} ({reason}); use a smaller batch or --max-length"
-        )
+        raise out_of_memory(windows, self._device, reason)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, ModelError, UsageError
-from perplexit.sessions.pytorch.forward import ForwardPass
+from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
 from perplexit.sessions.pytorch.module_call import CachePlace
 from perplexit.sessions.pytorch.module_facts import config_integer
 
@@ -32,6 +32,10 @@ _STOP, _ROWS, _HEAD = range(3)
 _HEADER_LENGTH = 4  # step, two sizes, whether there is a mask
 _LONGEST_WAIT = timedelta(minutes=30)  # a follower waits this long for the next step
 _GRACE_SECONDS = 10.0
+_NO_CACHE = (
+    "a model split by --tensor-parallel has its keys and values in several processes; use "
+    "--mode full"
+)
 
 # What a follower process runs; it is told the rest as JSON.
 _FOLLOWER = (
@@ -195,19 +199,12 @@ def check_split(module: nn.Module, size: int) -> None:
         )
 
 
-class LeadingForward:
+class LeadingForward(WrappedForward):
     """The leader's forward pass: each step is announced to the followers, then taken together."""
 
-    takes_cache = False
-    why_no_cache = (
-        "a model split by --tensor-parallel has its keys and values in several processes; use "
-        "--mode full"
-    )
-
     def __init__(self, inner: ForwardPass, group: ProcessGroup) -> None:
-        self._inner, self._group = inner, group
-        self.kind, self.keeps_logits = inner.kind, inner.keeps_logits
-        self.takes_mask, self.alone = inner.takes_mask, inner.alone
+        super().__init__(inner, why_no_cache=_NO_CACHE)
+        self._group = group
 
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from perplexit.checkpoints.loading import load_checkpoint
 from perplexit.errors import PerplexitError
 from perplexit.sessions.pytorch.device_choice import scoring_settings
-from perplexit.sessions.pytorch.forward import find_forward
+from perplexit.sessions.pytorch.forward_probe import find_forward
 from perplexit.sessions.pytorch.module_facts import num_embeddings
 from perplexit.sessions.pytorch.tensor_parallel import (
     accelerator_type,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from perplexit.resources.mapped_files import MappedFiles
+from perplexit.resources.memory_advice import MappedFiles
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -39,16 +39,16 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A copy of the weight, in the shape that the layer had before."""
+        """Return a copy of the weight, in the shape that the layer had before."""
         plain_OI: Tensor = self._packed.to_dense()
         return plain_OI.t().contiguous() if self.is_transposed else plain_OI
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input @ weight.T + bias`."""
+        """Return `input @ weight.T + bias`."""
         return self.product(input)
 
     def product(self, input_XI: Tensor, activation: str = "none", algorithm: str = "") -> Tensor:
-        """`activation(input @ weight.T + bias)`: applied before the result leaves the cache.
+        """Return `activation(input @ weight.T + bias)`, applied before the result leaves the cache.
 
         activation: none, swish, relu, or gelu with the algorithm none or tanh.
         """
@@ -58,14 +58,14 @@ class PackedLinear(nn.Module):
         return out_XO
 
     def product_times(self, input_XI: Tensor, factor_XO: Tensor) -> Tensor:
-        """`(input @ weight.T + bias) * factor`."""
+        """Return `(input @ weight.T + bias) * factor`."""
         out_XO: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
             input_XI, factor_XO, self._packed, self.bias, "mul"
         )
         return out_XO
 
     def unpacked(self) -> nn.Module:
-        """The layer that it was made of."""
+        """Return a plain layer of the same kind and weights as the one this was made of."""
         layer: Any
         with torch.device("meta"):
             if self.is_transposed:
@@ -81,15 +81,15 @@ class PackedLinear(nn.Module):
         destination[prefix + "weight"] = self.weight  # type: ignore[index]
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return what `print(model)` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def why_no_packing(dtype: torch.dtype) -> str | None:
-    """Why this CPU and this build of PyTorch have no packed products of a dtype; None: they do.
+    """Say why this CPU and this build of PyTorch have no packed products of a dtype; None: they do.
 
-    The operators are PyTorch's own and not promised, so a small layer is tried: an operator that
-    is gone, takes other arguments or gives other products rules packing out.
+    The operators are private to PyTorch and may change, so a small layer is tried: an operator
+    that is missing, takes other arguments or gives other products rules packing out.
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this build of PyTorch has no oneDNN"
@@ -117,9 +117,9 @@ def why_no_packing(dtype: torch.dtype) -> str | None:
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace the linear layers inside a model by packed ones; how many there are.
+    """Replace the linear layers inside a model by packed ones; return how many there are.
 
-    The plain weights go one by one, freed or, where they are pages of a mapped file, let go of.
+    The plain weights are freed one by one; pages of a mapped file are released.
     Left as they are: the output embedding (which the scoring head reads itself, and which is often
     the input embedding), shared weights, layers with hooks, and whatever is not exactly a linear
     layer with a plain weight.

@@ -1,0 +1,214 @@
+"""The search for the leanest forward pass that gives a loaded model's own logits.
+
+The final hidden states go through the model's own head a chunk at a time: its own forward runs
+over a stub that returns given hidden states in place of the layers, so a soft-cap, a scale or a
+late norm is never left out. Whether that gives the model's logits is checked on the loaded model;
+where it does not, the whole forward pass is used, and `kind` says so.
+
+Shape suffixes: B = batch, T = ids of a row, N = rows picked for the head, D = hidden size,
+V = vocabulary, X = D or V.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
+from perplexit.errors import ModelError
+from perplexit.sessions.pytorch.forward import (
+    ChunkedForward,
+    ForwardPass,
+    LinearHead,
+    WholeForward,
+)
+from perplexit.sessions.pytorch.independence import NOT_REPEATABLE, depends_on_others
+from perplexit.sessions.pytorch.module_call import field_of
+from perplexit.sessions.pytorch.module_facts import plain_output, position_limit
+
+_PROBE_LENGTH = 8
+
+
+def find_forward(
+    model: nn.Module, id_limit: int, *, row_by_row: bool = True, blocked_head: bool = True
+) -> tuple[ForwardPass, int]:
+    """The leanest forward pass that gives the model's own logits, and the number of its logits.
+
+    Tried on a few fixed ids below `id_limit`, with and without padding.
+    row_by_row: False where the layers round a whole batch's activations together, as LLM.int8()
+    does: then later ids change earlier predictions a little even in a causal model.
+    blocked_head: see LinearHead.
+    Raises ModelError where they do otherwise: the model is not causal.
+    """
+    found: ForwardPass = WholeForward(model)
+    probe = _Probe.of(found, id_limit, _device_of(model), causal=row_by_row)
+    for body, own_head in _splits(model):
+        chunked = ChunkedForward(body, own_head, "chunked (own forward)")
+        if probe.agrees(chunked):
+            linear = _unhooked_output(model)
+            if linear is not None and probe.same_head(chunked, LinearHead(linear)):
+                head = LinearHead(linear, blocked=blocked_head)
+                chunked = ChunkedForward(body, head, "chunked (linear)")
+            found = chunked
+            break
+    return (_checked(found, model, id_limit) if row_by_row else found), probe.vocab_size
+
+
+def _checked(forward: ForwardPass, model: nn.Module, id_limit: int) -> ForwardPass:
+    """The forward pass, with `alone` as it was seen to be."""
+    forward.alone = depends_on_others(
+        forward,
+        id_limit,
+        longest=position_limit(model),
+        device=_device_of(model),
+        rope=LengthDependentRope.of(model),
+    )
+    return forward
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Fixed random ids, and the logits that the whole forward pass gives for them."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor | None
+    plain_BTV: Tensor
+    padded_BTV: Tensor
+
+    @classmethod
+    def of(
+        cls, whole: ForwardPass, id_limit: int, device: torch.device, *, causal: bool
+    ) -> "_Probe":
+        generator = torch.Generator().manual_seed(0)
+        ids_BT = torch.randint(id_limit, (2, _PROBE_LENGTH), generator=generator)
+        changed_BT = ids_BT.clone()
+        half = _PROBE_LENGTH // 2
+        changed_BT[:, half:] = (ids_BT[:, half:] + 1 + id_limit // 2) % id_limit
+        mask_BT = torch.ones_like(ids_BT)
+        mask_BT[1, half:] = 0
+        mask = mask_BT.to(device) if whole.takes_mask else None
+        ids_BT = ids_BT.to(device)
+        plain_BTV = whole.rows(ids_BT, None)
+        if plain_BTV.shape[:2] != ids_BT.shape:
+            raise ModelError(
+                f"expected logits of shape (batch, length, vocabulary) for ids of shape "
+                f"{tuple(ids_BT.shape)}, got {tuple(plain_BTV.shape)}"
+            )
+        changed_BTV = whole.rows(changed_BT.to(device), None) if causal else plain_BTV
+        if not _close(plain_BTV[:, :half], changed_BTV[:, :half], slack=100.0):
+            if not _close(plain_BTV, whole.rows(ids_BT, None), slack=100.0):
+                raise ModelError(NOT_REPEATABLE)
+            raise ModelError(
+                "expected a causal language model, but a later id changes an earlier prediction; "
+                "perplexity is defined for models that see the past alone"
+            )
+        return cls(ids_BT, mask, plain_BTV, whole.rows(ids_BT, mask))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.plain_BTV.shape[-1]
+
+    def agrees(self, candidate: ForwardPass) -> bool:
+        """Whether a candidate gives the same logits; one that cannot run on this model does not."""
+        try:
+            pairs: list[tuple[Tensor, Tensor | None]] = [(self.plain_BTV, None)]
+            if self.mask_BT is not None:
+                pairs.append((self.padded_BTV, self.mask_BT))
+            for whole_BTV, mask_BT in pairs:
+                rows_BTX = candidate.rows(self.ids_BT, mask_BT)
+                logits_NV = candidate.head(rows_BTX.flatten(0, 1))
+                if not _close(whole_BTV.flatten(0, 1), logits_NV):
+                    return False
+        except Exception:  # whatever an unknown architecture raises over a stub: it has no split
+            return False
+        return True
+
+    def same_head(self, chunked: ForwardPass, linear: LinearHead) -> bool:
+        """Whether a plain product gives what `chunked.head` gives, also far from zero.
+
+        Near zero a soft-cap changes nothing: a thousandfold hidden state tells it apart.
+        """
+        hidden_ND = chunked.rows(self.ids_BT, None).flatten(0, 1)
+        return all(
+            _close(chunked.head(hidden_ND * scale), linear(hidden_ND * scale))
+            for scale in (1.0, 1000.0)
+        )
+
+
+def _splits(model: nn.Module) -> Iterator[tuple[nn.Module, "_OwnForwardHead"]]:
+    """The places where a model can be cut into layers and head; most have one, OPT the second."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for path in (prefix, f"{prefix}.decoder"):
+        body = _submodule(model, path)
+        if body is not None:
+            yield body, _OwnForwardHead(model, path)
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        module = model.get_submodule(path) if path else None
+    except AttributeError:
+        return None
+    return None if module is model else module
+
+
+def _unhooked_output(model: nn.Module) -> nn.Linear | None:
+    """Return the model's output layer where it is a plain linear one without hooks."""
+    layer = plain_output(model)
+    if layer is None or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    return None if hasattr(layer, "_hf_hook") else layer  # its weights may be elsewhere
+
+
+class _OwnForwardHead:
+    """The model's own forward over a stub: whatever it does after its layers is done here too."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self._model = _with_stub(model, path)
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        output = self._model(inputs_embeds=hidden_ND[None], use_cache=False)
+        return field_of(output, "logits")[0]
+
+
+def _with_stub(model: nn.Module, path: str) -> nn.Module:
+    """A shallow copy that shares everything with `model` but the submodule at `path`."""
+    name, _, rest = path.partition(".")
+    twin = copy.copy(model)
+    if "_old_forward" in twin.__dict__:  # accelerate's, which is bound to the model itself
+        del twin.__dict__["forward"]
+    twin._modules = dict(model._modules)
+    twin._modules[name] = _with_stub(model.get_submodule(name), rest) if rest else _Stub()
+    return twin
+
+
+class _Stub(nn.Module):
+    """Returns its `inputs_embeds` as if they were the last layer's hidden states."""
+
+    def forward(self, *args: object, **kwargs: Any) -> "_StubOutput":
+        return _StubOutput((kwargs["inputs_embeds"],))
+
+
+class _StubOutput(tuple[Tensor]):
+    """An output whose first item is the hidden state; no cache, no attentions, no router."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
+def _close(expected: Tensor, got: Tensor, slack: float = 1.0) -> bool:
+    """Equal up to the rounding of their dtype; two NaN at one place are equal."""
+    if expected.shape != got.shape:
+        return False
+    exact = expected.dtype in (torch.float32, torch.float64)
+    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) or 1.0
+    tolerance = slack * scale * (1e-5 if exact else 1e-2)
+    return torch.allclose(expected, got.to(expected), rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    devices = (tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    return next((x for x in devices if x.type != "meta"), torch.device("cpu"))
