@@ -1,16 +1,14 @@
-"""`perplexit igf collect`: contexts with their information gain."""
+"""`perplexit igf collect`: label contexts with their information gain."""
 
-import json as json_module
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from perplexit import igf
 from perplexit.cli import igf_options as options
-from perplexit.cli.command_group import continued_by, examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean
+from perplexit.cli.command_group import examples
+from perplexit.cli.output import people, print_json
 
 EXAMPLES = examples(
     "perplexit igf collect addresses/ --model gpt2/ -o pairs.safetensors --num-pairs 200",
@@ -19,19 +17,8 @@ EXAMPLES = examples(
 )
 
 
-class Mode(StrEnum):
-    """How information gain is measured."""
-
-    EXACT = "exact"
-    FIRST_ORDER = "first-order"
-    DIRECTIONAL = "directional"
-
-
-class Optimizer(StrEnum):
-    """Whose first step is meant."""
-
-    ADAMW = "adamw"
-    SGD = "sgd"
+Mode = Literal["exact", "first-order", "directional"]
+Optimizer = Literal["adamw", "sgd"]
 
 
 def collect(
@@ -44,33 +31,34 @@ def collect(
         list[Path] | None,
         typer.Option(
             metavar="CORPUS",
-            help="Articles the model is to become good at. \\[default: a hash split of CORPUS]",
+            help="Articles of the kind that the model shall become good at. "
+            "\\[default: a hash split of CORPUS]",
         ),
     ] = None,
     num_pairs: Annotated[int, typer.Option(min=1, help="How many contexts to label.")] = 200,
     mode: Annotated[
         Mode,
         typer.Option(
-            help="exact takes the step and measures; first-order: a forward and a backward pass a "
-            "label; directional: for SGD, two forward passes."
+            help="exact takes the step and measures; first-order: a forward and a backward pass "
+            "per label; directional: for SGD, two forward passes."
         ),
-    ] = Mode.EXACT,
+    ] = "exact",
     optimizer: Annotated[
         Optimizer | None,
         typer.Option(help="\\[default: adamw; sgd for the directional mode]"),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of the one step.")] = 5e-5,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the one step.")] = 5e-5,
     clip_norm: Annotated[
         str | None,
         typer.Option(
             metavar="X|none", help="Limit on the gradient's norm. \\[default: 3; none for sgd]"
         ),
     ] = None,
-    context_length: Annotated[int, typer.Option(min=2, help="Ids of a context.")] = 32,
-    objective_size: Annotated[int, typer.Option(min=1, help="Contexts of the objective.")] = 100,
-    min_length: Annotated[
-        int, typer.Option(min=1, help="Objective articles are longer than this, in ids.")
-    ] = 1026,
+    context_length: options.ContextLength = 32,
+    objective_size: Annotated[
+        int, typer.Option(min=1, help="Number of contexts of the objective.")
+    ] = 100,
+    min_length: options.MinLength = 1026,
     dropout: Annotated[
         bool, typer.Option("--dropout", help="Measure with dropout on, as the original did.")
     ] = False,
@@ -85,8 +73,7 @@ def collect(
     A collection that was stopped continues when the same command is given again.
     """
     igf.pairs_output(output, inputs=[model, *corpus, *(objective or ())])
-    with continued_by("the same command"), stdout_kept_clean(), options.bar("Pairs") as draw:
-        options.use_threads(threads)
+    with options.working("Pairs", threads) as draw:
         read = {"tokenizer": tokenizer or model, "allow_pickle": allow_pickle}
         train, goal = _articles(options.one_or_many(corpus), objective, read)
         pairs = igf.collect_pairs(
@@ -96,14 +83,14 @@ def collect(
                 goal, number=objective_size, length=context_length, min_len=min_length, seed=seed
             ),
             output=output,
-            mode=mode.value,
+            mode=mode,
             rule=_rule(mode, optimizer, learning_rate, clip_norm),
             dropout=dropout,
             seed=seed,
             model_name=model,
-            progress=None
-            if draw is None
-            else lambda p: draw(p.num_pairs, p.total_pairs, f"mean {p.mean_gain_nats:.2e} nats"),
+            progress=lambda p: draw(
+                p.num_pairs, p.total_pairs, f"mean {p.mean_gain_nats:.2e} nats"
+            ),
         )
     document = _document(pairs, output)
     people().print(
@@ -125,17 +112,16 @@ def _articles(corpus: Any, objective: list[Path] | None, read: dict[str, Any]) -
 def _rule(
     mode: Mode, optimizer: Optimizer | None, learning_rate: float, clip_norm: str | None
 ) -> Any:
-    chosen = optimizer or (Optimizer.SGD if mode is Mode.DIRECTIONAL else Optimizer.ADAMW)
-    limit = 3.0 if chosen is Optimizer.ADAMW else None
+    chosen = optimizer or ("sgd" if mode == "directional" else "adamw")
+    limit = 3.0 if chosen == "adamw" else None
     if clip_norm is not None:
         limit = options.clip_norm(clip_norm)
-    return igf.StepRule(chosen.value, learning_rate, clip_norm=limit)
+    return igf.StepRule(chosen, learning_rate, clip_norm=limit)
 
 
 def _document(pairs: Any, output: Path) -> dict[str, Any]:
-    found = igf.Pairs.open(output)
-    document = {k: v for k, v in found.record.items() if k != "version"}
-    side = igf.tensor_path(output).with_suffix(".seconds.json")
-    if side.exists():
-        document["cost"] = json_module.loads(side.read_text(encoding="utf-8"))
+    record = igf.Pairs.open(output).record
+    document = {key: value for key, value in record.items() if key != "version"}
+    cost = igf.cost_of(output)
+    document |= {"cost": cost} if cost else {}
     return {**document, "output": str(igf.tensor_path(output)), "num_pairs": len(pairs)}

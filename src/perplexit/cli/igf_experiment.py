@@ -1,6 +1,5 @@
-"""`perplexit igf experiment`: methods × seeds → curves, paired tests, costs, a figure."""
+"""`perplexit igf experiment`: methods × seeds give curves, paired tests, costs and a plot."""
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +9,8 @@ from rich.table import Table
 
 from perplexit import igf
 from perplexit.cli import igf_options as options
-from perplexit.cli.command_group import continued_by, examples
-from perplexit.cli.output import people, print_json, stdout_kept_clean, with_interval
+from perplexit.cli.command_group import examples
+from perplexit.cli.output import people, print_json, with_interval
 
 EXAMPLES = examples(
     "perplexit igf experiment addresses/ --model gpt2/ --learner learner -o experiment/",
@@ -27,42 +26,37 @@ def experiment(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The experiment's folder.")
     ],
-    learner: Annotated[
-        Path | None, typer.Option(help="A secondary learner, for the igf methods.")
-    ] = None,
+    learner: options.LearnerFile = None,
     methods: Annotated[
         str,
         typer.Option(
-            help="By commas; the first is what the others are compared with: standard, "
-            "igf-constant, igf-shifting, igf-quantile, random-skip, high-loss, perplexity-band."
+            help=f"Divided by commas; the others are compared with the first: {options.METHODS}."
         ),
     ] = "standard,igf-constant,igf-shifting,igf-quantile,random-skip,high-loss,perplexity-band",
-    seeds: Annotated[int, typer.Option(min=2, help="Fine-tunings a method: seeds 0 to N-1.")] = 12,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each.")] = 60,
-    batch_size: Annotated[int, typer.Option(min=1, help="Accepted contexts a step.")] = 16,
-    context_length: Annotated[int, typer.Option(min=2, help="Ids of a context.")] = 32,
-    min_length: Annotated[
-        int, typer.Option(min=1, help="Test articles are longer than this, in ids.")
-    ] = 1026,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, no weight decay.")] = 5e-5,
-    eval_interval: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 10,
-    threshold: Annotated[
-        float, typer.Option(help="Of igf-constant, and of igf-shifting's first 10 steps.")
-    ] = 1.0,
-    share: Annotated[
-        float, typer.Option(help="Of candidates accepted, for quantile, random and loss methods.")
-    ] = 0.25,
+    seeds: Annotated[
+        int, typer.Option(min=2, help="Fine-tunings per method: seeds 0 to N-1.")
+    ] = 12,
+    steps: options.Steps = 60,
+    batch_size: options.BatchSize = 16,
+    context_length: options.ContextLength = 32,
+    min_length: options.MinLength = 1026,
+    learning_rate: options.LearningRate = 5e-5,
+    eval_interval: options.EvalInterval = 10,
+    threshold: options.FirstThreshold = 1.0,
+    share: options.Share = 0.25,
     test: options.TestCorpus = None,
-    num_test: Annotated[int, typer.Option(min=1, help="Test contexts.")] = 100,
+    num_test: options.NumTest = 100,
     confidence: Annotated[float, typer.Option(help="Coverage of the intervals.")] = 0.95,
     pairs: Annotated[
         Path | None,
-        typer.Option(help="The learner's pairs: their cost is recorded beside the methods'."),
+        typer.Option(
+            help="The learner's pairs; what they cost is recorded with the methods' cost."
+        ),
     ] = None,
-    title: Annotated[str, typer.Option(help="Of the figure and the report.")] = "",
+    title: Annotated[str, typer.Option(help="Title of the plot and the report.")] = "",
     seconds_limit: Annotated[
         float | None,
-        typer.Option(help="Stop after the fine-tuning that passes it; the next call goes on."),
+        typer.Option(help="Stop after the fine-tuning that exceeds it; the next call continues."),
     ] = None,
     tokenizer: options.TokenizerOption = None,
     allow_pickle: options.AllowPickle = False,
@@ -75,31 +69,16 @@ def experiment(
     """
     options.refuse_idle_of_methods(context, options.names(methods))
     igf.check_experiment_output(output, inputs=[model, *corpus, *(test or ()), learner, pairs])
-    with continued_by("the same command"), stdout_kept_clean(), options.bar("Runs") as draw:
-        options.use_threads(threads)
+    with options.working("Runs", threads) as draw:
         plan = igf.ExperimentPlan(
             methods=tuple(options.names(methods)),
             seeds=tuple(range(seeds)),
-            settings=igf.FinetuneSettings(
-                steps=steps,
-                batch_size=batch_size,
-                context_length=context_length,
-                learning_rate=learning_rate,
-                eval_interval=eval_interval,
-            ),
+            settings=options.finetune_settings(context),
             share=share,
             constant=threshold,
             confidence=confidence,
         )
-        train, held = igf.train_and_test(
-            options.one_or_many(corpus),
-            None if not test else options.one_or_many(test),
-            number=num_test,
-            length=context_length,
-            min_len=min_length,
-            tokenizer=tokenizer or model,
-            allow_pickle=allow_pickle,
-        )
+        train, held = options.train_and_test(context, corpus, test, tokenizer or model)
         document = igf.run_experiment(
             igf.load_model(model),
             train,
@@ -111,9 +90,7 @@ def experiment(
             model_name=model,
             title=title,
             seconds_limit=seconds_limit,
-            progress=None
-            if draw is None
-            else lambda p: draw(p.num_runs, p.total_runs, f"{p.method}, seed {p.seed}"),
+            progress=lambda p: draw(p.num_runs, p.total_runs, f"{p.method}, seed {p.seed}"),
         )
         if document["methods"]:
             igf.draw_experiment(document, output)
@@ -127,9 +104,7 @@ def _labelling(pairs: Path | None) -> dict[str, Any] | None:
     if pairs is None:
         return None
     found = igf.Pairs.open(pairs)
-    side = igf.tensor_path(pairs).with_suffix(".seconds.json")
-    cost = json_module.loads(side.read_text(encoding="utf-8")) if side.exists() else {}
-    return {"num_pairs": len(found), "mode": found.record.get("mode"), **cost}
+    return {"num_pairs": len(found), "mode": found.record.get("mode"), **igf.cost_of(pairs)}
 
 
 def _table(document: dict[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""`perplexit igf finetune`: a model, tuned on what the filter lets through."""
+"""`perplexit igf finetune`: fine-tune a model on the contexts that a filter accepts."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,10 +7,10 @@ import typer
 
 from perplexit import igf
 from perplexit.cli import igf_options as options
-from perplexit.cli.command_group import continued_by, examples
-from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
+from perplexit.cli.command_group import examples
+from perplexit.cli.output import Force, people, print_json, tell
 
-_NOT_ASKED = ("output", "checkpoints", "threads", "json", "force")  # of what decides the weights
+_NOT_ASKED = ("output", "checkpoints", "threads", "json", "force")  # they do not change the weights
 EXAMPLES = examples(
     "perplexit igf finetune addresses/ --model gpt2/ --learner learner -o tuned/",
     "perplexit igf finetune old/ --test new/ --model gpt2/ --method standard -o tuned/",
@@ -25,50 +25,42 @@ def finetune(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the model is written.")
     ],
-    learner: Annotated[
-        Path | None, typer.Option(help="A secondary learner; none: standard fine-tuning.")
-    ] = None,
+    learner: options.LearnerFile = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="standard, igf-constant, igf-shifting, igf-quantile, random-skip, high-loss or "
-            "perplexity-band. \\[default: igf-shifting with a learner, else standard]"
+            help=f"{options.METHODS}. \\[default: igf-shifting with a learner, else standard]"
         ),
     ] = None,
-    threshold: Annotated[
-        float, typer.Option(help="Of igf-constant, and of igf-shifting's first 10 steps.")
-    ] = 1.0,
-    share: Annotated[
-        float, typer.Option(help="Of candidates accepted, for quantile, random and loss methods.")
-    ] = 0.25,
+    threshold: options.FirstThreshold = 1.0,
+    share: options.Share = 0.25,
     test: options.TestCorpus = None,
-    num_test: Annotated[int, typer.Option(min=1, help="Test contexts.")] = 100,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
-    batch_size: Annotated[int, typer.Option(min=1, help="Accepted contexts a step.")] = 16,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Contexts a forward pass.")] = 16,
-    context_length: Annotated[int, typer.Option(min=2, help="Ids of a context.")] = 32,
-    min_length: Annotated[
-        int, typer.Option(min=1, help="Test articles are longer than this, in ids.")
-    ] = 1026,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, no weight decay.")] = 5e-5,
-    eval_interval: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 10,
+    num_test: options.NumTest = 100,
+    steps: options.Steps = 60,
+    batch_size: options.BatchSize = 16,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Contexts per forward pass.")] = 16,
+    context_length: options.ContextLength = 32,
+    min_length: options.MinLength = 1026,
+    learning_rate: options.LearningRate = 5e-5,
+    eval_interval: options.EvalInterval = 10,
     dropout: Annotated[bool, typer.Option("--dropout", help="Train with dropout.")] = False,
     seed_compatible: Annotated[
         bool,
         typer.Option(
             "--seed-compatible",
-            help="The original's gradient: cleared at every context, so the last one alone.",
+            help="Use the original's gradient: that of the last context alone.",
         ),
     ] = False,
     lora_rank: Annotated[
         int | None, typer.Option(min=1, help="Train low-rank adapters (PEFT) of this rank only.")
     ] = None,
     lora_targets: Annotated[
-        str | None, typer.Option(help="Modules to adapt, by commas. \\[default: PEFT's own]")
+        str | None,
+        typer.Option(help="Modules to adapt, divided by commas. \\[default: PEFT's own]"),
     ] = None,
     checkpoints: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep a checkpoint here, and continue from it."),
+        typer.Option(metavar="DIR", help="Keep checkpoints here, and continue from the last one."),
     ] = None,
     seed: options.Seed = 0,
     tokenizer: options.TokenizerOption = None,
@@ -77,7 +69,7 @@ def finetune(
     force: Force = False,
     json: options.AsJson = False,
 ) -> None:
-    """Fine-tune on the contexts that the filter accepts, before the model reads them.
+    """Fine-tune on the contexts that a filter accepts before the model reads them.
 
     With --checkpoints a run that was stopped continues when the same command is given again.
     """
@@ -88,17 +80,9 @@ def finetune(
     inputs = [model, *corpus, *(test or ()), learner]
     asked = {k: _plain(v) for k, v in context.params.items() if k not in _NOT_ASKED}
     igf.model_output(output, inputs=inputs, request=asked, force=force)
-    with continued_by("the same command"), stdout_kept_clean(), options.bar("Steps") as draw:
-        options.use_threads(threads)
-        read = {"tokenizer": tokenizer or model, "allow_pickle": allow_pickle}
-        train, held = igf.train_and_test(
-            options.one_or_many(corpus),
-            None if not test else options.one_or_many(test),
-            number=num_test,
-            length=context_length,
-            min_len=min_length,
-            **read,
-        )
+    settings = options.finetune_settings(context)
+    with options.working("Steps", threads) as draw:
+        train, held = options.train_and_test(context, corpus, test, tokenizer or model)
         tuned = igf.load_model(model)
         learned = options.learner_to_use(learner)
         unlike = None if learned is None else igf.unlike_pairs(learned.record, tuned)
@@ -117,17 +101,6 @@ def finetune(
             constant=threshold,
             seed=seed,
         )
-        settings = igf.FinetuneSettings(
-            steps=steps,
-            batch_size=batch_size,
-            context_length=context_length,
-            learning_rate=learning_rate,
-            eval_interval=eval_interval,
-            seed=seed,
-            micro_batch=micro_batch,
-            dropout=dropout,
-            seed_compatible=seed_compatible,
-        )
         curve = igf.finetune_model(
             tuned,
             train,
@@ -135,9 +108,9 @@ def finetune(
             selection=selection,
             settings=settings,
             checkpoint=checkpoints,
-            progress=None
-            if draw is None
-            else lambda p: draw(p.step, p.total_steps, f"test perplexity {p.test_perplexity:.4g}"),
+            progress=lambda p: draw(
+                p.step, p.total_steps, f"test perplexity {p.test_perplexity:.4g}"
+            ),
         )
         folder = igf.save_model(tuned, output, inputs=inputs, request=asked, force=force)
     people().print(_sentence(name, curve, folder))

@@ -1,23 +1,24 @@
-"""Options that several `perplexit igf` commands share, and their progress bar."""
+"""Options that several `perplexit igf` commands share, and what the commands do alike."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from perplexit import igf
-from perplexit.cli.output import people, tell
+from perplexit.cli.command_group import continued_by
+from perplexit.cli.output import stdout_kept_clean, tell
+from perplexit.cli.progress import Draw, progress_bar
 from perplexit.errors import UsageError
 
 Corpus = Annotated[
     list[Path],
     typer.Argument(
         metavar="CORPUS...",
-        help="Text (a file an article), JSON Lines, Parquet, folders, or tokenised articles.",
+        help="Text (one file per article), JSON Lines, Parquet, folders, or tokenised articles.",
     ),
 ]
 Model = Annotated[
@@ -41,21 +42,43 @@ AllowPickle = Annotated[
         help="Read the original's .jbl, a pickle: the code in it is run with your full rights.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="What is drawn at random follows from it.")]
+LearnerFile = Annotated[
+    Path | None, typer.Option(help="A secondary learner; the igf methods need one.")
+]
+FirstThreshold = Annotated[
+    float,
+    typer.Option(help="The threshold of igf-constant, and of igf-shifting's first 10 steps."),
+]
+Share = Annotated[
+    float,
+    typer.Option(help="The share of candidates that quantile, random and loss methods accept."),
+]
+ContextLength = Annotated[int, typer.Option(min=2, help="Ids per context.")]
+MinLength = Annotated[
+    int, typer.Option(min=1, help="Objective and test articles are longer than this, in ids.")
+]
+NumTest = Annotated[int, typer.Option(min=1, help="Number of test contexts.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of a fine-tuning.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Accepted contexts per step.")]
+LearningRate = Annotated[float, typer.Option(help="Learning rate of AdamW (no weight decay).")]
+EvalInterval = Annotated[int, typer.Option(min=1, help="Steps between evaluations.")]
+Seed = Annotated[int, typer.Option(min=0, help="Every random choice follows from it.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads. \\[default: the engine's own]")
 ]
-# Which methods read an option of the filter.
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+METHODS = "standard, igf-constant, igf-shifting, igf-quantile, random-skip, high-loss or "
+METHODS += "perplexity-band"
+
+# The methods that read an option of the filter.
 _READERS = {
     "threshold": {"igf-constant", "igf-shifting"},
     "share": {"igf-quantile", "random-skip", "high-loss", "perplexity-band"},
 }
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-
 
 def clip_norm(text: str) -> float | None:
-    """A limit on the gradient's norm, or None for `none`."""
+    """Return a limit on the gradient's norm, or None for `none`."""
     if text == "none":
         return None
     try:
@@ -65,7 +88,7 @@ def clip_norm(text: str) -> float | None:
 
 
 def names(text: str) -> list[str]:
-    """A list divided by commas, blanks dropped."""
+    """Split a list at its commas, without blanks."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -97,33 +120,54 @@ def use_threads(threads: int | None) -> None:
 
 
 def one_or_many(paths: list[Path]) -> Any:
-    """A single path as itself, so that a file of tokenised articles or pairs is known as one."""
+    """Return a single path as itself, so that a file of tokenised articles is known as one."""
     if not paths:
         raise UsageError("expected at least one path of a corpus, got none")
     return paths[0] if len(paths) == 1 else paths
 
 
 @contextmanager
-def bar(label: str) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A callable (done, total, figures) that draws a bar, or None where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}  {task.fields[figures]}"),
-        TimeRemainingColumn(),
+def working(label: str, threads: int | None, *, resumable: bool = True) -> Iterator[Draw]:
+    """Yield a callable (done, total, note) that draws a bar where stderr is a terminal.
+
+    Inside, PyTorch computes with `threads`, stdout is kept for the JSON document, and Ctrl-C says
+    how to continue, where the work is resumable.
+    """
+    use_threads(threads)
+    resume = continued_by("the same command") if resumable else nullcontext()
+    with resume, stdout_kept_clean(), progress_bar(label) as draw:
+
+        def show(done: int, total: int, note: str) -> None:
+            if draw is not None:
+                draw(done, total, f"{done}/{total}  {note}")
+
+        yield show
+
+
+def finetune_settings(context: typer.Context) -> Any:
+    """Return the settings of a fine-tuning, from the command's options of the same names."""
+    names = {field.name for field in fields(igf.FinetuneSettings)}
+    return igf.FinetuneSettings(**{k: v for k, v in context.params.items() if k in names})
+
+
+def train_and_test(
+    context: typer.Context, corpus: list[Path], test: list[Path] | None, tokenizer: str
+) -> Any:
+    """Return training articles and test contexts, by the command's options about them."""
+    options = context.params
+    return igf.train_and_test(
+        one_or_many(corpus),
+        one_or_many(test) if test else None,
+        tokenizer=tokenizer,
+        number=options["num_test"],
+        length=options["context_length"],
+        min_len=options["min_length"],
+        allow_pickle=options["allow_pickle"],
     )
-    with Progress(*columns, console=people(), transient=True) as drawn:
-        task = drawn.add_task(label, total=None, figures="")
-        yield lambda done, total, figures: drawn.update(
-            task, completed=done, total=total, figures=figures
-        )
 
 
 def learner_to_use(path: Path | None) -> Any:
-    """The learner of a file, with a word to people where it does not predict; None for no file."""
+    """Return the learner of a file, None for no file; warn where it does not predict."""
     if path is None:
         return None
     learner = igf.load_learner(path)
@@ -132,7 +176,7 @@ def learner_to_use(path: Path | None) -> Any:
 
 
 def tell_doubt(learner: Any) -> None:
-    """Say in one sentence on stderr that a learner does not predict; nothing of one that does."""
+    """Warn on stderr of a learner that does not predict; say nothing of one that does."""
     doubt = igf.doubt_about(learner.record.get("scores"))
     if doubt is not None:
         tell(f"Warning: {doubt}")

@@ -1,27 +1,19 @@
-"""`perplexit igf train`: pairs → a secondary learner."""
+"""`perplexit igf train`: train a secondary learner on pairs."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.command_group import examples
-from perplexit.cli.output import Force, people, print_json, stdout_kept_clean
+from perplexit.cli.output import Force, people, print_json
 
 EXAMPLES = examples(
     "perplexit igf train pairs.safetensors -o learner",
     "perplexit igf train pairs.safetensors --kind cnn --model gpt2/ -o learner-cnn",
 )
-
-
-class Kind(StrEnum):
-    """The learners there are."""
-
-    RIDGE = "ridge"
-    CNN = "cnn"
 
 
 def train(
@@ -34,18 +26,19 @@ def train(
         typer.Option("--output", "-o", metavar="FILE", help="The learner (.safetensors, .json)."),
     ],
     kind: Annotated[
-        Kind, typer.Option(help="ridge: linear in token counts; cnn: the paper's network.")
-    ] = Kind.RIDGE,
+        Literal["ridge", "cnn"],
+        typer.Option(help="ridge: linear in token counts; cnn: the paper's network."),
+    ] = "ridge",
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Whose embeddings the cnn starts from, a vocabulary."),
+        typer.Option(metavar="MODEL", help="The model whose embeddings the cnn starts from."),
     ] = None,
     threshold: Annotated[
         float, typer.Option(help="The z-score at which precision is reported.")
     ] = 1.0,
-    max_epochs: Annotated[int, typer.Option(min=1, help="Of the cnn.")] = 15,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of the cnn.")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Of the cnn.")] = 1e-5,
+    max_epochs: Annotated[int, typer.Option(min=1, help="The cnn's most epochs.")] = 15,
+    batch_size: Annotated[int, typer.Option(min=1, help="The cnn's batch size.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="The cnn's learning rate.")] = 1e-5,
     patience: Annotated[
         int, typer.Option(min=1, help="Epochs without a better one before the cnn stops.")
     ] = 5,
@@ -55,16 +48,15 @@ def train(
     force: Force = False,
     json: options.AsJson = False,
 ) -> None:
-    """Train a secondary learner, held out by article; the best by held-out error is kept."""
-    if kind is Kind.RIDGE:
+    """Train a secondary learner; articles are held out, and the best learner on them is kept."""
+    if kind == "ridge":
         idle = ("max_epochs", "batch_size", "learning_rate", "patience")
         options.refuse_idle(context, *idle, because="ridge is solved in one step")
     igf.learner_output(output, inputs=[pairs, model], force=force)
-    with stdout_kept_clean(), options.bar("Training") as draw:
-        options.use_threads(threads)
+    with options.working("Training", threads, resumable=False) as draw:
         learner = igf.train_learner(
             igf.load_pairs(pairs, allow_pickle=allow_pickle),
-            kind=kind.value,
+            kind=kind,
             model=None if model is None else igf.load_model(model),
             threshold=threshold,
             seed=seed,
@@ -72,15 +64,13 @@ def train(
             batch_size=batch_size,
             learning_rate=learning_rate,
             patience=patience,
-            progress=None
-            if draw is None
-            else lambda p: draw(p.number, p.total, f"held-out error {p.choose_mse:.4f}"),
+            progress=lambda p: draw(p.number, p.total, f"held-out error {p.choose_mse:.4f}"),
         )
         path = igf.save_learner(learner, output)
-    people().print(f"{kind.value} learner in {path}: {_sentence(learner.record['scores'])}")
+    people().print(f"{kind} learner in {path}: {_sentence(learner.record['scores'])}")
     options.tell_doubt(learner)
     if json:
-        print_json({"learner": kind.value, "output": str(path), **learner.record})
+        print_json({"learner": kind, "output": str(path), **learner.record})
 
 
 def _sentence(scores: dict[str, Any]) -> str:

@@ -10,10 +10,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from perplexit.cli.output import people
 
+Draw = Callable[[int, int, str], None]
+
 
 @contextmanager
-def scoring_progress(label: str) -> Iterator[Callable[[Any], None] | None]:
-    """A callable that takes ProgressUpdates and draws them, or None where stderr is no terminal."""
+def progress_bar(label: str, note: str = "") -> Iterator[Draw | None]:
+    """Yield a callable (done, total, note) that draws a bar; None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -21,21 +23,19 @@ def scoring_progress(label: str) -> Iterator[Callable[[Any], None] | None]:
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=people(), transient=True) as bar:
-        task = bar.add_task(label, total=None, figures="loading the model")
+        task = bar.add_task(label, total=None, note=note)
+        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
 
-        def show(update: Any) -> None:
-            bar.update(
-                task,
-                total=update.total_tokens,
-                completed=update.num_tokens,
-                figures=running_figures(update),
-            )
 
-        yield show
+@contextmanager
+def scoring_progress(label: str) -> Iterator[Callable[[Any], None] | None]:
+    """Yield a callable that draws ProgressUpdates, or None where stderr is no terminal."""
+    with progress_bar(label, "loading the model") as draw:
+        yield draw and (lambda u: draw(u.num_tokens, u.total_tokens, running_figures(u)))
 
 
 @contextmanager
