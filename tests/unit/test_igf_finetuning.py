@@ -138,10 +138,12 @@ def test_a_quantile_accepts_the_share_it_says() -> None:
 
 
 def test_random_skipping_is_the_same_however_it_is_asked() -> None:
-    ids = np.zeros((40, LENGTH), np.int32)
+    ids = np.zeros((400, LENGTH), np.int32)
     skip = RandomSkip(0.5, seed=3)
-    whole = skip.scores(ids, 0, None)
-    parts = np.concatenate([skip.scores(ids[:15], 0, None), skip.scores(ids[15:], 15, None)])
+    whole = skip.accepts(ids, 0, 0, None)
+    parts = np.concatenate(
+        [skip.accepts(ids[:15], 0, 0, None), skip.accepts(ids[15:], 15, 1, None)]
+    )
     assert np.array_equal(whole, parts)
 
 

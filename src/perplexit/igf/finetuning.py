@@ -193,8 +193,7 @@ class _Tuning:
 
     def _look_at_more(self, found: list[NDArray[np.int32]], step: int) -> None:
         ids_NT = self._stream.take(self.candidate, self._settings.batch_size).ids_NT
-        scores = self._selection.scores(ids_NT, self.candidate, self._losses)
-        accepts = self._selection.accepts(scores, step)
+        accepts = self._selection.accepts(ids_NT, self.candidate, step, self._losses)
         used = len(ids_NT)
         for row in np.flatnonzero(accepts):
             found.append(ids_NT[row])

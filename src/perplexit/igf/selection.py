@@ -6,9 +6,10 @@ a run counts what each method really read.
 Shape suffixes: N = candidates, T = ids of a context.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,8 @@ from numpy.typing import NDArray
 from perplexit.errors import UsageError
 from perplexit.igf.learners import Learner
 
-Losses = Callable[
-    [NDArray[np.int32]], NDArray[np.float64]
-]  # the model's loss of each context, in nats
+# The model's loss of each context, in nats.
+Losses = Callable[[NDArray[np.int32]], NDArray[np.float64]]
 
 CALIBRATION_SEED = 1_000_003  # of the contexts that quantiles are taken from; no run has it
 NUM_CALIBRATION = 512
@@ -34,30 +34,18 @@ METHODS = (
 )
 
 
-class Threshold(Protocol):
-    """The least predicted gain (a z-score) that is accepted at a step, counted from 0."""
-
-    def at(self, step: int) -> float:
-        """Return the threshold at this step."""
-        ...
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the threshold's parameters as JSON values."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class ConstantThreshold:
-    """The same at every step."""
+    """The least predicted gain (a z-score) that is accepted, the same at every step."""
 
     value: float = 1.0
 
     def at(self, step: int) -> float:
-        """See Threshold."""
+        """Return the threshold at a step, counted from 0."""
         return self.value
 
     def to_json(self) -> dict[str, Any]:
-        """See Threshold."""
+        """Return kind and parameters as JSON values."""
         return {"threshold": "constant", **asdict(self)}
 
 
@@ -70,11 +58,11 @@ class ShiftingThreshold:
     steps: int = 10
 
     def at(self, step: int) -> float:
-        """See Threshold."""
+        """Return the threshold at a step, counted from 0."""
         return self.first if step < self.steps else self.then
 
     def to_json(self) -> dict[str, Any]:
-        """See Threshold."""
+        """Return kind and parameters as JSON values."""
         return {"threshold": "shifting", **asdict(self)}
 
 
@@ -94,46 +82,38 @@ def check_share(share: float) -> None:
         raise UsageError(f"expected a share of contexts to accept in (0, 1], got {share}")
 
 
-class Selection(Protocol):
-    """Decides on candidates: `scores` is called once for each, `accepts` at the step of use."""
+class Selection(ABC):
+    """Decides which candidates a step uses. `costs_forward_pass`: whether it asks the model."""
 
-    @property
-    def name(self) -> str:
-        """Return the method's name."""
-        ...
+    name: str
+    costs_forward_pass = False
 
-    @property
-    def costs_forward_pass(self) -> bool:
-        """Return whether `scores` asks the language model."""
-        ...
+    @abstractmethod
+    def accepts(
+        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
+    ) -> NDArray[np.bool_]:
+        """Return which candidates step `step` uses, [N].
 
-    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
-        """Return one number per candidate; they are candidates `start …` of the stream."""
-        ...
+        first:  the number of the first of them in the stream of candidates.
+        losses: gives the losses of contexts under the model as it is now.
+        """
 
-    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
-        """Return which of them step `step` takes."""
-        ...
-
+    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Return name and parameters as JSON values."""
-        ...
 
 
 @dataclass(frozen=True)
-class Everything:
-    """Standard fine-tuning: every candidate is taken."""
+class Everything(Selection):
+    """Standard fine-tuning: every candidate is used."""
 
     name: str = "standard"
-    costs_forward_pass: bool = False
 
-    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
+    def accepts(
+        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
+    ) -> NDArray[np.bool_]:
         """See Selection."""
-        return np.zeros(len(ids_NT))
-
-    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
-        """See Selection."""
-        return np.ones(len(scores_N), dtype=np.bool_)
+        return np.ones(len(ids_NT), dtype=np.bool_)
 
     def to_json(self) -> dict[str, Any]:
         """See Selection."""
@@ -141,22 +121,18 @@ class Everything:
 
 
 @dataclass(frozen=True)
-class InformationGain:
-    """Takes candidates predicted at or above the threshold, before any forward pass."""
+class InformationGain(Selection):
+    """Uses candidates predicted at or above the threshold, before any forward pass."""
 
     learner: Learner
-    threshold: Threshold = field(default_factory=ShiftingThreshold)
+    threshold: ConstantThreshold | ShiftingThreshold = field(default_factory=ShiftingThreshold)
     name: str = "igf-shifting"
-    costs_forward_pass: bool = False
 
-    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
+    def accepts(
+        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
+    ) -> NDArray[np.bool_]:
         """See Selection."""
-        return self.learner.predict(ids_NT)
-
-    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
-        """See Selection."""
-        accepted: NDArray[np.bool_] = scores_N >= self.threshold.at(step)
-        return accepted
+        return np.asarray(self.learner.predict(ids_NT) >= self.threshold.at(step))
 
     def to_json(self) -> dict[str, Any]:
         """See Selection."""
@@ -164,26 +140,26 @@ class InformationGain:
 
 
 @dataclass(frozen=True)
-class RandomSkip:
-    """Takes a candidate with probability `share`: shows what skipping alone does."""
+class RandomSkip(Selection):
+    """Uses a candidate with probability `share`: shows what skipping alone does."""
 
     share: float = 0.25
     seed: int = 0
     name: str = "random-skip"
-    costs_forward_pass: bool = False
 
     def __post_init__(self) -> None:
         check_share(self.share)
 
-    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
+    def accepts(
+        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
+    ) -> NDArray[np.bool_]:
         """See Selection."""
-        numbers = range(start, start + len(ids_NT))
-        return np.array([np.random.default_rng([self.seed, 1, i]).random() for i in numbers])
+        numbers = range(first, first + len(ids_NT))
+        return np.array([self.draw(number) < self.share for number in numbers])
 
-    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
-        """See Selection."""
-        accepted: NDArray[np.bool_] = scores_N < self.share
-        return accepted
+    def draw(self, number: int) -> float:
+        """Return the random number in [0, 1) that belongs to a candidate of the stream."""
+        return float(np.random.default_rng([self.seed, 1, number]).random())
 
     def to_json(self) -> dict[str, Any]:
         """See Selection."""
@@ -191,8 +167,8 @@ class RandomSkip:
 
 
 @dataclass(frozen=True)
-class LossBand:
-    """Takes candidates whose loss under the model being tuned lies between two bounds, in nats.
+class LossBand(Selection):
+    """Uses candidates whose loss under the model being tuned lies between two bounds, in nats.
 
     `high-loss` has no upper bound; `perplexity-band` keeps the middle. Costs one forward pass per
     candidate.
@@ -201,24 +177,19 @@ class LossBand:
     low: float
     high: float = float("inf")
     name: str = "high-loss"
-    costs_forward_pass: bool = True
+    costs_forward_pass = True
 
-    def scores(self, ids_NT: NDArray[np.int32], start: int, losses: Losses) -> NDArray[np.float64]:
+    def accepts(
+        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
+    ) -> NDArray[np.bool_]:
         """See Selection."""
-        return losses(ids_NT)
-
-    def accepts(self, scores_N: NDArray[np.float64], step: int) -> NDArray[np.bool_]:
-        """See Selection."""
-        accepted: NDArray[np.bool_] = (scores_N >= self.low) & (scores_N <= self.high)
-        return accepted
+        losses_N = losses(ids_NT)
+        return np.asarray((losses_N >= self.low) & (losses_N <= self.high))
 
     def to_json(self) -> dict[str, Any]:
         """See Selection."""
-        return {
-            "name": self.name,
-            "low_nats": self.low,
-            "high_nats": self.high if np.isfinite(self.high) else None,
-        }
+        high = self.high if np.isfinite(self.high) else None
+        return {"name": self.name, "low_nats": self.low, "high_nats": high}
 
 
 def _check_reached(predicted_N: NDArray[np.float64], threshold: float) -> None:
