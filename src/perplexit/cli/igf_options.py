@@ -114,9 +114,7 @@ def refuse_idle_of_methods(context: typer.Context, methods: list[str]) -> None:
 def use_threads(threads: int | None) -> None:
     """Set the number of threads that PyTorch computes with, where one was asked for."""
     if threads is not None:
-        from perplexit.igf.language_model import set_threads  # noqa: PLC0415 - keeps --help quick
-
-        set_threads(threads)
+        igf.set_threads(threads)
 
 
 def one_or_many(paths: list[Path]) -> Any:

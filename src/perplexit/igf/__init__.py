@@ -36,6 +36,7 @@ _NAMES_IN = {
         "model_output",
         "recopy_gpt2",
         "save_model",
+        "set_threads",
         "with_lora",
     ),
     "model_identity": ("unlike_pairs",),

@@ -11,16 +11,16 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.gain_measures import GainMeasure, Mode, default_rule, gain_measure
-from perplexit.igf.losses import perplexity_of
+from perplexit.igf.losses import ids_on_device, perplexity_of
 from perplexit.igf.model_identity import measurement_of_model
 from perplexit.igf.optimizer_step import StepRule
 from perplexit.igf.pairs import Pairs, pairs_output, parts_folder, write_cost
-from perplexit.igf.random_contexts import Contexts, check_disjoint
+from perplexit.igf.random_contexts import Contexts, check_disjoint, derived_seed
 from perplexit.igf.resume_conditions import keep_conditions, require_same
 from perplexit.igf.tensors_with_record import stored_as, tensor_path
 from perplexit.runs.measurement import measurement_fingerprint
@@ -89,13 +89,12 @@ def collect_pairs(
         "objective_size": len(objective),
         "part_size": part_size,
     }
-    device = next(model.parameters()).device
-    objective_NT = torch.from_numpy(objective.ids_NT).long().to(device)
+    objective_NT = ids_on_device(model, objective.ids_NT)
     with _Collection(output, contexts, conditions) as collection:
         collection.resume()
         collection.measure(
             lambda: gain_measure(model, objective_NT, mode=mode, rule=rule, dropout=dropout),
-            device,
+            ids_on_device(model, contexts.ids_NT),
             progress,
         )
         return collection.finish()
@@ -154,7 +153,7 @@ class _Collection:
     def measure(
         self,
         make_measure: Callable[[], GainMeasure],
-        device: torch.device,
+        contexts_NT: Tensor,
         progress: Callable[[CollectProgress], None] | None,
     ) -> None:
         """Measure and commit the parts that are missing; `make_measure` is called if any is."""
@@ -165,7 +164,7 @@ class _Collection:
             if not np.isfinite(self._gains_N[start:stop]).all():
                 measure = measure or make_measure()
                 self._objective_loss = measure.objective_loss
-                self._gains_N[start:stop] = self._measured(measure, start, stop, device)
+                self._gains_N[start:stop] = self._measured(measure, start, contexts_NT[start:stop])
                 self._commit(start, stop)
             if progress is not None:
                 done = self._gains_N[np.isfinite(self._gains_N)]
@@ -174,16 +173,15 @@ class _Collection:
                 progress(CollectProgress(len(done), total, self._num_resumed, seconds, mean))
 
     def _measured(
-        self, measure: GainMeasure, start: int, stop: int, device: torch.device
+        self, measure: GainMeasure, start: int, contexts_BT: Tensor
     ) -> NDArray[np.float64]:
-        contexts = torch.from_numpy(self._contexts.ids_NT[start:stop]).long().to(device)
         if not self._conditions["dropout"]:
-            return measure.gains(contexts)
+            return measure.gains(contexts_BT)
         found = []
+        device = contexts_BT.device
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-            for number, context in enumerate(contexts, start=start):
-                seeds = np.random.SeedSequence([self._conditions["seed"], number])
-                torch.manual_seed(int(seeds.generate_state(1)[0]))
+            for number, context in enumerate(contexts_BT, start=start):
+                torch.manual_seed(derived_seed(self._conditions["seed"], number))
                 found.append(measure.gains(context[None]))
         return np.concatenate(found)
 

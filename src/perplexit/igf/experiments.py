@@ -35,9 +35,9 @@ from perplexit.igf.experiment_file import (
 from perplexit.igf.experiment_summary import summarise
 from perplexit.igf.finetune_curve import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
-from perplexit.igf.language_model import restore_weights, weights_of
+from perplexit.igf.language_model import weights_restored
 from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerprint
-from perplexit.igf.losses import ContextScorer
+from perplexit.igf.losses import ContextScorer, ids_on_device
 from perplexit.igf.model_identity import measurement_of_model
 from perplexit.igf.random_contexts import Contexts, ContextStream
 from perplexit.igf.resume_conditions import keep_conditions
@@ -189,7 +189,6 @@ def _run_what_is_missing(  # noqa: PLR0917 - one experiment
     progress: Callable[[ExperimentProgress], None] | None,
 ) -> tuple[dict[str, dict[int, dict[str, Any]]], bool]:
     """Return (records by method and seed, whether the limit stopped it); write each new record."""
-    original = weights_of(model)
     began = time.perf_counter()
     total = len(plan.methods) * len(plan.seeds)
     records: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in plan.methods}
@@ -203,7 +202,7 @@ def _run_what_is_missing(  # noqa: PLR0917 - one experiment
             stopped = True
             continue
         at = ExperimentProgress(method, seed, number, total)
-        try:
+        with weights_restored(model):
             curve = finetune_model(
                 model,
                 train,
@@ -212,8 +211,6 @@ def _run_what_is_missing(  # noqa: PLR0917 - one experiment
                 settings=replace(plan.settings, seed=seed),
                 progress=None if progress is None else partial(_tell, progress, at),
             )
-        finally:
-            restore_weights(model, original)
         records[method][seed] = {"method": method, "seed": seed, **curve.to_json()}
         write_json(path, records[method][seed])
     return records, stopped
@@ -261,8 +258,7 @@ def _selections(  # noqa: PLR0917 - what calibrates a selection
 
     @cache
     def losses() -> NDArray[np.float64]:
-        device = next(model.parameters()).device
-        return ContextScorer(model).losses(torch.from_numpy(calibration.ids_NT).long().to(device))
+        return ContextScorer(model).losses(ids_on_device(model, calibration.ids_NT))
 
     def make(method: str, seed: int) -> Selection:
         return selection_named(

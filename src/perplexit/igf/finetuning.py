@@ -22,10 +22,10 @@ from perplexit.igf.articles import Articles
 from perplexit.igf.finetune_checkpoints import FinetuneCheckpoints
 from perplexit.igf.finetune_curve import FinetuneCurve, FinetuneProgress, FinetuneSettings
 from perplexit.igf.learners import learner_fingerprint
-from perplexit.igf.losses import ContextScorer, context_losses
+from perplexit.igf.losses import ContextScorer, context_losses, ids_on_device
 from perplexit.igf.model_identity import measurement_of_model
 from perplexit.igf.optimizer_step import trainable_parameters
-from perplexit.igf.random_contexts import Contexts, ContextStream, check_disjoint
+from perplexit.igf.random_contexts import Contexts, ContextStream, check_disjoint, derived_seed
 from perplexit.igf.selection import Everything, Selection
 
 
@@ -89,9 +89,8 @@ class _Tuning:
         self._settings = settings
         self._stream = ContextStream(train, settings.context_length, settings.seed)
         self._train_fingerprint = train.fingerprints()
-        self._device = next(model.parameters()).device
         self._test = test
-        self._test_NT = self._tensor(test.ids_NT)
+        self._test_NT = ids_on_device(model, test.ids_NT)
         self._parameters = trainable_parameters(model)
         self._scorer = ContextScorer(model)
         self._optimizer = torch.optim.AdamW(
@@ -143,7 +142,7 @@ class _Tuning:
     def take_step(self, step: int) -> float:
         """Take one optimizer step; return the mean loss of its contexts before it, in nats."""
         began = time.perf_counter()
-        batch_BT = self._tensor(self._accepted(step))
+        batch_BT = ids_on_device(self._model, self._accepted(step))
         selected = time.perf_counter()
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * self._decay(step)
@@ -172,7 +171,7 @@ class _Tuning:
         self._model.train(self._settings.dropout)
         with torch.random.fork_rng(devices=[], enabled=self._settings.dropout), torch.enable_grad():
             if self._settings.dropout:
-                torch.manual_seed(_seed_of(self._settings.seed, step))
+                torch.manual_seed(derived_seed(self._settings.seed, 2, step))
             if self._settings.seed_compatible:
                 return last_context_gradient(self._model, batch_BT)
             return mean_gradient(self._model, batch_BT, self._settings.micro_batch)
@@ -206,10 +205,7 @@ class _Tuning:
             self.curve.tokens_scored += int(ids_NT.size)
 
     def _losses(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
-        return self._scorer.losses(self._tensor(ids_NT))
-
-    def _tensor(self, ids_NT: NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(ids_NT)).long().to(self._device)
+        return self._scorer.losses(ids_on_device(self._model, ids_NT))
 
 
 def mean_gradient(model: nn.Module, batch_BT: Tensor, micro_batch: int) -> float:
@@ -233,11 +229,5 @@ def last_context_gradient(model: nn.Module, batch_BT: Tensor) -> float:
     total = 0.0
     for context in batch_BT:
         model.zero_grad(set_to_none=True)
-        loss = context_losses(model, context[None])[0]
-        torch.autograd.backward(loss)
-        total += float(loss.detach())
+        total += mean_gradient(model, context[None], 1)
     return total / len(batch_BT)
-
-
-def _seed_of(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, 2, step]).generate_state(1)[0])

@@ -1,7 +1,8 @@
 """The language model that IGF measures and tunes: loading, copying, LoRA, saving."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,17 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def weights_of(model: nn.Module) -> list[torch.Tensor]:
-    """Copy the trainable weights, so that `restore_weights` can bring them back."""
-    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
-
-
-def restore_weights(model: nn.Module, weights: list[torch.Tensor]) -> None:
-    """Put back what `weights_of` copied, to the last bit."""
+@contextmanager
+def weights_restored(model: nn.Module) -> Iterator[None]:
+    """Put the trainable weights back after the block, to the last bit."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for parameter, kept in zip(trainable, weights, strict=True):
-            parameter.copy_(kept)
+    kept = [p.detach().clone() for p in trainable]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, weights in zip(trainable, kept, strict=True):
+                parameter.copy_(weights)
 
 
 def model_output(

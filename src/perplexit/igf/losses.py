@@ -24,6 +24,11 @@ from perplexit.sessions.pytorch.forward_probe import find_forward
 DEFAULT_BATCH_IDS = 1024
 
 
+def ids_on_device(model: nn.Module, ids_NT: NDArray[np.int32]) -> Tensor:
+    """Return the ids as an int64 tensor [N, T] on the model's device."""
+    return torch.from_numpy(np.ascontiguousarray(ids_NT)).long().to(next(model.parameters()).device)
+
+
 def context_losses(model: nn.Module, contexts_BT: Tensor) -> Tensor:
     """Return the mean nll of each context in nats, [B], differentiable, in float32 or better."""
     with held_at(LengthDependentRope.of(model), contexts_BT.shape[1]):

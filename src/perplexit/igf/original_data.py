@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from perplexit.errors import UsageError
 from perplexit.igf.articles import Articles, read_articles
-from perplexit.igf.losses import ContextScorer, perplexity_of
+from perplexit.igf.losses import ContextScorer, ids_on_device, perplexity_of
 from perplexit.igf.random_contexts import Contexts, objective_contexts
 
 DATA_FILE = "data/tokenized_stories_train_wikitext103.jbl"
@@ -22,8 +22,8 @@ def compute_perplexity(model: nn.Module, test_data: Any, context_len: int) -> Te
     """
     was_training = model.training
     try:
-        rows = torch.from_numpy(contexts_of(test_data, context_len).ids_NT).long()
-        loss = ContextScorer(model).mean_loss(rows.to(next(model.parameters()).device))
+        rows_NT = ids_on_device(model, contexts_of(test_data, context_len).ids_NT)
+        loss = ContextScorer(model).mean_loss(rows_NT)
     finally:
         model.train(was_training)
     return torch.tensor(perplexity_of(loss), dtype=torch.float64)

@@ -72,6 +72,11 @@ class ContextStream:
         return article, begin
 
 
+def derived_seed(*numbers: int) -> int:
+    """Return a seed that follows from these numbers and is unlike those of other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def objective_contexts(
     articles: Articles, *, number: int = 100, length: int = 32, min_len: int = 1026, seed: int = 0
 ) -> Contexts:
