@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from torch import Tensor, nn
@@ -90,7 +90,8 @@ def collect_pairs(
         "part_size": part_size,
     }
     objective_NT = ids_on_device(model, objective.ids_NT)
-    with _Collection(output, contexts, conditions) as collection:
+    collection = _Collection(output, contexts, conditions)
+    with collection.locked():
         collection.resume()
         collection.measure(
             lambda: gain_measure(model, objective_NT, mode=mode, rule=rule, dropout=dropout),
@@ -101,10 +102,7 @@ def collect_pairs(
 
 
 class _Collection:
-    """The gains of one collection, and their committed parts beside the output (if there is one).
-
-    A context manager: inside, it holds the lock of the parts' folder.
-    """
+    """The gains of one collection, and their committed parts beside the output, if there is one."""
 
     def __init__(
         self, output: str | Path | None, contexts: Contexts, conditions: dict[str, Any]
@@ -116,18 +114,13 @@ class _Collection:
         self._conditions = conditions
         self._gains_N = np.full(len(contexts), np.nan)
         self._objective_loss = np.nan
-        self._lock: FileLock | None = None
         self._num_resumed = 0
 
-    def __enter__(self) -> "_Collection":
-        if self._parts is not None and self._output is not None and not self._output.exists():
-            remedy = "name another output"
-            self._lock = lock_folder(self._parts.folder, _WORK, remedy, ResumeError)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.release()
+    def locked(self) -> AbstractContextManager[object]:
+        """Lock the folder of the parts, unless none will be written."""
+        if self._output is None or self._parts is None or self._output.exists():
+            return nullcontext()
+        return lock_folder(self._parts.folder, _WORK, "name another output", ResumeError)
 
     def resume(self) -> None:
         """Read what was measured before, from the finished file or from the committed parts."""

@@ -51,11 +51,10 @@ def score_predictions(
     true_N: NDArray[np.float64],
     *,
     threshold: float = 1.0,
-    fitted_mean: float = 0.0,
     article_N: NDArray[Any] | None = None,
 ) -> LearnerScores:
     """Score predicted against true z-scores; article_N: the article of each context."""
-    error_N, error_of_mean_N = (predicted_N - true_N) ** 2, (fitted_mean - true_N) ** 2
+    error_N, error_of_mean_N = (predicted_N - true_N) ** 2, true_N**2
     articles = np.zeros(len(true_N)) if article_N is None else article_N
     names, labels = np.unique(articles, return_inverse=True)
     varies = len(true_N) > 2 and np.ptp(predicted_N) > 0 and np.ptp(true_N) > 0

@@ -28,20 +28,27 @@ PENALTIES = tuple(float(p) for p in np.geomspace(0.3, 3000, 17))
 
 
 @dataclass(frozen=True, slots=True)
-class PairParts:
-    """Rows of the pairs to fit, to choose, and to report on; no article is in two of them."""
+class DividedPairs:
+    """Pairs with their rows to fit, to choose and to report on; no article is in two of them.
 
+    statistics: of the gains to fit, in nats; z_N: all gains as z-scores under them.
+    """
+
+    pairs: Pairs
     fit: NDArray[np.int64]
     choose: NDArray[np.int64]
     report: NDArray[np.int64]
+    statistics: GainStatistics
+    z_N: NDArray[np.float64]
+    seed: int
 
 
 def divide_by_article(
     pairs: Pairs, *, choose: float = 0.2, report: float = 0.2, seed: int = 0
-) -> PairParts:
-    """Return the three parts; whole articles go to one of them, by seed and content.
+) -> DividedPairs:
+    """Divide the pairs; each article goes whole to one of the three parts, by seed and content.
 
-    Raises UsageError with fewer than three articles.
+    Raises UsageError with fewer than three articles, and where the gains to fit do not vary.
     """
     articles = np.unique(pairs.article_N)
     if len(articles) < 3:
@@ -52,12 +59,18 @@ def divide_by_article(
     order = np.random.default_rng(seed).permutation(articles)
     num_report = max(1, round(report * len(order)))
     num_choose = max(1, min(round(choose * len(order)), len(order) - num_report - 1))
-    held, chosen = order[:num_report], order[num_report : num_report + num_choose]
-    in_report, in_choose = np.isin(pairs.article_N, held), np.isin(pairs.article_N, chosen)
-    return PairParts(
-        np.flatnonzero(~in_report & ~in_choose),
+    in_report = np.isin(pairs.article_N, order[:num_report])
+    in_choose = np.isin(pairs.article_N, order[num_report : num_report + num_choose])
+    fit = np.flatnonzero(~in_report & ~in_choose)
+    statistics = GainStatistics.of(pairs.gain_nats_N[fit])
+    return DividedPairs(
+        pairs,
+        fit,
         np.flatnonzero(in_choose),
         np.flatnonzero(in_report),
+        statistics,
+        statistics.normalised(pairs.gain_nats_N),
+        seed,
     )
 
 
@@ -91,15 +104,13 @@ def train_learner(
     embedding from `model`; the best epoch on the choose part is kept, and training stops after
     `patience` epochs without a better one. Ridge takes the best penalty of PENALTIES.
     """
-    parts = divide_by_article(pairs, seed=seed)
-    statistics = GainStatistics.of(pairs.gain_nats_N[parts.fit])
-    z_N = statistics.normalised(pairs.gain_nats_N)
+    divided = divide_by_article(pairs, seed=seed)
     learner: RidgeLearner | ConvolutionLearner
     if kind == "ridge":
         vocab_size = vocab_size or (
             int(pairs.ids_NT.max()) + 1 if model is None else len(input_embedding(model))
         )
-        learner = _best_ridge(pairs, z_N, parts, vocab_size, progress)
+        learner = _best_ridge(divided, vocab_size, progress)
     elif kind == "cnn":
         if model is None:
             raise UsageError("expected a model whose embeddings the cnn starts from; name one")
@@ -108,60 +119,49 @@ def train_learner(
             learner = ConvolutionLearner(input_embedding(model))
             fit_network(
                 learner,
-                pairs,
-                z_N,
-                parts,
+                divided,
                 max_epochs=max_epochs,
                 batch_size=batch_size,
                 learning_rate=learning_rate,
                 patience=patience,
-                seed=seed,
                 progress=progress,
             )
     else:
         raise UsageError(f"expected a learner of kind ridge or cnn, got {kind!r}")
-    learner.record |= _record(learner, pairs, z_N, parts, statistics, threshold, seed)
+    learner.record |= _record(learner, divided, threshold)
     return learner
 
 
-def _record(  # noqa: PLR0917 - the pieces of one record
-    learner: Learner,
-    pairs: Pairs,
-    z_N: NDArray[np.float64],
-    parts: PairParts,
-    statistics: GainStatistics,
-    threshold: float,
-    seed: int,
-) -> dict[str, Any]:
+def _record(learner: Learner, divided: DividedPairs, threshold: float) -> dict[str, Any]:
+    pairs, rows = divided.pairs, divided.report
     scores = score_predictions(
-        learner.predict(pairs.ids_NT[parts.report]),
-        z_N[parts.report],
+        learner.predict(pairs.ids_NT[rows]),
+        divided.z_N[rows],
         threshold=threshold,
-        article_N=pairs.article_N[parts.report],
+        article_N=pairs.article_N[rows],
     )
     return {
-        "statistics": asdict(statistics),
+        "statistics": asdict(divided.statistics),
         "scores": scores.to_json(),
-        "num_pairs": {"fit": len(parts.fit), "choose": len(parts.choose)},
-        "seed": seed,
+        "num_pairs": {"fit": len(divided.fit), "choose": len(divided.choose)},
+        "seed": divided.seed,
         "context_length": int(pairs.ids_NT.shape[1]),
         "pairs": {k: v for k, v in pairs.record.items() if k not in ("kind", "version")},
     }
 
 
 def _best_ridge(
-    pairs: Pairs,
-    z_N: NDArray[np.float64],
-    parts: PairParts,
+    divided: DividedPairs,
     vocab_size: int,
     progress: Callable[[TrainingProgress], None] | None,
 ) -> RidgeLearner:
+    ids_NT, z_N, fit = divided.pairs.ids_NT, divided.z_N, divided.fit
     tried = []
     for number, penalty in enumerate(PENALTIES, start=1):
-        learner = RidgeLearner.fit(pairs.ids_NT[parts.fit], z_N[parts.fit], vocab_size, penalty)
+        learner = RidgeLearner.fit(ids_NT[fit], z_N[fit], vocab_size, penalty)
         fit_mse, choose_mse = (
-            float(((learner.predict(pairs.ids_NT[rows]) - z_N[rows]) ** 2).mean())
-            for rows in (parts.fit, parts.choose)
+            float(((learner.predict(ids_NT[rows]) - z_N[rows]) ** 2).mean())
+            for rows in (fit, divided.choose)
         )
         if progress is not None:
             progress(TrainingProgress(number, len(PENALTIES), fit_mse, choose_mse))
@@ -172,15 +172,12 @@ def _best_ridge(
 
 def fit_network(
     network: ConvolutionLearner,
-    pairs: Pairs,
-    z_N: NDArray[np.float64],
-    parts: PairParts,
+    divided: DividedPairs,
     *,
     max_epochs: int,
     batch_size: int,
     learning_rate: float,
     patience: int,
-    seed: int,
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> None:
     """Train on the fit part by Adam on the mean squared error; keep the best epoch's weights.
@@ -189,28 +186,30 @@ def fit_network(
     """
     if max_epochs < 1:
         raise UsageError(f"expected at least 1 epoch, got {max_epochs}")
-    ids_NT, z = torch.from_numpy(pairs.ids_NT).long(), torch.from_numpy(z_N).float()
+    ids_NT = torch.from_numpy(divided.pairs.ids_NT).long()
+    z_N = torch.from_numpy(divided.z_N).float()
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(divided.seed)
 
     def train_epoch() -> float:
+        """Return the mean squared error on the fit part, each batch's before its step."""
         network.train()
         total = 0.0
-        for rows in torch.split(torch.from_numpy(random.permutation(parts.fit)), batch_size):
+        for rows in torch.split(torch.from_numpy(random.permutation(divided.fit)), batch_size):
             optimizer.zero_grad()
-            loss = nn.functional.mse_loss(network(ids_NT[rows])[:, 0], z[rows])
+            loss = nn.functional.mse_loss(network(ids_NT[rows])[:, 0], z_N[rows])
             torch.autograd.backward(loss)
             optimizer.step()
             total += float(loss.detach()) * len(rows)
-        return total / max(1, len(parts.fit))
+        return total / max(1, len(divided.fit))
 
     best_mse, best_epoch, kept = np.inf, 0, _copied_state(network)
     for epoch in range(1, max_epochs + 1):
         fit_mse = train_epoch()
         network.eval()
         with torch.inference_mode():
-            predicted = network(ids_NT[parts.choose])[:, 0]
-            choose_mse = float(nn.functional.mse_loss(predicted, z[parts.choose]))
+            predicted = network(ids_NT[divided.choose])[:, 0]
+            choose_mse = float(nn.functional.mse_loss(predicted, z_N[divided.choose]))
         if progress is not None:
             progress(TrainingProgress(epoch, max_epochs, fit_mse, choose_mse))
         if choose_mse < best_mse:

@@ -37,7 +37,7 @@ from perplexit.igf.original_data import (
     contexts_of,
     generate_datasets,
 )
-from perplexit.igf.pairs import GainStatistics, Pairs, pairs_of
+from perplexit.igf.pairs import Pairs, pairs_of
 from perplexit.igf.random_contexts import ContextStream
 from perplexit.igf.selection import (
     CALIBRATION_SEED,
@@ -155,26 +155,18 @@ def train_secondary_learner(  # noqa: PLR0917 - the original's
     looked at after every epoch.
     """
     learner_output(igf_model_path, force=True)  # said before the training, not after it
-    pairs = pairs_of(train_dataset)
-    parts = divide_by_article(pairs, seed=seed)
-    statistics = GainStatistics.of(pairs.gain_nats_N[parts.fit])
+    divided = divide_by_article(pairs_of(train_dataset), seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fit_network(
             secondary_learner,
-            pairs,
-            statistics.normalised(pairs.gain_nats_N),
-            parts,
+            divided,
             max_epochs=max_epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
             patience=patience,
-            seed=seed,
         )
-    secondary_learner.record |= {
-        "statistics": asdict(statistics),
-        "seed": seed,
-    }
+    secondary_learner.record |= {"statistics": asdict(divided.statistics), "seed": seed}
     save_learner(secondary_learner, igf_model_path)
     return secondary_learner
 

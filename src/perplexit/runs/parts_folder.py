@@ -9,6 +9,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,17 +74,18 @@ class PartsFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def lock_folder(folder: Path, what: str, remedy: str, error: type[PerplexitError]) -> FileLock:
-    """Make the folder if need be and lock it for this process; the caller releases the lock.
+def lock_folder(
+    folder: Path, what: str, remedy: str, error: type[PerplexitError]
+) -> AbstractContextManager[object]:
+    """Lock the folder for this process until the returned context manager ends.
 
-    What killed processes left in it is removed. The system releases the lock of a process that
-    dies. what: "run", as messages name it. Raises `error` where another process holds the lock
-    or the folder cannot be made.
+    The folder is made if need be, and what killed processes left in it is removed. The system
+    releases the lock of a process that dies. what: "run", as messages name it. Raises `error` where
+    another process holds the lock or the folder cannot be made.
     """
-    lock = FileLock(folder / LOCK_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        held: AbstractContextManager[object] = FileLock(folder / LOCK_FILE).acquire(timeout=0)
     except Timeout:
         raise error(
             f"another process is writing to the {what} {folder}; wait for it, or {remedy}"
@@ -91,7 +93,7 @@ def lock_folder(folder: Path, what: str, remedy: str, error: type[PerplexitError
     except OSError as cause:
         raise error(f"the {what} folder {folder} cannot be made: {cause}") from None
     remove_leftovers(folder)
-    return lock
+    return held
 
 
 def _hash(data: bytes) -> str:

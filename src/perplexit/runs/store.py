@@ -11,12 +11,13 @@ documents.parquet  one row per document: where it came from
 import json
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 
 from perplexit.atomic_files import (
     is_temporary,
@@ -53,7 +54,7 @@ class RunStore:
                 f"expected a new folder or a run's folder, got {folder} with other files in it; "
                 "name another with --run"
             )
-        self._lock: FileLock | None = None
+        self._held: AbstractContextManager[object] | None = None
         self._pending: list[ScoredBatch] = []
         self._last_commit = time.perf_counter()
 
@@ -67,13 +68,13 @@ class RunStore:
 
     def __enter__(self) -> "RunStore":
         remedy = "name another folder with --run"
-        self._lock = lock_folder(self.folder, "run", remedy, RunError)
+        self._held = lock_folder(self.folder, "run", remedy, RunError)
         remove_leftovers(self._parts.folder)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.release()
+    def __exit__(self, *error: Any) -> None:
+        if self._held is not None:
+            self._held.__exit__(*error)
 
     def record(self) -> Run | None:
         """The run as recorded so far, or None in a new folder."""
