@@ -23,6 +23,7 @@ from perplexit.compilation.targets import CompileRequest
 from perplexit.program_record import ProgramMetadata, files_of
 from perplexit.quantization.openvino_engine import open_program
 from perplexit.quantization.openvino_weights import compress_weights
+from perplexit.resources.engine_tricks import compiled_without
 
 MODEL_FILE = "model.xml"
 
@@ -85,4 +86,5 @@ def _losses(path: Path, windows: Any, shapes: Any, perplexity: bool) -> Any:
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "transformers", "openvino", "nncf")
-    return {"perplexit": __version__} | {name: metadata.version(name) for name in packages}
+    versions = {name: metadata.version(name) for name in packages}
+    return {"perplexit": __version__, **versions, **compiled_without()}

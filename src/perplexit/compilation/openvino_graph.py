@@ -24,6 +24,7 @@ from perplexit.compilation.openvino_head import mark_head, nll_of_targets
 from perplexit.errors import CompilationError
 from perplexit.program_record import ProgramShapes
 from perplexit.quantization.openvino_engine import BOUNDARY
+from perplexit.resources.engine_tricks import is_on
 
 
 def convert_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ov.Model:
@@ -40,7 +41,8 @@ def convert_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ov.
     ids_BT = torch.arange(24).reshape(2, 12) % min(7, vocab_size)
     with exportable_attention(model):
         body = _converted(Body(model), ids_BT)
-    skip_future_keys(body)
+    if is_on("openvino_attention"):
+        skip_future_keys(body)
     if perplexity:
         graph = _with_loss_head(model, body)
     else:

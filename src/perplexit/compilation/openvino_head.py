@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from perplexit.compilation.body_and_head import LogitsHead
 from perplexit.errors import CompilationError
+from perplexit.resources.engine_tricks import is_on
 
 HEAD_PREFIX = "perplexit_head"
 ROWS = 128  # fewer make slower products, more fill up the last turn with rows for nothing
@@ -31,7 +32,9 @@ Convert = Callable[..., ov.Model]  # a module and its example inputs → its gra
 
 
 def columns_at_a_time(vocab_size: int) -> int:
-    """How many columns of logits the head makes at a time."""
+    """Return how many columns of logits the head makes at a time; all with the trick off."""
+    if not is_on("openvino_head"):
+        return vocab_size
     shared = -(-vocab_size // _MOST_BLOCKS)
     return min(vocab_size, max(_FEWEST_COLUMNS, -(-shared // 64) * 64))
 

@@ -39,6 +39,7 @@ from perplexit.quantization.tvm_engine import (
     device_of,
     this_processor,
 )
+from perplexit.resources.engine_tricks import compiled_without, is_on
 
 
 def build_tvm_program(
@@ -118,6 +119,8 @@ def _build_library(
 def _built(module: Any, device: str, processor: Processor | None) -> Any:
     if processor is None:
         return relax.build(module, tvm.target.Target(device))
+    if not is_on("tvm_schedule"):
+        return relax.build(module, cpu_target(processor))
     return relax.build(module, cpu_target(processor), relax_pipeline=cpu_pipeline(processor))
 
 
@@ -147,4 +150,5 @@ def _power(x: Any, exponent: Any) -> Any:
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "transformers", "apache-tvm")
-    return {"perplexit": __version__} | {name: metadata.version(name) for name in packages}
+    versions = {name: metadata.version(name) for name in packages}
+    return {"perplexit": __version__, **versions, **compiled_without()}

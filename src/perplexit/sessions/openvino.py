@@ -8,6 +8,7 @@ import openvino
 from perplexit.errors import CapabilityError
 from perplexit.quantization.openvino_engine import effective_threads, open_program
 from perplexit.resources.cores import num_cores
+from perplexit.resources.engine_tricks import is_on
 from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
 
 _MODEL_FILE = "model.xml"
@@ -37,9 +38,8 @@ class OpenVinoInferenceSession(ProgramSession):
                 "compute in float32; leave it out"
             )
         threads = threads or num_cores()
-        program = open_program(
-            folder / _MODEL_FILE, dtype=dtype, threads=threads, streams=min(threads, _MOST_STREAMS)
-        )
+        streams = min(threads, _MOST_STREAMS) if is_on("openvino_streams") else 1
+        program = open_program(folder / _MODEL_FILE, dtype=dtype, threads=threads, streams=streams)
         settings: dict[str, Any] = {
             "properties": {graph: dict(says) for graph, says in program.properties.items()},
             "head_dtype": "float32",
