@@ -44,14 +44,14 @@ from perplexit.inputs.token_file import TokenFile as TokenFile
 from perplexit.report import write_report as write_report
 from perplexit.resources.memory_tracker import MemoryTracker as MemoryTracker
 from perplexit.resources.timer import Timer as Timer
-from perplexit.runs.documents import export_documents as export_documents
+from perplexit.runs.level_tables import export_documents as export_documents
+from perplexit.runs.level_tables import export_tokens as export_tokens
+from perplexit.runs.level_tables import export_words as export_words
 from perplexit.runs.run import Run as Run
 from perplexit.runs.store import UnreadableRun as UnreadableRun
 from perplexit.runs.store import find_runs as find_runs
 from perplexit.runs.store import list_runs as list_runs
-from perplexit.runs.verification import export_tokens as export_tokens
 from perplexit.runs.verification import verify_run as verify_run
-from perplexit.runs.words import export_words as export_words
 from perplexit.runs.words import surprisal_of_words as surprisal_of_words
 from perplexit.seed_api import calculate_perplexity as calculate_perplexity
 from perplexit.seed_api import compute_perplexity as compute_perplexity

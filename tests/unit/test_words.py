@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import perplexit as px
 from perplexit.errors import FingerprintMismatchError, UsageError
 from perplexit.inputs.token_file import TokenFile
+from perplexit.runs.level_tables import export_words
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
-from perplexit.runs.words import COLUMNS, _word_table, export_words, surprisal_of_words
+from perplexit.runs.words import COLUMNS, _word_table, surprisal_of_words
 from tests.toy_sessions import BigramSession
 
 TEXTS = [

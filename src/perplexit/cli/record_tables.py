@@ -129,6 +129,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("interval", _interval(record)),
         ("protocol", str(record["protocol"])),
         ("input", str(record["input_fingerprint"])),
+        ("signature", str(record.get("signature", "-"))),
         ("model", f"{model.get('address')} ({model.get('architecture')})"),
         (
             "session",

@@ -9,7 +9,7 @@ from perplexit.evaluation.input_fit import own_tokenizer
 from perplexit.inputs.text_inputs import prepared_texts
 from perplexit.inputs.token_file import TokenFile, is_token_file
 from perplexit.sessions.base import InferenceSession
-from perplexit.sessions.registry import split_address
+from perplexit.sessions.registry import require_model, split_address
 
 LoadableModel = InferenceSession | str | Path | Any  # the last: a torch.nn.Module
 Model = LoadableModel | tuple[Any, Any]
@@ -19,7 +19,8 @@ Texts = str | Path | Iterable[str | Path]
 def model_and_tokenizer(model: Model, tokens: object) -> tuple[LoadableModel, Any]:
     """Return the model and the tokenizer that was given with it, None where none was.
 
-    Raises UsageError where a tokenizer stands in the place of the input.
+    Raises UsageError for something else than a model, and where a tokenizer stands in the place of
+    the input.
     """
     if _is_tokenizer(tokens):
         raise UsageError(
@@ -28,7 +29,9 @@ def model_and_tokenizer(model: Model, tokens: object) -> tuple[LoadableModel, An
             "evaluate((model, tokenizer), texts)"
         )
     if not isinstance(model, tuple):
+        require_model(model)
         return model, None
+    require_model(model[0] if model else None)
     if len(model) != 2 or not _is_tokenizer(model[1]):
         raise UsageError(
             f"expected (module, tokenizer), got a tuple of {len(model)}: "

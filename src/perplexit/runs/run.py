@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, get_type_hints
 
 from perplexit.errors import RunError
 from perplexit.fingerprints import sha256_of_file
+from perplexit.runs.html_table import html_table
 from perplexit.runs.measurement import (
     measurement_fingerprint,
     measurement_of,
@@ -24,9 +26,10 @@ _EXPECTED = Expected("a run's record", RunError, "evaluate again")
 _LARGEST = 64 << 20  # bytes: an input with hundreds of thousands of domains
 RUN_FILE = "run.json"
 TOKENS_FILE = "tokens.parquet"
+_SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """One model on one engine over one prepared input: the figures and their conditions.
 
@@ -169,6 +172,7 @@ class Run:
         record = {
             f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("json", True)
         }
+        record["signature"] = self.signature
         return {key: plain_json(value) for key, value in record.items()}
 
     @cached_property
@@ -216,9 +220,39 @@ class Run:
             return f"its {TOKENS_FILE} is not the file that was recorded (its SHA-256 differs)"
         return None
 
+    @property
+    def signature(self) -> str:
+        """Return one line that says what was measured: protocol, input, precision and engine."""
+        protocol = self.input_spec.get("protocol", {})
+        quantization = (self.session.get("quantization") or {}).get("name")
+        parts = [
+            "ppl",
+            f"{self.protocol}.v{protocol.get('version', 1)}",
+            f"len:{protocol.get('max_length')}",
+            f"stride:{protocol.get('stride')}",
+            f"bos:{protocol.get('bos')}",
+            f"tok:{self.tokenizer_fingerprint[:6]}",
+            f"text:{self.text_fingerprint[:6]}",
+            _SHORT_DTYPES.get(str(self.session.get("dtype")), self.session.get("dtype")),
+            quantization,
+            f"{self.session.get('engine')}-{_minor(self.session.get('version'))}",
+            f"px-{_minor(self.perplexit_version)}",
+        ]
+        absent = ("len:None", "stride:None", "bos:None")
+        return "|".join(str(part) for part in parts if part is not None and part not in absent)
+
+    def to_pandas(self, level: str = "token", *, tokens: Any = None) -> Any:
+        """Return a DataFrame of one row per "token", "word", "window" or "document".
+
+        tokens: for words, the run's input where it is not at its place any more.
+        Raises what `level_table` raises; MissingPackageError where pandas is not installed.
+        """
+        tables = import_module("perplexit.runs.level_tables")  # which needs this module
+        return tables.level_frame(self, level, tokens=tokens)
+
     def __str__(self) -> str:
         if self.perplexity is None:
-            return f"Run({self.status}, {self.model.get('address')})"
+            return f"{self.status} run of {self.model.get('address')}"
         interval = (
             f" [{self.perplexity_low:.4f}, {self.perplexity_high:.4f}]"
             if self.perplexity_low is not None and self.perplexity_high is not None
@@ -228,6 +262,31 @@ class Run:
             f"perplexity {self.perplexity:.4f}{interval} over {self.num_tokens} tokens, "
             f"{self.session.get('engine')} {self.session.get('dtype')}, {self.model.get('address')}"
         )
+
+    def __repr__(self) -> str:
+        return f"Run({self})"
+
+    def _repr_html_(self) -> str:
+        figures = ("perplexity", "bits_per_byte", "word_perplexity")
+        rows = [
+            (
+                name.replace("_", " "),
+                f"{value:.4f}",
+                "" if low is None or high is None else f"[{low:.4f}, {high:.4f}]",
+            )
+            for name in figures
+            if (value := getattr(self, name)) is not None
+            for low, high in [(getattr(self, f"{name}_low"), getattr(self, f"{name}_high"))]
+        ]
+        counted = "" if self.num_tokens is None else f"{self.num_tokens:,} tokens"
+        notes = [self.signature, *self.warnings]
+        title = f"{self.model.get('address')}: {counted or self.status}"
+        return html_table(title, rows, header=("figure", "value", "interval"), notes=notes)
+
+
+def _minor(version: Any) -> str:
+    """Return major and minor of a version."""
+    return ".".join(str(version).split("+")[0].split(".")[:2])
 
 
 @cache

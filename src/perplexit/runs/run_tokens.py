@@ -163,39 +163,37 @@ class RunTokens:
         data: bytes = self.token_bytes[row].as_py()
         return data.decode("utf-8", errors="replace")
 
-    def write(self, path: Path) -> None:
-        """Write as Parquet, row group by row group, byte for byte the same for equal columns."""
-        schema = self._schema()
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for start in range(0, max(len(self), 1), ROWS_PER_GROUP):
-                rows = slice(start, min(start + ROWS_PER_GROUP, len(self)))
-                arrays = [self._arrow_of(column.name, column.type, rows) for column in schema]
-                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-
-    def _schema(self) -> pa.Schema:
+    def table(self) -> pa.Table:
+        """Return the columns as an Arrow table, as `tokens.parquet` holds them."""
         given = {**self.columns, **{name: x.values for name, x in self.partial.items()}}
-        return pa.schema(
-            (name, _arrow_type(column, given[name].shape[1] if column.is_list else 0))
+        kinds = {
+            name: _arrow_type(column, given[name].shape[1] if column.is_list else 0)
             for name, column in TOKEN_COLUMNS.items()
             if name in given or not column.optional
-        )
+        }
+        arrays = [self._arrow_of(name, kind) for name, kind in kinds.items()]
+        return pa.table(arrays, schema=pa.schema(kinds.items()))
 
-    def _arrow_of(self, name: str, kind: pa.DataType, rows: slice) -> pa.Array:
+    def write(self, path: Path) -> None:
+        """Write as Parquet, byte for byte the same for equal columns."""
+        pq.write_table(self.table(), path, compression="zstd", row_group_size=ROWS_PER_GROUP)
+
+    def _arrow_of(self, name: str, kind: pa.DataType) -> pa.Array:
         partial = self.partial.get(name)
         column = self.columns.get(name) if partial is None else partial.values
         if column is None:
-            return pa.nulls(rows.stop - rows.start, kind)
-        part, unknown = column[rows], None if partial is None else ~partial.known_R[rows]
-        if isinstance(part, pa.Array):
-            return part
+            return pa.nulls(len(self), kind)
+        unknown = None if partial is None else ~partial.known_R
+        if isinstance(column, pa.Array):
+            return column
         if name == "domain":
-            codes = pa.array(part, mask=part < 0)
+            codes = pa.array(column, mask=column < 0)
             return pa.DictionaryArray.from_arrays(codes, pa.array(self.domains, pa.string()))
         if pa.types.is_fixed_size_list(kind):
-            flat = pa.array(part.reshape(-1), kind.value_type)
+            flat = pa.array(column.reshape(-1), kind.value_type)
             mask = None if unknown is None else pa.array(unknown)
             return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
-        return pa.array(part, kind, mask=unknown)
+        return pa.array(column, kind, mask=unknown)
 
     @classmethod
     def read(cls, path: Path) -> "RunTokens":

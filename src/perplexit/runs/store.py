@@ -27,7 +27,7 @@ from perplexit.atomic_files import (
 )
 from perplexit.errors import RunError
 from perplexit.fingerprints import sha256_of_file
-from perplexit.runs.documents import DOCUMENTS_FILE
+from perplexit.runs.document_sources import DOCUMENTS_FILE
 from perplexit.runs.parts_folder import LOCK_FILE, PartsFolder, lock_folder
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.run_tokens import RunTokens

@@ -1,20 +1,13 @@
-"""Stored runs checked against themselves, and written out for other tools."""
+"""Stored runs checked against themselves."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from perplexit.errors import PerplexitError
 from perplexit.metrics.intervals import MIN_CLUSTERS
-from perplexit.runs.documents import DOCUMENTS_FILE, with_sources
-from perplexit.runs.exported_tables import export_file, write_table
-from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
+from perplexit.runs.run import Run
 from perplexit.runs.run_figures import figures_of
-from perplexit.runs.run_tokens import read_token_table
-
-_EXPORTED = ("document", "window", "position", "token_id", "nll", "text")  # what tells an export
 
 
 def verify_run(folder: str | Path) -> list[str]:
@@ -82,28 +75,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_same, a, b))
     return bool(a == b)
-
-
-def export_tokens(folder: str | Path, path: str | Path, *, force: bool = False) -> Path:
-    """Write a run's token table as CSV, JSON lines or Parquet, by the suffix of `path`.
-
-    The document's source file, row and kept columns are added, where the run recorded them, and
-    `text`: the token's bytes as text, with U+FFFD for those that are no whole character.
-    `force`: another export at `path` is replaced. Raises UsageError for another suffix, OutputError
-    where `path` holds something else, RunError where the run is not complete.
-    """
-    own = [Path(folder) / name for name in (RUN_FILE, TOKENS_FILE, DOCUMENTS_FILE)]
-    file = export_file(path, _EXPORTED, inputs=own, force=force)
-    run = Run.open(folder)
-    table = _with_text(read_token_table(run.whole_tokens_file()))
-    return write_table(with_sources(table, run), file)
-
-
-def _with_text(table: pa.Table) -> pa.Table:
-    """The table with `text` for `token_bytes` and plain strings for the domain."""
-    raw = table.column("token_bytes").to_pylist()
-    text = [None if b is None else b.decode("utf-8", errors="replace") for b in raw]
-    place = table.column_names.index("token_bytes")
-    table = table.set_column(place, "text", pa.array(text, pa.string()))
-    domain = table.column("domain").cast(pa.string())
-    return table.set_column(table.column_names.index("domain"), "domain", domain)

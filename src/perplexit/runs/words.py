@@ -30,8 +30,6 @@ from numpy.typing import NDArray
 from perplexit.errors import RunError, TokenFileError, UsageError
 from perplexit.inputs.encoded_batch import white_space, word_starts
 from perplexit.inputs.token_file import TokenFile
-from perplexit.runs.documents import with_sources
-from perplexit.runs.exported_tables import export_file, write_table
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
 
@@ -77,26 +75,6 @@ def surprisal_of_words(run: Run, tokens: TokenFile | None = None) -> pa.Table:
             "prepare the text itself"
         )
     return _word_table(text, text.values(run.tokens.nll))
-
-
-def export_words(
-    run: Run | str | Path,
-    path: str | Path,
-    *,
-    tokens: TokenFile | str | Path | None = None,
-    force: bool = False,
-) -> Path:
-    """Write a run's words as CSV, JSON lines or Parquet, by the suffix of `path`.
-
-    tokens: as in `surprisal_of_words`, or the path of it. force: another export at `path` is
-    replaced. Raises UsageError for another suffix, OutputError where `path` holds something else,
-    and what `surprisal_of_words` raises.
-    """
-    file = export_file(path, tuple(COLUMNS), inputs=[run, tokens], force=force)
-    opened = run if isinstance(run, Run) else Run.open(run)
-    if tokens is not None and not isinstance(tokens, TokenFile):
-        tokens = TokenFile.open(tokens)
-    return write_table(with_sources(surprisal_of_words(opened, tokens), opened), file)
 
 
 def input_of(run: Run) -> TokenFile | None:

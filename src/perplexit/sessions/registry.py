@@ -130,11 +130,7 @@ def opened_session(model: Any, **options: Unpack[EngineOptions]) -> Iterator[Inf
         with _session_class("hf")(model, **options) as session:
             yield session
         return
-    if not isinstance(model, InferenceSession):
-        raise UsageError(
-            "expected an inference session, a model's address or a torch.nn.Module, got "
-            f"{type(model).__name__}: make one with perplexit.load_session('hf:FOLDER')"
-        )
+    require_model(model)
     given = given_options(EngineOptions, options)
     if given:
         raise UsageError(
@@ -142,6 +138,15 @@ def opened_session(model: Any, **options: Unpack[EngineOptions]) -> Iterator[Inf
             "session was given; give them to load_session"
         )
     yield model
+
+
+def require_model(given: object) -> None:
+    """Raise UsageError unless this is an address, an open session or a `torch.nn.Module`."""
+    if not isinstance(given, str | Path | InferenceSession) and not _is_module(given):
+        raise UsageError(
+            "expected an inference session, a model's address or a torch.nn.Module, got "
+            f"{type(given).__name__}: make one with perplexit.load_session('hf:FOLDER')"
+        )
 
 
 def _is_module(given: object) -> bool:

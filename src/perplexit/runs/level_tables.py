@@ -1,0 +1,158 @@
+"""A run as a table of tokens, words, windows or documents: for exports and for pandas.
+
+Shape suffixes: R = rows (scored tokens), G = groups (windows or documents).
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from perplexit.errors import MissingPackageError, RunError, UsageError
+from perplexit.inputs.token_file import TokenFile
+from perplexit.metrics.likelihood import exp_or_inf
+from perplexit.runs.document_sources import DOCUMENTS_FILE, with_sources
+from perplexit.runs.exported_tables import export_file, write_table
+from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
+from perplexit.runs.words import COLUMNS, surprisal_of_words
+
+Level = Literal["token", "word", "window", "document"]
+_FIGURES = ("num_tokens", "nll_sum", "perplexity", "bits_per_byte")
+# The columns that tell an exported table from another file.
+_TOLD_BY: dict[str, tuple[str, ...]] = {
+    "token": ("document", "window", "position", "token_id", "nll", "text"),
+    "word": tuple(COLUMNS),
+    "window": ("window", "document", *_FIGURES),
+    "document": ("document", *_FIGURES),
+}
+
+
+def level_table(run: Run, level: Level, *, tokens: TokenFile | None = None) -> pa.Table:
+    """Return one row per token, word, window or document of a complete run.
+
+    Each row has the document's source file, source row and kept columns, where they were recorded.
+    token:    the columns of `tokens.parquet`, with `text` in place of the token's bytes.
+    word:     see `surprisal_of_words`, which `tokens` is for: the run's input.
+    window, document: those with a scored token. `num_tokens` are scored tokens with a finite loss,
+        `nll_sum` is in nats, `perplexity` is exp(nll_sum / num_tokens), `bits_per_byte` is null
+        where no byte was scored. A token that several windows scored counts in each of them, as in
+        the run's own figures.
+    Raises UsageError for another level, RunError where the run is not complete.
+    """
+    if level not in _TOLD_BY:
+        raise UsageError(f"expected the level {', '.join(_TOLD_BY)}; got {level!r:.40}")
+    if run.status != "complete":
+        where = f" in {run.folder}" if run.folder else ""
+        raise RunError(f"expected a complete run, got one that is {run.status}{where}")
+    if level == "word":
+        table = surprisal_of_words(run, tokens)
+    elif level == "token":
+        table = _token_table(run)
+    else:
+        table = _group_table(run, level)
+    return with_sources(table, run)
+
+
+def level_frame(run: Run, level: Level, *, tokens: TokenFile | None = None) -> Any:
+    """Return `level_table` as a pandas DataFrame.
+
+    Raises MissingPackageError where pandas is not installed.
+    """
+    table = level_table(run, level, tokens=tokens)
+    try:
+        return table.to_pandas()
+    except ImportError as error:
+        raise MissingPackageError(
+            "a DataFrame needs the package pandas: pip install pandas"
+        ) from error
+
+
+def export_level(
+    run: Run | str | Path,
+    path: str | Path,
+    level: Level,
+    *,
+    tokens: TokenFile | str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Write `level_table` as CSV, JSON lines or Parquet, by the suffix of `path`.
+
+    force: another export at `path` is replaced. Raises UsageError for another suffix, OutputError
+    where `path` holds something else, and what `level_table` raises.
+    """
+    folder = run.folder if isinstance(run, Run) else Path(run)
+    own = [] if folder is None else [folder / n for n in (RUN_FILE, TOKENS_FILE, DOCUMENTS_FILE)]
+    file = export_file(path, _TOLD_BY[level], inputs=[*own, tokens], force=force)
+    opened = run if isinstance(run, Run) else Run.open(run)
+    if tokens is not None and not isinstance(tokens, TokenFile):
+        tokens = TokenFile.open(tokens)
+    return write_table(level_table(opened, level, tokens=tokens), file)
+
+
+def export_tokens(run: Run | str | Path, path: str | Path, *, force: bool = False) -> Path:
+    """Write one row per scored token; see `export_level`."""
+    return export_level(run, path, "token", force=force)
+
+
+def export_documents(run: Run | str | Path, path: str | Path, *, force: bool = False) -> Path:
+    """Write one row per document with its figures; see `export_level`."""
+    return export_level(run, path, "document", force=force)
+
+
+def export_words(
+    run: Run | str | Path,
+    path: str | Path,
+    *,
+    tokens: TokenFile | str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Write one row per word with its surprisal; see `export_level` and `surprisal_of_words`."""
+    return export_level(run, path, "word", tokens=tokens, force=force)
+
+
+def _token_table(run: Run) -> pa.Table:
+    """Return the token table with `text` for `token_bytes` and plain strings for the domain."""
+    table = run.tokens.table()
+    raw = table.column("token_bytes").to_pylist()
+    text = [None if b is None else b.decode("utf-8", errors="replace") for b in raw]
+    place = table.column_names.index("token_bytes")
+    table = table.set_column(place, "text", pa.array(text, pa.string()))
+    domain = table.column("domain").cast(pa.string())
+    return table.set_column(table.column_names.index("domain"), "domain", domain)
+
+
+def _group_table(run: Run, level: str) -> pa.Table:
+    """Return the figures of each window or document with a scored token."""
+    tokens = run.tokens
+    group_R: NDArray[np.int32] = getattr(tokens, level)
+    finite_R = np.isfinite(tokens.nll)
+    group_G, first_G = np.unique(group_R, return_index=True)
+    of_R = np.searchsorted(group_G, group_R[finite_R])
+
+    def summed(column: NDArray[Any]) -> NDArray[Any]:
+        values_R = column[finite_R].astype(np.float64)
+        return np.bincount(of_R, values_R, minlength=len(group_G))
+
+    num_tokens_G = np.bincount(of_R, minlength=len(group_G))
+    kept = np.flatnonzero(num_tokens_G)
+    count_K, nll_K = num_tokens_G[kept], summed(tokens.nll)[kept]
+    bytes_K, words_K = summed(tokens.num_bytes)[kept], summed(tokens.num_words)[kept]
+    names = [*tokens.domains, None]
+    first_K = first_G[kept]
+    columns = {level: pa.array(group_G[kept].astype(np.int32))}
+    if level != "document":
+        columns["document"] = pa.array(tokens.document[first_K])
+    domains = [names[code] for code in tokens.domain[first_K].tolist()]
+    figures = {
+        "domain": pa.array(domains, pa.string()),
+        "num_tokens": pa.array(count_K),
+        "num_bytes": pa.array(bytes_K.astype(np.int64)),
+        "num_words": pa.array(words_K.astype(np.int64)),
+        "nll_sum": pa.array(nll_K),
+        "perplexity": pa.array([exp_or_inf(float(rate)) for rate in nll_K / count_K]),
+        "bits_per_byte": pa.array(nll_K / math.log(2) / np.maximum(bytes_K, 1), mask=bytes_K == 0),
+    }
+    return pa.table(columns | figures)
