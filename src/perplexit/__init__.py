@@ -41,7 +41,7 @@ _HOME_OF = {
     "surprisal_of_words": "perplexit.runs.words",
     "write_report": "perplexit.report",
     "export_id_lines": "perplexit.inputs.id_lines",
-    "check_id_lines_output": "perplexit.inputs.prepare_output",
+    "check_id_lines_output": "perplexit.inputs.preparing",
     "import_id_lines": "perplexit.inputs.id_lines",
     "compile": "perplexit.compilation.compile_model",
     "Timer": "perplexit.resources.timer",

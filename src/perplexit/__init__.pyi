@@ -38,7 +38,7 @@ from perplexit.evaluation import perplexity as perplexity
 from perplexit.inputs.id_lines import export_id_lines as export_id_lines
 from perplexit.inputs.id_lines import import_id_lines as import_id_lines
 from perplexit.inputs.overlap import ngram_overlap as ngram_overlap
-from perplexit.inputs.prepare_output import check_id_lines_output as check_id_lines_output
+from perplexit.inputs.preparing import check_id_lines_output as check_id_lines_output
 from perplexit.inputs.preparing import prepare as prepare
 from perplexit.inputs.token_file import TokenFile as TokenFile
 from perplexit.report import write_report as write_report

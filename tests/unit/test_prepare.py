@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from perplexit.errors import CorpusError, EmptyScoreError, TokenizerError, UsageError
+from perplexit.inputs.corpus_pass import _ahead
 from perplexit.inputs.id_lines import export_id_lines, import_id_lines
-from perplexit.inputs.preparing import _ahead, prepare
+from perplexit.inputs.preparing import prepare
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.tokenizer_sources import load_tokenizer
@@ -290,7 +291,7 @@ def test_many_batches_are_the_same_file_as_one(tokenizer, tmp_path, monkeypatch)
     ]
     options = {"tokenizer": tokenizer, "max_length": 16, "prompt_key": "p", "domain_key": "d"}
     one = prepare(rows, output=tmp_path / "one.safetensors", **options)
-    monkeypatch.setattr("perplexit.inputs.preparing._BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr("perplexit.inputs.corpus_pass._BATCH_DOCUMENTS", 4)
     seen = []
     many = prepare(
         rows,
@@ -327,7 +328,7 @@ def test_one_changed_option_changes_the_fingerprint(tokenizer, adding_bos):
 @pytest.mark.slow
 def test_memory_stays_flat_over_a_long_corpus(tokenizer, monkeypatch):
     """Python's peak does not grow with the corpus: eight times the text, about the same peak."""
-    monkeypatch.setattr("perplexit.inputs.preparing._BATCH_CHARACTERS", 50_000)
+    monkeypatch.setattr("perplexit.inputs.corpus_pass._BATCH_CHARACTERS", 50_000)
 
     def peak(num_documents):
         tracemalloc.start()

@@ -1,11 +1,12 @@
 """Files that may be compressed, as one stream of bytes: whole, or an error that says where.
 
 A stream that was cut short or damaged must never become a shorter corpus. So every member is read
-to its end (several in one file are one stream, as gzip has it), its checksum is held against it,
-and what stands behind the last one is an error, padding with zeros apart.
+to its end (several members in one file are one stream), its checksum is verified, and anything
+behind the last member but zeros is an error.
 """
 
 import bz2
+import gzip
 import io
 import lzma
 import zlib
@@ -18,20 +19,25 @@ import pyarrow as pa
 from perplexit.errors import CorpusError
 from perplexit.untrusted_files import Expected, open_regular
 
-COMPRESSED_SUFFIXES = frozenset({".gz", ".zst", ".bz2", ".xz"})
 _CHUNK_BYTES = 1 << 18
 _PIECE_BYTES = 1 << 20  # of decompressed data at a time, however much a chunk holds
-_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz"}
+_SUFFIX_OF = {
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"BZh": ".bz2",
+    b"\xfd7zXZ\x00": ".xz",
+}
+COMPRESSED_SUFFIXES = frozenset(_SUFFIX_OF.values())
 _EXPECTED = Expected("a text or a table", CorpusError, "name another file")
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file's name says that it is compressed."""
+    """Return whether the file's name says that it is compressed."""
     return path.suffix.lower() in COMPRESSED_SUFFIXES
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """The bytes of a file, decompressed where its name ends in .gz, .zst, .bz2 or .xz.
+    """Open a file as bytes, decompressed where its name ends in .gz, .zst, .bz2 or .xz.
 
     Raises CorpusError, here or while it is read, for a file that is cut short, damaged, or
     compressed otherwise than its name says.
@@ -57,12 +63,11 @@ def open_bytes(path: Path) -> io.BufferedReader:
 
 
 def _suffix_by_content(file: BinaryIO) -> str | None:
-    """The suffix that the first bytes call for; "" for an empty file, None for anything else."""
+    """Return the suffix that the first bytes call for; "" for an empty file, else None."""
     begin = file.read(6)
     file.seek(0)
-    return next((suffix for magic, suffix in _MAGIC.items() if begin.startswith(magic)), None) or (
-        None if begin else ""
-    )
+    found = (suffix for magic, suffix in _SUFFIX_OF.items() if begin.startswith(magic))
+    return next(found, None if begin else "")
 
 
 class _Decompressed(io.RawIOBase):
@@ -73,11 +78,7 @@ class _Decompressed(io.RawIOBase):
         self._file = file
         self._suffix = suffix
         self._num_bytes = 0
-        self._stream: Any = (
-            pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
-            if suffix == ".zst"
-            else _Members(file, _DECODERS[suffix])
-        )
+        self._stream = _STREAMS[suffix](file)
 
     def readable(self) -> bool:
         return True
@@ -101,7 +102,10 @@ class _Decompressed(io.RawIOBase):
 
 
 class _Members:
-    """Decompressed pieces of a file of one member or several."""
+    """The decompressed pieces of a file of one or more bzip2 or xz members.
+
+    The standard library's BZ2File and LZMAFile ignore what stands behind the last member.
+    """
 
     def __init__(self, file: BinaryIO, new_decoder: Callable[[], Any]) -> None:
         self._file = file
@@ -110,7 +114,7 @@ class _Members:
         self._rest = b""
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes, none at the end. Raises EOFError for a member that is cut short."""
+        """Return at most `size` bytes, none at the end. Raises EOFError for a cut-off member."""
         while True:
             if self._decoder is None or self._decoder.eof:
                 self._rest = getattr(self._decoder, "unused_data", b"") or self._rest
@@ -131,36 +135,15 @@ class _Members:
                     raise EOFError("it ends in the middle")
 
     def _skip_padding(self) -> None:
-        """Go over zeros behind a member, with which tapes and block devices fill up."""
+        """Skip zeros behind a member, with which tapes and block devices fill up."""
         self._rest = self._rest.lstrip(b"\0")
         while not self._rest and (chunk := self._file.read(_CHUNK_BYTES)):
             self._rest = chunk.lstrip(b"\0")
 
 
-class _Gzip:
-    """zlib's decoder of one gzip member, with the interface that bz2's and lzma's have."""
-
-    def __init__(self) -> None:
-        self._decoder = zlib.decompressobj(wbits=31)
-
-    @property
-    def eof(self) -> bool:
-        return self._decoder.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._decoder.unused_data
-
-    @property
-    def needs_input(self) -> bool:
-        return not self._decoder.unconsumed_tail
-
-    def decompress(self, data: bytes, size: int) -> bytes:
-        return self._decoder.decompress(self._decoder.unconsumed_tail + data, size)
-
-
-_DECODERS: dict[str, Callable[[], Any]] = {
-    ".gz": _Gzip,
-    ".bz2": bz2.BZ2Decompressor,
-    ".xz": lzma.LZMADecompressor,
+_STREAMS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".zst": lambda file: pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"),
+    ".bz2": lambda file: _Members(file, bz2.BZ2Decompressor),
+    ".xz": lambda file: _Members(file, lzma.LZMADecompressor),
 }

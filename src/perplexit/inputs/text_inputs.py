@@ -11,7 +11,8 @@ from perplexit.atomic_files import cache_folder
 from perplexit.errors import CorpusError, TokenFileError, UsageError
 from perplexit.fingerprints import json_fingerprint, sha256_of_file
 from perplexit.inputs.corpus import files_of
-from perplexit.inputs.preparing import Progress, prepare, protocol_for_tokenizer
+from perplexit.inputs.corpus_pass import Progress
+from perplexit.inputs.preparing import prepare, protocol_for_tokenizer
 from perplexit.inputs.token_file import FORMAT_VERSION, TokenFile
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.untrusted_files import Expected, check_regular
