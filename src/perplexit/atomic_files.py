@@ -1,8 +1,8 @@
 """Files and folders that are whole or absent after a crash, and the cache folder.
 
-Whatever is being written lies under a hidden name that says which process owns it:
-`.NAME.HOST-PID-STARTED.RANDOM.perplexit-tmp`. A process that is killed cannot remove its own; the
-next one that writes to the same folder does (`remove_leftovers`).
+Whatever is being written has a hidden name that says which process owns it:
+`.NAME.HOST-PID-STARTED.RANDOM.perplexit-tmp`. What a killed process leaves is removed by the next
+process that writes to the same folder (`remove_leftovers`).
 """
 
 import contextlib
@@ -100,8 +100,7 @@ def new_temporary_folder(target: Path) -> Path:
     Where this process is killed first, the next one that writes to the same place removes it.
     """
     remove_leftovers(target.parent)
-    prefix = f".{target.name[:_LONGEST_NAME]}.{_owner(os.getpid())}."
-    return Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=target.parent))
+    return Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=TEMPORARY, dir=target.parent))
 
 
 def scratch_folder(name: str) -> Path:
@@ -113,15 +112,13 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
     """A folder of the system's temporary folder that goes when this object goes."""
 
     def __init__(self, name: str) -> None:
-        place = Path(tempfile.gettempdir())
-        remove_leftovers(place)
-        super().__init__(
-            prefix=f".perplexit-{name}.{_owner(os.getpid())}.", suffix=TEMPORARY, dir=place
-        )
+        target = Path(tempfile.gettempdir()) / f"perplexit-{name}"
+        remove_leftovers(target.parent)
+        super().__init__(prefix=_prefix(target), suffix=TEMPORARY, dir=target.parent)
 
 
 def write_atomically(
-    path: Path, write: Callable[[Path], None], *, check: Callable[[Path], None] | None = None
+    path: Path, write: Callable[[Path], object], *, check: Callable[[Path], None] | None = None
 ) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
 
@@ -130,8 +127,7 @@ def write_atomically(
     it may not be put in place.
     """
     remove_leftovers(path.parent)
-    prefix = f".{path.name[:_LONGEST_NAME]}.{_owner(os.getpid())}."
-    descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=TEMPORARY, dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=_prefix(path), suffix=TEMPORARY, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -189,6 +185,11 @@ def remove_leftovers(folder: Path) -> None:
 def is_temporary(name: str) -> bool:
     """Return whether a file of this name is one that is being written, or was when a kill came."""
     return _LEFTOVER.fullmatch(name) is not None
+
+
+def _prefix(target: Path) -> str:
+    """Return how the hidden name begins under which this process writes `target`."""
+    return f".{target.name[:_LONGEST_NAME]}.{_owner(os.getpid())}."
 
 
 @functools.cache

@@ -19,7 +19,6 @@ from perplexit.errors import OutputError
 
 _MARK_BYTES = 1 << 16  # how far into a file its mark is looked for
 _LARGEST_HEADER = 100_000_000  # of a safetensors file, in bytes
-_FORCE = "replace it with --force (in Python: force=True)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +47,43 @@ class _Output(ABC):
 
     @property
     def place(self) -> Path:
-        """Where the content goes: `path` with links followed, so that a link stays one."""
+        """Return where the content goes: `path` with links followed, so that a link stays one."""
         return Path(os.path.realpath(self.path))
 
+    @property
     @abstractmethod
+    def exists(self) -> bool:
+        """Return whether something with content is there now."""
+
+    @property
+    @abstractmethod
+    def wrong_type(self) -> str | None:
+        """Return what is there in words where it is no file (no folder) at all, else None."""
+
     def check(self) -> None:
         """Raise OutputError where `path` may not be written, whatever its content will be."""
+        check_place(self.path, self.kind, self.inputs)
+        if self.wrong_type is not None:
+            raise self._refused(self.wrong_type)
+        if self.exists and not self.kind.is_made(self.path):
+            raise self._refused(
+                "which holds something else, and nothing of yours is overwritten (not with --force "
+                "either)"
+            )
+
+    def refused_as_other(self) -> OutputError:
+        """Return the error for an existing output of this kind with other content."""
+        return self._refused(
+            f"which holds {self.kind.noun} already, another one",
+            ", or replace it with --force (in Python: force=True)",
+        )
+
+    def _refused(self, what: str, or_else: str = "") -> OutputError:
+        sort = "folder" if isinstance(self, OutputFolder) else "file"
+        return OutputError(
+            f"expected a new place for {self.kind.noun}, got {self.path}, {what}; name another "
+            f"{sort}{or_else}"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,21 +92,16 @@ class OutputFile(_Output):
 
     @property
     def exists(self) -> bool:
-        """Whether something with content is there now."""
+        """Return whether a file with content is there now."""
         return self.path.is_file() and self.path.stat().st_size > 0
 
-    def check(self) -> None:
-        """Raise OutputError where the file may not be written, whatever its content will be."""
-        check_place(self.path, self.kind, self.inputs)
+    @property
+    def wrong_type(self) -> str | None:
+        """Return what is there in words where it is no ordinary file, else None."""
         if self.path.is_dir():
-            raise self._refused("a folder; name a file in it")
-        if self.path.exists() and not self.path.is_file():
-            raise self._refused("which is no ordinary file; name one")
-        if self.exists and not self.kind.is_made(self.path):
-            raise self._refused(
-                "which holds something else, and nothing of yours is overwritten (not with --force "
-                "either); name another file"
-            )
+            return "a folder"
+        is_special = self.path.exists() and not self.path.is_file()
+        return "which is no ordinary file" if is_special else None
 
     def check_replaceable(self, candidate: Path) -> None:
         """Raise OutputError where the whole file `candidate` may not be put in place."""
@@ -84,23 +109,15 @@ class OutputFile(_Output):
         if self.exists and not self.force and not filecmp.cmp(candidate, self.path, shallow=False):
             raise self.refused_as_other()
 
-    def refused_as_other(self) -> OutputError:
-        """The error for an existing file of this kind with other content."""
-        return self._refused(f"which holds {self.kind.noun} already, another one; {_OR_FORCE}")
-
-    def write(self, write: Callable[[Path], None]) -> Path:
+    def write(self, write: Callable[[Path], object]) -> Path:
         """Let `write` fill a temporary file, and put that in place in one step."""
         self.place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.place, write, check=self.check_replaceable)
         return self.path
 
     def write_text(self, text: str) -> Path:
-        """Put `text` in place, as UTF-8."""
-        content = text.encode()
-        return self.write(lambda temporary: _write_bytes(temporary, content))
-
-    def _refused(self, what: str) -> OutputError:
-        return OutputError(f"expected a new place for {self.kind.noun}, got {self.path}, {what}")
+        """Write `text` as UTF-8, in one step."""
+        return self.write(lambda temporary: temporary.write_bytes(text.encode()))
 
 
 @dataclass(frozen=True)
@@ -112,19 +129,13 @@ class OutputFolder(_Output):
 
     @property
     def exists(self) -> bool:
-        """Whether there is a folder with something in it."""
+        """Return whether there is a folder with something in it."""
         return self.path.is_dir() and any(self.path.iterdir())
 
-    def check(self) -> None:
-        """Raise OutputError where the folder may not be written, whatever its content will be."""
-        check_place(self.path, self.kind, self.inputs)
-        if self.path.exists() and not self.path.is_dir():
-            raise self._refused("a file")
-        if self.exists and not self.kind.is_made(self.path):
-            raise self._refused(
-                "which holds something else, and nothing of yours is overwritten (not with --force "
-                "either)"
-            )
+    @property
+    def wrong_type(self) -> str | None:
+        """Return "a file" where one is there, else None."""
+        return "a file" if self.path.exists() and not self.path.is_dir() else None
 
     def check_replaceable(self, is_same: bool) -> None:
         """Raise OutputError where another thing of this kind is there; `is_same`: it is no other.
@@ -133,27 +144,18 @@ class OutputFolder(_Output):
         """
         self.check()
         if self.exists and not (self.force or is_same):
-            raise self._refused(f"which holds {self.kind.noun} already, another one; {_FORCE}")
+            raise self.refused_as_other()
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
-        """A temporary folder beside the output, put in its place when the block ends well."""
+        """Yield a temporary folder, put in the output's place when the block ends well."""
         with replaced_folder(self.place) as temporary:
             yield temporary
             self.check()
 
-    def _refused(self, what: str) -> OutputError:
-        return OutputError(
-            f"expected a new place for {self.kind.noun}, got {self.path}, {what}, "
-            "or name another folder"
-        )
-
-
-_OR_FORCE = f"name another file, or {_FORCE}"
-
 
 def is_same_file(first: Path, second: Path) -> bool:
-    """Whether two paths mean one file or folder, through links of either sort and in any case."""
+    """Return whether two paths mean one file or folder, links and case aside."""
     try:
         return os.path.samefile(first, second)
     except (OSError, ValueError):
@@ -161,19 +163,19 @@ def is_same_file(first: Path, second: Path) -> bool:
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Whether `path`, which need not exist, lies in the folder at any depth, links followed."""
+    """Return whether `path`, which need not exist, lies in the folder, links followed."""
     parents = Path(os.path.realpath(path)).parents
     return folder.is_dir() and any(is_same_file(parent, folder) for parent in parents)
 
 
 def begins_with_mark(path: Path, mark: bytes) -> bool:
-    """Whether `mark` stands near the beginning of a file."""
+    """Return whether `mark` stands near the beginning of a file."""
     with path.open("rb") as file:
         return mark in file.read(_MARK_BYTES)
 
 
 def header_has_mark(path: Path, mark: bytes) -> bool:
-    """Whether `mark` stands in the header of a safetensors file."""
+    """Return whether `mark` stands in the header of a safetensors file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = os.fstat(file.fileno()).st_size
@@ -181,19 +183,16 @@ def header_has_mark(path: Path, mark: bytes) -> bool:
 
 
 def paths_among(*values: object) -> tuple[Path, ...]:
-    """Those of `values`, and of the lists among them, that name something on this machine."""
+    """Return those of `values`, and of the lists among them, that name something on disk."""
     found: list[Path] = []
     for value in values:
         if isinstance(value, list | tuple):
             found += paths_among(*value)
         elif isinstance(value, str | os.PathLike):
             path = Path(value).expanduser()
-            found += [path] if _exists(path) else []
+            # os.path: no error for a text that is too long for a name
+            found += [path] if os.path.exists(path) else []
     return tuple(found)
-
-
-def _exists(path: Path) -> bool:
-    return os.path.exists(path)  # no error for a text that is too long for a name
 
 
 def check_place(path: Path, kind: Kind, inputs: Iterable[Path]) -> None:
@@ -208,14 +207,9 @@ def check_place(path: Path, kind: Kind, inputs: Iterable[Path]) -> None:
             f"expected a place for {kind.noun}, got {path}, a link to {os.readlink(path)}, which "
             "does not exist; name the place itself"
         )
-
     for read in inputs if path.exists() else ():
         if is_same_file(path, read) or is_within(read, path):
             raise OutputError(
                 f"expected a new place for {kind.noun}, got {path}, which is what this command "
                 "reads, and that is never overwritten; name another"
             )
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
