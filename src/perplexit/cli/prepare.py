@@ -23,8 +23,8 @@ EXAMPLES = examples(
 )
 
 
-# What --from-ids leaves nothing to decide about.
-TEXT_OPTIONS = (
+# The options of px.prepare: with --from-ids they have nothing to decide about.
+TEXT_OPTIONS = [
     "protocol",
     "max_length",
     "stride",
@@ -33,7 +33,7 @@ TEXT_OPTIONS = (
     "domain_key",
     "prompt_key",
     "keep",
-)
+]
 
 
 def prepare(
@@ -127,31 +127,22 @@ def prepare(
         if from_ids:
             _refuse_text_options(context)
             token_file = px.import_id_lines(
-                _only(corpus),
-                output=output,
-                tokenizer=tokenizer,
-                force=force,
+                _only(corpus), output=output, tokenizer=tokenizer, force=force
+            )
+        elif tokenizer is None:
+            raise UsageError(
+                "expected --tokenizer, got none; name the model's folder or tokenizer.json"
             )
         else:
-            if tokenizer is None:
-                raise UsageError(
-                    "expected --tokenizer, got none; name the model's folder or tokenizer.json"
-                )
+            options = {name: context.params[name] for name in TEXT_OPTIONS}
             with preparing_progress() as progress:
                 token_file = px.prepare(
                     corpus,
                     tokenizer=tokenizer,
                     output=output,
-                    protocol=protocol,
-                    max_length=max_length,
-                    stride=stride,
-                    bos=bos,
-                    text_key=text_key,
-                    domain_key=domain_key,
-                    prompt_key=prompt_key,
-                    keep=keep or (),
                     progress=progress,
                     force=force,
+                    **options,
                 )
         if export_ids is not None:
             px.export_id_lines(token_file, export_ids)

@@ -42,7 +42,7 @@ def prepare(
     text_key: str | None = None,
     domain_key: str | None = None,
     prompt_key: str | None = None,
-    keep: str | Sequence[str] = (),
+    keep: str | Sequence[str] | None = None,
     progress: Progress | None = None,
     force: bool = False,
 ) -> TokenFile:
@@ -141,10 +141,10 @@ def _keys(
     text_key: str | None,
     domain_key: str | None,
     prompt_key: str | None,
-    keep: str | Sequence[str],
+    keep: str | Sequence[str] | None,
 ) -> Keys:
     """Return the columns to read. Raises UsageError where columns are named and no file has any."""
-    kept = (keep,) if isinstance(keep, str) else tuple(keep)
+    kept = (keep,) if isinstance(keep, str) else tuple(keep or ())
     named = {"text": text_key, "domain": domain_key, "prompt": prompt_key, "keep": kept or None}
     given = [name for name, key in named.items() if key is not None]
     files = files_of(path for path in paths_of(corpus) if path.exists())

@@ -1,4 +1,4 @@
-"""Where tokenizers come from: folders, files, hub ids, GGUF files, loaded objects.
+"""`load_tokenizer`: from folders, files, hub ids, GGUF files and loaded objects.
 
 A folder with a `tokenizer.json` is read by `tokenizers` alone; transformers is imported only for
 what needs it. Remote code is never run.
@@ -34,17 +34,9 @@ _CONFIGURATION = Expected(
 _SPARSE_IDS, _SPARSENESS = 1 << 20, 64  # ids without a token: this many, and so many for each
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.tiktoken"]
-_NAMED_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
+_NAMED_TOKENS = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split(" "))
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
-
-
 _Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -101,7 +93,7 @@ def load_tokenizer(source: str | Path | object) -> Tokenizer:
 
 
 def _from_file(path: Path) -> Tokenizer:
-    """By content, as file names vary (`tokenizer.model.v3`)."""
+    """Load by content, as file names vary (`tokenizer.model.v3`)."""
     with open_regular(path, _EXPECTED) as file:
         head = file.read(64)
     if head.startswith(b"GGUF"):
@@ -118,7 +110,7 @@ def _from_folder(folder: Path) -> Tokenizer:
 
 
 def _from_tokenizer_json(path: Path) -> Tokenizer:
-    """The tokenizer as transformers would build it: special tokens of the configuration count."""
+    """Load as transformers would: the configuration's special tokens count."""
     text = read_bytes(path, _EXPECTED, largest=LARGEST_TABLE)
     with stated(path, _EXPECTED):
         tokenizer = tokenizers.Tokenizer.from_buffer(text)
@@ -143,7 +135,7 @@ def _check_ids(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    """What the files beside a tokenizer.json say; the newer file wins."""
+    """Read the files beside a tokenizer.json; tokenizer_config.json wins, the newer one."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
@@ -186,7 +178,7 @@ def _named_id(backend: HuggingFaceBackend, token: Any) -> int | None:
 
 
 def _from_hub(name: str, revision: str | None) -> Tokenizer:
-    """By one download of the tokenizer's files: asked file by file, an absent hub takes minutes."""
+    """Download the tokenizer's files at once: one by one, a hub out of reach takes minutes."""
     hub = _optional("huggingface_hub", "pytorch")
     try:
         folder = hub.snapshot_download(
@@ -202,28 +194,32 @@ def _from_hub(name: str, revision: str | None) -> Tokenizer:
 
 
 def _from_transformers(name: str) -> Tokenizer:
+    return _from_object(
+        _auto_tokenizer(name, f"load a tokenizer from {name!r}", "Expected a folder with its files")
+    )
+
+
+def _auto_tokenizer(name: str, task: str, remedy: str, **options: Any) -> Any:
+    """Load by transformers. Raises TokenizerError that names the task and the remedy."""
     transformers = _optional("transformers", "pytorch")
     try:
-        loaded = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # the libraries below raise many kinds
         raise TokenizerError(
-            f"transformers cannot load a tokenizer from {name!r}: {_first_line(error)}. Expected a "
-            f"folder with tokenizer files."
+            f"transformers cannot {task}: {_first_line(error)}. {remedy}."
         ) from error
-    return _from_object(loaded)
 
 
 def _from_object(source: object) -> Tokenizer:
-    """A tokenizer of transformers, tokenizers or sentencepiece; the object is left as it is."""
-    if isinstance(source, tokenizers.Tokenizer):
-        backend = HuggingFaceBackend(tokenizers.Tokenizer.from_str(source.to_str()))
+    """Load from an object of transformers, tokenizers or sentencepiece, which stays as it is."""
+    inner = getattr(source, "backend_tokenizer", source)
+    if isinstance(inner, tokenizers.Tokenizer):
+        backend = HuggingFaceBackend(tokenizers.Tokenizer.from_str(inner.to_str()))
+        if inner is not source:
+            bos_id, eos_id = (getattr(source, f"{name}_token_id", None) for name in ("bos", "eos"))
+            return Tokenizer(backend, bos_id, eos_id)
         prefix = backend.added[0]
         return Tokenizer(backend, prefix[0] if len(prefix) == 1 else None, None)
-    fast = getattr(source, "backend_tokenizer", None)
-    if isinstance(fast, tokenizers.Tokenizer):
-        backend = HuggingFaceBackend(tokenizers.Tokenizer.from_str(fast.to_str()))
-        bos_id, eos_id = (getattr(source, f"{name}_token_id", None) for name in ("bos", "eos"))
-        return Tokenizer(backend, bos_id, eos_id)
     if hasattr(source, "serialized_model_proto"):
         return _from_sentencepiece(source)
     raise TokenizerError(
@@ -246,37 +242,30 @@ def _from_sentencepiece_file(path: Path) -> Tokenizer:
 
 
 def _from_sentencepiece(processor: Any) -> Tokenizer:
-    bos_id, eos_id = int(processor.bos_id()), int(processor.eos_id())
-    return Tokenizer(
-        SentencePieceBackend(processor),
-        bos_id if bos_id >= 0 else None,
-        eos_id if eos_id >= 0 else None,
-    )
+    ids = [int(processor.bos_id()), int(processor.eos_id())]
+    bos_id, eos_id = (index if index >= 0 else None for index in ids)
+    return Tokenizer(SentencePieceBackend(processor), bos_id, eos_id)
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    """The tokenizer inside a GGUF, converted by transformers once and kept in the cache."""
+    """Load what is inside a GGUF: transformers converts it once, and the cache keeps it."""
     kept = cache_folder() / "tokenizers" / metadata_fingerprint(path)
     return _from_folder(kept_folder(kept, "tokenizer.json", lambda to: _convert_gguf(path, to)))
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
-    transformers = _optional("transformers", "pytorch")
     _optional("gguf", "pytorch")
-    try:
-        loaded = transformers.AutoTokenizer.from_pretrained(
-            str(path.parent.resolve()), gguf_file=path.name, trust_remote_code=False
-        )
-    except Exception as error:  # the libraries below raise many kinds
-        raise TokenizerError(
-            f"transformers cannot read the tokenizer inside {path}: {_first_line(error)}. Give "
-            f"the folder of the checkpoint that the GGUF was made from."
-        ) from error
+    loaded = _auto_tokenizer(
+        str(path.parent.resolve()),
+        f"read the tokenizer inside {path}",
+        "Give the folder of the checkpoint that the GGUF was made from",
+        gguf_file=path.name,
+    )
     loaded.save_pretrained(folder)
 
 
 def _optional(package: str, extra: str) -> Any:
-    """An optional package, imported at this one door."""
+    """Import an optional package; this is the one place. Raises MissingPackageError."""
     try:
         return import_module(package)
     except ImportError as error:
