@@ -35,8 +35,6 @@ _SPARSE_IDS, _SPARSENESS = 1 << 20, 64  # ids without a token: this many, and so
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.tiktoken"]
 _NAMED_TOKENS = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split(" "))
-    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
 _Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}$")]
 
 
