@@ -53,7 +53,7 @@ def stated(place: str | Path, expected: Expected) -> Iterator[None]:
 
 
 def open_regular(path: str | Path, expected: Expected) -> BufferedReader:
-    """The regular file at `path`, open for reading.
+    """Open the regular file at `path` for reading.
 
     Raises `expected.error` where there is none, it may not be read, or it is a folder, a named
     pipe, a socket or a device.
@@ -69,7 +69,7 @@ def open_regular(path: str | Path, expected: Expected) -> BufferedReader:
 
 
 def check_regular(path: str | Path, expected: Expected) -> int:
-    """The size in bytes of the regular file at `path`, which a library is about to open.
+    """Return the size in bytes of the regular file at `path`, which a library is about to open.
 
     Raises as `open_regular` does.
     """
@@ -78,7 +78,7 @@ def check_regular(path: str | Path, expected: Expected) -> int:
 
 
 def read_bytes(path: str | Path, expected: Expected, *, largest: int) -> bytes:
-    """The content of a regular file of at most `largest` bytes.
+    """Read a regular file of at most `largest` bytes.
 
     Raises as `open_regular` does, and for a larger file before any of it is read.
     """
@@ -93,7 +93,7 @@ def read_bytes(path: str | Path, expected: Expected, *, largest: int) -> bytes:
 
 
 def _kind(mode: int) -> str | None:
-    """What kind of file is not a regular one, in words; None for a regular one."""
+    """Return in words what kind of file it is; None for a regular one."""
     if stat.S_ISREG(mode):
         return None
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
@@ -101,7 +101,7 @@ def _kind(mode: int) -> str | None:
 
 
 def _in_words(cause: BaseException) -> str:
-    """What went wrong, on one line, without the path that the message gives anyway."""
+    """Say what went wrong, on one line, without the path that the message has anyway."""
     if isinstance(cause, FileNotFoundError):
         return "no such file"
     if isinstance(cause, RecursionError):

@@ -41,7 +41,7 @@ def read_json(
     non_finite: bool = False,
     halves: bool = False,
 ) -> T:
-    """The document in a regular file, as `schema`.
+    """Read the document in a regular file, as `schema`.
 
     largest:    bytes that the file may have.
     non_finite: whether NaN and Infinity (which JSON does not have) are allowed.
@@ -61,7 +61,7 @@ def parse_json(
     non_finite: bool = False,
     halves: bool = False,
 ) -> T:
-    """The document in `text`, as `schema`; `place` names it in errors. Raises as `read_json`."""
+    """Parse the document in `text`, as `schema`; `place` names it in errors, as in `read_json`."""
     with stated(place, expected):
         content = text.decode("utf-8") if isinstance(text, bytes) else text
         hooks = _Hooks(place, expected, non_finite)
@@ -84,7 +84,7 @@ def parse_json(
 
 
 def typed(value: object, expected: Expected, schema: type[T], *, place: str | Path) -> T:
-    """A parsed document as `schema`, without conversions: a string is no number, true no 1.
+    """Return a parsed document as `schema`, without conversions: a string is no number.
 
     Raises `expected.error` with the key's path, the type expected there and the one found.
     """
@@ -154,7 +154,7 @@ def _check_text(text: str, place: str | Path, expected: Expected) -> None:
 
 
 def _mismatch(message: str) -> str:
-    """The message of a failed conversion, as it follows "got"."""
+    """Return the message of a failed conversion, as it follows "got"."""
     at = _AT.search(message)
     path = at[1] if at else "$"
     return f"a document that differs at `{path}`: {_AT.sub('', message)}"

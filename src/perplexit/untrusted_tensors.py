@@ -28,7 +28,7 @@ _VALUE_BYTES = {"BOOLEAN": 0.125, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # the o
 
 @contextmanager
 def opened_tensors(path: Path, expected: Expected, *, framework: str = "numpy") -> Iterator[Any]:
-    """The safetensors file at `path`, as `safe_open` gives it.
+    """Open the safetensors file at `path` by `safe_open`.
 
     Raises `expected.error` for any other file, and for whatever fails within the block.
     """
@@ -38,14 +38,14 @@ def opened_tensors(path: Path, expected: Expected, *, framework: str = "numpy") 
 
 
 def read_tensors(path: Path, expected: Expected) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """(tensors by name, metadata) of a safetensors file. Raises `expected.error`."""
+    """Return (tensors by name, metadata) of a safetensors file. Raises `expected.error`."""
     with opened_tensors(path, expected) as file:
         tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})
 
 
 def read_parquet(path: Path, expected: Expected) -> pa.Table:
-    """The table in a Parquet file, read one row group after the other.
+    """Read the table in a Parquet file, one row group after the other.
 
     Raises `expected.error` for any other file, and for one that declares more values, or repeats
     longer ones, than a file of its size can hold: before they are decoded.
@@ -75,7 +75,7 @@ def _require(holds: bool, path: Path, expected: Expected, size: int) -> None:
 
 
 def _declared_bytes(metadata: pq.FileMetaData) -> float:
-    """Bytes that the values need at least, by the file's footer; infinite where it contradicts."""
+    """Return the bytes that the values need at least, by the footer; infinite if it is wrong."""
     total = 0.0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
@@ -102,7 +102,7 @@ def _is_variable(kind: pa.DataType) -> bool:
 
 
 def _decoded_bytes(column: pa.ChunkedArray) -> int:
-    """Bytes that a column of text or bytes takes without its dictionary."""
+    """Return the bytes that a column of text or bytes takes without its dictionary."""
     total = 0
     for chunk in column.chunks:
         if pa.types.is_dictionary(chunk.type):

@@ -12,7 +12,6 @@ from perplexit.diagnosis.text_differences import (
     first_difference,
     text_aspects,
 )
-from perplexit.inputs.document_bytes import documents_of
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
@@ -98,7 +97,7 @@ def _of_text(first: Run, second: Run, inputs: Inputs) -> Iterator[Difference]:
 
 def _documents(run: Run, tokens: TokenFile | None) -> list[bytes] | None:
     if tokens is not None:
-        return documents_of(tokens) if tokens.has_text else None
+        return tokens.documents_utf8() if tokens.has_text else None
     text = RunText.of(run)
     return documents_of_run(text) if text.has_text else None
 

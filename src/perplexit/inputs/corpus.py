@@ -34,7 +34,7 @@ _NUL_BYTES = 1 << 12  # how far into a text its encoding is looked at
 
 
 def documents(corpus: Any, keys: Keys, *, stream: bool = False) -> Iterator[Document]:
-    """Every document of `corpus`, in order.
+    """Yield every document of `corpus`, in order.
 
     `corpus`: a path (a str is a path) or several, a `datasets` object, or an iterable of texts or
     of rows (mappings). stream: large text files come in pieces, as `long_text`.
@@ -59,7 +59,7 @@ def documents(corpus: Any, keys: Keys, *, stream: bool = False) -> Iterator[Docu
 
 
 def paths_of(corpus: Any) -> list[Path]:
-    """The paths of a corpus that is one, or has some among its items; never those of an iterator.
+    """Return the paths of a corpus: itself or some of its items; none of an iterator.
 
     An iterator can be gone through once only.
     """
@@ -71,12 +71,12 @@ def paths_of(corpus: Any) -> list[Path]:
 
 
 def files_of(paths: Iterable[Path]) -> list[Path]:
-    """The files that are read where the corpus is `paths`: files, or folders of them."""
+    """Return the files that are read where the corpus is `paths`: files or folders."""
     return [file for path in paths for file in (_folder_files(path) if path.is_dir() else [path])]
 
 
 def is_read_in_folder(name: str) -> bool:
-    """Whether a file of this name is read where a folder is the corpus.
+    """Return whether a file of this name is read where a folder is the corpus.
 
     Not so a plain `.json`: most of those in folders are settings.
     """
@@ -87,7 +87,7 @@ def is_read_in_folder(name: str) -> bool:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file has columns."""
+    """Return whether a file has columns."""
     return _kind(path) in TABLE_SUFFIXES
 
 
@@ -111,7 +111,7 @@ def _path_documents(path: Path, keys: Keys, stream: bool) -> Iterator[Document]:
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    """The files of known kinds below `folder`, hidden ones left out, sorted by relative path."""
+    """Return the files of known kinds below `folder`, but hidden ones, by relative path."""
     found = []
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
@@ -122,7 +122,7 @@ def _folder_files(folder: Path) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says what the file is, the one of its compression removed."""
+    """Return the suffix that says what the file is, without that of its compression."""
     return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
 
 

@@ -19,13 +19,13 @@ class Keys:
 
     @property
     def names(self) -> list[str]:
-        """The columns that are read, each once."""
+        """Return the columns that are read, each once."""
         named = (self.text, self.domain, self.prompt, *self.keep)
         return list(dict.fromkeys(key for key in named if key is not None))
 
     @property
     def beside_text(self) -> str | None:
-        """A column that a text without columns cannot have; None where there is none."""
+        """Return a column that a plain text cannot have; None where there is none."""
         return self.domain or self.prompt or next(iter(self.keep), None)
 
 
@@ -56,7 +56,7 @@ def row_document(
     source_file: str | None = None,
     source_row: int = 0,
 ) -> Document:
-    """The document in a row. Raises CorpusError where a column is missing or holds another type."""
+    """Return the document in a row. Raises CorpusError where a column is missing or holds another type."""
     check_columns(row, keys, origin)
     text, prompt = row[keys.text], row[keys.prompt] if keys.prompt else None
     domain = row[keys.domain] if keys.domain else None
@@ -98,7 +98,7 @@ def check_columns(names: Iterable[str], keys: Keys, origin: str) -> None:
 
 
 def _as_json(value: Any) -> Any:
-    """A column's value as JSON can hold it: what it has no form for (dates, NaN, bytes) as text."""
+    """Return a column's value as JSON can hold it: dates, NaN and bytes as text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

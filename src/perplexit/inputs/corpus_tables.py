@@ -25,7 +25,7 @@ _LARGEST_ARRAY = 1 << 30
 
 
 def json_documents(path: Path, keys: Keys) -> Iterator[Document]:
-    """The rows of a .json file: of one array, or one object on each line."""
+    """Yield the rows of a .json file: of one array, or one object on each line."""
     with open_bytes(path) as file:
         begin = file.peek(1 << 12)[: 1 << 12].removeprefix(BOM).lstrip()
         if begin[:1] != b"[":
@@ -46,7 +46,7 @@ def json_documents(path: Path, keys: Keys) -> Iterator[Document]:
 
 
 def jsonl_documents(path: Path, keys: Keys) -> Iterator[Document]:
-    """The rows of a file with one JSON object on each line; lines of blanks hold none."""
+    """Yield the rows of a file with one JSON object on each line; blank lines hold none."""
     with open_bytes(path) as file:
         yield from _lines(path, file, keys)
 
@@ -83,7 +83,7 @@ def _object(row: Any, origin: str) -> Mapping[str, Any]:
 
 
 def csv_documents(path: Path, kind: str, keys: Keys) -> Iterator[Document]:
-    """The rows of a CSV or TSV file, whose first row names the columns.
+    """Yield the rows of a CSV or TSV file, whose first row names the columns.
 
     A field in quotes may hold delimiters, line ends and doubled quotes. An empty field is an empty
     text. Lines without anything are rows without text.
@@ -134,7 +134,7 @@ def _decoded_lines(path: Path, file: BinaryIO) -> Iterator[str]:
 
 
 def parquet_documents(path: Path, keys: Keys) -> Iterator[Document]:
-    """The rows of a Parquet file."""
+    """Yield the rows of a Parquet file."""
     try:
         with pq.ParquetFile(path) as file:
             check_columns(file.schema_arrow.names, keys, str(path))
@@ -156,7 +156,7 @@ def parquet_documents(path: Path, keys: Keys) -> Iterator[Document]:
 
 
 def _batch_rows(file: pq.ParquetFile) -> int:
-    """How many rows at a time: fewer where rows are large."""
+    """Return how many rows to read at a time: fewer where rows are large."""
     groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
     num_bytes = sum(int(group.total_byte_size) for group in groups)
     per_row = num_bytes // max(1, int(file.metadata.num_rows)) + 1
@@ -164,7 +164,7 @@ def _batch_rows(file: pq.ParquetFile) -> int:
 
 
 def decoded(data: bytes, origin: str, offset: int = 0) -> str:
-    """The text of exactly these bytes: no newline translation, a byte order mark kept.
+    """Return the text of exactly these bytes: no newline changed, a byte order mark kept.
 
     Raises CorpusError with the byte's offset in the file, where `data` begins at `offset`.
     """

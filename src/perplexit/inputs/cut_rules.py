@@ -36,7 +36,7 @@ _SPLITS_AT_BLANKS = frozenset({"WhitespaceSplit", "Whitespace", "BertPreTokenize
 def rule_of_tokenizers(
     serialised: Mapping[str, Any], spelled: Sequence[bytes], tokens: Mapping[str, int]
 ) -> CutRule:
-    """The rule for a tokenizer in the form of a `tokenizer.json`."""
+    """Return the rule for a tokenizer in the form of a `tokenizer.json`."""
     normalisers = _steps(serialised.get("normalizer"), "normalizers")
     splitters = _steps(serialised.get("pre_tokenizer"), "pretokenizers")
     avoid = [entry["content"] for entry in serialised.get("added_tokens", [])]
@@ -69,7 +69,7 @@ def rule_of_tokenizers(
 
 
 def rule_of_sentencepiece(proto: bytes, pieces: Sequence[str]) -> CutRule:
-    """The rule for a SentencePiece model, from its serialised `ModelProto` and its pieces."""
+    """Return the rule for a SentencePiece model, from its serialised `ModelProto` and pieces."""
     trainer, normaliser = b"", b""
     for number, value in _fields(proto):
         if number == 2 and isinstance(value, bytes):
@@ -102,7 +102,7 @@ def _rule(
 
 
 def _splitter(step: Mapping[str, Any]) -> tuple[bool, bool]:
-    """(whether the step splits at blanks, whether a split depends on two neighbours alone)."""
+    """Return (does the step split at blanks, does a split depend on two neighbours alone)."""
     kind = step["type"]
     if kind != "Split":
         return {
@@ -125,7 +125,7 @@ def _model_pairs(
     tokens: Mapping[str, int],
     steps: Sequence[Mapping[str, Any]],
 ) -> tuple[str, AbsentPairs | None]:
-    """(why there is no cut inside words, the pairs that no token of a BPE vocabulary has)."""
+    """Return (why no cut is inside words, the pairs that no token of a BPE vocabulary has)."""
     model = serialised["model"]
     if model.get("type") != "BPE":
         return f"its model is {model.get('type')}, which is cut at blanks alone", None
@@ -138,7 +138,7 @@ def _model_pairs(
 
 
 def _steps(step: Mapping[str, Any] | None, children: str) -> list[Mapping[str, Any]]:
-    """The steps of a normaliser or pre-tokenizer, those of sequences one by one."""
+    """List the steps of a normaliser or pre-tokenizer, those of sequences one by one."""
     if step is None:
         return []
     if step["type"] != "Sequence":
@@ -147,7 +147,7 @@ def _steps(step: Mapping[str, Any] | None, children: str) -> list[Mapping[str, A
 
 
 def _fields(data: bytes) -> list[tuple[int, int | bytes]]:
-    """The fields of a protocol buffer: numbers, and bytes of what has a length."""
+    """List the fields of a protocol buffer: numbers, and bytes of what has a length."""
     found: list[tuple[int, int | bytes]] = []
     place = 0
     while place < len(data):

@@ -58,11 +58,11 @@ class SourceRows:
 
     @property
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The tensors that hold them."""
+        """Return the layout of the tensors that hold the sources."""
         return SOURCE_LAYOUT | (KEPT_LAYOUT if self.columns else {})
 
     def tensors(self, documents: Sequence[Document]) -> dict[str, NDArray[Any]]:
-        """The next rows of each tensor."""
+        """Return the next rows of each tensor."""
         files = [self._code(document.source_file) for document in documents]
         rows: dict[str, NDArray[Any]] = {
             "source_files": np.array(files, dtype=np.int32),
@@ -81,7 +81,7 @@ class SourceRows:
         self.skipped.setdefault(reason, []).append([document.source_file, document.source_row])
 
     def metadata(self, tensors: Mapping[str, str]) -> dict[str, str]:
-        """The entries of the metadata."""
+        """Return the entries of the metadata."""
         record = {
             "files": list(self.files),
             "columns": list(self.columns),
@@ -115,7 +115,7 @@ class DocumentSources:
     kept_json: NDArray[np.uint8] | None = None
 
     def kept(self, document: int) -> list[Any]:
-        """The values of the kept columns of one document."""
+        """Return the values of the kept columns of one document."""
         if self.kept_starts is None or self.kept_json is None:
             return []
         begin, end = self.kept_starts[document : document + 2].tolist()
@@ -123,7 +123,7 @@ class DocumentSources:
         return values
 
     def of(self, document: int) -> dict[str, Any]:
-        """`source_file`, `source_row` and the kept columns of one document."""
+        """Return `source_file`, `source_row` and the kept columns of one document."""
         code = int(self.file_D[document])
         return {
             "source_file": None if code < 0 else self.files[code],
@@ -132,7 +132,7 @@ class DocumentSources:
         }
 
     def table(self) -> pa.Table:
-        """One row per document: its number, file, row and kept columns.
+        """Return one row per document: its number, file, row and kept columns.
 
         A kept column that has one type keeps it; values of several types become JSON.
         """
@@ -150,14 +150,14 @@ class DocumentSources:
         return pa.table(columns)
 
     def name_in_table(self, column: str) -> str:
-        """The kept column's name where it stands beside those of a run: with `kept_`, if taken."""
+        """Return a kept column's name beside the columns of a run: with `kept_`, if taken."""
         return f"kept_{column}" if column in _TAKEN else column
 
     @classmethod
     def read(
         cls, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]
     ) -> "DocumentSources | None":
-        """What a token file holds of sources; None for one that was made without.
+        """Read what a token file holds of sources; None for one that was made without.
 
         The caller checks the tensors' hashes. Raises TokenFileError for what makes no sense.
         """
@@ -205,14 +205,14 @@ class DocumentSources:
 
 
 def source_record(path: Path, metadata: Mapping[str, str]) -> SourceRecord:
-    """What the metadata say of sources. Raises TokenFileError where that was changed."""
+    """Return what the metadata say of sources. Raises TokenFileError where that was changed."""
     if metadata.get("source_fingerprint") != _hash(metadata["source"]):
         EXPECTED.refuse(path, "sources that do not hash to their source_fingerprint")
     return parse_json(metadata["source"], EXPECTED, SourceRecord, place=path)
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """The values as one column; lists, objects and what has no common type as JSON text."""
+    """Return the values as one column; lists, objects and mixed types as JSON text."""
     if not any(isinstance(value, list | dict) for value in values):
         try:
             return pa.array(values)

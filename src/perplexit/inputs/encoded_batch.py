@@ -42,11 +42,11 @@ class EncodedBatch:
 
     @property
     def num_documents(self) -> int:
-        """Documents in the batch."""
+        """Return how many documents are in the batch."""
         return len(self.document_starts) - 1
 
     def document(self, index: int) -> "EncodedBatch":
-        """One document as a batch of its own."""
+        """Return one document as a batch of its own."""
         begin, end = self.document_starts[index : index + 2].tolist()
         byte_starts = self.byte_starts[begin : end + 1]
         first, last = int(byte_starts[0]), int(byte_starts[-1])
@@ -66,7 +66,7 @@ class EncodedBatch:
         bytes_per_token: NDArray[np.int64],
         texts_utf8: Sequence[bytes],
     ) -> "EncodedBatch":
-        """The batch of these documents; the words are found here."""
+        """Make the batch of these documents; the words are found here."""
         document_starts = _starts(np.asarray(ids_per_document, dtype=np.int64))
         byte_starts = _starts(bytes_per_token)
         text_bytes = b"".join(texts_utf8)
@@ -90,14 +90,14 @@ class EncodedBatch:
 
     @classmethod
     def without_text(cls, ids: NDArray[np.int32], ids_per_document: ArrayLike) -> "EncodedBatch":
-        """Documents of which only the ids are known: no bytes, no words."""
+        """Make a batch of documents of which only the ids are known: no bytes, no words."""
         document_starts = _starts(np.asarray(ids_per_document, dtype=np.int64))
         nothing = np.zeros(len(ids) + 1, dtype=np.int64)
         return cls(ids, document_starts, nothing, nothing[1:], b"")
 
 
 def word_starts(text_bytes: bytes, text_starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """For each byte, whether a word begins there: bool [len(text_bytes)].
+    """Return for each byte whether a word begins there: bool [len(text_bytes)].
 
     A word is a maximal run of characters that are no white space, as `str.split()` has it; one
     never reaches across `text_starts`, where documents begin.
@@ -111,7 +111,7 @@ def word_starts(text_bytes: bytes, text_starts: NDArray[np.int64]) -> NDArray[np
 
 
 def white_space(text_bytes: bytes) -> NDArray[np.bool_]:
-    """For each byte, whether it is of a character that `str.split()` splits at.
+    """Return for each byte whether its character is one that `str.split()` splits at.
 
     Bool [len(text_bytes)]; the bytes must be valid UTF-8.
     """
@@ -128,7 +128,7 @@ def bytes_from_spans(
     end_chars: NDArray[np.int64],
     own_lengths: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """How many bytes of `text` each token stands for, from character spans: int64 [n].
+    """Return how many bytes of `text` each token stands for, from character spans: int64 [n].
 
     own_lengths: the bytes a token spells by itself, -1 where unknown. Tokens that share characters
     (byte fallback, byte-level pieces of one character) split them so, where that adds up; where it
@@ -152,7 +152,7 @@ def bytes_from_spans(
 
 
 def char_to_byte(text: str) -> NDArray[np.int64]:
-    """The byte offset of each character, and of the end: int64 [len(text) + 1]."""
+    """Return the byte offset of each character, and of the end: int64 [len(text) + 1]."""
     if text.isascii():
         return np.arange(len(text) + 1, dtype=np.int64)
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -167,7 +167,7 @@ def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _words_before(text_bytes: bytes, text_starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many words begin before each byte, and before the end: int64 [len(text_bytes) + 1]."""
+    """Return how many words begin before each byte, and before the end: int64."""
     return _starts(word_starts(text_bytes, text_starts).astype(np.int64))
 
 

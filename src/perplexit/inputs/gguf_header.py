@@ -32,7 +32,7 @@ _SMALLEST_BITS = 1  # of a weight, in any of ggml's types
 
 
 def metadata_fingerprint(path: Path) -> str:
-    """SHA-256 of the key-value section, in which the tokenizer is: cheap for files of any size.
+    """Return the SHA-256 of the key-value section, which holds the tokenizer; quick for any size.
 
     Raises TokenizerError where the file is no GGUF, or its header declares what is not there.
     """
@@ -42,7 +42,7 @@ def metadata_fingerprint(path: Path) -> str:
 
 
 def check_gguf(path: Path, expected: Expected) -> int:
-    """Where the key-value section of a GGUF file ends, in bytes; the whole header is checked.
+    """Check the whole header of a GGUF file; return where its key-value section ends, in bytes.
 
     Every string, array and tensor must lie within the file, so that nothing is allocated for what
     is only declared. Raises `expected.error` otherwise.
@@ -107,7 +107,7 @@ class _Walk:
             raise ValueError(f"a value of the unknown type {kind}")
 
     def _count(self, count: int, smallest_bytes: int) -> int:
-        """A declared count, if the file is long enough for so many things of `smallest_bytes`."""
+        """Return a declared count if the file is long enough for so many of `smallest_bytes`."""
         self.num_values += count
         if count * smallest_bytes > len(self.data) or self.num_values > _MOST_VALUES:
             raise ValueError(f"{count:,} declared values in {len(self.data):,} bytes")

@@ -27,7 +27,7 @@ _LARGEST_ID = np.iinfo(np.int32).max
 
 
 def id_lines_output(path: str | Path) -> OutputFile:
-    """The file for lines of ids. Raises OutputError where something is there.
+    """Return the output file for lines of ids. Raises OutputError where something is there.
 
     Lines of ids carry no mark that says who wrote them, so they are never replaced.
     """
@@ -59,7 +59,7 @@ def import_id_lines(
     tokenizer: str | Path | object | None = None,
     force: bool = False,
 ) -> TokenFile:
-    """The token file of windows that another tool wrote; it knows no text (`has_text` is false).
+    """Make a token file of windows that another tool wrote; it has no text.
 
     Lines of fewer than two ids have nothing to score; they are skipped and counted in the spec.
     With `tokenizer`, its fingerprint is recorded and ids outside its vocabulary are refused.
@@ -115,7 +115,7 @@ def _append(writer: TokenFileWriter, lines: list[tuple[int, list[int]]], path: s
 
 
 def _line_batches(path: Path, limit: int) -> Iterator[tuple[int, list[list[int]]]]:
-    """(number of the first line, ids of each line) for groups of lines."""
+    """Yield (number of the first line, ids of each line) for groups of lines."""
     batch: list[list[int]] = []
     first = 1
     with open_regular(path, _EXPECTED) as file:

@@ -40,7 +40,7 @@ _LARGEST = 1 << 24  # ids of a chunk, and of a vocabulary
 
 
 def is_kl_base_file(path: str | Path) -> bool:
-    """Whether a file begins as llama.cpp's log-probabilities do."""
+    """Return whether a file begins as llama.cpp's log-probabilities do."""
     place = Path(path)
     if not place.is_file():
         return False
@@ -63,7 +63,7 @@ class ClampedRows:
     scale_N: NDArray[np.float64]
 
     def floor(self) -> NDArray[np.float64]:
-        """Nats a token that rounding alone can make of a model's KL with itself.
+        """Return the KL, nats per token, that rounding alone gives a model with itself.
 
         Values are rounded to steps of `scale` (at most 16 / 65,535 nats), so p changes by
         p · scale / √12 (as standard deviation, but for the most likely token, whose step is exact),
@@ -109,7 +109,7 @@ class KlBaseFile:
 
     @cached_property
     def ids(self) -> NDArray[np.int32]:
-        """The ids of each chunk as tokenised: (chunks, n_ctx)."""
+        """Return the ids of each chunk as tokenised: (chunks, n_ctx)."""
         flat = self._read("<i4", self.num_chunks * self.num_context, _HEADER_BYTES)
         wrong = np.flatnonzero((flat < 0) | (flat >= self.vocab_size))
         if len(wrong):
@@ -121,7 +121,7 @@ class KlBaseFile:
         return flat.reshape(self.num_chunks, self.num_context).astype(np.int32)
 
     def _read(self, dtype: str, count: int, offset: int) -> NDArray[Any]:
-        """Values of the file, read and not mapped: a file cut short meanwhile is an error."""
+        """Read values of the file, not mapped: a file cut short meanwhile is an error."""
         with open_regular(self.path, _EXPECTED) as file, stated(self.path, _EXPECTED):
             file.seek(offset)
             data = file.read(count * np.dtype(dtype).itemsize)
@@ -132,12 +132,12 @@ class KlBaseFile:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of the file: it does not say which model's it is."""
+        """Return the SHA-256 of the file, which does not name its model."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def rows(self, chunk: int, start: int, stop: int) -> ClampedRows:
-        """The distributions of the targets `start … stop - 1` of a chunk."""
+        """Read the distributions of the targets `start … stop - 1` of a chunk."""
         width = self._shape[-1]
         first = (chunk * self.num_targets + start) * width
         flat = self._read("<u2", (stop - start) * width, self._rows_offset + 2 * first)
@@ -203,7 +203,7 @@ class KlBaseFile:
 
 
 def _as_tokenised(tokens: TokenFile, window: int) -> NDArray[np.int32]:
-    """A window's ids before a BOS was written over the first of them."""
+    """Return a window's ids before a BOS was written over the first of them."""
     ids_T: NDArray[np.int32] = np.asarray(tokens.window_ids(window).ids_T)
     document, start = tokens.windows.array[window, :2].tolist()
     if tokens.windows.prefix_mode[window] == int(PrefixMode.OVERWRITE):

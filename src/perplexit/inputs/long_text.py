@@ -20,7 +20,7 @@ _SEARCHED = 1 << 16  # characters in which a cut is looked for at a time
 
 
 def in_memory_or_long(found: Iterable[Document]) -> Iterator[Document]:
-    """The documents, with `text` for short ones and `long_text` for long ones."""
+    """Yield the documents, with `text` for short ones and `long_text` for long ones."""
     for document in found:
         if document.long_text is None:
             text = document.text or ""
@@ -44,7 +44,7 @@ def _slices(text: str) -> Iterator[str]:
 
 
 def decoded_pieces(path: Path, begin: bytes, file: BinaryIO) -> Iterator[str]:
-    """The text of a file, of which `begin` is read already, without holding it at once.
+    """Yield the text of a file, of which `begin` is read already, piece by piece.
 
     Raises CorpusError for bytes that are no UTF-8, with their offset.
     """
@@ -64,7 +64,7 @@ def decoded_pieces(path: Path, begin: bytes, file: BinaryIO) -> Iterator[str]:
 
 
 def parts_of(pieces: Iterable[str], rule: CutRule, name: str) -> Iterator[str]:
-    """The text in parts that may be encoded one by one, by the tokenizer's rule.
+    """Yield the text in parts that may be encoded one by one, by the tokenizer's rule.
 
     Raises TokenizerError where more than LARGEST_WHOLE characters have no place for a cut.
     """

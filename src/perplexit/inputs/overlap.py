@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, UsageError
 from perplexit.inputs.corpus import Keys, documents
-from perplexit.inputs.document_bytes import documents_of
 from perplexit.inputs.token_file import TokenFile
 
 Texts = TokenFile | str | Path | Iterable[str]
@@ -47,11 +46,11 @@ class NgramOverlap:
 
     @property
     def share(self) -> float:
-        """`num_shared_words / num_words`."""
+        """Return `num_shared_words / num_words`."""
         return self.num_shared_words / self.num_words
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
+        """Return the figures as plain JSON values."""
         return asdict(self) | {"share": self.share}
 
     def __str__(self) -> str:
@@ -68,7 +67,7 @@ class NgramOverlap:
 def ngram_overlap(
     test: Texts, other: Texts, *, n: int = 13, text_key: str = "text"
 ) -> NgramOverlap:
-    """The words of `test` that lie in an n-gram which `other` has too.
+    """Count the words of `test` that lie in an n-gram which `other` has too.
 
     Each is a token file, the path of one or of a corpus (with `text_key`), or an iterable of texts.
     13 words is what GPT-3's authors took (Brown et al. 2020, appendix C): shorter runs are shared
@@ -109,7 +108,7 @@ def _texts(source: Texts, text_key: str) -> Iterator[str]:
     if isinstance(source, TokenFile):
         if not source.has_text:
             raise CorpusError(f"{source.path} holds ids without text; name a file with the text")
-        yield from (data.decode("utf-8", errors="replace") for data in documents_of(source))
+        yield from (data.decode("utf-8", errors="replace") for data in source.documents_utf8())
     elif isinstance(source, str | Path):
         for document in documents(source, Keys(text_key)):
             yield (document.prompt or "") + (document.text or "")
@@ -120,7 +119,7 @@ def _texts(source: Texts, text_key: str) -> Iterator[str]:
 def _word_ids(
     texts: Iterable[str], vocabulary: dict[str, int], *, grow: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(word ids from 1, 0 after each document and for words not in the vocabulary; documents)."""
+    """Return (word ids from 1, or 0 after a document and for an unknown word; documents)."""
     ids: list[int] = []
     lengths = []
     for text in texts:
@@ -136,7 +135,7 @@ def _word_ids(
 
 
 def _hashes(ids_A: NDArray[np.int64], n: int) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-    """(a 64-bit hash of each n-gram, whether it lies in one document with known words alone)."""
+    """Return (a 64-bit hash of each n-gram, is it in one document with known words alone)."""
     num_grams = max(len(ids_A) - n + 1, 0)
     hashes_G = np.zeros(num_grams, dtype=np.uint64)
     known_G = np.ones(num_grams, dtype=np.bool_)
@@ -149,7 +148,7 @@ def _hashes(ids_A: NDArray[np.int64], n: int) -> tuple[NDArray[np.uint64], NDArr
 
 
 def _covered(shared_G: NDArray[np.bool_], n: int, length: int) -> NDArray[np.bool_]:
-    """The words that lie in at least one shared n-gram."""
+    """Return which words lie in at least one shared n-gram."""
     edges = np.zeros(length + 1, dtype=np.int64)
     starts = np.flatnonzero(shared_G)
     np.add.at(edges, starts, 1)

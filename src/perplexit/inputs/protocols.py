@@ -36,7 +36,7 @@ class ResolvedProtocol:
     def windows(
         self, lengths_D: ArrayLike, *, first_document: int = 0, own_bos_D: ArrayLike = False
     ) -> WindowArray:
-        """The window table of documents of these lengths, numbered from `first_document`: [W, 7].
+        """Return the windows of documents of these lengths, numbered from `first_document`: [W, 7].
 
         `own_bos_D` marks documents whose ids begin with the BOS already. Their windows start after
         it and the protocol's own BOS takes its place, so that no model sees two.
@@ -58,7 +58,7 @@ class ResolvedProtocol:
         return table
 
     def to_json(self) -> dict[str, Any]:
-        """The protocol as the token file's spec records it."""
+        """Return the protocol as the token file's spec records it."""
         return {field: getattr(self, field) for field in self.__slots__}
 
     def _check_lengths(self, lengths_D: NDArray[np.int64], first_document: int) -> None:
@@ -83,7 +83,7 @@ def resolve_protocol(
     bos_id: int | None = None,
     eos_id: int | None = None,
 ) -> ResolvedProtocol:
-    """The protocol `name` with defaults filled in and every option checked.
+    """Return the protocol `name` with defaults filled in and every option checked.
 
     `added_prefix_id` is the token that the tokenizer itself puts before a text (None: it adds
     none), `bos_id` and `eos_id` the tokens that it names so. Raises UsageError for an unknown name,
@@ -122,7 +122,7 @@ def resolve_protocol(
 def protocol_perplexity(
     protocol: Mapping[str, Any], nll_N: NDArray[np.floating], window_N: NDArray[np.integer]
 ) -> float:
-    """The perplexity as the tool that the protocol is named after computes it.
+    """Compute the perplexity as the tool does that the protocol is named after.
 
     `tokens`: exp(mean of nll). `window-means`: exp(mean over windows of their mean nll).
     `window-perplexities`: mean over windows of exp(mean nll). `hf-guide`: exp of the mean of window
@@ -182,7 +182,7 @@ def _resolve_stride(protocol: Protocol, stride: int | None, max_length: int | No
 
 
 def _resolve_bos(protocol: Protocol, bos: str, added_prefix_id: int | None) -> BosPolicy:
-    """The policy that is in effect; `auto` follows the tokenizer, or the protocol's own prefix."""
+    """Return the policy in effect; `auto` follows the tokenizer or the protocol's own prefix."""
     if bos not in get_args(BosOption):
         raise UsageError(f"bos must be one of {', '.join(get_args(BosOption))}, got {bos!r}.")
     if bos == "auto":
@@ -204,7 +204,7 @@ def _prefix_id(
     bos_id: int | None,
     eos_id: int | None,
 ) -> int:
-    """The token that goes before windows; an EOS only where the protocol itself says so."""
+    """Return the token before windows; an EOS only where the protocol itself says so."""
     candidates = [bos_id, added_prefix_id]
     if bos == "auto" and protocol.prefix == "tokenizer":
         candidates.reverse()

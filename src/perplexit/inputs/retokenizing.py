@@ -52,7 +52,7 @@ def match_tokenizer(tokens: TokenFile, own: Tokenizer) -> TokenizerMatch:
 def first_difference(
     ours: Sequence[int] | NDArray[Any], theirs: Sequence[int] | NDArray[Any]
 ) -> str | None:
-    """Where `theirs` has another id than `ours`, the model's own; None where nowhere."""
+    """Say where `theirs` has another id than `ours`, the model's own; None where nowhere."""
     for position, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
             return f"id {int(other)} at position {position}, where the model's own has {int(one)}"
@@ -79,7 +79,7 @@ def _first_difference(tokens: TokenFile, own: Tokenizer) -> str | None:
 
 
 def _sample(tokens: TokenFile) -> Iterator[tuple[int, str, bool]]:
-    """(document, its text, whether that is all of it): from every part of the input."""
+    """Yield (document, its text, whether that is all of it) from every part of the input."""
     edges = np.asarray(tokens.byte_starts)[tokens.document_starts]
     step = max(1, int(edges[-1] - edges[0]) // _MOST_BYTES)
     left = _MOST_BYTES
@@ -94,7 +94,7 @@ def _sample(tokens: TokenFile) -> Iterator[tuple[int, str, bool]]:
 
 
 def _spells_alike(tokens: TokenFile, own: Tokenizer) -> bool:
-    """Whether the input's ids stand for the bytes that the tokenizer has for them."""
+    """Return whether the input's ids stand for the bytes that the tokenizer has for them."""
     ids = np.asarray(tokens.token_ids[:_MOST_SPELLED])
     edges = np.asarray(tokens.byte_starts[: len(ids) + 1])
     known = ids < own.vocab_size

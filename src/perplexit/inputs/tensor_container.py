@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -50,12 +49,12 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the tensor takes in the file."""
+        """Return how many bytes the tensor takes in the file."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def header_bytes(entries: list[TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """The canonical header, its length in front."""
+    """Return the canonical header, with its length in front."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for entry in sorted(entries, key=_file_order):
@@ -74,36 +73,34 @@ class TensorSpool:
     """Tensors that grow row by row in files beside the output, assembled into it at the end.
 
     Memory stays flat however large they become. Used as a context manager: without `assemble`,
-    nothing is left behind.
+    nothing is left behind. layout: each tensor's dtype and the shape of one row.
     """
 
     def __init__(self, output: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """`layout` gives each tensor's dtype and the shape of one row."""
         self._output = output
         self._layout = dict(layout)
         self._folder = new_temporary_folder(output)
-        self._files: dict[str, IO[bytes]] = {}
+        self._files: dict[str, IO[bytes]] = {
+            name: (self._folder / name).open("wb") for name in layout
+        }
         self._hashes = {name: hashlib.sha256() for name in layout}
         self._num_rows = dict.fromkeys(layout, 0)
-        for name in layout:
-            self._files[name] = (self._folder / name).open("wb")
 
     def __enter__(self) -> "TensorSpool":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the files beside the output."""
         for file in self._files.values():
             with contextlib.suppress(OSError):  # of a full disk, which was reported when it was met
                 file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def num_rows(self, name: str) -> int:
-        """Rows appended to the tensor so far."""
+        """Return how many rows were appended so far."""
         return self._num_rows[name]
 
     def append(self, name: str, rows: NDArray[Any]) -> None:
@@ -117,14 +114,14 @@ class TensorSpool:
         self._num_rows[name] += len(data)
 
     def read_back(self, name: str, num_bytes: int) -> Iterator[bytes]:
-        """The last bytes that were appended to a tensor, in pieces."""
+        """Yield the last bytes that were appended to a tensor, in pieces."""
         self._files[name].flush()
         with (self._folder / name).open("rb") as file:
             file.seek(-num_bytes, os.SEEK_END)
             yield from iter(lambda: file.read(_COPY_BYTES), b"")
 
     def entries(self) -> list[TensorEntry]:
-        """The tensors as they stand."""
+        """Return the tensors as they stand."""
         return [
             TensorEntry(name, dtype, (self._num_rows[name], *row), self._hashes[name].hexdigest())
             for name, (dtype, row) in self._layout.items()
@@ -155,7 +152,7 @@ class TensorSpool:
 
 
 def read_container(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
-    """(metadata, memory-mapped tensors) of a canonical container.
+    """Return (metadata, memory-mapped tensors) of a canonical container.
 
     Checks the layout to the last byte, not the tensors' content. Raises TokenFileError.
     """
@@ -190,11 +187,11 @@ def content_hashes(
     first: Sequence[str] = (),
     look: Callable[[str, int, NDArray[Any]], None] = lambda name, row, piece: None,
 ) -> dict[str, str]:
-    """SHA-256 of each tensor of the container, of which `read_container` gave the views.
+    """Return the SHA-256 of each tensor; `tensors` are the views of `read_container`.
 
-    Read as a file: a page of the map counts as the process's memory once it was touched, and a
-    token file may be larger than that. `look` is shown every piece on the way, with the tensor's
-    name and the piece's first row; the tensors named in `first` come before the others.
+    Read as a file, since touched pages of the map count as the process's memory. `look` is given
+    every piece, with the tensor's name and the piece's first row; the tensors named in `first`
+    come before the others.
     """
     ordered = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     starts, position = {}, path.stat().st_size - sum(each.nbytes for each in tensors.values())

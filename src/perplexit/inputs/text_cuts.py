@@ -34,7 +34,7 @@ class AbsentPairs:
     """Pairs of neighbours that stand in no token: of bytes, or of characters."""
 
     def __init__(self, spelled: Sequence[bytes] | None, tokens: Sequence[str]) -> None:
-        """spelled: the tokens of a byte-level vocabulary; None: `tokens` are characters."""
+        """Find the pairs; spelled: a byte-level vocabulary's tokens, None: `tokens` are characters."""
         self._by_bytes = spelled is not None
         codes, ends = _joined(spelled if spelled is not None else tokens)
         inside = np.ones(max(len(codes) - 1, 0), dtype=np.bool_)
@@ -43,7 +43,7 @@ class AbsentPairs:
         self._known = np.array(sorted({ord(t) for t in tokens if len(t) == 1}), dtype=np.int64)
 
     def between(self, before: NDArray[np.int64], after: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether no token holds both characters of each pair next to each other."""
+        """Return for each pair whether no token holds both characters next to each other."""
         if self._by_bytes:
             return ~_among(_pair_keys(_last_byte(before), _first_byte(after)), self._present)
         before, after = (np.where(codes == _BLANK, _META, codes) for codes in (before, after))
@@ -70,11 +70,11 @@ class CutRule:
 
     @property
     def cuts(self) -> bool:
-        """Whether there is any kind of cut."""
+        """Return whether there is any kind of cut."""
         return self.at_blanks or self.absent is not None
 
     def find(self, text: str, start: int) -> int | None:
-        """The first place from `start` on where the text may be cut; None where there is none.
+        """Find the first place from `start` on where the text may be cut; None where there is none.
 
         The last `margin` characters are left alone: what follows them is not known yet.
         """
@@ -100,7 +100,7 @@ class CutRule:
 
 
 def _joined(tokens: Sequence[bytes] | Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All tokens end to end as numbers, and where each ends."""
+    """Return all tokens end to end as numbers, and where each ends."""
     ends = np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)))
     if tokens and isinstance(tokens[0], bytes):
         data = b"".join(token for token in tokens if isinstance(token, bytes))

@@ -6,9 +6,9 @@ Nothing below this file ever tokenises: sessions are given ids. A token file is 
 Shape suffixes: D = documents, W = windows, N = targets of one window.
 """
 
-import hashlib
 import json
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import TokenFileError
-from perplexit.fingerprints import canonical_json
+from perplexit.fingerprints import json_fingerprint
 from perplexit.inputs.document_sources import (
     KEPT_LAYOUT,
     SOURCE_KEYS,
@@ -24,11 +24,7 @@ from perplexit.inputs.document_sources import (
     DocumentSources,
     source_record,
 )
-from perplexit.inputs.tensor_container import (
-    DTYPES,
-    content_hashes,
-    read_container,
-)
+from perplexit.inputs.tensor_container import DTYPES, content_hashes, read_container
 from perplexit.inputs.token_file_checks import EXPECTED, SenseChecks
 from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowIds, WindowTable
 from perplexit.untrusted_json import parse_json
@@ -49,14 +45,13 @@ MASK_LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {"scored_mask": ("BOOL", (
 
 
 def input_fingerprint(metadata: dict[str, str]) -> str:
-    """SHA-256 of the canonical spec, the other fingerprints and every tensor's own hash."""
+    """Return the SHA-256 of the canonical spec, the other fingerprints and the tensors' hashes."""
     beside = ("input_fingerprint", *SOURCE_KEYS)  # where a document came from decides no number
-    content = {key: value for key, value in metadata.items() if key not in beside}
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return json_fingerprint({k: value for k, value in metadata.items() if k not in beside})
 
 
 def tensor_identity(dtype: str, shape: tuple[int, ...], sha256: str) -> str:
-    """What the metadata says of one tensor: dtype, shape and content."""
+    """Return what the metadata records of one tensor: dtype, shape and content."""
     return f"{dtype}{list(shape)}:{sha256}"
 
 
@@ -79,22 +74,25 @@ def is_token_file(path: str | Path) -> bool:
 class TokenFile:
     """A prepared input. Made by `prepare`, or opened and verified by `TokenFile.open`.
 
+    protocol:         the protocol's name.
+    vocab_size:       size of the tokenizer's vocabulary, added tokens included.
+    has_text:         whether the text is known; imported ids have none.
     token_ids:        int32, all documents end to end; document d has
-                      `token_ids[document_starts[d]:document_starts[d + 1]]`.
+                      `token_ids[document_starts[d]:document_starts[d + 1]]`. There are `num_ids`
+                      in `num_documents` documents, each with at least one.
     document_starts:  int64 [D + 1].
     document_domains: int32 [D], the index into `domains`, -1 where there are none.
     text_bytes:       uint8, the exact UTF-8 of all documents end to end.
     byte_starts:      int64 [ids + 1], where each token's bytes begin in `text_bytes`.
     num_words:        uint16, the words (maximal runs of non-blanks) that begin in each token.
     scored_mask:      bool per token; None: every target of a window is scored.
-    windows:          the WindowTable.
+    windows:          the WindowTable, of `num_windows` rows.
     sources:          where each document came from; None in files of older versions.
     """
 
     def __init__(
         self, path: Path, metadata: dict[str, str], tensors: dict[str, NDArray[Any]]
     ) -> None:
-        """Use `TokenFile.open`, which verifies what it reads."""
         self.path = path
         self.spec: dict[str, Any] = json.loads(metadata["spec"])
         self._stat = path.stat()
@@ -109,14 +107,21 @@ class TokenFile:
         self.text_bytes: NDArray[np.uint8] = tensors["text_bytes"]
         self.scored_mask: NDArray[np.bool_] | None = tensors.get("scored_mask")
         self.windows = WindowTable(tensors["windows"])
+        self.protocol = str(self.spec["protocol"]["name"])
+        self.domains: tuple[str, ...] = tuple(self.spec["domains"])
+        self.vocab_size = int(self.spec["tokenizer"]["vocab_size"])
+        self.has_text = bool(self.spec["has_text"])
+        self.num_documents = len(self.document_starts) - 1
+        self.num_windows = len(self.windows)
+        self.num_ids = len(self.token_ids)
         self.sources = DocumentSources.read(path, metadata, tensors)
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenFile":
-        """The token file at `path`, verified to the last bit.
+        """Open the token file at `path`, verified to the last bit.
 
-        Raises TokenFileError where a single bit differs from what was written, in the tensors or in
-        the header, and for files of another kind or version.
+        Raises TokenFileError where one bit of tensors or header differs from what was written, and
+        for files of another kind or version.
         """
         place = Path(path)
         metadata, tensors = read_container(place)
@@ -127,9 +132,8 @@ class TokenFile:
     def require_unchanged(self) -> None:
         """Raise TokenFileError where the file was cut short or rewritten since it was opened.
 
-        Its pages are mapped: one that was cut off would end the process with a bus error, and one
-        that was rewritten would be scored. A file that was replaced or removed as a whole does no
-        harm, for this one keeps what it opened.
+        The file is mapped: reading a page that was cut off would end the process with a bus error.
+        A file that was replaced or removed as a whole does no harm: the opened one stays.
         """
         try:
             now = self.path.stat()
@@ -151,65 +155,36 @@ class TokenFile:
             f"num_targets={self.num_targets}, input_fingerprint='{self.input_fingerprint[:12]}…')"
         )
 
-    @property
-    def protocol(self) -> str:
-        """The protocol's name."""
-        return str(self.spec["protocol"]["name"])
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """The names that `document_domains` points at."""
-        return tuple(self.spec["domains"])
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the tokenizer's vocabulary, added tokens included."""
-        return int(self.spec["tokenizer"]["vocab_size"])
-
-    @property
-    def has_text(self) -> bool:
-        """Whether the text is known; false for imported ids, whose tokens have no bytes."""
-        return bool(self.spec["has_text"])
-
-    @property
-    def num_documents(self) -> int:
-        """Documents with at least one token."""
-        return len(self.document_starts) - 1
-
-    @property
-    def num_windows(self) -> int:
-        """Rows of the window table."""
-        return len(self.windows)
-
-    @property
-    def num_ids(self) -> int:
-        """Tokens over all documents."""
-        return len(self.token_ids)
-
     @cached_property
     def num_targets(self) -> int:
-        """Scored tokens over all windows; a token scored in two windows counts twice."""
+        """Count the scored tokens of all windows; one scored in two windows counts twice."""
         return int(self.target_counts().sum())
 
     def fed_lengths(self) -> NDArray[np.int64]:
-        """Ids that each window feeds forward, the prefix included: int64 [W]."""
+        """Return how many ids each window feeds forward, the prefix included: int64 [W]."""
         return self.windows.fed_lengths()
 
     def target_counts(self) -> NDArray[np.int64]:
-        """Scored tokens of each window: int64 [W]."""
+        """Count the scored tokens of each window: int64 [W]."""
         table = self.windows
         if self.scored_mask is None:
             plain_W: NDArray[np.int64] = table.target_stop - table.target_start
             return plain_W
         before = np.concatenate(([0], np.cumsum(self.scored_mask, dtype=np.int64)))
         base_W = self.document_starts[table.document]
-        counts_W: NDArray[np.int64] = (
-            before[base_W + table.target_stop] - before[base_W + table.target_start]
+        counts_W: NDArray[np.int64] = np.subtract(
+            before[base_W + table.target_stop], before[base_W + table.target_start]
         )
         return counts_W
 
+    def documents_utf8(self) -> list[bytes]:
+        """Return the UTF-8 of every document that was tokenised, in order."""
+        data = np.asarray(self.text_bytes).tobytes()
+        edges = np.asarray(self.byte_starts)[self.document_starts].tolist()
+        return [data[begin:end] for begin, end in pairwise(edges)]
+
     def window_ids(self, index: int) -> WindowIds:
-        """Window `index` as an engine is fed it. Raises TokenFileError where the file changed."""
+        """Return window `index` as an engine is fed it. Raises TokenFileError if it changed."""
         self.require_unchanged()
         row = self.windows.array[index].tolist()
         document, start, stop, target_start, target_stop, mode, prefix_id = row
@@ -227,7 +202,7 @@ class TokenFile:
         return WindowIds(index, ids_T, targets_N)
 
     def target_tokens(self, index: int) -> NDArray[np.int64]:
-        """Flat indices into `token_ids` of the tokens that window `index` scores: int64 [N]."""
+        """Return the indices in `token_ids` of the tokens that window `index` scores: int64 [N]."""
         document, _, _, target_start, target_stop = self.windows.array[index, :5].tolist()
         base = int(self.document_starts[document])
         tokens_N = np.arange(base + target_start, base + target_stop, dtype=np.int64)

@@ -265,7 +265,7 @@ class SenseChecks:
 def impossible_windows(
     windows: WindowArray, lengths_D: NDArray[np.int64], first_document: int = 0
 ) -> NDArray[np.bool_]:
-    """Which windows leave their document or score what has no context: bool [W].
+    """Return which windows leave their document or score what has no context: bool [W].
 
     lengths_D: ids of the documents `first_document …`, the only ones that windows may name.
     """

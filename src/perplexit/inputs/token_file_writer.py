@@ -6,7 +6,6 @@ Shape suffixes: D = documents, W = windows.
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,9 @@ class TokenFileWriter:
     """Collects documents and windows; `finish` makes the file appear, whole and verified.
 
     A context manager: leaving it without `finish` leaves nothing behind.
+
+    output: an older token file at a plain path is replaced. masked: the file has a scored mask.
+    has_text: tokens have bytes. keep: the columns of the documents' sources that are kept.
     """
 
     def __init__(
@@ -50,11 +52,6 @@ class TokenFileWriter:
         has_text: bool,
         keep: Sequence[str] = (),
     ) -> None:
-        """`masked`: the file carries a scored mask; `has_text`: tokens have bytes.
-
-        keep: the columns of the documents' sources that are kept.
-        An older token file at a plain path is replaced.
-        """
         if not isinstance(output, OutputFile):
             output = OutputFile(output, TOKEN_FILE, force=True)
         self._file = output
@@ -67,7 +64,6 @@ class TokenFileWriter:
         self.sources = SourceRows(keep)
         layout = LAYOUT | (MASK_LAYOUT if masked else {}) | self.sources.layout
         self._spool = TensorSpool(self._output, layout)
-        self._masked = masked
         self._text_hash = hashlib.sha256()
         self._num_bytes = 0
         self._num_targets = 0
@@ -81,22 +77,17 @@ class TokenFileWriter:
     def __enter__(self) -> "TokenFileWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._spool.__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        self._spool.close()
 
     @property
     def num_documents(self) -> int:
-        """Documents written so far."""
+        """Return how many documents were written so far."""
         return self._spool.num_rows("document_domains")
 
     @property
     def num_ids(self) -> int:
-        """Tokens written so far."""
+        """Return how many tokens were written so far."""
         return self._spool.num_rows("token_ids")
 
     def append(
@@ -112,8 +103,8 @@ class TokenFileWriter:
 
         documents: where they came from; None: they are numbered as they come.
 
-        Document numbers in `windows` are the file's; a window in which the mask leaves nothing to
-        score is dropped, as no figure depends on it.
+        `windows` has the document numbers of the file; a window in which the mask leaves nothing to
+        score is dropped.
         """
         starts_D = batch.document_starts
         _check_windows(windows, np.diff(starts_D), self.num_documents)
@@ -219,10 +210,7 @@ class TokenFileWriter:
 
 
 def frame(num_bytes: int) -> bytes:
-    """What stands before a document's bytes in `text_fingerprint`: ["ab", "c"] is not ["a", "bc"].
-
-    The fingerprint is the SHA-256 of each document's UTF-8 with its frame before it.
-    """
+    """Return what `text_fingerprint` hashes before a document: ["ab", "c"] is not ["a", "bc"]."""
     return num_bytes.to_bytes(8, "little")
 
 

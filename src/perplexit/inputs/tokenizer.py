@@ -55,13 +55,13 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """What the tokenizer is known by; made when first asked for, which takes a while."""
+        """Return the tokenizer's identity; computed when first asked for, which takes a while."""
         return self._backend.fingerprint
 
     def encode_batch(
         self, texts: Sequence[str], *, first_document: int = 0, names: Sequence[str] | None = None
     ) -> EncodedBatch:
-        """The ids of each text with the bytes and words of each id; bytes sum to the text's.
+        """Return the ids of each text, with the bytes and words of each id.
 
         A text of blanks alone may have no tokens; its bytes are then left out too.
         Raises TokenizerError where a text that is not blank gives no tokens, or a long one gives
@@ -105,7 +105,7 @@ class Tokenizer:
         return EncodedBatch.of(flat, np.diff(bounds), lengths, utf8)
 
     def encode_long(self, pieces: Iterable[str], *, name: str) -> Iterator[EncodedBatch]:
-        """The tokens of one long text, part after part; the ids are those of the whole.
+        """Yield the tokens of one long text, part after part; the ids are those of the whole.
 
         pieces: the text, in pieces of any size. Raises as `encode_batch` does, and TokenizerError
         where the text has no place for a cut (see `text_cuts`).
@@ -121,7 +121,7 @@ class Tokenizer:
                 yield self._without_context(batch.document(index), context, name)
 
     def _without_context(self, part: EncodedBatch, context: str, name: str) -> EncodedBatch:
-        """A part without the tokens of the character before it, which are their own."""
+        """Return a part without the tokens of the character before it."""
         own = self._backend.encode_ids([context])[0] if context else []
         num_bytes = len(context.encode())
         first = len(own)
@@ -139,11 +139,11 @@ class Tokenizer:
         )
 
     def num_special(self, ids: NDArray[np.int32]) -> int:
-        """How many of `ids` are special tokens."""
+        """Count the special tokens in `ids`."""
         return int(np.count_nonzero(self._backend.is_special[ids]))
 
     def to_json(self) -> dict[str, Any]:
-        """What the token file's spec records of the tokenizer."""
+        """Return what the token file's spec records of the tokenizer."""
         return {
             "library": self.library,
             "vocab_size": self.vocab_size,
@@ -154,7 +154,7 @@ class Tokenizer:
         }
 
     def _spells(self, texts: Sequence[str]) -> bool:
-        """Whether this vocabulary mostly spells text as it is, so that offsets can be spared.
+        """Return whether this vocabulary mostly spells text as it is, so offsets can be spared.
 
         It decides the time that a batch takes, never its result.
         """

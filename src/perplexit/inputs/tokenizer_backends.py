@@ -32,7 +32,7 @@ class HuggingFaceBackend:
     library = "tokenizers"
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """Truncation and padding are switched off in `tokenizer`, which should be our own copy."""
+        """Switch truncation and padding off in `tokenizer`, which should be our own copy."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -45,7 +45,7 @@ class HuggingFaceBackend:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical serialisation, of what is set in it.
+        """Return the SHA-256 of the canonical serialisation, of what is set in it.
 
         Settings that are null or false are left out: a later release of the library may write new
         ones, which must not make another tokenizer of the same one.
@@ -54,17 +54,17 @@ class HuggingFaceBackend:
 
     @cached_property
     def spelled(self) -> list[bytes]:
-        """The bytes that each id spells, if the text is left as it is."""
+        """Return the bytes that each id spells, if the text is left as it is."""
         return spell_vocabulary(self._serialised, self._tokenizer.get_vocab(with_added_tokens=True))
 
     @property
     def vocab_size(self) -> int:
-        """The largest id, plus one."""
+        """Return the largest id, plus one."""
         return len(self.spelled)
 
     @cached_property
     def is_special(self) -> NDArray[np.bool_]:
-        """Which ids are control tokens."""
+        """Return which ids are control tokens."""
         special = np.zeros(self.vocab_size, dtype=np.bool_)
         for index, token in self._tokenizer.get_added_tokens_decoder().items():
             special[index] = token.special
@@ -72,7 +72,7 @@ class HuggingFaceBackend:
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """The id that stands for what the vocabulary lacks."""
+        """Return the id that stands for what the vocabulary lacks."""
         model = self._serialised["model"]
         if model.get("unk_id") is not None:
             return int(model["unk_id"])
@@ -81,7 +81,7 @@ class HuggingFaceBackend:
 
     @cached_property
     def added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The special ids that the tokenizer puts before and after a text by itself."""
+        """Return the special ids that the tokenizer itself puts before and after a text."""
         with_special = self._tokenizer.encode("a", add_special_tokens=True).ids
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         for start in range(len(with_special) - len(plain) + 1):
@@ -91,21 +91,21 @@ class HuggingFaceBackend:
 
     @cached_property
     def cut_rule(self) -> CutRule:
-        """Where a long text may be cut without changing its ids."""
+        """Return where a long text may be cut without changing its ids."""
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         return rule_of_tokenizers(self._serialised, self.spelled, vocabulary)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of `token`, None where the vocabulary lacks it."""
+        """Return the id of `token`, None where the vocabulary lacks it."""
         return self._tokenizer.token_to_id(token)
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
-        """The ids of each text, and the characters that each token covers."""
+        """Return the ids of each text, and the characters that each token covers."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [_spans_of(encoding) for encoding in encodings]
 
@@ -117,7 +117,7 @@ class SentencePieceBackend:
     added: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # the bare model adds nothing
 
     def __init__(self, processor: Any) -> None:
-        """`processor` is a `sentencepiece.SentencePieceProcessor`."""
+        """Take over a `sentencepiece.SentencePieceProcessor`."""
         self._processor = processor
         self.vocab_size = int(processor.get_piece_size())
         unknown = int(processor.unk_id())
@@ -125,12 +125,12 @@ class SentencePieceBackend:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the model file's content."""
+        """Return the SHA-256 of the model file's content."""
         return hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
 
     @cached_property
     def spelled(self) -> list[bytes]:
-        """The bytes that each id spells, if the text is left as it is."""
+        """Return the bytes that each id spells, if the text is left as it is."""
         pieces = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
         return [
             spell_piece(piece, fallback=bool(self._processor.is_byte(index)))
@@ -139,12 +139,12 @@ class SentencePieceBackend:
 
     @cached_property
     def is_special(self) -> NDArray[np.bool_]:
-        """Which ids are control tokens."""
+        """Return which ids are control tokens."""
         return self._flags(self._processor.is_control)
 
     @cached_property
     def cut_rule(self) -> CutRule:
-        """Where a long text may be cut without changing its ids."""
+        """Return where a long text may be cut without changing its ids."""
         pieces = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
         return rule_of_sentencepiece(self._processor.serialized_model_proto(), pieces)
 
@@ -156,12 +156,12 @@ class SentencePieceBackend:
         return np.array([asks(index) for index in range(self.vocab_size)], dtype=np.bool_)
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         ids: list[list[int]] = self._processor.encode(list(texts), add_bos=False, add_eos=False)
         return ids
 
     def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
-        """The ids of each text, and the characters that each token covers."""
+        """Return the ids of each text, and the characters that each token covers."""
         return [self._spans(ids, offsets) for ids, offsets in self._offsets(list(texts))]
 
     def _spans(self, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Spans:
@@ -189,7 +189,7 @@ TokenizerBackend = HuggingFaceBackend | SentencePieceBackend
 
 
 def _set_values(value: Any) -> Any:
-    """The JSON value without the entries of objects that are null or false."""
+    """Return the JSON value without the entries of objects that are null or false."""
     if _is_set_throughout(value):
         return value
     if isinstance(value, dict):
@@ -199,7 +199,7 @@ def _set_values(value: Any) -> Any:
 
 
 def _is_set_throughout(value: Any) -> bool:
-    """Whether nothing in a vocabulary or a list of merges can be null or false, found quickly."""
+    """Return whether nothing in a vocabulary or list of merges is null or false, quickly."""
     entries = value.values() if isinstance(value, dict) else value
     if not isinstance(value, dict | list):
         return True

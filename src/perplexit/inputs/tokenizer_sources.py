@@ -34,7 +34,10 @@ _CONFIGURATION = Expected(
 _SPARSE_IDS, _SPARSENESS = 1 << 20, 64  # ids without a token: this many, and so many for each
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.tiktoken"]
-_NAMED_TOKENS = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split(" "))
+_NAMED_TOKENS = [
+    *("bos_token", "eos_token", "unk_token", "sep_token"),
+    *("pad_token", "cls_token", "mask_token"),
+]
 _Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}$")]
 
 

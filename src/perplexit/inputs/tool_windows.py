@@ -20,7 +20,7 @@ from perplexit.inputs.windows import (
 def hf_guide_windows(
     lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
 ) -> WindowArray:
-    """Windows at `range(0, n, stride)` up to the first that reaches the end: [W, 7].
+    """Cut windows at `range(0, n, stride)` up to the first that reaches the end: [W, 7].
 
     Only what the window before did not reach is scored; the last window is not moved back, so it
     may be short. Where windows touch without overlapping, the first id of each is not scored.
@@ -42,7 +42,7 @@ def hf_guide_windows(
 def hf_evaluate_windows(
     lengths_D: ArrayLike, *, max_length: int, bos: BosPolicy = "none", bos_id: int = -1
 ) -> WindowArray:
-    """One window a document, cut off at `max_length` fed ids: [W, 7].
+    """Cut one window per document, of at most `max_length` fed ids: [W, 7].
 
     Source: https://github.com/huggingface/evaluate/blob/main/metrics/perplexity/perplexity.py
     """
@@ -55,7 +55,7 @@ def hf_evaluate_windows(
 
 
 def lm_eval_windows(lengths_D: ArrayLike, *, max_length: int, bos_id: int) -> WindowArray:
-    """Disjoint targets, `max_length` a window, each window with one id of context: [W, 7].
+    """Cut windows of `max_length` disjoint targets with one id of context: [W, 7].
 
     The context of a document's first window is the prefix token. A last window is filled up with
     more context to full length. A full window feeds `max_length + 1` ids, the last target included.
@@ -75,7 +75,7 @@ def lm_eval_windows(lengths_D: ArrayLike, *, max_length: int, bos_id: int) -> Wi
 def llama_cpp_windows(
     lengths_D: ArrayLike, *, max_length: int, bos: BosPolicy = "none", bos_id: int = -1
 ) -> WindowArray:
-    """Whole chunks of `max_length` ids, of which the second half is scored: [W, 7].
+    """Cut whole chunks of `max_length` ids, of which the second half is scored: [W, 7].
 
     With a BOS, the text is tokenised with it in front, and the first id of every later chunk is
     overwritten by it. Of 512 ids the targets 257 … 511 count (255); the tail is dropped.
@@ -97,7 +97,7 @@ def llama_cpp_windows(
 def qefficient_windows(
     lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
 ) -> WindowArray:
-    """Full windows at `range(0, n - max_length + 1, stride)`, every target of each: [W, 7].
+    """Cut full windows at `range(0, n - max_length + 1, stride)`, every target scored: [W, 7].
 
     Tokens where windows overlap are scored more than once, and the tail is dropped; that is this
     protocol, not a defect of this function.
@@ -114,7 +114,7 @@ def qefficient_windows(
 def mlc_windows(
     lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
 ) -> WindowArray:
-    """Windows at `range(0, n, stride)`, the short ones at the end included: [W, 7].
+    """Cut windows at `range(0, n, stride)`, the short ones at the end included: [W, 7].
 
     Every window scores all its ids but the first, so overlaps count more than once. A last window
     of a single id has no target and is dropped.

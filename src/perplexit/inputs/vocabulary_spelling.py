@@ -15,7 +15,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table).
+    """Return the byte that each character of a byte-level vocabulary stands for (GPT-2's table).
 
     Printable Latin-1 characters stand for themselves; the other bytes, in order, are written as
     the characters from U+0100 on.
@@ -28,7 +28,7 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 def spell_vocabulary(serialised: Mapping[str, Any], tokens: Mapping[str, int]) -> list[bytes]:
-    """The bytes that each id spells, by id, for a tokenizer in the form of a `tokenizer.json`.
+    """Return the bytes that each id spells, for a tokenizer in the form of `tokenizer.json`.
 
     A spelling is a claim to be checked against the text, never the last word: normalisers and
     unknown tokens break it.
@@ -49,7 +49,7 @@ def spell_vocabulary(serialised: Mapping[str, Any], tokens: Mapping[str, int]) -
 
 
 def _byte_level_tokens(tokens: Iterable[str]) -> dict[str, bytes]:
-    """The bytes of the tokens that are written in the byte-level alphabet, by token."""
+    """Return the bytes of the tokens that are written in the byte-level alphabet."""
     alphabet = byte_level_alphabet()
     byte_of = {ord(character): byte for character, byte in alphabet.items()}
     characters = set(alphabet)
@@ -62,7 +62,7 @@ def _byte_level_tokens(tokens: Iterable[str]) -> dict[str, bytes]:
 
 
 def spell_piece(piece: str, *, fallback: bool) -> bytes:
-    """The bytes of a SentencePiece piece; `fallback`: `<0x41>` is one byte."""
+    """Return the bytes of a SentencePiece piece; `fallback`: `<0x41>` is one byte."""
     match = _BYTE_TOKEN.fullmatch(piece) if fallback else None
     if match:
         return bytes([int(match.group(1), 16)])
@@ -70,7 +70,7 @@ def spell_piece(piece: str, *, fallback: bool) -> bytes:
 
 
 def _step_types(serialised: Mapping[str, Any]) -> set[str]:
-    """The types of all pre-tokenizers and normalisers, those in sequences included."""
+    """Return the types of all pre-tokenizers and normalisers, those in sequences included."""
     found: set[str] = set()
     steps = [serialised.get("pre_tokenizer"), serialised.get("normalizer")]
     while steps:

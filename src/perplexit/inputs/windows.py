@@ -86,46 +86,46 @@ class WindowTable:
         return (self[index] for index in range(len(self)))
 
     def column(self, name: str) -> NDArray[np.int64]:
-        """The column `name` of COLUMNS, int64 [W]."""
+        """Return the column `name` of COLUMNS, int64 [W]."""
         return self.array[:, COLUMNS.index(name)]
 
     @property
     def document(self) -> NDArray[np.int64]:
-        """The document of each window."""
+        """Return the document of each window."""
         return self.array[:, 0]
 
     @property
     def start(self) -> NDArray[np.int64]:
-        """The first token index that each window covers."""
+        """Return the first token index that each window covers."""
         return self.array[:, 1]
 
     @property
     def stop(self) -> NDArray[np.int64]:
-        """The token index after the last that each window covers."""
+        """Return the token index after the last that each window covers."""
         return self.array[:, 2]
 
     @property
     def target_start(self) -> NDArray[np.int64]:
-        """The first target of each window."""
+        """Return the first target of each window."""
         return self.array[:, 3]
 
     @property
     def target_stop(self) -> NDArray[np.int64]:
-        """The token index after the last target of each window."""
+        """Return the token index after the last target of each window."""
         return self.array[:, 4]
 
     @property
     def prefix_mode(self) -> NDArray[np.int64]:
-        """The PrefixMode of each window."""
+        """Return the PrefixMode of each window."""
         return self.array[:, 5]
 
     @property
     def prefix_id(self) -> NDArray[np.int64]:
-        """The prefix token of each window, -1 where it has none."""
+        """Return the prefix token of each window, -1 where it has none."""
         return self.array[:, 6]
 
     def fed_lengths(self) -> NDArray[np.int64]:
-        """How many ids each window feeds forward, the prefix included: int64 [W]."""
+        """Return how many ids each window feeds forward, the prefix included: int64 [W]."""
         lengths_W: NDArray[np.int64] = (
             self.stop - self.start + (self.prefix_mode == PrefixMode.INSERT)
         )
@@ -135,7 +135,7 @@ class WindowTable:
 def sliding_windows(
     lengths_D: ArrayLike, *, max_length: int, stride: int, bos: BosPolicy = "none", bos_id: int = -1
 ) -> WindowArray:
-    """Windows that advance by `stride`; each target of a document is scored exactly once: [W, 7].
+    """Cut windows that advance by `stride`; each target is scored exactly once: [W, 7].
 
     A window needs one id of context, so the advance is `min(stride, max_length - 1)`. Window k
     starts at k · advance and scores what window k - 1 did not reach; the last one is shifted left
@@ -161,7 +161,7 @@ def disjoint_windows(
     bos_id: int = -1,
     keep_tail: bool = True,
 ) -> WindowArray:
-    """Consecutive chunks of `max_length` fed ids: [W, 7].
+    """Cut consecutive chunks of `max_length` fed ids: [W, 7].
 
     The first id of a chunk is its context and is not scored, unless a BOS stands before it. A tail
     is kept where at least one of its ids can be scored (not at all where `keep_tail` is false).
@@ -178,7 +178,7 @@ def disjoint_windows(
 def document_windows(
     lengths_D: ArrayLike, *, bos: BosPolicy = "none", bos_id: int = -1
 ) -> WindowArray:
-    """One window a document, however long, where it has a target: [W, 7]."""
+    """Cut one window per document, however long, where it has a target: [W, 7]."""
     # `every` and `first` are one thing here: the one window has the one BOS.
     policy: BosPolicy = "none" if bos == "none" else "first"
     extended_D = extended_lengths(lengths_D, policy)
@@ -190,7 +190,7 @@ def document_windows(
 
 
 def extended_lengths(lengths_D: ArrayLike, bos: BosPolicy) -> NDArray[np.int64]:
-    """Length of each sequence that windows are cut from: int64 [D].
+    """Return the length of each sequence that windows are cut from: int64 [D].
 
     Under `first` the sequence is [BOS] + ids, and windows are cut from it as from any other.
     """
@@ -201,13 +201,13 @@ def extended_lengths(lengths_D: ArrayLike, bos: BosPolicy) -> NDArray[np.int64]:
 def window_frame(
     lengths_D: ArrayLike, max_length: int, bos: BosPolicy
 ) -> tuple[int, int, NDArray[np.int64]]:
-    """(room for ids of the sequence in a window, first scorable index, sequence lengths)."""
+    """Return (room for a sequence's ids in a window, first scorable index, sequence lengths)."""
     room, first_target = (max_length - 1, 0) if bos == "every" else (max_length, 1)
     return room, first_target, extended_lengths(lengths_D, bos)
 
 
 def spread_windows(counts_D: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(document of each window, its ordinal within the document), both int64 [W]."""
+    """Return (document of each window, its ordinal within the document), both int64 [W]."""
     document_W = np.repeat(np.arange(len(counts_D), dtype=np.int64), counts_D)
     before_D = np.cumsum(counts_D) - counts_D
     return document_W, np.arange(len(document_W), dtype=np.int64) - before_D[document_W]
@@ -222,7 +222,7 @@ def cut_windows(
     bos: BosPolicy,
     bos_id: int,
 ) -> WindowArray:
-    """The window table from ranges in the (extended) sequences; targets run to the stop: [W, 7]."""
+    """Make the window table from ranges in the (extended) sequences: [W, 7]."""
     shift = int(bos == "first")
     prefixed_W = start_W == 0 if shift else np.full(len(start_W), bos == "every")
     table = np.empty((len(document_W), len(COLUMNS)), dtype=np.int64)
@@ -237,7 +237,7 @@ def cut_windows(
 
 
 def balanced_parts(lengths: Sequence[int], *, workers: int, most_ids: int) -> list[range]:
-    """Places 0, 1, … of windows as runs of about equal numbers of ids, in order.
+    """Divide windows among workers into runs of about equal numbers of ids, in order.
 
     lengths: the windows' ids, longest first. There are as many parts as workers, or a multiple, so
     that all have something to do until the end; fewer where windows are fewer. A part holds about

@@ -19,7 +19,7 @@ Row = tuple[Any, Any, Any]  # ids, attention mask or None, labels or None
 def window_batches(
     data_loader: Iterable[Any], *, ctx_len: int | None = None, pad_id: int | None = None
 ) -> Iterator[list[WindowIds]]:
-    """The loader's rows as windows, in order, a list a batch.
+    """Yield the loader's rows as windows, in order, one list per batch.
 
     A batch is an array or tensor of ids (a row, or rows), a list of rows, `(ids, mask)`, or a
     mapping with `input_ids` and, where there are any, `attention_mask` and `labels`.
@@ -69,12 +69,12 @@ def _rows(batch: Any) -> Iterator[Row]:
 
 
 def _is_collated(batch: Any) -> bool:
-    """Whether a list is [ids, mask] as torch's default collation makes of tuples, not rows."""
+    """Return whether a list is [ids, mask], as torch's default collation makes it, not rows."""
     return isinstance(batch, list) and bool(batch) and getattr(batch[0], "ndim", 0) == 2
 
 
 def _row_list(part: Any) -> Sequence[Any]:
-    """The rows of ids, mask or labels; one row where there is no row dimension."""
+    """Return the rows of ids, mask or labels; one row where there is no row dimension."""
     if hasattr(part, "ndim"):
         array = _array(part)
         return list(np.atleast_2d(array)) if array.size else []

@@ -51,7 +51,7 @@ def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's
     log_file: str | Path | None,
     model_name: str,
 ) -> tuple[float, float]:
-    """`(perplexity, avg_loss)`: exp of, and, the mean loss over all scored tokens, nats a token.
+    """Return `(perplexity, avg_loss)`; avg_loss is the mean over all scored tokens, in nats.
 
     data_loader: batches as `window_batches` reads them; each row is one window, its second id the
         first target. Rows that overlap are scored as they are, overlap twice, as in QEfficient.
@@ -99,7 +99,7 @@ def torch_perplexity(  # noqa: PLR0917 - as in calculate_perplexity
     batch_size: int = 1,
     log_file: str | Path | None = None,
 ) -> list[NDArray[np.float32]]:
-    """The losses of each row's targets, nats, an array a row: what `calculate_perplexity` averages.
+    """Return the losses of each row's targets, nats, one array per row.
 
     The arguments are those of `calculate_perplexity`; a line a row is appended to `log_file`.
     """
@@ -119,7 +119,7 @@ def torch_perplexity(  # noqa: PLR0917 - as in calculate_perplexity
 def compute_perplexity(
     model: Any, data_loader: Iterable[Any], device: Any = None, pad_id: int = 0
 ) -> float:
-    """`exp((1/N) Σ -log p(token))` over the N scored tokens of the loader's rows.
+    """Return `exp((1/N) Σ -log p(token))` over the N scored tokens of the loader's rows.
 
     model: any torch.nn.Module that gives logits for every position (its training mode is left as
         it was), a session, or a model's address. device: where the module is; an address is

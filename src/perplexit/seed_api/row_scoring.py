@@ -24,7 +24,7 @@ def session_of(given: Any, *, device: Any = None) -> AbstractContextManager[Infe
 
 
 def regrouped(batches: Iterable[Sequence[WindowIds]], size: int) -> Iterator[list[WindowIds]]:
-    """The same windows in batches of `size`, the last one shorter."""
+    """Yield the same windows in batches of `size`, the last one shorter."""
     if size < 1:
         raise UsageError(f"batch_size must be at least 1, got {size}: give a number of rows")
     windows = chain.from_iterable(batches)
@@ -35,7 +35,7 @@ def regrouped(batches: Iterable[Sequence[WindowIds]], size: int) -> Iterator[lis
 def row_losses(
     session: InferenceSession, batches: Iterable[Sequence[WindowIds]]
 ) -> Iterator[tuple[WindowIds, NDArray[np.float32]]]:
-    """Each window with the nll of its targets, nats, in order; a batch is one call of the session.
+    """Yield each window with the nll of its targets, nats; one call per batch.
 
     A window without targets is not fed. A batch that does not fit is halved.
     Raises NonFiniteError that names row, position and token of the first NaN or infinite loss.
