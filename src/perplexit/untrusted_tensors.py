@@ -24,6 +24,7 @@ from perplexit.untrusted_files import Expected, check_regular, open_regular, sta
 _DECODED_BYTES = 64 << 20
 _DECODED_RATIO = 1000
 _VALUE_BYTES = {"BOOLEAN": 0.125, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # the others: 4 at least
+_VARIABLE = (pa.string(), pa.binary(), pa.large_string(), pa.large_binary())
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def read_parquet(path: Path, expected: Expected) -> pa.Table:
     allowed = _DECODED_BYTES + _DECODED_RATIO * size
     with open_regular(path, expected) as source, stated(path, expected):
         schema = pq.read_schema(source)
-        variable = [field.name for field in schema if _is_variable(field.type)]
+        variable = [field.name for field in schema if field.type in _VARIABLE]
         # Long values that repeat stay in a dictionary until their sum is known.
         file = pq.ParquetFile(source, read_dictionary=variable)
         _require(_declared_bytes(file.metadata) <= allowed, path, expected, size)
@@ -86,19 +87,6 @@ def _declared_bytes(metadata: pq.FileMetaData) -> float:
                 return float("inf")
             total += column.num_values * _VALUE_BYTES.get(column.physical_type, 4)
     return total
-
-
-def _is_variable(kind: pa.DataType) -> bool:
-    types = pa.types
-    return any(
-        check(kind)
-        for check in (
-            types.is_string,
-            types.is_binary,
-            types.is_large_string,
-            types.is_large_binary,
-        )
-    )
 
 
 def _decoded_bytes(column: pa.ChunkedArray) -> int:

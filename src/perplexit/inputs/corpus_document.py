@@ -56,25 +56,22 @@ def row_document(
     source_file: str | None = None,
     source_row: int = 0,
 ) -> Document:
-    """Return the document in a row. Raises CorpusError where a column is missing or holds another type."""
+    """Return the document in a row.
+
+    Raises CorpusError where a column is missing or holds another type.
+    """
     check_columns(row, keys, origin)
     text, prompt = row[keys.text], row[keys.prompt] if keys.prompt else None
     domain = row[keys.domain] if keys.domain else None
     if not (text is None or isinstance(text, str)):
-        raise CorpusError(
-            f"{origin}: {keys.text!r} holds a {type(text).__name__}, expected text. Name the "
-            f"column that holds it with the text key; there are {', '.join(map(str, row))}."
-        )
+        others = ", ".join(map(str, row))
+        what = f"text. Name the column that holds it with the text key; there are {others}."
+        raise _wrong_type(origin, keys.text, text, what)
     if keys.prompt and not isinstance(prompt, str):
-        raise CorpusError(
-            f"{origin}: {keys.prompt!r} holds a {type(prompt).__name__}, expected text (an empty "
-            f"one where there is no prompt)."
-        )
+        what = "text (an empty one where there is no prompt)."
+        raise _wrong_type(origin, keys.prompt, prompt, what)
     if keys.domain and not isinstance(domain, str | int):
-        raise CorpusError(
-            f"{origin}: {keys.domain!r} holds a {type(domain).__name__}, expected the name of a "
-            f"domain."
-        )
+        raise _wrong_type(origin, keys.domain, domain, "the name of a domain.")
     return Document(
         text,
         origin,
@@ -84,6 +81,10 @@ def row_document(
         source_row,
         tuple(_as_json(row[key]) for key in keys.keep),
     )
+
+
+def _wrong_type(origin: str, key: str, value: Any, expected: str) -> CorpusError:
+    return CorpusError(f"{origin}: {key!r} holds a {type(value).__name__}, expected {expected}")
 
 
 def check_columns(names: Iterable[str], keys: Keys, origin: str) -> None:

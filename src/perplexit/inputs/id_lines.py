@@ -13,6 +13,7 @@ import numpy as np
 from perplexit.errors import CorpusError
 from perplexit.inputs.corpus_document import Document
 from perplexit.inputs.encoded_batch import EncodedBatch
+from perplexit.inputs.protocols import ResolvedProtocol
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TOKEN_FILE, TokenFileWriter
 from perplexit.inputs.tokenizer_sources import load_tokenizer
@@ -23,6 +24,7 @@ from perplexit.untrusted_files import Expected, open_regular
 _EXPECTED = Expected("lines of token ids", CorpusError, "check the path")
 _LINES_PER_BATCH = 1024
 _MOST_DIGITS = 20
+_PROTOCOL = ResolvedProtocol("id-lines", 1, None, None, "none", -1, None, "window-means")
 _LARGEST_ID = np.iinfo(np.int32).max
 
 
@@ -79,16 +81,7 @@ def import_id_lines(
             largest = max([largest, *(max(ids) for _, ids in kept)])
             _append(writer, kept, str(path))
         spec: dict[str, Any] = {
-            "protocol": {
-                "name": "id-lines",
-                "version": 1,
-                "max_length": None,
-                "stride": None,
-                "bos": "none",
-                "prefix_id": -1,
-                "joined_with": None,
-                "aggregate": "window-means",
-            },
+            "protocol": _PROTOCOL.to_json(),
             "tokenizer": loaded.to_json() if loaded else {"vocab_size": largest + 1},
             "domains": [],
             "corpus": {

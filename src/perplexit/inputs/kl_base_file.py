@@ -15,7 +15,6 @@ Source: https://github.com/ggml-org/llama.cpp/blob/master/tools/perplexity/perpl
 Shape suffixes: N = targets, V = vocabulary.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import FingerprintMismatchError, ModelError, VocabularyError
+from perplexit.fingerprints import sha256_of_file
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import PrefixMode
 from perplexit.untrusted_files import Expected, open_regular, stated
@@ -133,8 +133,7 @@ class KlBaseFile:
     @cached_property
     def fingerprint(self) -> str:
         """Return the SHA-256 of the file, which does not name its model."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(self.path)
 
     def rows(self, chunk: int, start: int, stop: int) -> ClampedRows:
         """Read the distributions of the targets `start … stop - 1` of a chunk."""
@@ -165,10 +164,7 @@ class KlBaseFile:
             _EXPECTED.refuse(self.path, f"rows in chunk {chunk} that are no log-probabilities")
 
     def require_input(self, tokens: TokenFile) -> None:
-        """Nothing, where an input's windows are the file's chunks.
-
-        Raises FingerprintMismatchError that names what differs.
-        """
+        """Raise FingerprintMismatchError unless the input's windows are the file's chunks."""
         problem = self._difference(tokens)
         if problem is not None:
             raise FingerprintMismatchError(
@@ -204,9 +200,8 @@ class KlBaseFile:
 
 def _as_tokenised(tokens: TokenFile, window: int) -> NDArray[np.int32]:
     """Return a window's ids before a BOS was written over the first of them."""
-    ids_T: NDArray[np.int32] = np.asarray(tokens.window_ids(window).ids_T)
-    document, start = tokens.windows.array[window, :2].tolist()
-    if tokens.windows.prefix_mode[window] == int(PrefixMode.OVERWRITE):
-        ids_T = ids_T.copy()
-        ids_T[0] = tokens.token_ids[int(tokens.document_starts[document]) + start]
+    ids_T = np.array(tokens.window_ids(window).ids_T)
+    row = tokens.windows[window]
+    if row.prefix_mode is PrefixMode.OVERWRITE:
+        ids_T[0] = tokens.token_ids[int(tokens.document_starts[row.document]) + row.start]
     return ids_T

@@ -31,10 +31,12 @@ _MOST_TRIES = 10_000
 
 
 class AbsentPairs:
-    """Pairs of neighbours that stand in no token: of bytes, or of characters."""
+    """Pairs of neighbours that stand in no token: of bytes, or of characters.
+
+    spelled: the tokens of a byte-level vocabulary; None: `tokens` are characters.
+    """
 
     def __init__(self, spelled: Sequence[bytes] | None, tokens: Sequence[str]) -> None:
-        """Find the pairs; spelled: a byte-level vocabulary's tokens, None: `tokens` are characters."""
         self._by_bytes = spelled is not None
         codes, ends = _joined(spelled if spelled is not None else tokens)
         inside = np.ones(max(len(codes) - 1, 0), dtype=np.bool_)

@@ -119,12 +119,8 @@ class TokenFileWriter:
             first = self.num_documents
             numbers = range(first, first + batch.num_documents)
             documents = [Document("", "", source_row=number) for number in numbers]
-        for name, rows in self.sources.tensors(documents).items():
-            self._spool.append(name, rows)
         self._num_targets += int(counts_W.sum())
-        self._spool.append("windows", windows)
-        self._spool.append("document_starts", starts_D[1:] + self.num_ids)
-        self._spool.append("document_domains", domains_D)
+        self._append_documents(documents, domains_D, windows, starts_D[1:] + self.num_ids)
         self._append_text(batch)
         self._spool.append("token_ids", batch.ids)
         self._documents_end = self.num_ids
@@ -153,12 +149,8 @@ class TokenFileWriter:
             self._text_hash.update(piece)
         self._long_bytes = 0
         self._num_targets += int(counts_W.sum())
-        self._spool.append("windows", windows)
-        self._spool.append("document_starts", np.array([self.num_ids]))
         self._documents_end = self.num_ids
-        self._spool.append("document_domains", np.array([domain], dtype=np.int32))
-        for name, rows in self.sources.tensors([document]).items():
-            self._spool.append(name, rows)
+        self._append_documents([document], np.array([domain]), windows, np.array([self.num_ids]))
 
     def finish(self, spec: Mapping[str, Any], *, tokenizer_fingerprint: str) -> TokenFile:
         """Write the file and open it. Raises EmptyScoreError where no window has a target."""
@@ -185,6 +177,19 @@ class TokenFileWriter:
         metadata["input_fingerprint"] = input_fingerprint(metadata)
         self._spool.assemble(metadata, check=self._file.check_replaceable)
         return TokenFile.open(self._file.path)
+
+    def _append_documents(
+        self,
+        documents: Sequence[Document],
+        domains_D: NDArray[Any],
+        windows: WindowArray,
+        ends_D: NDArray[np.int64],
+    ) -> None:
+        for name, rows in self.sources.tensors(documents).items():
+            self._spool.append(name, rows)
+        self._spool.append("windows", windows)
+        self._spool.append("document_starts", ends_D)
+        self._spool.append("document_domains", domains_D)
 
     def _append_text(self, batch: EncodedBatch) -> None:
         text_starts_D = batch.byte_starts[batch.document_starts]

@@ -1,13 +1,17 @@
-"""The two libraries that turn text into ids: two classes with the same methods.
+"""The two libraries that turn text into ids: two classes with the same members.
 
-Neither adds special tokens to a text or cuts it off.
+    spelled:    the bytes that each id spells, if the text is left as it is.
+    vocab_size: the largest id, plus one.
+    is_special: bool [vocab_size], which ids are control tokens.
+    unknown_id: the id that stands for what the vocabulary lacks, or None.
+    added:      the special ids that the tokenizer itself puts before and after a text.
 
-Shape suffixes: V = vocabulary.
+Neither `encode_ids` nor `encode_spans` adds special tokens or cuts a text off.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -16,7 +20,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from perplexit.fingerprints import canonical_json
+from perplexit.fingerprints import json_fingerprint
 from perplexit.inputs.cut_rules import rule_of_sentencepiece, rule_of_tokenizers
 from perplexit.inputs.text_cuts import CutRule
 from perplexit.inputs.vocabulary_spelling import spell_piece, spell_vocabulary
@@ -27,21 +31,27 @@ Spans = tuple[list[int], NDArray[np.int64], NDArray[np.int64]]  # ids, first and
 
 
 class HuggingFaceBackend:
-    """A `tokenizers.Tokenizer`: everything that has a `tokenizer.json`."""
+    """A `tokenizers.Tokenizer`: everything that has a `tokenizer.json`.
+
+    It should be our own copy: its truncation and padding are switched off.
+    """
 
     library = "tokenizers"
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """Switch truncation and padding off in `tokenizer`, which should be our own copy."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-
-    @cached_property
-    def _serialised(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self._tokenizer.to_str())
-        del content["truncation"], content["padding"]
-        return content
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        self._serialised: dict[str, Any] = json.loads(tokenizer.to_str())
+        del self._serialised["truncation"], self._serialised["padding"]
+        self.spelled = spell_vocabulary(self._serialised, self._vocabulary)
+        self.vocab_size = len(self.spelled)
+        self.unknown_id = self._unknown_id()
+        self.added = self._added()
+        self.is_special = np.zeros(self.vocab_size, dtype=np.bool_)
+        for index, token in tokenizer.get_added_tokens_decoder().items():
+            self.is_special[index] = token.special
 
     @cached_property
     def fingerprint(self) -> str:
@@ -50,38 +60,16 @@ class HuggingFaceBackend:
         Settings that are null or false are left out: a later release of the library may write new
         ones, which must not make another tokenizer of the same one.
         """
-        return hashlib.sha256(canonical_json(_set_values(self._serialised)).encode()).hexdigest()
+        return json_fingerprint(_set_values(self._serialised))
 
-    @cached_property
-    def spelled(self) -> list[bytes]:
-        """Return the bytes that each id spells, if the text is left as it is."""
-        return spell_vocabulary(self._serialised, self._tokenizer.get_vocab(with_added_tokens=True))
-
-    @property
-    def vocab_size(self) -> int:
-        """Return the largest id, plus one."""
-        return len(self.spelled)
-
-    @cached_property
-    def is_special(self) -> NDArray[np.bool_]:
-        """Return which ids are control tokens."""
-        special = np.zeros(self.vocab_size, dtype=np.bool_)
-        for index, token in self._tokenizer.get_added_tokens_decoder().items():
-            special[index] = token.special
-        return special
-
-    @cached_property
-    def unknown_id(self) -> int | None:
-        """Return the id that stands for what the vocabulary lacks."""
+    def _unknown_id(self) -> int | None:
         model = self._serialised["model"]
         if model.get("unk_id") is not None:
             return int(model["unk_id"])
         token = model.get("unk_token")
         return None if token is None else self._tokenizer.token_to_id(token)
 
-    @cached_property
-    def added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the special ids that the tokenizer itself puts before and after a text."""
+    def _added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         with_special = self._tokenizer.encode("a", add_special_tokens=True).ids
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         for start in range(len(with_special) - len(plain) + 1):
@@ -92,8 +80,7 @@ class HuggingFaceBackend:
     @cached_property
     def cut_rule(self) -> CutRule:
         """Return where a long text may be cut without changing its ids."""
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        return rule_of_tokenizers(self._serialised, self.spelled, vocabulary)
+        return rule_of_tokenizers(self._serialised, self.spelled, self._vocabulary)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of `token`, None where the vocabulary lacks it."""
@@ -111,15 +98,22 @@ class HuggingFaceBackend:
 
 
 class SentencePieceBackend:
-    """A SentencePiece `.model` file, as its own library reads it."""
+    """A SentencePiece `.model` file in its own library's `SentencePieceProcessor`."""
 
     library = "sentencepiece"
     added: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # the bare model adds nothing
 
     def __init__(self, processor: Any) -> None:
-        """Take over a `sentencepiece.SentencePieceProcessor`."""
+        ids = range(int(processor.get_piece_size()))
         self._processor = processor
-        self.vocab_size = int(processor.get_piece_size())
+        self._pieces = [processor.id_to_piece(index) for index in ids]
+        self._is_byte = np.array([processor.is_byte(index) for index in ids], dtype=np.bool_)
+        self.is_special = np.array([processor.is_control(index) for index in ids], dtype=np.bool_)
+        self.vocab_size = len(ids)
+        self.spelled = [
+            spell_piece(piece, fallback=fallback)
+            for piece, fallback in zip(self._pieces, self._is_byte.tolist(), strict=True)
+        ]
         unknown = int(processor.unk_id())
         self.unknown_id: int | None = unknown if unknown >= 0 else None
 
@@ -129,31 +123,9 @@ class SentencePieceBackend:
         return hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
 
     @cached_property
-    def spelled(self) -> list[bytes]:
-        """Return the bytes that each id spells, if the text is left as it is."""
-        pieces = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
-        return [
-            spell_piece(piece, fallback=bool(self._processor.is_byte(index)))
-            for index, piece in enumerate(pieces)
-        ]
-
-    @cached_property
-    def is_special(self) -> NDArray[np.bool_]:
-        """Return which ids are control tokens."""
-        return self._flags(self._processor.is_control)
-
-    @cached_property
     def cut_rule(self) -> CutRule:
         """Return where a long text may be cut without changing its ids."""
-        pieces = [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
-        return rule_of_sentencepiece(self._processor.serialized_model_proto(), pieces)
-
-    @cached_property
-    def _is_byte(self) -> NDArray[np.bool_]:
-        return self._flags(self._processor.is_byte)
-
-    def _flags(self, asks: Callable[[int], bool]) -> NDArray[np.bool_]:
-        return np.array([asks(index) for index in range(self.vocab_size)], dtype=np.bool_)
+        return rule_of_sentencepiece(self._processor.serialized_model_proto(), self._pieces)
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""

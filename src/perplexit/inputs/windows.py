@@ -68,11 +68,17 @@ class WindowIds:
     targets_N: NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
 class WindowTable:
-    """The window table: a row a window, read by row or by column."""
+    """The window table, one row per window: read by row, or by column (int64 [W] each).
 
-    array: WindowArray  # int64 [W, 7]
+    `array` is int64 [W, 7]; the columns are those of COLUMNS. prefix_id is -1 without a prefix.
+    """
+
+    def __init__(self, array: WindowArray) -> None:
+        columns: list[NDArray[np.int64]] = [array[:, index] for index in range(len(COLUMNS))]
+        self.array = array
+        self.document, self.start, self.stop = columns[:3]
+        self.target_start, self.target_stop, self.prefix_mode, self.prefix_id = columns[3:]
 
     def __len__(self) -> int:
         return len(self.array)
@@ -89,47 +95,10 @@ class WindowTable:
         """Return the column `name` of COLUMNS, int64 [W]."""
         return self.array[:, COLUMNS.index(name)]
 
-    @property
-    def document(self) -> NDArray[np.int64]:
-        """Return the document of each window."""
-        return self.array[:, 0]
-
-    @property
-    def start(self) -> NDArray[np.int64]:
-        """Return the first token index that each window covers."""
-        return self.array[:, 1]
-
-    @property
-    def stop(self) -> NDArray[np.int64]:
-        """Return the token index after the last that each window covers."""
-        return self.array[:, 2]
-
-    @property
-    def target_start(self) -> NDArray[np.int64]:
-        """Return the first target of each window."""
-        return self.array[:, 3]
-
-    @property
-    def target_stop(self) -> NDArray[np.int64]:
-        """Return the token index after the last target of each window."""
-        return self.array[:, 4]
-
-    @property
-    def prefix_mode(self) -> NDArray[np.int64]:
-        """Return the PrefixMode of each window."""
-        return self.array[:, 5]
-
-    @property
-    def prefix_id(self) -> NDArray[np.int64]:
-        """Return the prefix token of each window, -1 where it has none."""
-        return self.array[:, 6]
-
     def fed_lengths(self) -> NDArray[np.int64]:
         """Return how many ids each window feeds forward, the prefix included: int64 [W]."""
-        lengths_W: NDArray[np.int64] = (
-            self.stop - self.start + (self.prefix_mode == PrefixMode.INSERT)
-        )
-        return lengths_W
+        lengths_W: NDArray[np.int64] = self.stop - self.start
+        return lengths_W + (self.prefix_mode == PrefixMode.INSERT)
 
 
 def sliding_windows(
