@@ -97,8 +97,10 @@ class WindowTable:
 
     def fed_lengths(self) -> NDArray[np.int64]:
         """Return how many ids each window feeds forward, the prefix included: int64 [W]."""
-        lengths_W: NDArray[np.int64] = self.stop - self.start
-        return lengths_W + (self.prefix_mode == PrefixMode.INSERT)
+        lengths_W: NDArray[np.int64] = (
+            self.stop - self.start + (self.prefix_mode == PrefixMode.INSERT)
+        )
+        return lengths_W
 
 
 def sliding_windows(
