@@ -44,7 +44,7 @@ def _is_masked_attention(op: Any) -> bool:
 
 
 def _bounds(mask: Any) -> list[Any]:
-    """Where the blocks begin and end, as nodes; of less ids than blocks, some are empty."""
+    """Return where the blocks begin and end, as nodes; of few ids, some blocks are empty."""
     ids = ops.gather(ops.shape_of(mask, output_type="i64"), _ints(-1), ops.constant(np.int64(0)))
     parts = range(1, QUERY_BLOCKS)
     inner = [ops.divide(ops.multiply(ids, _ints(part)), _ints(QUERY_BLOCKS)) for part in parts]
@@ -60,7 +60,7 @@ def _mask_blocks(mask: Any, bounds: list[Any]) -> list[Any]:
 
 
 def _in_blocks(op: Any, bounds: list[Any], masks: list[Any]) -> Any:
-    """The same attention block by block: BHTA."""
+    """Return the same attention computed block by block, BHTA."""
     query, key, value = (op.input_value(place) for place in (_QUERY, _KEY, _VALUE))
     scale = [op.input_value(place) for place in range(_MASK + 1, op.get_input_size())]
     parts = []

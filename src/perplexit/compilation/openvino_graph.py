@@ -28,7 +28,7 @@ from perplexit.resources.engine_tricks import is_on
 
 
 def convert_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ov.Model:
-    """The graph of a transformers causal language model (left in eager attention and eval mode).
+    """Convert a transformers causal language model (left in eager attention and eval mode).
 
     With `perplexity`: input_ids_BT, target_rows_N, target_ids_N → nll_N, the head in a loop over
     rows of targets, block by block of the vocabulary. Without: input_ids_BT → logits_BTV.
@@ -53,7 +53,7 @@ def convert_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ov.
 
 
 def _converted(module: torch.nn.Module, *inputs: torch.Tensor) -> ov.Model:
-    """Traced, which takes a second where torch.export with any sizes takes half a minute.
+    """Trace and convert: a trace takes a second, torch.export with any sizes half a minute.
 
     A trace keeps what depended on the example's sizes; the finished program is therefore checked
     on other sizes than these.

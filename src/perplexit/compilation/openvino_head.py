@@ -42,7 +42,7 @@ def columns_at_a_time(vocab_size: int) -> int:
 def nll_of_targets(
     model: Any, hidden_ND: Any, target_rows_N: Any, target_ids_N: Any, convert: Convert
 ) -> Any:
-    """A node that gives nll_N, float32, by the model's own head.
+    """Return a node that gives nll_N, float32, by the model's own head.
 
     `hidden_ND` are the states of all windows end to end, of which `target_rows_N` predict.
     Raises CompilationError where the head has no single matrix.
@@ -72,14 +72,14 @@ def mark_head(head: ov.Model) -> None:
 
 
 def _in_turns(values_N: Any, num_targets: Any) -> Any:
-    """(N) → (L, R), filled up with zeros."""
+    """Reshape (N) to (L, R), filled up with zeros."""
     missing = ops.floor_mod(ops.negative(num_targets), _ints(ROWS))
     padded = ops.pad(values_N, _ints(0), missing, "constant", ops.constant(0, ov.Type.i64))
     return ops.reshape(padded, _ints(-1, ROWS), special_zero=False)
 
 
 def _turn(model: Any, hidden_size: int, convert: Convert) -> ov.Model:
-    """One turn of the loop: (1, R) rows, (1, R) ids and all hidden states → (1, R) losses."""
+    """Return a turn of the loop: (1, R) rows, (1, R) ids, all hidden states → (1, R) losses."""
     rows_1R = ops.parameter(ov.PartialShape([1, ROWS]), ov.Type.i64)
     ids_1R = ops.parameter(ov.PartialShape([1, ROWS]), ov.Type.i64)
     states_ND = ops.parameter(ov.PartialShape([-1, hidden_size]), ov.Type.f32)
@@ -91,7 +91,7 @@ def _turn(model: Any, hidden_size: int, convert: Convert) -> ov.Model:
 
 
 def _nll_in_blocks(model: Any, hidden_RD: Any, target_ids_R: Any, convert: Convert) -> Any:
-    """Nodes that give nll_R of the target ids.
+    """Return a node that gives nll_R of the target ids.
 
     nll = log Σ_k s_k·exp(m_k − m) + m − own, with m_k and s_k = Σ exp(logit − m_k) of block k,
     m = max m_k, and own the target's logit.
@@ -135,7 +135,7 @@ class _BlocksInTurn(nn.Module):
         self.turn = 0
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, C)."""
+        """Map (B, T, D) to (B, T, C)."""
         block = self.blocks[self.turn % len(self.blocks)]
         self.turn += 1
         return block(hidden_BTD)  # type: ignore[no-any-return]
@@ -154,12 +154,12 @@ class _LogitsInBlocks(nn.Module):
         self.head = LogitsHead(_with_module(model, path.split("."), self.turns))
 
     def forward(self, hidden_RD: Tensor) -> list[Tensor]:
-        """(R, D) → K times (R, C)."""
+        """Map (R, D) to K times (R, C)."""
         return [self.head(hidden_RD[None]).flatten(0, 1) for _ in self.turns.blocks]
 
 
 def _block_logits(model: Any, hidden_RD: Any, columns: int, convert: Convert) -> list[Any]:
-    """The logits_RC of each block as a node that reads `hidden_RD`."""
+    """Return the logits_RC of each block as a node that reads `hidden_RD`."""
     hidden_size = int(hidden_RD.get_output_partial_shape(0)[1].get_length())
     example_RD = torch.linspace(-1, 1, ROWS * hidden_size).reshape(ROWS, hidden_size)
     head = convert(_LogitsInBlocks(model, columns), example_RD)
@@ -170,7 +170,7 @@ def _block_logits(model: Any, hidden_RD: Any, columns: int, convert: Convert) ->
 
 
 def _output_linear(model: Any) -> tuple[str, nn.Linear]:
-    """The matrix that makes the logits, and where it is in the model."""
+    """Return where the matrix that makes the logits is in the model, and the matrix."""
     output = model.get_output_embeddings()
     path = next((name for name, module in model.named_modules() if module is output), None)
     if path is None or not isinstance(output, nn.Linear):
@@ -183,7 +183,7 @@ def _output_linear(model: Any) -> tuple[str, nn.Linear]:
 
 
 def _with_module(module: Any, path: list[str], replacement: nn.Module) -> Any:
-    """A shallow copy of `module` with another module at `path`; the original stays as it is."""
+    """Return a shallow copy of `module` with another one at `path`; the original is unchanged."""
     name, rest = path[0], path[1:]
     changed = copy.copy(module)
     inner = _with_module(module._modules[name], rest, replacement) if rest else replacement

@@ -126,7 +126,7 @@ def _built(module: Any, device: str, processor: Processor | None) -> Any:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Without what the compiler's C++ writes to file descriptor 2 for every gather."""
+    """Hide what the compiler's C++ writes to file descriptor 2 for every gather."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -138,7 +138,7 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def _decompositions() -> Any:
-    """PyTorch's own, and squares as products: TVM calls the library's `pow` a number."""
+    """Return PyTorch's own, and squares as products: TVM calls the C library's `pow` otherwise."""
     table = torch.export.default_decompositions()
     table[torch.ops.aten.pow.Tensor_Scalar] = _power
     return table

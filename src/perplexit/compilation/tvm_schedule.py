@@ -18,7 +18,7 @@ _FEWEST_MULTIPLICATIONS = 2**16
 
 
 def cpu_target(processor: Processor) -> Any:
-    """TVM's target for the processor."""
+    """Return TVM's target for the processor."""
     kind: dict[str, Any] = {"kind": "llvm"}
     if processor.level:
         kind["mcpu"] = processor.level.replace("_", "-")  # as LLVM spells it
@@ -28,7 +28,7 @@ def cpu_target(processor: Processor) -> Any:
 
 
 def cpu_pipeline(processor: Processor) -> Pass:
-    """TVM's own CPU pipeline with weights read as they are stored and scheduled kernels."""
+    """Return TVM's own CPU pipeline, with weights read as stored and kernels that are scheduled."""
     target = cpu_target(processor)
     return Sequential(
         [
@@ -43,7 +43,7 @@ def cpu_pipeline(processor: Processor) -> Pass:
 
 
 def scheduled(processor: Processor) -> Pass:
-    """The pass that gives every kernel its loops: tiled products, the rest over the threads."""
+    """Return the pass that gives every kernel its loops: tiled products, the rest over threads."""
 
     def give_loops(module: Any, _context: PassContext) -> Any:
         for variable, function in list(module.functions_items()):
@@ -55,7 +55,7 @@ def scheduled(processor: Processor) -> Pass:
 
 
 def _has_blocks(function: Any) -> bool:
-    """Not a kernel that TVM writes by hand, such as a sort: those have their loops already."""
+    """Return False for a kernel that TVM writes by hand, such as a sort: it has its loops."""
     body = function.body
     return isinstance(body, s_tir.SBlockRealize) and body.block.name_hint == "root"
 
@@ -83,7 +83,7 @@ def _multiplications(schedule: Any, block: Any) -> int:
 
 
 def _tile(schedule: Any, product: Any, processor: Processor) -> None:
-    """A panel of the right matrix is packed; tiles of the output stay in registers over K.
+    """Pack a panel of the right matrix; keep tiles of the output in registers over K.
 
     The loop nest of Goto and van de Geijn (2008), with one level of blocking: a panel of K ×
     `columns` fits the second cache at the sizes of transformer layers.
@@ -111,7 +111,7 @@ def _tile(schedule: Any, product: Any, processor: Processor) -> None:
 
 
 def _spread(schedule: Any, block: Any) -> None:
-    """The outer loops, which do not sum, shared among the threads."""
+    """Share the outer loops, which do not sum, among the threads."""
     loops = schedule.get_loops(block)
     kinds = [each.iter_type for each in schedule.get(block).iter_vars]
     if len(kinds) != len(loops):

@@ -35,7 +35,7 @@ def blocked_statistics(
     with_details: bool = False,
     block_rows: int = _BLOCK[0],
 ) -> TokenStatistics:
-    """As `token_statistics(hidden_ND @ weight_VD.T + bias_V, targets_N)`, without its logits.
+    """Return `token_statistics(hidden_ND @ weight_VD.T + bias_V, targets_N)` without its logits.
 
     Logits are rounded to the hidden states' dtype, as the model's own product rounds them; sums run
     in float32 within a block and in float64 over blocks. The nll is the same to the last bit with
@@ -70,7 +70,7 @@ class _Head:
         )
 
     def target_logits(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """The targets' logits, in all likelihood the bits that their blocks will give."""
+        """Return the targets' logits, almost always the same bits that their blocks will give."""
         repeats = -(-_FEWEST // max(1, len(targets_N)))  # a product of one column adds otherwise
         ids_C = targets_N.repeat(repeats)
         bias_C = None if self.bias_V is None else self.bias_V[ids_C]
@@ -78,7 +78,7 @@ class _Head:
         return logits_NC.diagonal()
 
     def ranks(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """The ranks of a few rows from their whole logits."""
+        """Return the ranks of a few rows from their whole logits."""
         whole = _Head(self.weight_VD, self.bias_V, len(self.weight_VD))
         ranks = []
         for rows_ND, ids_N in zip(

@@ -72,7 +72,7 @@ def _block_divergences(
 
 
 def kl_of_logs(logp_NV: Tensor, logq_NV: Tensor, p_NV: Tensor) -> Tensor:
-    """KL(p ‖ q) of each row from log-probabilities, with no negative term (see above).
+    """Return KL(p ‖ q) of each row from log-probabilities, with no negative term (see above).
 
     Where both are 0 (-inf) the term is 0.
     """

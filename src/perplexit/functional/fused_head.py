@@ -41,7 +41,7 @@ KERNELS = {
 
 
 def fused_kernel(name: str, device: torch.device) -> LinearNll:
-    """The library's function behind `name`, one of KERNELS, for tensors on `device`.
+    """Return the library's function behind `name`, one of KERNELS, for tensors on `device`.
 
     Triton's interpreter (TRITON_INTERPRET=1) runs Liger's kernels on the CPU, for tests alone.
     Raises CapabilityError off CUDA, MissingPackageError with the command that installs it.
@@ -117,7 +117,7 @@ class FusedHead:
         self._weight_VD, self._bias_V = weight_VD, bias_V
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """Plain logits, for whoever asks for distributions."""
+        """Return plain logits, for callers that need distributions."""
         return torch.nn.functional.linear(hidden_ND, self._weight_VD, self._bias_V)
 
     def statistics(
@@ -129,7 +129,7 @@ class FusedHead:
         with_details: bool = False,
         top_k: int = 0,
     ) -> TokenStatistics:
-        """The nll; entropy and rank are not to be had. The library chooses its own chunks."""
+        """Return the nll, without entropy and rank. The library chooses its own chunks."""
         if top_k:
             raise CapabilityError(
                 f"--top-k {top_k} needs whole distributions, but the head {self.name!r} gives the "
@@ -163,7 +163,7 @@ class CompiledHead:
             raise cannot_compile(error) from error
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """The inner head's logits."""
+        """Return the inner head's logits."""
         return self._head(hidden_ND)
 
     def statistics(
@@ -175,7 +175,7 @@ class CompiledHead:
         with_details: bool = False,
         top_k: int = 0,
     ) -> TokenStatistics:
-        """Nll, entropy and rank chunk by chunk; always all three, so that the bits are the same."""
+        """Return nll, entropy and rank by chunks; all three are computed: the bits are the same."""
         return TokenStatistics.joined(
             [
                 self._chunk(
@@ -204,7 +204,7 @@ class CompiledHead:
 
 
 def _reduced(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(nll_N, entropy_N, rank_N, log Σ exp logits, N1); see `functional.nll` for the formulas."""
+    """Return (nll_N, entropy_N, rank_N, log Σ exp logits, N1); formulas in `functional.nll`."""
     wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     largest_N1 = wide_NV.amax(-1, keepdim=True)
     shifted_NV = wide_NV - largest_N1
@@ -221,7 +221,7 @@ def _reduced(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def cannot_compile(error: BaseException) -> CapabilityError:
-    """What to raise where `torch.compile` fails: mostly for want of a compiler."""
+    """Return the error to raise where `torch.compile` fails: mostly a compiler is missing."""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return CapabilityError(
         f"torch.compile fails here ({reason[:200]}); it needs a C++ compiler on the CPU and "

@@ -57,7 +57,7 @@ class TokenStatistics(ColumnSet[Tensor]):
 def token_statistics(
     logits_NV: Tensor, targets_N: Tensor, *, with_details: bool = True, top_k: int = 0
 ) -> TokenStatistics:
-    """The nll of each target, and with `with_details` its entropy and rank, from logits.
+    """Return the nll of each target, and with `with_details` its entropy and rank, from logits.
 
     Logits narrower than float32 are widened first, so the log-softmax never runs in bfloat16.
     The nll is the same to the last bit with and without details. `logits_NV` is left as it was.
@@ -75,7 +75,7 @@ def statistics_in_place(
     top_k: int = 0,
     may_overwrite: bool = True,
 ) -> TokenStatistics:
-    """As `token_statistics`, but `logits_NV` may be overwritten, which saves a copy."""
+    """Return `token_statistics`, but `logits_NV` may be overwritten, which saves a copy."""
     num_targets, vocab_size = logits_NV.shape
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     on_host = logits_NV.device.type == "cpu"

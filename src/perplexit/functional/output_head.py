@@ -29,7 +29,7 @@ class FinalNorm:
     eps: float
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """The normalised states, computed in float32 or better."""
+        """Return the normalised states, computed in float32 or better."""
         wide_ND = hidden_ND.to(torch.promote_types(hidden_ND.dtype, torch.float32))
         if self.kind == "layer":
             wide_ND = wide_ND - wide_ND.mean(-1, keepdim=True)
@@ -52,7 +52,7 @@ class OutputHead:
     soft_cap: float | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """The logits of hidden states, (N, V), in the weight's dtype."""
+        """Return the logits of hidden states, (N, V), in the weight's dtype."""
         hidden_ND = hidden_ND.to(self.weight_VD)
         if self.input_scale != 1.0:
             hidden_ND = hidden_ND * self.input_scale
@@ -66,19 +66,19 @@ class OutputHead:
         return logits_NV
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-        """As a session's `logits_of`: float32 states to float32 logits."""
+        """Map float32 states to float32 logits, as a session's `logits_of` does."""
         with torch.inference_mode():
             hidden = torch.from_numpy(np.ascontiguousarray(hidden_ND))
             logits_NV: NDArray[np.float32] = self.logits(hidden).float().cpu().numpy()
         return logits_NV
 
     def on(self, device: torch.device) -> "OutputHead":
-        """The head with its tensors on a device."""
+        """Return the head with its tensors on a device."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return OutputHead.of(tensors, self.numbers())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file keeps of it, beside `numbers`."""
+        """Return the tensors that a file keeps of it, beside `numbers`."""
         found: dict[str, Tensor | None] = {"weight": self.weight_VD, "bias": self.bias_V}
         if self.norm is not None:
             found |= {"norm.weight": self.norm.weight_D, "norm.bias": self.norm.bias_D}
@@ -86,14 +86,14 @@ class OutputHead:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
 
     def numbers(self) -> dict[str, Any]:
-        """Scales, soft-cap and the kind of the norm, as plain JSON values."""
+        """Return scales, soft-cap and the kind of the norm, as plain JSON values."""
         norm = self.norm and {"kind": self.norm.kind, "eps": self.norm.eps}
         names = ("input_scale", "scale", "soft_cap")
         return {**{name: getattr(self, name) for name in names}, "norm": norm}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> "OutputHead":
-        """The head that `tensors` and `numbers` describe.
+        """Return the head that `tensors` and `numbers` describe.
 
         Raises KeyError, TypeError or ValueError where they are of something else.
         """

@@ -43,7 +43,7 @@ class PartialDistributions:
     num_known: int
 
     def part(self, start: int, stop: int) -> "PartialDistributions":
-        """Some of the targets."""
+        """Return some of the targets."""
         rows = slice(start, stop)
         return PartialDistributions(
             self.logp_NV[rows], self.tail_N[rows], self.cap_N[rows], self.num_known
@@ -53,7 +53,7 @@ class PartialDistributions:
 def partial_divergences(
     reference: PartialDistributions, candidate_NV: Tensor, targets_N: Tensor, *, top_k: int = 10
 ) -> TokenStatistics:
-    """The bounds above for candidate logits, in float64; `kl_high_N` is filled in.
+    """Return the bounds above for candidate logits, in float64; `kl_high_N` is filled in.
 
     The top-k agreement is None where fewer than `top_k` tokens are known. The known part and the
     tail are scaled to a sum of 1.
@@ -103,7 +103,7 @@ def _block(
 def _largest_excess(
     tail_logq_NV: Tensor, log_tail_N: Tensor, tail_logq_N: Tensor, cap_N: Tensor
 ) -> Tensor:
-    """How far the true KL can lie above the bucketed one: nats, 0 without a tail."""
+    """Return how far the true KL can lie above the bucketed one: nats, 0 without a tail."""
     tail_N = log_tail_N.exp()
     in_tail_NV = tail_logq_NV > -math.inf
     num_tail_N = in_tail_NV.sum(-1)
@@ -131,7 +131,7 @@ def _agreement(reference: PartialDistributions, logq_NV: Tensor, top_k: int) -> 
 
 
 def _delta_p(logp_NU: Tensor, known_NV: Tensor, logq_NV: Tensor, targets_N1: Tensor) -> Tensor:
-    """A target in the tail has the tail's mean probability: of a clamped file at most 1e-7."""
+    """Give a target in the tail the tail's mean probability: in a clamped file at most 1e-7."""
     num_tail_N1 = (~known_NV).sum(-1, keepdim=True).clamp(min=1)
     mean_tail_N1 = logp_NU[:, -1:].exp() / num_tail_N1
     own_N1 = logp_NU.gather(1, targets_N1).exp()

@@ -4,7 +4,7 @@ _TILE = 16  # rows that a matrix product's kernel takes at a time
 
 
 def equal_blocks(num_rows: int, most: int) -> list[slice]:
-    """Blocks that cover rows 0 … `num_rows` in order, each of the same number up to `most`.
+    """Return blocks that cover rows 0 … `num_rows` in order, all of one size up to `most`.
 
     The last may begin before the one before it has ended. A block of another size would be another
     product: oneDNN prepares each shape once, at half a megabyte of memory, and thin ones are slow.

@@ -21,7 +21,7 @@ class CpuTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """True: a measurement leaves compiled code compiled."""
+        """Return True: a measurement leaves compiled code compiled."""
         return True
 
     @classmethod

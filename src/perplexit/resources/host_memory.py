@@ -14,12 +14,12 @@ SAMPLE_SECONDS = 0.05
 
 
 def rss_bytes() -> int:
-    """The process's resident set size now."""
+    """Return the process's resident set size now."""
     return int(psutil.Process().memory_info().rss)
 
 
 def lifetime_peak_bytes() -> int:
-    """The kernel's own high-water mark of the process's resident set since it began."""
+    """Return the kernel's own highest resident set of the process since it began."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -63,19 +63,19 @@ class HostMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """The largest resident set so far, in bytes."""
+        """Return the largest resident set so far, in bytes."""
         if self._thread is not None:
             self._sample()
         return self._peak_bytes
 
     @property
     def start_bytes(self) -> int:
-        """The resident set at `start`."""
+        """Return the resident set at `start`."""
         return self._start_bytes
 
     @property
     def current_bytes(self) -> int:
-        """The resident set now, or at `stop`."""
+        """Return the resident set now, or at `stop`."""
         if self._thread is not None:
             self._sample()
         return self._current_bytes

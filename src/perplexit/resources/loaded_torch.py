@@ -9,14 +9,14 @@ from types import ModuleType
 
 
 def loaded_torch() -> ModuleType | None:
-    """The torch module where this process has loaded it, else None."""
+    """Return the torch module where this process has loaded it, else None."""
     torch = sys.modules.get("torch")
     # A half-imported torch (another thread is importing it) has no `cuda` yet.
     return torch if torch is not None and hasattr(torch, "cuda") else None
 
 
 def cuda_in_use() -> bool:
-    """Whether torch has opened a CUDA context in this process."""
+    """Return whether torch has opened a CUDA context in this process."""
     torch = loaded_torch()
     return torch is not None and bool(torch.cuda.is_initialized())
 

@@ -115,35 +115,35 @@ class MemoryTracker:
 
     @property
     def python_peak_bytes(self) -> int | None:
-        """Peak of traced Python allocations beyond the start; None where not traced."""
+        """Return the peak of traced Python allocations beyond the start; None where not traced."""
         if self._running and self._python is not None:
             _PYTHON.fold()
         return _beyond_start(self._python)
 
     @property
     def host_rss_peak_bytes(self) -> int:
-        """Peak of the process's resident set beyond the start."""
+        """Return the peak of the process's resident set beyond the start."""
         return self._host.peak_bytes - self._host.start_bytes
 
     @property
     def host_rss_total_peak_bytes(self) -> int:
-        """Peak of the process's resident set."""
+        """Return the peak of the process's resident set."""
         return self._host.peak_bytes
 
     @property
     def torch_cpu_peak_bytes(self) -> int | None:
-        """Peak of the CPU tensors made inside; None where torch was not loaded at the start."""
+        """Return the peak of the CPU tensors made inside; None where torch was not loaded."""
         return None if self._cpu is None else int(self._cpu.peak_bytes)
 
     @property
     def torch_cuda_peak_bytes(self) -> int | None:
-        """Peak of torch's CUDA allocations beyond the start; None where CUDA is not in use."""
+        """Return the peak of torch's CUDA allocations beyond the start; None without CUDA."""
         if self._running:
             _CUDA.fold()
         return _beyond_start(self._cuda) if cuda_in_use() else None
 
     def figures(self) -> dict[str, int | None]:
-        """Every kind of peak by its name, in bytes beyond the start."""
+        """Return every kind of peak by its name, in bytes beyond the start."""
         return {
             "python_peak_bytes": self.python_peak_bytes,
             "host_rss_peak_bytes": self.host_rss_peak_bytes,
@@ -153,17 +153,17 @@ class MemoryTracker:
 
     @property
     def peak_bytes(self) -> int:
-        """The largest of the separate peaks, so that none of them can hide behind another."""
+        """Return the largest of the separate peaks, so that none hides behind another."""
         return max(value for value in self.figures().values() if value is not None)
 
     @property
     def peak_mb(self) -> float:
-        """`peak_bytes` in units of 1,048,576 bytes."""
+        """Return `peak_bytes` in units of 1,048,576 bytes."""
         return self.peak_bytes / _MB
 
     @property
     def current_bytes(self) -> int:
-        """The largest of the kinds held now (or at exit) beyond the start; never below 0."""
+        """Return the largest of the kinds held now (or at exit) beyond the start; never below 0."""
         if self._running:
             _PYTHON.fold()
             _CUDA.fold()
@@ -173,12 +173,12 @@ class MemoryTracker:
 
     @property
     def current_mb(self) -> float:
-        """`current_bytes` in units of 1,048,576 bytes."""
+        """Return `current_bytes` in units of 1,048,576 bytes."""
         return self.current_bytes / _MB
 
     @property
     def duration_seconds(self) -> float:
-        """Seconds from entry to exit, or to now."""
+        """Return the seconds from entry to exit, or to now."""
         return self._timer.seconds
 
     def __str__(self) -> str:

@@ -12,15 +12,15 @@ class PeakMeter(Protocol):
     """Bytes held now, and the most since the last `reset`; both for the whole process."""
 
     def begin(self) -> None:
-        """Called before the first of several overlapping stretches."""
+        """Begin to measure, before the first of several overlapping stretches."""
         ...
 
     def end(self) -> None:
-        """Called after the last of them."""
+        """End the measurement, after the last of them."""
         ...
 
     def read(self) -> tuple[int, int]:
-        """`(bytes now, peak bytes since the last reset)`."""
+        """Return `(bytes now, peak bytes since the last reset)`."""
         ...
 
     def reset(self) -> None:
@@ -50,7 +50,7 @@ class SharedPeak:
         self._lock = threading.RLock()
 
     def open(self) -> Stretch:
-        """A new stretch that begins now."""
+        """Return a new stretch that begins now."""
         with self._lock:
             if not self._open:
                 self._meter.begin()
@@ -96,7 +96,7 @@ class PythonAllocations:
             tracemalloc.stop()
 
     def read(self) -> tuple[int, int]:
-        """Traced bytes now and at their peak."""
+        """Return the traced bytes now and at their peak."""
         return tracemalloc.get_traced_memory()
 
     def reset(self) -> None:
@@ -111,13 +111,13 @@ class CudaAllocations:
     """
 
     def begin(self) -> None:
-        """Nothing: the allocator always counts."""
+        """Do nothing: the allocator always counts."""
 
     def end(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def read(self) -> tuple[int, int]:
-        """Allocated bytes now and at their peak."""
+        """Return the allocated bytes now and at their peak."""
         torch = loaded_torch()
         if torch is None or not cuda_in_use():
             return 0, 0

@@ -26,14 +26,14 @@ class Timer(ContextDecorator):
 
     @property
     def seconds(self) -> float:
-        """Seconds from entry to exit, or to now where the block still runs."""
+        """Return the seconds from entry to exit, or to now where the block still runs."""
         if self._started is None:
             return self._seconds
         return perf_counter() - self._started
 
     @property
     def duration_seconds(self) -> float:
-        """The same as `seconds`, under the name that `MemoryTracker` uses too."""
+        """Return `seconds`, under the name that `MemoryTracker` uses too."""
         return self.seconds
 
     def __enter__(self) -> Self:

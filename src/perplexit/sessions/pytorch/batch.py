@@ -40,7 +40,7 @@ class PaddedBatch:
     def of(
         cls, windows: Sequence[WindowIds], device: torch.device, *, whole: bool = False
     ) -> "PaddedBatch":
-        """The batch of windows that each have at least one target.
+        """Return the batch of windows that each have at least one target.
 
         whole: with the ids from the last target on, too.
         """
@@ -68,7 +68,7 @@ class PaddedBatch:
 def batches_of(
     windows: Sequence[WindowIds], *, padded: bool, alone: bool, rope: LengthDependentRope | None
 ) -> list[list[int]]:
-    """Places of the windows that have targets, as batches to run one after the other.
+    """Group the places of the windows that have targets into batches to run one after the other.
 
     padded: whether windows of unequal length may share one, which takes a mask.
     alone:  whether each window has a batch to itself.
@@ -151,5 +151,5 @@ def _refuse_beyond_positions(
 
 
 def fed_length(window: WindowIds) -> int:
-    """How many ids the last target's prediction needs: those before it."""
+    """Return how many ids the last target's prediction needs: those before it."""
     return int(window.targets_N[-1])

@@ -42,7 +42,7 @@ class CompiledForward(WrappedForward):
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
-        """The inner rows, by the compiled program of the batch's shape."""
+        """Return the inner rows, by the compiled program of the batch's shape."""
         if cache is not None:
             raise CapabilityError(_NO_CACHE)
         num_rows, length = ids_BT.shape
@@ -68,20 +68,20 @@ class CompiledForward(WrappedForward):
 
 
 def bucket(size: int) -> int:
-    """The next size with at most four significant bits: never an eighth more than asked for."""
+    """Return the next size with at most four significant bits: at most an eighth more."""
     step = 1 << max(0, size.bit_length() - 4)
     return -(-size // step) * step
 
 
 def _grown(ids_BT: Tensor, num_rows: int, length: int) -> Tensor:
-    """Padded on the right with each row's last id, and below with the first row."""
+    """Pad on the right with each row's last id, and below with the first row."""
     right_BT = ids_BT[:, -1:].expand(-1, length - ids_BT.shape[1])
     wide_BT = torch.cat([ids_BT, right_BT], dim=1)
     return torch.cat([wide_BT, wide_BT[:1].expand(num_rows - len(wide_BT), -1)])
 
 
 def _grown_mask(mask_BT: Tensor | None, num_rows: int, length: int) -> Tensor | None:
-    """Padded on the right with 0, and below with the first row."""
+    """Pad on the right with 0, and below with the first row."""
     if mask_BT is None:
         return None
     wide_BT = torch.nn.functional.pad(mask_BT, (0, length - mask_BT.shape[1]))
@@ -106,7 +106,7 @@ class HeadedForward(WrappedForward):
 def with_head(
     forward: ForwardPass, name: str | None, module: nn.Module, device: torch.device
 ) -> ForwardPass:
-    """The forward pass with the head of that name, one of HEADS; None is "chunked".
+    """Return the forward pass with the head of that name, one of HEADS; None is "chunked".
 
     Raises UsageError for another name, CapabilityError where the kernel cannot do what this
     model does after its layers, MissingPackageError.
@@ -130,7 +130,7 @@ def with_head(
 
 
 def _is_product(forward: ForwardPass, linear: nn.Linear) -> bool:
-    """Whether the head is that layer alone; a soft-cap shows far from zero."""
+    """Return whether the head is that layer alone; a soft-cap shows far from zero."""
     if forward.keeps_logits:
         return False
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ _ROWS_A_TILE = 64
 
 
 def chunk_rows_for(device: torch.device, num_logits: int, max_logits_bytes: int | None) -> int:
-    """How many rows of logits to make at a time: `max_logits_bytes` of float32 ones.
+    """Return how many rows of logits to make at a time: `max_logits_bytes` of float32 ones.
 
     None: 64 MiB on the CPU; on CUDA a 128th of the device's memory, from 64 to 256 MiB, since a
     product of fewer rows is bound by reading the head's weights; whole tiles of rows. Not of the
@@ -39,7 +39,7 @@ def chunk_rows_for(device: torch.device, num_logits: int, max_logits_bytes: int 
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on the device; to CUDA from pinned memory, queued behind the work there."""
+    """Copy the array to the device; to CUDA from pinned memory, queued behind the work there."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
@@ -55,13 +55,13 @@ class ComingStatistics:
     arrived: Callable[[], None]
 
     def wait(self) -> TokenStatistics:
-        """The statistics, in host memory."""
+        """Wait until the statistics are in host memory, and return them."""
         self.arrived()
         return self.statistics
 
 
 def to_host(statistics: TokenStatistics) -> ComingStatistics:
-    """The statistics on the host; from CUDA queued into pinned memory, with an event behind."""
+    """Copy the statistics to the host; from CUDA queued into pinned memory, with an event."""
     if statistics.nll_N.device.type != "cuda":
         return ComingStatistics(statistics.each(Tensor.cpu), lambda: None)
     host = statistics.each(_into_pinned)
@@ -83,7 +83,7 @@ class DeviceMemory:
         self._open = self._stretch is not None
 
     def peak_bytes(self) -> int | None:
-        """The most that was held, in bytes, summed over devices."""
+        """Return the most that was held, in bytes, summed over devices."""
         if self._stretch is None:
             return None
         if self._open:
@@ -91,7 +91,7 @@ class DeviceMemory:
         return self._stretch.peak_bytes
 
     def peak_beyond_weights(self) -> int | None:
-        """The most that was held beyond what was there once the model had been loaded."""
+        """Return the most that was held beyond what was there once the model had been loaded."""
         peak = self.peak_bytes()
         return None if peak is None or self._stretch is None else peak - self._stretch.start_bytes
 

@@ -21,7 +21,7 @@ _SHARE_OF_FREE_MEMORY = 0.5
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device of that name; without one, CUDA where there is one, else the CPU.
+    """Return the device of that name; without one, CUDA where there is one, else the CPU.
 
     Raises UsageError for a device that this machine, or this build of PyTorch, does not have.
     """
@@ -48,7 +48,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def chosen_threads(threads: int | None) -> int:
-    """`threads`, or OMP_NUM_THREADS where it is set, or the cores this process may use."""
+    """Return `threads`, or OMP_NUM_THREADS where it is set, or the cores this process may use."""
     if threads is not None:
         check_numbers(threads=threads)
         return threads
@@ -62,7 +62,7 @@ def chosen_threads(threads: int | None) -> int:
 def batch_size_for(
     device: torch.device, window_length: int, bytes_per_id: int, *, parts: int = 1
 ) -> int:
-    """How many windows fit into half of the free memory, at least one.
+    """Return how many windows fit into half of the free memory, at least one.
 
     parts: of a batch that run side by side, each as large as a batch would otherwise be.
     """
@@ -71,7 +71,7 @@ def batch_size_for(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that the device can still give."""
+    """Return the bytes that the device can still give."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
@@ -81,12 +81,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def total_bytes(device: torch.device) -> int:
-    """Bytes that a CUDA device has, taken or not."""
+    """Return the bytes of a CUDA device's memory, used or not."""
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an engine's exception says that memory ran out."""
+    """Return whether an engine's exception says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error)
@@ -98,7 +98,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _float32_accumulation() -> dict[tuple[Any, str], bool]:
-    """What CUDA's products were allowed, after forbidding them to add up in less than float32.
+    """Forbid CUDA's products to add up in less than float32; return what they were allowed before.
 
     cuBLAS may otherwise split a 16-bit product and add its parts in 16 bits, and cuDNN's
     convolutions (Mamba has some) take TF32 unless told not to.
@@ -116,7 +116,7 @@ def _float32_accumulation() -> dict[tuple[Any, str], bool]:
 
 @contextmanager
 def scoring_settings(model: nn.Module, threads: int, *, owned: bool) -> Iterator[None]:
-    """Evaluation mode, true float32 products and no gradients; all as it was afterwards.
+    """Set evaluation mode, true float32 products and no gradients; restore everything afterwards.
 
     A model that was handed in may be trained later, so its forward runs under `no_grad`: caches
     that a model makes under `inference_mode` could never take part in a gradient again.

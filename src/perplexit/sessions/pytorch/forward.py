@@ -33,11 +33,11 @@ class ForwardPass(Protocol):
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
-        """Features of shape BTX, one row a position; with a cache, the ids follow those in it."""
+        """Return features BTX, one row per position; with a cache, the ids follow those in it."""
         ...
 
     def head(self, rows_NX: Tensor) -> Tensor:
-        """Logits of shape NV; they may be overwritten."""
+        """Return logits NV; they may be overwritten."""
         ...
 
 
@@ -75,11 +75,11 @@ class WholeForward:
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
-        """The logits of every position."""
+        """Return the logits of every position."""
         return field_of(self._call(ids_BT, mask_BT, cache), "logits")
 
     def head(self, rows_NX: Tensor) -> Tensor:
-        """The rows themselves."""
+        """Return the rows themselves."""
         return rows_NX
 
 
@@ -98,7 +98,7 @@ class ChunkedForward:
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
-        """The final hidden state of every position."""
+        """Return the final hidden state of every position."""
         return field_of(self._call(ids_BT, mask_BT, cache), "last_hidden_state")
 
 
@@ -117,11 +117,11 @@ class LinearHead:
 
     @property
     def linear(self) -> nn.Linear:
-        """The layer."""
+        """Return the layer."""
         return self._linear
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """The logits, valid until the next call."""
+        """Return the logits, valid until the next call."""
         weight: Tensor = self._linear.weight
         bias: Tensor | None = self._linear.bias
         buffer: Tensor | None = getattr(self._room, "buffer_NV", None)

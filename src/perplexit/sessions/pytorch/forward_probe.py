@@ -35,7 +35,7 @@ _PROBE_LENGTH = 8
 def find_forward(
     model: nn.Module, id_limit: int, *, row_by_row: bool = True, blocked_head: bool = True
 ) -> tuple[ForwardPass, int]:
-    """The leanest forward pass that gives the model's own logits, and the number of its logits.
+    """Find the leanest forward pass that gives the model's own logits, and how many logits it has.
 
     Tried on a few fixed ids below `id_limit`, with and without padding.
     row_by_row: False where the layers round a whole batch's activations together, as LLM.int8()
@@ -58,7 +58,7 @@ def find_forward(
 
 
 def _checked(forward: ForwardPass, model: nn.Module, id_limit: int) -> ForwardPass:
-    """The forward pass, with `alone` as it was seen to be."""
+    """Set the forward pass's `alone` to what a few windows show, and return it."""
     forward.alone = depends_on_others(
         forward,
         id_limit,
@@ -112,7 +112,7 @@ class _Probe:
         return self.plain_BTV.shape[-1]
 
     def agrees(self, candidate: ForwardPass) -> bool:
-        """Whether a candidate gives the same logits; one that cannot run on this model does not."""
+        """Return whether a candidate gives the same logits; one that fails does not."""
         try:
             pairs: list[tuple[Tensor, Tensor | None]] = [(self.plain_BTV, None)]
             if self.mask_BT is not None:
@@ -127,7 +127,7 @@ class _Probe:
         return True
 
     def same_head(self, chunked: ForwardPass, linear: LinearHead) -> bool:
-        """Whether a plain product gives what `chunked.head` gives, also far from zero.
+        """Return whether a plain product gives what `chunked.head` gives, also far from zero.
 
         Near zero a soft-cap changes nothing: a thousandfold hidden state tells it apart.
         """
@@ -139,7 +139,7 @@ class _Probe:
 
 
 def _splits(model: nn.Module) -> Iterator[tuple[nn.Module, "_OwnForwardHead"]]:
-    """The places where a model can be cut into layers and head; most have one, OPT the second."""
+    """Yield the places where a model can be cut into layers and head; OPT has the second."""
     prefix = getattr(model, "base_model_prefix", "")
     for path in (prefix, f"{prefix}.decoder"):
         body = _submodule(model, path)
@@ -175,7 +175,7 @@ class _OwnForwardHead:
 
 
 def _with_stub(model: nn.Module, path: str) -> nn.Module:
-    """A shallow copy that shares everything with `model` but the submodule at `path`."""
+    """Return a shallow copy that shares all with `model` but the submodule at `path`."""
     name, _, rest = path.partition(".")
     twin = copy.copy(model)
     if "_old_forward" in twin.__dict__:  # accelerate's, which is bound to the model itself
@@ -200,7 +200,7 @@ class _StubOutput(tuple[Tensor]):
 
 
 def _close(expected: Tensor, got: Tensor, slack: float = 1.0) -> bool:
-    """Equal up to the rounding of their dtype; two NaN at one place are equal."""
+    """Return whether both are equal up to their dtype's rounding; NaN equals NaN."""
     if expected.shape != got.shape:
         return False
     exact = expected.dtype in (torch.float32, torch.float64)

@@ -23,7 +23,7 @@ from perplexit.sessions.pytorch.tensor_parallel import LeadingForward
 def first_forward(
     opened: OpenedModule, id_limit: int, *, blocked_head: bool = True
 ) -> tuple[ForwardPass, int]:
-    """`find_forward` of the module, the first time that it runs; see there.
+    """Find the forward pass of the module, when it runs for the first time; see `find_forward`.
 
     Raises ModelError too where spread layers cannot run: a tied head that a map puts elsewhere.
     """
@@ -46,7 +46,7 @@ def first_forward(
 def arranged(
     forward: ForwardPass, opened: OpenedModule, *, compile_mode: str | None, head: str | None
 ) -> ForwardPass:
-    """The forward pass with its wrappers, innermost first; see each for what it raises."""
+    """Wrap the forward pass as asked for, innermost first; each wrapper says what it raises."""
     if compile_mode is not None:
         _check_compilable(opened, alone=forward.alone)
     if opened.group is not None:
@@ -77,7 +77,7 @@ def _check_compilable(opened: OpenedModule, *, alone: bool) -> None:
 
 
 def length_dependent_rope(opened: OpenedModule, *, compiled: bool) -> LengthDependentRope | None:
-    """The module's rotary embeddings that depend on a window's length; None without any.
+    """Return the module's rotary embeddings that depend on a window's length; None without any.
 
     Raises CapabilityError where the layers run elsewhere than in this process's own forward.
     """
@@ -116,7 +116,7 @@ def described(
     rope: LengthDependentRope | None,
     kernels: Mapping[str, Any],
 ) -> SessionDescription:
-    """PyTorch, and the settings in effect; what was not arranged has no entry."""
+    """Describe PyTorch and the settings in effect; what was not asked for has no entry."""
     config = getattr(opened.module, "config", None)
     settings: dict[str, Any] = {
         "transformers": transformers.__version__,

@@ -58,7 +58,7 @@ def depends_on_others(
 
 
 def _equal(expected: Tensor, got: Tensor) -> bool:
-    """Equal up to rounding in another order; two NaN at one place are equal."""
+    """Return whether both are equal up to rounding in another order; NaN equals NaN."""
     if expected.shape != got.shape:
         return False
     tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE_16_BITS)

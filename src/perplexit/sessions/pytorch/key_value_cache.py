@@ -49,7 +49,7 @@ class CacheRoom:
     rope: LengthDependentRope | None = None
 
     def parts(self, first: int, stop: int) -> Iterator[tuple[slice, int]]:
-        """The rows from `first` to `stop` (counted from `first`) that run together, and a length.
+        """Yield rows from `first` to `stop` (counted from `first`) that run together, and a length.
 
         All rows at once, unless their windows' lengths ask for different frequencies.
         """
@@ -115,7 +115,7 @@ class _PytorchRows:
     run: Run
 
     def details(self, ids_N: NDArray[np.int64], *, with_details: bool, top_k: int) -> TokenDetails:
-        """The details of the ids as the next tokens; see FedRows."""
+        """Return the columns of the ids as the next tokens; see FedRows."""
 
         def work() -> TokenDetails:
             statistics = head_statistics(self.forward.head)(
@@ -131,7 +131,7 @@ class _PytorchRows:
         return details
 
     def array(self) -> NDArray[np.float32]:
-        """The rows as float32; see FedRows."""
+        """Return the rows as float32; see FedRows."""
         rows_NX: NDArray[np.float32] = self.rows_NX.float().cpu().numpy()
         return rows_NX
 
@@ -182,11 +182,11 @@ class _AllocatedLayer(DynamicLayer):
         return self.keys[rows, :, :stop], self.values[rows, :, :stop]
 
     def get_seq_length(self) -> int:
-        """Ids in the cache before those being fed."""
+        """Return how many ids are in the cache before those being given."""
         return self._rows.start
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(ids that the queries may see, offset of the first)."""
+        """Return (ids that the queries may see, offset of the first)."""
         return self._rows.start + query_length, 0
 
 
@@ -199,7 +199,7 @@ def check_cache(
     *,
     rope: LengthDependentRope | None = None,
 ) -> int:
-    """The number of cached layers, after a probe: cached in three blocks as in one pass.
+    """Return the number of cached layers, after a probe: cached in three blocks as in one pass.
 
     Raises CapabilityError where the forward takes no cache, or gives something else with one.
     """
@@ -249,7 +249,7 @@ def _num_layers(module: nn.Module) -> int | None:
 
 
 def cached_windows_for(device: torch.device, module: nn.Module, window_length: int) -> int:
-    """How many windows' keys and values take two fifths of the free memory; at least 1."""
+    """Return how many windows' keys and values take two fifths of the free memory; at least 1."""
     heads = config_integer(module, "num_attention_heads", "n_head") or 1
     hidden = config_integer(module, "hidden_size", "n_embd") or 1024
     size = config_integer(module, "head_dim") or hidden // heads

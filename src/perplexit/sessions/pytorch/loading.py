@@ -71,12 +71,12 @@ class OpenedModule:
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether a row's results are its own, whatever else is in the batch."""
+        """Return whether a row's results are its own, whatever else is in the batch."""
         return bool(self.weights is None or self.weights["batch_invariant"])
 
     @cached_property
     def weights(self) -> Mapping[str, Any] | None:
-        """How the weights are stored and what happens to activations; None: both are as they are.
+        """Describe how weights are stored and what happens to activations; None: both unchanged.
 
         A module that was handed in is looked through for layers that round activations.
         """
@@ -89,7 +89,7 @@ class OpenedModule:
 
     @property
     def gives_head_again(self) -> bool:
-        """Whether the checkpoint at the model's address has the head that this module has."""
+        """Return whether the checkpoint at the model's address has this module's head."""
         if self.source is None or self.adapter is not None or self._has_changed(self.source):
             return False
         return self.quantization is None or not self.quantization.head
@@ -101,11 +101,11 @@ class OpenedModule:
             return True
 
     def scoring(self) -> AbstractContextManager[None]:
-        """The process's settings while the module is run; see `scoring_settings`."""
+        """Return the process's settings while the module is run; see `scoring_settings`."""
         return scoring_settings(self.module, self.threads, owned=self.source is not None)
 
     def describe(self, vocab_size: int) -> ModelDescription:
-        """Whose numbers these are; takes the fingerprint of the weights."""
+        """Describe the model; computes the fingerprint of the weights."""
         source = self.source
         if source is not None and self._has_changed(source):
             raise ModelError(
@@ -127,7 +127,7 @@ class OpenedModule:
         )
 
     def describe_quantization(self) -> QuantizationDescription | None:
-        """What was quantized; None where nothing was."""
+        """Describe what was quantized; None where nothing was."""
         done = self.quantization
         if done is None:
             return None
@@ -160,7 +160,7 @@ def open_module(
     threads: int | None,
     changes: ModuleChanges | None = None,
 ) -> OpenedModule:
-    """The module that is meant, loaded where it is an address.
+    """Open the module that is meant: load it where it is an address.
 
     A loaded one keeps its dtype and device, and is not changed; UsageError where that is asked for.
     """
@@ -183,7 +183,7 @@ def open_module(
 def _loaded(
     model: str | Path, dtype: str, placement: Placement, threads: int | None, changes: ModuleChanges
 ) -> OpenedModule:
-    """A checkpoint with what is to become of it: names and folders are checked before it is read.
+    """Load a checkpoint and change it as asked; names and folders are checked before it is read.
 
     A merged adapter is part of the weights that are quantized; one beside them is not.
     """
@@ -218,7 +218,7 @@ def _loaded(
 def _split(
     model: str | Path, dtype: str, placement: Placement, threads: int, changes: ModuleChanges
 ) -> OpenedModule:
-    """A checkpoint whose layers are spread over devices, or split over processes."""
+    """Load a checkpoint whose layers are spread over devices, or split over processes."""
     if changes != ModuleChanges():
         raise CapabilityError(
             "a quantization or an adapter is for a model on one device, but this one is to be "
@@ -264,7 +264,7 @@ def _num_parameters(module: nn.Module) -> int:
 
 
 def _checked_placement(module: nn.Module, dtype: str | None, device: str | None) -> torch.device:
-    """The device that a loaded module is on, if that is what was asked for."""
+    """Return the device that a loaded module is on, if that is the one asked for."""
     actual = next((p.device for p in module.parameters()), torch.device("cpu"))
     if device is not None and torch.device(device).type != actual.type:
         raise UsageError(

@@ -37,7 +37,7 @@ class ModuleCall:
     def __call__(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Any:
-        """The module's output; with a cache, the ids stand at the positions from its start on."""
+        """Return the module's output; with a cache, the ids' positions begin at its start."""
         options: dict[str, Any] = {}
         if mask_BT is not None:
             options["attention_mask"] = mask_BT
@@ -56,7 +56,7 @@ class ModuleCall:
 
 
 def field_of(output: Any, name: str) -> Tensor:
-    """`output.name`, `output[name]`, the first of a tuple, or a bare tensor."""
+    """Return `output.name`, `output[name]`, the first of a tuple, or a bare tensor."""
     if isinstance(output, Tensor):
         return output
     value = getattr(output, name, None)

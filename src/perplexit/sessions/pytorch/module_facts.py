@@ -10,14 +10,14 @@ _ACTIVATION_SETTINGS = ("activation_quantization", "act_quant_kwargs", "input_qu
 
 
 def dtype_name(module: nn.Module) -> str:
-    """The dtype of the module's floating-point parameters; the widest where they differ."""
+    """Return the dtype of the module's floating-point parameters; the widest where they differ."""
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
     widest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps ** -1, default=torch.float32)
     return str(widest).removeprefix("torch.")
 
 
 def rounded_activations(module: nn.Module) -> str | None:
-    """How layers of a module round activations while it runs, by what they are; None: none does.
+    """Say how layers of a module round activations while it runs; None: none does.
 
     Known: bitsandbytes' Linear8bitLt, torch.ao's dynamic layers, torchao's tensors that carry
     settings for activations.
@@ -35,7 +35,7 @@ def rounded_activations(module: nn.Module) -> str | None:
 
 
 def num_embeddings(module: nn.Module) -> int | None:
-    """Rows of the input embedding, where the module says which one that is."""
+    """Return the rows of the input embedding, where the module says which one that is."""
     get = getattr(module, "get_input_embeddings", None)
     try:
         embedding = get() if get is not None else None
@@ -58,7 +58,7 @@ def plain_output(module: nn.Module) -> nn.Linear | None:
 
 
 def position_limit(module: nn.Module) -> int | None:
-    """The longest window for which a model with learned positions has embeddings; None: any."""
+    """Return the longest window that learned positions have embeddings for; None: any."""
     limit = config_integer(module, "max_position_embeddings", "n_positions")
     if limit is None:
         return None
@@ -74,7 +74,7 @@ def position_limit(module: nn.Module) -> int | None:
 
 
 def activation_bytes_per_id(module: nn.Module, window_length: int, num_logits: int) -> int:
-    """A generous estimate of what one id of a batch takes beside the weights.
+    """Estimate generously how many bytes one id of a batch takes beside the weights.
 
     num_logits: logits kept for every position; 0 where they are made in chunks.
     """
@@ -88,7 +88,7 @@ def activation_bytes_per_id(module: nn.Module, window_length: int, num_logits: i
 
 
 def config_integer(module: nn.Module, *names: str) -> int | None:
-    """The first of a configuration's integers of these names that is set."""
+    """Return the first of a configuration's integers of these names that is set."""
     config: Any = getattr(module, "config", None)
     for name in names:
         value = getattr(config, name, None)

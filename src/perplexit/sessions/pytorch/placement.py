@@ -42,16 +42,16 @@ class Placement:
 
     @property
     def spread(self) -> bool:
-        """Whether layers may be on several devices."""
+        """Return whether layers may be on several devices."""
         return self.device == "auto" or self.device_map is not None
 
     @property
     def changes_loading(self) -> bool:
-        """Whether anything but a plain device was asked for."""
+        """Return whether anything but a plain device was asked for."""
         return self.spread or self.attention is not None or self.tensor_parallel is not None
 
     def loading_options(self, dtype: str) -> dict[str, Any]:
-        """What `load_checkpoint` is to be told beside the dtype; checked before anything is read.
+        """Return `load_checkpoint`'s options beside the dtype, checked before anything is read.
 
         Raises UsageError, CapabilityError and MissingPackageError, each by the option's name.
         """
@@ -104,7 +104,7 @@ def check_attention(name: str, dtype: str, device: torch.device | None) -> None:
 
 
 def read_device_map(given: DeviceMap | str | Path) -> dict[str, str | int]:
-    """The map, read where it is a JSON file; UsageError for anything but names and devices."""
+    """Return the map, read where it is a JSON file; UsageError where it is no such map."""
     content: Any = given
     if isinstance(given, str | Path):
         content = read_json(given, _MAP, dict[str, Any])
@@ -118,13 +118,13 @@ def read_device_map(given: DeviceMap | str | Path) -> dict[str, str | int]:
 
 
 def head_device(module: nn.Module) -> torch.device:
-    """Where the logits come out of a module whose layers may be spread over devices."""
+    """Return where the logits come out of a module whose layers may be spread over devices."""
     get = getattr(module, "get_output_embeddings", None)
     return _computing_device(get() if get is not None else None, module)
 
 
 def embedding_device(module: nn.Module) -> torch.device:
-    """Where ids are looked up in a module whose layers may be spread over devices."""
+    """Return where ids are looked up in a module whose layers may be spread over devices."""
     get = getattr(module, "get_input_embeddings", None)
     return _computing_device(get() if get is not None else None, module)
 
@@ -151,17 +151,17 @@ class GatheredForward(WrappedForward):
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
-        """The inner rows, on the session's device."""
+        """Return the inner rows, on the session's device."""
         mask_BT = None if mask_BT is None else mask_BT.to(self._start)
         return self._inner.rows(ids_BT.to(self._start), mask_BT, cache).to(self._device)
 
     def head(self, rows_NX: Tensor) -> Tensor:
-        """The inner logits, on the session's device."""
+        """Return the inner logits, on the session's device."""
         return self._inner.head(rows_NX).to(self._device)
 
 
 def places_of(module: nn.Module, device: torch.device) -> dict[str, int]:
-    """How many of the spread modules are on each device, by its name."""
+    """Count how many of the spread modules are on each device, by its name."""
     places: dict[str, int] = {}
     for place in (getattr(module, "hf_device_map", None) or {"": device}).values():
         name = f"cuda:{place}" if isinstance(place, int) else str(place)
@@ -170,7 +170,7 @@ def places_of(module: nn.Module, device: torch.device) -> dict[str, int]:
 
 
 def devices_of(module: nn.Module, device: torch.device) -> list[torch.device]:
-    """The devices on which a module computes; `device` where its layers are not spread."""
+    """Return the devices on which a module computes; `device` where its layers are not spread."""
     names = [name for name in places_of(module, device) if name != "disk"]
     found = {torch.device(name) for name in names}
     accelerators = {x for x in found if x.type != "cpu"}  # what is on the host is fetched by one

@@ -130,12 +130,12 @@ class PytorchInferenceSession(ClosedByWith):
 
     @property
     def module(self) -> nn.Module:
-        """The loaded model."""
+        """Return the loaded model."""
         return self._module
 
     @property
     def model(self) -> ModelDescription:
-        """Whose numbers these are; the fingerprint is computed when first asked for."""
+        """Describe the loaded model; the fingerprint is computed when first asked for."""
         if self._model_description is None:
             self._check_open()
             self._model_description = self._opened.describe(self._id_limit)
@@ -143,30 +143,30 @@ class PytorchInferenceSession(ClosedByWith):
 
     @property
     def description(self) -> SessionDescription:
-        """PyTorch, and the settings in effect."""
+        """Describe PyTorch and the settings in effect."""
         return self._description
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target, window by window; see InferenceSession."""
+        """Return the nll of each target, window by window; see InferenceSession."""
         self._check(windows)
         launched = self._within_memory(windows, self._windows.launch, windows, False, 0)
         return [details.nll_N for details in self._within_memory(windows, launched.collect)]
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """The nll with entropy, rank and alternatives; see DetailedSession."""
+        """Return the nll with entropy, rank and alternatives; see DetailedSession."""
         self._check(windows)
         launched = self._within_memory(windows, self._windows.launch, windows, True, top_k)
         return self._within_memory(windows, launched.collect)
 
     @property
     def queues(self) -> bool:
-        """Whether work is queued on a device and goes on by itself; see QueueingSession."""
+        """Return whether work queued on a device continues by itself; see QueueingSession."""
         return self._device.type == "cuda"
 
     def queue_details(
         self, windows: Sequence[WindowIds], *, top_k: int = 0
     ) -> Callable[[], list[TokenDetails]]:
-        """`token_details`, under way; what is returned waits for it. See QueueingSession."""
+        """Launch `token_details` and return what waits for its results; see QueueingSession."""
         self._check(windows)
         launched = self._within_memory(windows, self._windows.launch, windows, True, top_k)
         return partial(self._within_memory, windows, launched.collect)
@@ -174,7 +174,7 @@ class PytorchInferenceSession(ClosedByWith):
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
     ) -> Iterator[LogitsChunk]:
-        """The logits of every target, chunk by chunk; see LogitsSession."""
+        """Yield the logits of every target, chunk by chunk; see LogitsSession."""
         rows = self._target_rows(windows)
         for place, rows_NX in enumerate(rows):
             for start in range(0, len(rows_NX), chunk_rows):
@@ -182,18 +182,18 @@ class PytorchInferenceSession(ClosedByWith):
                 yield LogitsChunk(place, start, self._head_logits(chunk))
 
     def target_hidden_states(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """What the head makes each target's logits of, window by window; see HiddenStateSession."""
+        """Return what the head makes each target's logits of, by window; see HiddenStateSession."""
         if self._forward.keeps_logits:
             raise self._no_head()
         return [rows.float().cpu().numpy() for rows in self._target_rows(windows)]
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logits that the model's own head makes of hidden states; see HiddenStateSession."""
+        """Return the logits that the head makes of hidden states; see HiddenStateSession."""
         dtype = next(self._module.parameters()).dtype
         return self._head_logits(torch.from_numpy(hidden_ND).to(self._device, dtype))
 
     def head_to_keep(self) -> OutputHead | None:
-        """The head, for states that are kept; None where the model's address gives it again.
+        """Return the head, for states that are kept; None where the model's address gives it again.
 
         Raises CapabilityError where neither can be had.
         """
@@ -223,12 +223,12 @@ class PytorchInferenceSession(ClosedByWith):
         return logits
 
     def _target_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
-        """What the head is given for each target, window by window."""
+        """Return what the head is given for each target, window by window."""
         self._check(windows)
         return self._within_memory(windows, self._windows.target_rows, windows)
 
     def max_batch_size(self, window_length: int) -> int:
-        """How many windows half of the free memory holds; at least 1."""
+        """Return how many windows half of the free memory holds; at least 1."""
         num_logits = self._num_logits if self._forward.keeps_logits else 0
         num_bytes = activation_bytes_per_id(self._module, window_length, num_logits)
         devices = devices_of(self._module, self._device)
@@ -240,11 +240,11 @@ class PytorchInferenceSession(ClosedByWith):
 
     @property
     def rows_are_logits(self) -> bool:
-        """Whether a forward pass keeps logits for every position; see CachingSession."""
+        """Return whether a forward pass keeps logits for every position; see CachingSession."""
         return self._forward.keeps_logits
 
     def caching(self) -> Mapping[str, Any]:
-        """How the cache is kept, after a probe that it works; see CachingSession."""
+        """Describe how the cache is kept, after a probe that it works; see CachingSession."""
         self._check_open()
         refuse_cache(self._forward)
         self._num_cached_layers = check_cache(
@@ -258,7 +258,7 @@ class PytorchInferenceSession(ClosedByWith):
         return {"dtype": dtype_name(self._module), "kind": "allocated once, sliding layers whole"}
 
     def open_cache(self, windows: Sequence[WindowIds]) -> PytorchCache:
-        """An empty cache for these windows; see CachingSession."""
+        """Return an empty cache for these windows; see CachingSession."""
         self._check(windows)
         if self._num_cached_layers is None:
             self.caching()
@@ -273,15 +273,15 @@ class PytorchInferenceSession(ClosedByWith):
         )
 
     def max_cached_windows(self, window_length: int) -> int:
-        """How many windows to decode together; see CachingSession."""
+        """Return how many windows to decode together; see CachingSession."""
         return cached_windows_for(self._device, self._module, window_length)
 
     def peak_device_bytes(self) -> int | None:
-        """The most that torch's CUDA allocator has held since loading; None elsewhere."""
+        """Return the most that torch's CUDA allocator has held since loading; None elsewhere."""
         return self._memory.peak_bytes()
 
     def peak_device_bytes_beyond_weights(self) -> int | None:
-        """The same beyond what it held once the model was loaded; None elsewhere."""
+        """Return the same beyond what it held once the model was loaded; None elsewhere."""
         return self._memory.peak_beyond_weights()
 
     def close(self) -> None:

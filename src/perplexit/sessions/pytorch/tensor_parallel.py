@@ -83,7 +83,7 @@ class ProcessGroup:
             raise self.failure(error) from error
 
     def failure(self, error: BaseException) -> ModelError:
-        """What to raise where a step fails: no process can go on without the others."""
+        """Return the error to raise where a step fails: no process continues alone."""
         codes = [process.poll() for process in self._followers]
         ended = ", ".join(f"{n + 1}: exit code {c}" for n, c in enumerate(codes) if c is not None)
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
@@ -130,7 +130,7 @@ def _end(followers: list[subprocess.Popen[bytes]], grace_seconds: float) -> None
 
 
 def accelerator_type() -> str:
-    """Where transformers puts a split model: CUDA where there is some, else the CPU."""
+    """Return where transformers puts a split model: CUDA where there is some, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -209,7 +209,7 @@ class LeadingForward(WrappedForward):
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
-        """The inner rows, whole in every process."""
+        """Return the inner rows, whole in every process."""
         self._group.in_step = True
         try:
             self._group.announce(_ROWS, *ids_BT.shape, mask_BT is not None)
@@ -223,7 +223,7 @@ class LeadingForward(WrappedForward):
         return whole_BTX
 
     def head(self, rows_NX: Tensor) -> Tensor:
-        """The inner logits, whole in every process."""
+        """Return the inner logits, whole in every process."""
         self._group.in_step = True
         try:
             self._group.announce(_HEAD, *rows_NX.shape)
@@ -237,7 +237,7 @@ class LeadingForward(WrappedForward):
 
 
 def take_steps(forward: ForwardPass, device: torch.device, dtype: torch.dtype) -> None:
-    """A follower's work: every step that the leader announces, until it says stop."""
+    """Take every step that the leader announces, as a follower, until it says stop."""
     while True:
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64, device=device)
         dist.broadcast(header, 0)

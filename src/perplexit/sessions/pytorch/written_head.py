@@ -29,7 +29,7 @@ _LOW_PRECISION_TOLERANCE = 2e-2
 
 
 def written_head(model: nn.Module, forward: ForwardPass, device: torch.device) -> OutputHead:
-    """The head of the model that `forward` runs. To be called under the session's settings.
+    """Return the head of the model that `forward` runs; call it under the session's settings.
 
     Raises CapabilityError where it cannot be written so: it rounds its inputs while it runs, or
     does more to states and logits than a norm, a scale and a soft-cap.
@@ -104,7 +104,7 @@ def _seen_at_output_layer(
 
 
 def _affine(layer: nn.Module, like_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The layer's matrix and bias: its own where it is plain, else what it makes of an identity."""
+    """Return the layer's matrix and bias: its own, or what it makes of an identity."""
     if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
         return layer.weight.detach(), _detached(layer.bias)
     size = like_ND.shape[1]
@@ -121,7 +121,7 @@ def _affine(layer: nn.Module, like_ND: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _with_input(head: OutputHead, seen: _Seen, hidden_ND: Tensor, model: nn.Module) -> OutputHead:
-    """The head with what happens to states before the output layer."""
+    """Return the head with what happens to states before the output layer."""
     if torch.equal(seen.input_ND, hidden_ND):
         return head
     factor = _constant_ratio(hidden_ND, seen.input_ND)
@@ -135,7 +135,7 @@ def _with_input(head: OutputHead, seen: _Seen, hidden_ND: Tensor, model: nn.Modu
 
 
 def _norm_of(module: nn.Module, hidden_ND: Tensor, expected_ND: Tensor) -> FinalNorm | None:
-    """The module as a norm of the states, where it is one: weights as they are, or added to 1."""
+    """Return the module as a norm, where it is one: weights as they are, or plus 1."""
     weight_D: Any = getattr(module, "weight", None)
     if not isinstance(weight_D, Tensor) or weight_D.shape != hidden_ND.shape[1:]:
         return None
@@ -156,7 +156,7 @@ def _norm_of(module: nn.Module, hidden_ND: Tensor, expected_ND: Tensor) -> Final
 def _with_output(
     head: OutputHead, seen: _Seen, expected_NV: Tensor, model: nn.Module
 ) -> OutputHead:
-    """The head with what happens to the output layer's result: nothing, a scale, a soft-cap."""
+    """Return the head with what follows the output layer: nothing, a scale, a soft-cap."""
     if torch.equal(seen.output_NV, expected_NV):
         return head
     factor = _constant_ratio(seen.output_NV, expected_NV)
@@ -177,7 +177,7 @@ def _with_output(
 
 
 def _constant_ratio(before: Tensor, after: Tensor) -> float | None:
-    """The number that all of `before` was multiplied with, where there is one."""
+    """Return the number that all of `before` was multiplied with, where there is one."""
     wide, made = before.double(), after.double()
     factor = float((wide * made).sum() / wide.square().sum())
     distance = float((wide * factor - made).norm() / made.norm())
@@ -185,7 +185,7 @@ def _constant_ratio(before: Tensor, after: Tensor) -> float | None:
 
 
 def _known_number(model: nn.Module, value: float) -> float:
-    """The configuration's number that a measured one stands for, or 1 over it; else as measured."""
+    """Return the configuration's number (or 1 over it) nearest to a measured one, else that."""
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     known = [float(x) for x in settings.values() if isinstance(x, int | float) and x]
@@ -205,7 +205,7 @@ def _widened(head: OutputHead) -> OutputHead:
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference, of the spread of what is expected."""
+    """Return the root mean square of the difference, relative to the spread of what is expected."""
     wide = expected.double()
     spread = float((wide - wide.mean(-1, keepdim=True)).square().mean().sqrt())
     return float((got.double() - wide).square().mean().sqrt()) / (spread or 1.0)

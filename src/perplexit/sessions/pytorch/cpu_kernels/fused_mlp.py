@@ -56,7 +56,7 @@ def restore_forwards(model: nn.Module) -> None:
 
 
 def _fused(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The fused forward of a block, where its parts are known."""
+    """Return the fused forward of a block, where its parts are known."""
     parts = dict(block.named_children())
     for *names, activation in _GATED + _UNGATED:
         layers = [part for n in names if isinstance(part := parts.get(n), PackedLinear)]
@@ -76,7 +76,7 @@ def _fused(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
 def _gated(
     gate: PackedLinear, up: PackedLinear, down: PackedLinear, named: tuple[str, str], x: Tensor
 ) -> Tensor:
-    """`down(act(gate(x)) * up(x))`, a block of rows at a time."""
+    """Return `down(act(gate(x)) * up(x))`, computed a block of rows at a time."""
     out_XD = x.new_empty(*x.shape[:-1], down.out_features)
     for rows_ND, out_ND in _row_blocks(x, out_XD, gate.out_features):
         gated = gate.product(rows_ND, *named)
@@ -87,7 +87,7 @@ def _gated(
 def _ungated(
     first: PackedLinear, second: PackedLinear, named: tuple[str, str], x: Tensor
 ) -> Tensor:
-    """`second(act(first(x)))`, a block of rows at a time."""
+    """Return `second(act(first(x)))`, computed a block of rows at a time."""
     out_XD = x.new_empty(*x.shape[:-1], second.out_features)
     for rows_ND, out_ND in _row_blocks(x, out_XD, first.out_features):
         out_ND.copy_(second.product(first.product(rows_ND, *named)))
@@ -101,7 +101,7 @@ def _row_blocks(x: Tensor, out: Tensor, width: int) -> Iterator[tuple[Tensor, Te
 
 
 def _named_activation(activation: Any) -> tuple[str, str] | None:
-    """The name that oneDNN has for an activation, found by its values."""
+    """Return the name that oneDNN has for an activation, found by its values."""
     if not callable(activation):
         return None
     points = torch.linspace(-30, 30, 2001)

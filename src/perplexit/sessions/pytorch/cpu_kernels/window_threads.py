@@ -32,13 +32,13 @@ class WindowThreads:
         self._pool: ThreadPoolExecutor | None = None
 
     def split(self, places: list[int], windows: Sequence[WindowIds]) -> list[list[int]]:
-        """The places of windows, a part for a forward pass each; see `balanced_parts`."""
+        """Split the places of windows, one part for each forward pass; see `balanced_parts`."""
         lengths = [fed_length(windows[place]) for place in places]
         parts = balanced_parts(lengths, workers=self.size, most_ids=CPU_IDS)
         return [places[part.start : part.stop] for part in parts]
 
     def map(self, work: Callable[[list[int]], _T], parts: Sequence[list[int]]) -> list[_T]:
-        """`work` of each part, in order; what it raises is raised here."""
+        """Return `work` of each part, in order; what it raises is raised here."""
         side_by_side = len(parts) - len(parts) % self.size
         results = self._run(work, parts[:side_by_side]) if side_by_side else []
         return results + [work(part) for part in parts[side_by_side:]]
@@ -77,7 +77,7 @@ class ForwardTrace:
         self._before = list(_held(model))
 
     def leaves_nothing(self) -> bool:
-        """Whether forward passes of this model may run in several threads at a time."""
+        """Return whether forward passes of this model may run in several threads at a time."""
         if not type(self._model).__module__.startswith("transformers."):
             return False
         if LengthDependentRope.of(self._model) is not None:
@@ -90,7 +90,7 @@ class ForwardTrace:
 
 
 def _held(model: nn.Module) -> Iterator[tuple[object, int]]:
-    """Everything on the modules, and how often it was written to where that is counted."""
+    """Yield everything on the modules, with how often it was written to where that is counted."""
     for module in model.modules():
         for held in (*module.__dict__.values(), *module._buffers.values()):
             counted = isinstance(held, Tensor) and not held.is_inference()
