@@ -10,8 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import UsageError
-from perplexit.igf.directional_gain import DirectionalGain
-from perplexit.igf.gain_measures import ExactGain, FirstOrderGain, gain_measure
+from perplexit.igf.gain_measures import DirectionalGain, ExactGain, FirstOrderGain, gain_measure
 from perplexit.igf.losses import ContextScorer, context_losses
 from perplexit.igf.optimizer_step import StepRule, objective_gradient, stepped
 from tests.tiny_models import TINY_MODELS

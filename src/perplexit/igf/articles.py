@@ -120,11 +120,7 @@ class Articles:
 
 
 def read_articles(
-    corpus: Any,
-    tokenizer: Any = None,
-    *,
-    text_key: str = "text",
-    allow_pickle: bool = False,
+    corpus: Any, tokenizer: Any = None, *, text_key: str = "text", allow_pickle: bool = False
 ) -> Articles:
     """Return the articles of a corpus, one per document, tokenised without special tokens.
 

@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 from perplexit.errors import UsageError
 from perplexit.igf.learner_scores import score_predictions
-from perplexit.igf.learners import (
-    ConvolutionLearner,
-    Learner,
-    RidgeLearner,
-    input_embedding,
-)
+from perplexit.igf.learners import ConvolutionLearner, Learner, RidgeLearner, input_embedding
 from perplexit.igf.pairs import GainStatistics, Pairs
 
 LearnerKind = Literal["ridge", "cnn"]
@@ -151,9 +146,7 @@ def _record(learner: Learner, divided: DividedPairs, threshold: float) -> dict[s
 
 
 def _best_ridge(
-    divided: DividedPairs,
-    vocab_size: int,
-    progress: Callable[[TrainingProgress], None] | None,
+    divided: DividedPairs, vocab_size: int, progress: Callable[[TrainingProgress], None] | None
 ) -> RidgeLearner:
     ids_NT, z_N, fit = divided.pairs.ids_NT, divided.z_N, divided.fit
     tried = []

@@ -49,6 +49,7 @@ from perplexit.igf.selection import (
     threshold_within_reach,
 )
 
+_COLLECTION_SEED = 4
 LAST_STEP = 60  # the original leaves its loop after 60 batches, whatever max_steps says
 
 
@@ -65,7 +66,7 @@ def collect_objective_set(  # noqa: PLR0917 - the original's
     *,
     mode: Mode = "exact",
     dropout: bool = False,
-    seed: int = 4,
+    seed: int = _COLLECTION_SEED,
 ) -> Pairs:
     """Return `max_steps` pairs of a context and its information gain; write them to `filename`.
 
@@ -120,20 +121,15 @@ def generate_n_pairs(  # noqa: PLR0917 - the original's
         seed=3,
         allow_pickle=allow_pickle,
     )
-    orig_perp = float(compute_perplexity(loaded, objective, context_len))
-    device = next(loaded.parameters()).device
-    return collect_objective_set(
+    contexts = ContextStream(train, context_len, _COLLECTION_SEED).take(0, max_steps)
+    return collect_pairs(
         loaded,
-        orig_perp,
-        context_len,
-        train,
+        contexts,
         objective,
-        max_steps,
-        device,
-        igf_data_file,
-        recopy_gpt2,
+        output=igf_data_file,
         mode=mode,
         dropout=dropout,
+        seed=_COLLECTION_SEED,
     )
 
 

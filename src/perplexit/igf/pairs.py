@@ -4,7 +4,7 @@ Shape suffixes: N = pairs, T = ids of a context.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,13 @@ from perplexit.runs.parts_folder import LOCK_FILE, PartsFolder
 from perplexit.untrusted_files import stated
 
 KIND = "information gain pairs"
+# The names of the columns in a file, with those of their fields.
+_COLUMNS = {
+    "context_ids": "ids_NT",
+    "article": "article_N",
+    "gain_nats": "gain_nats_N",
+    "gain_perplexity": "gain_perplexity_N",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +91,15 @@ class Pairs:
 
     def take(self, rows: NDArray[Any]) -> "Pairs":
         """Return the pairs at these rows (indices or a mask)."""
-        return Pairs(
-            self.ids_NT[rows],
-            self.article_N[rows],
-            self.gain_nats_N[rows],
-            self.gain_perplexity_N[rows],
-            self.record,
-        )
+        return replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS.values()})
 
     def save(self, path: str | Path) -> Path:
-        """Write the pairs as one safetensors file; returns where. Equal pairs give equal bytes."""
+        """Write one safetensors file; return its path. Equal pairs give equal bytes."""
         statistics = {
             name: {"mean": float(gains.mean()), "std": float(gains.std())}
-            for name, gains in (
-                ("nats", self.gain_nats_N),
-                ("perplexity", self.gain_perplexity_N),
-            )
+            for name, gains in (("nats", self.gain_nats_N), ("perplexity", self.gain_perplexity_N))
         }
-        tensors: dict[str, NDArray[Any]] = {
-            "context_ids": self.ids_NT,
-            "article": self.article_N,
-            "gain_nats": self.gain_nats_N,
-            "gain_perplexity": self.gain_perplexity_N,
-        }
+        tensors = {stored: getattr(self, name) for stored, name in _COLUMNS.items()}
         record = {**self.record, "num_pairs": len(self), "statistics": statistics}
         return write_stored(path, KIND, tensors, record)
 
@@ -115,8 +108,7 @@ class Pairs:
         """Return the pairs that `save` wrote. Raises StoredFileError for any other file."""
         tensors, record = read_stored(path, KIND)
         with stated(path, stored_as(KIND)):
-            ids, article = tensors["context_ids"], tensors["article"]
-            gains = [tensors["gain_nats"], tensors["gain_perplexity"]]
+            ids, article, *gains = (tensors[stored] for stored in _COLUMNS)
             integers = ids.dtype.kind == article.dtype.kind == "i" and ids.ndim == 2
             floats = all(gain.dtype.kind == "f" and np.isfinite(gain).all() for gain in gains)
             columns = all(column.shape == (len(ids),) for column in (article, *gains))

@@ -61,8 +61,7 @@ class ContextStream:
             self._articles.ids[a][b : b + self._length] for a, b in zip(article, begin, strict=True)
         ]
         return Contexts(
-            np.array(ids, dtype=np.int32).reshape(count, self._length),
-            self._fingerprints[article],
+            np.array(ids, dtype=np.int32).reshape(count, self._length), self._fingerprints[article]
         )
 
     def _block(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
