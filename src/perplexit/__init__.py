@@ -34,7 +34,7 @@ _HOME_OF = {
     "UnreadableRun": "perplexit.runs.store",
     "find_runs": "perplexit.runs.store",
     "list_runs": "perplexit.runs.store",
-    "verify_run": "perplexit.runs.verification",
+    "verify_run": "perplexit.runs.run_figures",
     "export_tokens": "perplexit.runs.level_tables",
     "export_documents": "perplexit.runs.level_tables",
     "export_words": "perplexit.runs.level_tables",

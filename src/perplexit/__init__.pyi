@@ -48,10 +48,10 @@ from perplexit.runs.level_tables import export_documents as export_documents
 from perplexit.runs.level_tables import export_tokens as export_tokens
 from perplexit.runs.level_tables import export_words as export_words
 from perplexit.runs.run import Run as Run
+from perplexit.runs.run_figures import verify_run as verify_run
 from perplexit.runs.store import UnreadableRun as UnreadableRun
 from perplexit.runs.store import find_runs as find_runs
 from perplexit.runs.store import list_runs as list_runs
-from perplexit.runs.verification import verify_run as verify_run
 from perplexit.runs.words import surprisal_of_words as surprisal_of_words
 from perplexit.seed_api import calculate_perplexity as calculate_perplexity
 from perplexit.seed_api import compute_perplexity as compute_perplexity

@@ -8,8 +8,7 @@ import pytest
 
 import perplexit as px
 from perplexit.errors import EngineOutOfMemoryError
-from perplexit.evaluation.batch_plan import plan_batches
-from perplexit.evaluation.scorer import Scorer
+from perplexit.evaluation.scorer import Scorer, plan_batches
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch import PytorchInferenceSession

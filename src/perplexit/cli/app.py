@@ -54,7 +54,7 @@ def perplexit(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """A language model's perplexity as a number that can be trusted, compared and used.
+    """Measure a language model's perplexity as a number that can be trusted, compared and used.
 
     Text for people goes to stderr; with --json a command puts one JSON document on stdout.
     Exit codes: 0 done, 1 a stated error, 2 usage, 3 a gate failed, 130 interrupted.

@@ -141,7 +141,7 @@ def evaluate(
 
 
 def _new_run_folder(tokens: Path) -> Path:
-    """A folder under runs/ that does not exist yet, named by the time (UTC) and the input."""
+    """Return a new folder under runs/, named by the time (UTC) and the input."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     base = Path("runs") / f"{stamp}-{tokens.stem}"
     number, folder = 1, base

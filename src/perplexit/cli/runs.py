@@ -50,7 +50,7 @@ def list_(
 
 
 def _record(run: Any) -> dict[str, Any]:
-    """The run's record; one that calls itself complete and is not has the status "damaged"."""
+    """Return the run's record; its status is "damaged" where it only claims to be complete."""
     record: dict[str, Any] = run.to_json()
     damage = run.damage()
     return record if damage is None else {**record, "status": "damaged", "damage": damage}

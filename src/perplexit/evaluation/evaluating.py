@@ -7,16 +7,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from perplexit.evaluation.input_fit import check_tokenizer
-from perplexit.evaluation.model_inputs import (
+from perplexit.evaluation.input_fit import (
     LoadableModel,
     Model,
+    check_tokenizer,
     model_and_tokenizer,
     text_input,
     token_file_of,
 )
-from perplexit.evaluation.request import Request
-from perplexit.evaluation.resuming import check_asked_conditions
+from perplexit.evaluation.request import Request, check_asked_conditions
 from perplexit.evaluation.run_in_progress import Progress, RunInProgress
 from perplexit.inputs.token_file import TokenFile
 from perplexit.reference.request import requested_reference

@@ -1,27 +1,33 @@
-"""Whether an input fits a model: its vocabulary, its window lengths, its tokenizer."""
+"""Models and inputs as people give them, and whether an input fits a model.
 
-from collections.abc import Mapping
+It fits where its ids are in the vocabulary, its windows are not too long and its tokenizer is the
+model's own.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from perplexit.errors import FingerprintMismatchError, PerplexitError, VocabularyError
+from perplexit.errors import FingerprintMismatchError, PerplexitError, UsageError, VocabularyError
 from perplexit.inputs.retokenizing import match_tokenizer
-from perplexit.inputs.token_file import TokenFile
+from perplexit.inputs.text_inputs import prepared_texts
+from perplexit.inputs.token_file import TokenFile, is_token_file
 from perplexit.inputs.tokenizer import Tokenizer
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 from perplexit.runs.measurement import depends_on_batch
 from perplexit.sessions.base import InferenceSession
+from perplexit.sessions.registry import require_model, split_address
 
 UNKNOWN_VOCABULARY = 2**31 - 1  # of a session that takes any id
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def own_tokenizer(address: str) -> Tokenizer | None:
-    """The tokenizer that comes with a model, or with the checkpoint that a program was made of.
+    """Return the tokenizer that comes with a model, or with the checkpoint of a program.
 
-    None where there is none, or where it cannot be read without loading the model.
+    Returns None where there is none, or where it cannot be read without loading the model.
     """
     folder = _folder_of(address)
     try:
@@ -46,7 +52,7 @@ def _folder_of(address: str) -> Path:
 def check_tokenizer(
     address: str, tokens: TokenFile, *, other_tokenizer: bool = False
 ) -> Mapping[str, Any] | None:
-    """How the input's tokenizer was found to be the model's own, for the record.
+    """Return how the input's tokenizer was found to be the model's own, for the record.
 
     None where the model comes without a tokenizer. other_tokenizer: go on where it is another, and
     record that. A GGUF file tells its tokenizer's vocabulary, but how it splits text is lost in
@@ -75,7 +81,7 @@ def check_tokenizer(
 
 
 def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
-    """Warnings about an input that the model can take but was not made for.
+    """Return warnings about an input that the model can take but was not made for.
 
     Raises VocabularyError where the input holds ids that the model has no row for.
     """
@@ -111,3 +117,81 @@ def check_fits(session: InferenceSession, tokens: TokenFile) -> list[str]:
             "batch size"
         )
     return warnings
+
+
+LoadableModel = InferenceSession | str | Path | Any  # the last: a torch.nn.Module
+Model = LoadableModel | tuple[Any, Any]
+Texts = str | Path | Iterable[str | Path]
+
+
+def model_and_tokenizer(model: Model, tokens: object) -> tuple[LoadableModel, Any]:
+    """Return the model and the tokenizer that was given with it, None where none was.
+
+    Raises UsageError for something else than a model, and where a tokenizer stands in the place of
+    the input.
+    """
+    if _is_tokenizer(tokens):
+        raise UsageError(
+            f"expected an input or texts after the model, got a tokenizer "
+            f"({type(tokens).__name__}); write perplexity(model, texts, tokenizer), or "
+            "evaluate((model, tokenizer), texts)"
+        )
+    if not isinstance(model, tuple):
+        require_model(model)
+        return model, None
+    require_model(model[0] if model else None)
+    if len(model) != 2 or not _is_tokenizer(model[1]):
+        raise UsageError(
+            f"expected (module, tokenizer), got a tuple of {len(model)}: "
+            f"{', '.join(type(each).__name__ for each in model)}"
+        )
+    return model
+
+
+def token_file_of(
+    tokens: TokenFile | Texts, model: LoadableModel, tokenizer: object | None
+) -> TokenFile:
+    """Return the token file that is given, opened and verified, or one that the texts become."""
+    if isinstance(tokens, TokenFile):
+        return tokens
+    if isinstance(tokens, str | Path) and is_token_file(tokens):
+        return TokenFile.open(tokens)
+    return text_input(tokens, model, tokenizer)
+
+
+def text_input(
+    texts: Texts, model: LoadableModel, tokenizer: object | None, **protocol: Any
+) -> TokenFile:
+    """Return the token file of some texts, prepared with the given or the model's own tokenizer.
+
+    Raises UsageError where there is no tokenizer.
+    """
+    return prepared_texts(texts, tokenizer or _tokenizer_of(model), **protocol)
+
+
+def _tokenizer_of(model: LoadableModel) -> object:
+    if isinstance(model, str | Path):
+        address = ":".join(split_address(model))
+    elif isinstance(model, InferenceSession):
+        address = model.model.address
+    else:
+        raise UsageError(
+            f"expected a tokenizer for the texts, got {type(model).__name__} alone; give "
+            "(module, tokenizer), or perplexity(module, texts, tokenizer)"
+        )
+    own = own_tokenizer(address)
+    if own is None:
+        raise UsageError(
+            f"expected a model that comes with its tokenizer, got {address}, which does not; give "
+            "one (tokenizer=), or a token file made by prepare"
+        )
+    return own
+
+
+def _is_tokenizer(given: object) -> bool:
+    """Return whether this is a tokenizer of transformers or tokenizers, and no input."""
+    return (
+        not isinstance(given, TokenFile)
+        and all(hasattr(given, name) for name in ("encode", "decode"))
+        and not isinstance(given, str | bytes)
+    )

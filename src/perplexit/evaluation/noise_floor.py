@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from perplexit.errors import EmptyScoreError
-from perplexit.evaluation.batch_plan import BatchPlan
+from perplexit.evaluation.scorer import BatchPlan
 from perplexit.inputs.token_file import TokenFile
 from perplexit.metrics.intervals import clusters_for, mean_interval
 from perplexit.runs.run import Run
@@ -25,7 +25,7 @@ class NoiseFloor:
 
     nats_a_token: the interval's end that lies farther from 0. Without an interval it is the mean
                   size of the differences: their mean may be close to 0 by chance.
-    batch_size:   windows a batch, when they were scored again.
+    batch_size:   windows per batch, when they were scored again.
     """
 
     nats_a_token: float
@@ -38,12 +38,12 @@ class NoiseFloor:
     num_tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        """The floor as plain JSON values."""
+        """Return the floor as plain JSON values."""
         return asdict(self)
 
 
 def noise_floor_of(session: InferenceSession, tokens: TokenFile, run: Run) -> NoiseFloor:
-    """A complete run's noise floor, from up to 32 of its windows, evenly spread.
+    """Return a complete run's noise floor, from up to 32 of its windows, evenly spread.
 
     A run in batches of several windows is repeated window by window, any other in pairs.
     Raises EmptyScoreError where no token has a finite loss both times.

@@ -10,19 +10,16 @@ import numpy as np
 
 from perplexit import __version__
 from perplexit.errors import NonFiniteError
-from perplexit.evaluation.batch_plan import BatchPlan, plan_batches
 from perplexit.evaluation.input_fit import check_fits
 from perplexit.evaluation.noise_floor import noise_floor_of
-from perplexit.evaluation.request import Request
-from perplexit.evaluation.resuming import check_same_conditions
-from perplexit.evaluation.scorer import ProgressUpdate, Scorer
+from perplexit.evaluation.request import Request, check_same_conditions
+from perplexit.evaluation.scorer import BatchPlan, ProgressUpdate, Scorer, plan_batches
 from perplexit.evaluation.window_order import WindowResults
 from perplexit.inputs.token_file import TokenFile
 from perplexit.resources.host_memory import HostMemory
 from perplexit.runs.run import SCHEMA_VERSION, Run
 from perplexit.runs.run_figures import figures_of
-from perplexit.runs.scored_batch import ScoredBatch
-from perplexit.runs.store import RunStore
+from perplexit.runs.store import RunStore, ScoredBatch
 from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory, MeasuresWorkingMemory
 
 Progress = Callable[[ProgressUpdate], None]
@@ -112,14 +109,14 @@ class RunInProgress:
         return self.identified(run)
 
     def identified(self, run: Run) -> Run:
-        """The run with its identity and its reference's, which may depend on its batches."""
+        """Return the run with its identity and its reference's, which may depend on its batches."""
         run = run.identified()
         if self.with_reference is None:
             return run
         return replace(run, reference=self.with_reference.reference_of(run))
 
     def lost_of(self, recorded: Run) -> str | None:
-        """What a complete run lacks on disk, in words; None where it is whole, or not complete."""
+        """Return what a complete run lacks on disk, in words; None where it lacks nothing."""
         if recorded.status != "complete":
             return None
         lost = recorded.damage()
@@ -213,7 +210,7 @@ class RunInProgress:
         return run if self.store is None else _stored(self.store, run, self.tokens)
 
     def with_noise_floor(self, run: Run) -> Run:
-        """The complete run with its noise floor measured, and stored if it has a folder."""
+        """Return the complete run with its noise floor measured, and stored if it has a folder."""
         floor = noise_floor_of(self.session, self.tokens, run)
         run = replace(run, noise_floor=floor.to_json())
         if self.store is not None:

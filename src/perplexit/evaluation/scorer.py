@@ -7,16 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError
-from perplexit.evaluation.batch_plan import BatchPlan, longest_first
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import WindowIds
-from perplexit.runs.scored_batch import ScoredBatch
+from perplexit.runs.store import ScoredBatch
 from perplexit.sessions.base import (
     AlternativesSession,
     DetailedSession,
@@ -27,11 +26,79 @@ from perplexit.sessions.base import (
 from perplexit.token_columns import TokenDetails
 
 
+@dataclass(frozen=True, slots=True)
+class BatchLimit:
+    """How large batches are from place `start` on; one window is always allowed.
+
+    max_windows: windows per batch; max_ids: ids fed forward per batch, padding included.
+    """
+
+    start: int
+    max_windows: int
+    max_ids: int | None = None
+
+    def halved(self, start: int, num_windows: int) -> "BatchLimit":
+        """Return the limit after a batch of `num_windows` at `start` did not fit."""
+        return BatchLimit(start, max(1, num_windows // 2), self.max_ids and self.max_ids // 2)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which windows go together: frozen at the start of a run, so that a resumed run repeats it.
+
+    A batch's composition can change the last bits of its results; the same plan on the same
+    machine gives the same bits. `limits` grows only when an engine runs out of memory.
+    """
+
+    limits: tuple[BatchLimit, ...]
+    order: str = "longest-first"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as `run.json` holds it."""
+        return {
+            "order": self.order,
+            "limits": [
+                {"start": x.start, "max_windows": x.max_windows, "max_ids": x.max_ids}
+                for x in self.limits
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "BatchPlan":
+        """Return the plan that `to_json` described."""
+        return cls(tuple(BatchLimit(**limit) for limit in record["limits"]), record["order"])
+
+    def batch_stop(self, start: int, lengths: NDArray[np.int64]) -> int:
+        """Return where the batch that begins at place `start` ends. `lengths` are in plan order."""
+        limit = [x for x in self.limits if x.start <= start][-1]
+        next_change = min((x.start for x in self.limits if x.start > start), default=len(lengths))
+        size = limit.max_windows
+        if limit.max_ids is not None:  # longest first: the first window sets the padded length
+            size = min(size, max(1, limit.max_ids // max(1, int(lengths[start]))))
+        return min(start + size, next_change, len(lengths))
+
+
+def plan_batches(
+    session: InferenceSession, tokens: TokenFile, batch_size: int | None = None
+) -> BatchPlan:
+    """Return the plan for a new run: `batch_size` windows per batch, or what memory allows."""
+    if batch_size is not None:
+        return BatchPlan((BatchLimit(0, batch_size),))
+    longest = int(tokens.fed_lengths().max(initial=1))
+    size = max(1, session.max_batch_size(longest))
+    return BatchPlan((BatchLimit(0, max_windows=4096, max_ids=size * longest),))
+
+
+def longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return rows of the window table, longest window first, ties in table order."""
+    return np.argsort(-lengths, kind="stable")
+
+
 class ScoreWindows(Protocol):
     """How the windows of a batch are scored."""
 
     def __call__(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """One record a window."""
+        """Return one record a window."""
         ...
 
 
@@ -86,7 +153,7 @@ class Scorer:
         self.lengths = lengths[self.order]
 
     def batches(self, done: NDArray[np.bool_]) -> Iterator[ScoredBatch]:
-        """Each batch of the plan with a place that is not `done`, scored, in plan order.
+        """Return each batch of the plan with a place that is not `done`, scored, in plan order.
 
         A session that queues work on a device is given the next batch before the last one's
         results are waited for. Raises EngineOutOfMemoryError where one window does not fit.
@@ -117,7 +184,10 @@ class Scorer:
             start = stop
 
     def _queued(self, session: QueueingSession, done: NDArray[np.bool_]) -> Iterator[ScoredBatch]:
-        """As `batches`, one batch ahead; memory is short only where nothing else is under way."""
+        """Yield what `batches` yields, one batch ahead.
+
+        Memory is short only where no other batch is under way.
+        """
         start, waiting, last = 0, None, 0.0
         while start < len(self.order) or waiting is not None:
             started: _Queued | None = None
@@ -171,7 +241,7 @@ class _Queued:
     began: float
 
     def collected(self, last: float) -> ScoredBatch:
-        """The batch; it counts no second in which the one before, done at `last`, was running."""
+        """Return the batch; its seconds begin where the batch before was done, at `last`."""
         details = self.wait()
         seconds = time.perf_counter() - max(self.began, last)
         places = range(self.start, self.stop)

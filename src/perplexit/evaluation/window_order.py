@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.windows import PrefixMode
 from perplexit.runs.run_tokens import PartialColumn, RunTokens
-from perplexit.runs.scored_batch import ScoredBatch
+from perplexit.runs.store import ScoredBatch
 from perplexit.token_columns import TokenDetails
 
 
 class WindowResults:
     """The results of a run's windows, filled in any order and read in window order.
 
-    done:    a flag a window. seconds: time in the session, `decode_seconds` of it in decode.
+    done:    one flag per window. seconds: time in the session, `decode_seconds` of it in decode.
     nll_sum: finite losses so far, in the order they came (for progress; the reported sum is taken
     in window order).
     """
@@ -55,7 +55,7 @@ class WindowResults:
         self.decode_seconds += batch.decode_seconds
 
     def run_tokens(self) -> RunTokens:
-        """Everything as the rows of a run. Raises ValueError where a window is not done."""
+        """Return the rows of the run. Raises ValueError where a window is not done."""
         self._tokens.require_unchanged()  # its text is read from the file now
         if not self.done.all():
             raise ValueError(f"{int((~self.done).sum())} windows are not scored")
@@ -89,7 +89,7 @@ class WindowResults:
 
 
 def _targets_of_all(tokens: TokenFile) -> NDArray[np.int64]:
-    """Flat token indices of every window's targets, in window order."""
+    """Return flat token indices of every window's targets, in window order."""
     table = tokens.windows
     widths = table.target_stop - table.target_start
     flat = _ranges(tokens.document_starts[table.document] + table.target_start, widths)
@@ -123,7 +123,7 @@ def _text_columns(
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`concatenate([arange(s, s + c) for s, c in zip(starts, counts)])`, without the loop."""
+    """Return `concatenate([arange(s, s + c) for s, c in zip(starts, counts)])`."""
     total = int(counts.sum())
     before = np.cumsum(counts) - counts
     ranges: NDArray[np.int64] = np.repeat(starts - before, counts) + np.arange(total)

@@ -34,7 +34,7 @@ class Head(Protocol):
     """Makes logits of hidden states."""
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logits of hidden states, (N, V), float32."""
+        """Return the logits of hidden states, (N, V), float32."""
         ...
 
 
@@ -49,7 +49,7 @@ class RecordedLosses:
 
     @classmethod
     def of_window(cls, tokens: RunTokens, window: int) -> "RecordedLosses":
-        """Those of a run's rows of a window."""
+        """Return the recorded losses of a window of a run."""
         rows = slice(
             int(np.searchsorted(tokens.window, window)),
             int(np.searchsorted(tokens.window, window, side="right")),
@@ -77,14 +77,14 @@ class HeadProof:
     ranks: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """The proof as plain JSON values."""
+        """Return the proof as plain JSON values."""
         return asdict(self)
 
 
 def proof_of(
     head: Head, window: int, states_ND: NDArray[np.float32], recorded: RecordedLosses
 ) -> HeadProof:
-    """The head's results on a window's states, held against what was recorded.
+    """Return the head's results on a window's states, held against what was recorded.
 
     Raises RunError where states and results are not of the same targets, or not of this head.
     """
@@ -130,7 +130,7 @@ def _statistics(
 
 @contextmanager
 def proven_head(run: Run, states: ReferenceStates) -> Iterator[Head]:
-    """The head of a reference run: the one kept with its states, else its model's, loaded again.
+    """Yield the head of a reference run: the one kept with its states, or its model's.
 
     Raises FingerprintMismatchError where the checkpoint is no longer the one it was, or the head
     does not give what the run recorded; RunError for a missing or damaged file; what loading the
@@ -164,14 +164,14 @@ def _require_proof(run: Run, states: ReferenceStates, head: Head, which: str) ->
         if not found <= allowed:
             what = "losses" if name == "nll" else "entropies"
             rounding = f"(rounding explains {allowed:.1g})"
-            reason = f"on window {window} {what} differ by {found:.3g} nats a token {rounding}"
+            reason = f"on window {window} {what} differ by {found:.3g} nats per token {rounding}"
             raise _unproven(run, which, reason)
     if proof.ranks < _SHARE_OF_RANKS * float(measured.get("ranks", 1.0)):
         raise _unproven(run, which, f"on window {window} {proof.ranks:.0%} of the ranks agree")
 
 
 def _longest_window(run: Run, states: ReferenceStates) -> int | None:
-    """The stored window with the most scored tokens, the first of equals; None where none is."""
+    """Return the first stored window with the most scored tokens; None where none is stored."""
     windows, counts = np.unique(run.tokens.window, return_counts=True)
     stored = np.isin(windows, list(states.windows))
     return int(windows[stored][counts[stored].argmax()]) if stored.any() else None
@@ -187,7 +187,7 @@ def _unproven(run: Run, which: str, reason: str) -> FingerprintMismatchError:
 
 @contextmanager
 def _loaded_again(run: Run) -> Iterator[Head]:
-    """The session that the run was scored by, loaded from its address as it then was."""
+    """Yield the session that scored the run, loaded again from its address."""
     address = str(run.model.get("address"))
     if address.startswith("module:"):
         raise RunError(
@@ -219,7 +219,7 @@ def _checked(session: InferenceSession, run: Run) -> HiddenStateSession:
 
 
 def _device_of(run: Run) -> torch.device:
-    """Where the run was scored, if that device is here; the CPU else."""
+    """Return the device that scored the run if it is here, else the CPU."""
     name = str(run.session.get("device"))
     if name.startswith("cuda") and torch.cuda.is_available():
         return torch.device(name)

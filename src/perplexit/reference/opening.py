@@ -46,9 +46,10 @@ class OpenedReference:
     saving: tuple[SavingScoring, StatesWriter] | None = None
 
     def reference_of(self, run: Run) -> dict[str, Any] | None:
-        """What `run.json` says of the reference: which measurement it is, and of which input.
+        """Return what `run.json` says of the reference: its measurement and its input.
 
-        One that is scored in step takes the run's batches and its rule for non-finite losses.
+        A reference that is scored in step takes the run's batches and its rule for losses that are
+        not finite.
         """
         if self.reference is None or self.measured is None:
             return None
@@ -79,7 +80,7 @@ class OpenedReference:
         return record
 
     def lost_of(self, tokens: TokenFile) -> str | None:
-        """What the states of a complete run lack on disk, in words; None where they are whole."""
+        """Return what the states of a complete run lack on disk, in words; None if nothing."""
         if self.saving is None:
             return None
         try:
@@ -161,7 +162,7 @@ def _base_file(session: InferenceSession, file: KlBaseFile) -> OpenedReference:
 
 
 def _alternatives(session: InferenceSession, run: Run) -> OpenedReference:
-    """A reference that recorded its most likely tokens: KL becomes a pair of bounds."""
+    """Return scoring with a reference that recorded its most likely tokens: bounds of the KL."""
     reference = TopKReference(run)
     scoring = ReferenceScoring(session, reference)
     kind = f"top {reference.num_alternatives} and a tail"

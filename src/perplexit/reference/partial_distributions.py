@@ -22,13 +22,13 @@ class PartialReference(Protocol):
     """Gives what is known of the reference's distributions for targets that are being scored."""
 
     def begin(self, windows: Sequence[WindowIds]) -> None:
-        """A batch of windows is about to be asked for, in order."""
+        """Prepare for a batch of windows, which will be asked for in order."""
         ...
 
     def partial_rows(
         self, place: int, start: int, stop: int, vocab_size: int
     ) -> PartialDistributions:
-        """Of targets `start … stop - 1` of window `place` of the batch.
+        """Return of targets `start … stop - 1` of window `place` of the batch.
 
         Raises VocabularyError where the reference's vocabulary is not of this size.
         """
@@ -56,7 +56,7 @@ class TopKReference:
     def partial_rows(
         self, place: int, start: int, stop: int, vocab_size: int
     ) -> PartialDistributions:
-        """The recorded alternatives as log-probabilities over the vocabulary."""
+        """Return the recorded alternatives as log-probabilities over the vocabulary."""
         first = int(np.searchsorted(self._rows.window, self._windows[place].index))
         rows = slice(first + start, first + stop)
         ids_NK = torch.from_numpy(self._ids_RK[rows].astype(np.int64))
@@ -94,7 +94,7 @@ class KlBaseReference:
     def partial_rows(
         self, place: int, start: int, stop: int, vocab_size: int
     ) -> PartialDistributions:
-        """The file's rows; what it clamped is the tail."""
+        """Return the rows of the file; the tokens that it clamped are the tail."""
         if vocab_size != self._file.vocab_size:
             raise VocabularyError(
                 f"expected two distributions over one vocabulary, got {self._file.vocab_size} "
@@ -112,7 +112,7 @@ class KlBaseReference:
 
 
 def floor_of_file(file: KlBaseFile) -> tuple[float, float]:
-    """(mean, largest) nats a token that the file's rounding can make of a KL with itself.
+    """Return (mean, largest) nats a token that the file's rounding can make of a KL with itself.
 
     From up to 8 chunks, spread evenly over the file.
     """

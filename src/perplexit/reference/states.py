@@ -126,16 +126,16 @@ class ReferenceStates:
 
     @property
     def windows(self) -> set[int]:
-        """The windows whose states are stored."""
+        """Return the windows whose states are stored."""
         return set(self._file_of)
 
     @property
     def keeps_head(self) -> bool:
-        """Whether the head is kept with the states."""
+        """Return whether the head is kept with the states."""
         return bool(self.record.get("head_file"))
 
     def head(self, device: torch.device) -> OutputHead:
-        """The head that is kept with the states, on a device.
+        """Return the head that is kept with the states, on a device.
 
         Raises RunError where its file is missing, damaged or of another kind.
         """
@@ -151,7 +151,7 @@ class ReferenceStates:
             return OutputHead.of(tensors, json.loads(content.metadata()["perplexit"])).on(device)
 
     def of_window(self, window: int) -> NDArray[np.float32]:
-        """The states of a window's targets, float32 (N, D)."""
+        """Return the states of a window's targets, float32 (N, D)."""
         path = self._file_of.get(window)
         if path is None:
             raise RunError(

@@ -35,11 +35,11 @@ class ReferenceLogits(Protocol):
     """Gives the reference's logits for targets that a candidate is being scored on."""
 
     def begin(self, windows: Sequence[WindowIds]) -> None:
-        """A batch of windows is about to be asked for, in order."""
+        """Prepare for a batch of windows, which will be asked for in order."""
         ...
 
     def rows(self, place: int, start: int, stop: int) -> NDArray[np.float32]:
-        """The logits of targets `start … stop - 1` of window `place` of the batch, (N, V)."""
+        """Return the logits (N, V) of targets `start … stop - 1` of window `place` of the batch."""
         ...
 
 
@@ -48,7 +48,7 @@ class KeepsHead(HiddenStateSession, Protocol):
     """A session that knows whether its head can be had again, and can write it out."""
 
     def head_to_keep(self) -> OutputHead | None:
-        """The head to keep with states; None where the model's address gives it again.
+        """Return the head to keep with states; None where the model's address gives it again.
 
         Raises CapabilityError where neither can be had.
         """
@@ -69,7 +69,7 @@ class StoredLogits:
         self._windows, self._place = windows, None
 
     def rows(self, place: int, start: int, stop: int) -> NDArray[np.float32]:
-        """The logits of some targets; a window's states are read once."""
+        """Return the logits of some targets; the states of a window are read once."""
         if place != self._place:
             self._states_ND = self._states.of_window(self._windows[place].index)
             self._place = place
@@ -93,7 +93,7 @@ class LiveLogits:
         self._held_NV = np.empty((0, self._session.model.vocab_size), np.float32)
 
     def rows(self, place: int, start: int, stop: int) -> NDArray[np.float32]:
-        """The logits of some targets, which must be asked for in order."""
+        """Return the logits of some targets, which must be asked for in order."""
         while self._place < place or self._start + len(self._held_NV) < stop:
             chunk = next(self._chunks)
             if chunk.place != self._place:
@@ -138,7 +138,7 @@ class ReferenceScoring:
         self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, session.model.vocab_size)
 
     def details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """As `token_details`, with the divergences."""
+        """Return the columns of `token_details` with the divergences."""
         self._reference.begin(windows)
         parts: list[list[TokenStatistics]] = [[] for _ in windows]
         for chunk in self._session.target_logits(windows, chunk_rows=self._chunk_rows):
@@ -196,7 +196,7 @@ class SavingScoring:
         self._measured = writer.measured()
 
     def details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """As `token_details`; the states are on disk when this returns."""
+        """Return the columns of `token_details`, after the states were written to disk."""
         states = self._session.target_hidden_states(windows)
         results = [
             self._window_details(window, states_ND, top_k)

@@ -3,21 +3,131 @@
 Shape suffixes: R = rows (scored tokens), G = groups (windows or documents).
 """
 
+import csv
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
+import pyarrow.csv
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from perplexit.errors import MissingPackageError, RunError, UsageError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.metrics.likelihood import exp_or_inf
-from perplexit.runs.document_sources import DOCUMENTS_FILE, with_sources
-from perplexit.runs.exported_tables import export_file, write_table
+from perplexit.protected_outputs import Kind, OutputFile, paths_among
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.words import COLUMNS, surprisal_of_words
+from perplexit.untrusted_files import Expected, stated
+from perplexit.untrusted_tensors import read_parquet
+
+EXPORT_SUFFIXES = (".csv", ".parquet", ".jsonl")
+_LONGEST_ROW = 1 << 20  # bytes of a first row
+
+
+def export_file(
+    path: str | Path, columns: Sequence[str], *, inputs: Sequence[object] = (), force: bool = False
+) -> OutputFile:
+    """Return the file that a table is to be exported to, with these columns at the least.
+
+    Raises UsageError for another suffix than those of `EXPORT_SUFFIXES`, OutputError where the
+    file holds something else than such a table, or is one of `inputs`.
+    """
+    path = Path(path)
+    if path.suffix not in EXPORT_SUFFIXES:
+        raise UsageError(
+            f"expected a file name that ends in one of {', '.join(EXPORT_SUFFIXES)}, "
+            f"got {path.name}"
+        )
+    kind = Kind("an exported table", lambda found: set(columns) <= _columns_of(found))
+    return OutputFile(path, kind, paths_among(*inputs), force)
+
+
+def write_table(table: pa.Table, file: OutputFile) -> Path:
+    """Write `table` in the format that the file's name ends in, whole or not at all."""
+    if file.path.suffix == ".parquet":
+        return file.write(lambda temporary: pq.write_table(table, temporary))
+    if file.path.suffix == ".csv":
+        flat = _lists_as_columns(table)
+        return file.write(lambda temporary: pyarrow.csv.write_csv(flat, temporary))
+    return file.write(lambda temporary: _write_json_lines(table, temporary))
+
+
+def _columns_of(path: Path) -> set[str]:
+    """Return the names of the columns of an exported table; none for another file."""
+    try:
+        if path.suffix == ".parquet":
+            return set(pq.read_schema(path).names)
+        with path.open("rb") as file:
+            first = file.readline(_LONGEST_ROW).decode("utf-8")
+        if path.suffix == ".csv":
+            return set(next(csv.reader([first]), []))
+        row = json.loads(first)
+        return set(row) if isinstance(row, dict) else set()
+    except (pa.ArrowException, ValueError, OSError, RecursionError, csv.Error):
+        return set()
+
+
+def _lists_as_columns(table: pa.Table) -> pa.Table:
+    """Return the table with one column per list element: `top_ids_1`, `top_ids_2` and so on."""
+    for field in table.schema:
+        if pa.types.is_fixed_size_list(field.type):
+            column = table.column(field.name).combine_chunks()
+            size = field.type.list_size
+            table = table.drop_columns([field.name])
+            for k in range(size):
+                element = pa.compute.list_element(column, k)
+                table = table.append_column(f"{field.name}_{k + 1}", element)
+    return table
+
+
+def _write_json_lines(table: pa.Table, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for batch in table.to_batches(max_chunksize=65536):
+            for row in batch.to_pylist():
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+DOCUMENTS_FILE = "documents.parquet"
+_EXPECTED = Expected("the documents of a run", RunError, "evaluate again")
+_SOURCES = ["source_file", "source_row"]
+
+
+def sources_of(run: Run) -> pa.Table | None:
+    """Return `document`, `source_file`, `source_row` and the kept columns; None if not recorded.
+
+    Runs of older versions have none. Raises RunError for a file that is damaged.
+    """
+    path = None if run.folder is None else run.folder / DOCUMENTS_FILE
+    if path is None or not path.exists():
+        return None
+    table = read_parquet(path, _EXPECTED)
+    with stated(path, _EXPECTED):
+        numbers = table.column("document").to_pylist()
+        known = set(_SOURCES) <= set(table.column_names)
+        if not known or numbers != list(range(run.num_documents)):
+            _EXPECTED.refuse(path, "other documents than the run has")
+        return table
+
+
+def with_sources(table: pa.Table, run: Run) -> pa.Table:
+    """Return a table with the columns of `sources_of` inserted behind its column `document`."""
+    sources = sources_of(run)
+    if sources is None:
+        return table
+    with stated(str(run.folder), _EXPECTED):
+        rows = sources.take(table.column("document"))
+    place = table.column_names.index("document")
+    for name in rows.column_names[1:]:
+        place += 1
+        table = table.add_column(place, name, rows.column(name))
+    return table
+
 
 Level = Literal["token", "word", "window", "document"]
 _FIGURES = ("num_tokens", "nll_sum", "perplexity", "bits_per_byte")

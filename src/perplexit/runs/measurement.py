@@ -30,7 +30,7 @@ _NOT_DECIDING = frozenset(
 
 
 def plain_json(value: Any) -> Any:
-    """The value as `run.json` holds it: text keys, lists, and None for what is not finite."""
+    """Return the value as JSON: text keys, lists, and None for a number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -47,7 +47,7 @@ def measurement_of(
     on_non_finite: str,
     batch_plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The identity of a measurement as plain JSON values, from what a run records.
+    """Return the identity of a measurement as plain JSON values, from what a run records.
 
     model, session: `run.json`'s entries of these names. The model's address and the adapter's
     folder are left out: weights are known by their fingerprint, wherever they lie.
@@ -68,21 +68,22 @@ def measurement_of(
 
 
 def depends_on_batch(session: Mapping[str, Any]) -> bool:
-    """Whether a window's losses depend on what stands beside it: activations rounded together."""
+    """Return whether losses depend on the batch, because activations are rounded together."""
     settings = session.get("settings")
     weights = settings.get("weights") if isinstance(settings, Mapping) else None
     return isinstance(weights, Mapping) and not weights.get("batch_invariant", True)
 
 
 def measurement_fingerprint(measurement: Mapping[str, Any]) -> str:
-    """The SHA-256 of the canonical JSON of what `measurement_of` gives."""
+    """Return the SHA-256 of the canonical JSON of what `measurement_of` gives."""
     return hashlib.sha256(canonical_json(plain_json(measurement)).encode()).hexdigest()
 
 
 def measurement_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, as `name (value and value)`; empty where nothing does.
+    """Return the differences of two identities, each as `name (value and value)`.
 
-    What matters most first, and no more than a reader takes in. Hashes are cut to 12 digits.
+    The most important ones come first, at most MOST_NAMED of them. Hashes are cut to 12 digits.
+    The list is empty where nothing differs.
     """
     ours, theirs = flat_record(first), flat_record(second)
     names = differing_names(ours, theirs)
@@ -94,7 +95,7 @@ def measurement_differences(first: Mapping[str, Any], second: Mapping[str, Any])
 
 
 def differing_names(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """The keys with different values in two flat records, an engine's own settings last.
+    """Return the keys with different values in two flat records, an engine's own settings last.
 
     What follows from another one is left out: a fingerprint whose parts differ, and the counts of a
     quantization of another name.
@@ -107,7 +108,7 @@ def differing_names(first: Mapping[str, Any], second: Mapping[str, Any]) -> list
 
 
 def further(names: list[str]) -> list[str]:
-    """How many names were not shown, in words; nothing where all were."""
+    """Return how many names are not shown, in words; an empty list where all are."""
     left = len(names) - MOST_NAMED
     return [f"{left} further settings"] if left > 0 else []
 
@@ -117,7 +118,7 @@ def _is_quantization(name: str) -> bool:
 
 
 def flat_record(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The record's innermost values by dotted names, so that a message names what differs alone."""
+    """Return the record's innermost values by dotted names, for messages about one value."""
     flat: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
@@ -128,7 +129,7 @@ def flat_record(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _deciding(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries, at any depth, that can decide a loss."""
+    """Return the entries, at any depth, that can decide a loss."""
     return {
         str(key): _deciding(item) if isinstance(item, Mapping) else item
         for key, item in value.items()

@@ -115,7 +115,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
-        """The run that a folder holds, complete or not.
+        """Return the run that a folder holds, complete or not.
 
         Raises RunError where there is none, it cannot be read, or its schema is another.
         """
@@ -131,7 +131,7 @@ class Run:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], *, folder: Path | None = None) -> "Run":
-        """The run that a `run.json` document describes; raises RunError for another schema."""
+        """Return the run of a `run.json` document; raises RunError for another schema."""
         version = record.get("schema_version") if isinstance(record, Mapping) else None
         if version not in READABLE_VERSIONS:
             raise RunError(
@@ -154,12 +154,12 @@ class Run:
             object.__setattr__(self, "measurement_fingerprint", fingerprint)
 
     def identified(self) -> "Run":
-        """The run with the fingerprint of what it records now."""
+        """Return the run with the fingerprint of what it records now."""
         return replace(self, measurement_fingerprint="")
 
     @property
     def measurement(self) -> dict[str, Any]:
-        """The identity of the measurement: all that decides its numbers; see `measurement_of`."""
+        """Return all that decides the numbers beside the input; see `measurement_of`."""
         return measurement_of(
             self.model,
             self.session,
@@ -168,7 +168,7 @@ class Run:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The `run.json` document: plain JSON values, every number finite or null."""
+        """Return the `run.json` document: plain JSON values, every number finite or null."""
         record = {
             f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("json", True)
         }
@@ -177,7 +177,7 @@ class Run:
 
     @cached_property
     def tokens(self) -> RunTokens:
-        """A row a scored token, in window order; read from `tokens.parquet` on first use.
+        """Return the per-token results in window order, read from `tokens.parquet` on first use.
 
         Raises RunError where the run is not complete.
         """
@@ -186,7 +186,7 @@ class Run:
         return RunTokens.read(self.whole_tokens_file())
 
     def whole_tokens_file(self) -> Path:
-        """The path of a complete run's `tokens.parquet`, which is the one that was recorded.
+        """Return the path of a complete run's `tokens.parquet`, which is the one that was recorded.
 
         Raises RunError where the run is not complete, or its tokens are missing or others.
         """
@@ -205,9 +205,9 @@ class Run:
         return self.folder / TOKENS_FILE
 
     def damage(self) -> str | None:
-        """What is wrong with a complete run's tokens on disk, in words; None where nothing is.
+        """Return what is wrong with the tokens of a complete run on disk; None if nothing.
 
-        A run whose tokens are missing, or not those that were recorded, does not count as complete.
+        A run whose tokens are missing, or have another hash than was recorded, is not complete.
         """
         if self.folder is None or self.status != "complete":
             return None
@@ -291,7 +291,7 @@ def _minor(version: Any) -> str:
 
 @cache
 def _record_type() -> Any:
-    """The type of a `run.json`: the fields' own, nested records as `record_types` has them."""
+    """Return the type of a `run.json`: the fields of Run, with the nested records' types."""
     hints = get_type_hints(Run) | NESTED
     fields_of_json = [f for f in fields(Run) if f.metadata.get("json", True)]
     return TypedDict(  # type: ignore[operator]

@@ -7,11 +7,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from perplexit.errors import EmptyScoreError
+from perplexit.errors import EmptyScoreError, PerplexitError
 from perplexit.inputs.protocols import protocol_perplexity, protocol_sums
 from perplexit.metrics import likelihood
 from perplexit.metrics.bounded_intervals import averaged, positive_interval
@@ -25,6 +26,7 @@ from perplexit.metrics.intervals import (
 )
 from perplexit.metrics.text_units import mean_loss, unit_estimates
 from perplexit.metrics.totals import NllTotals, finite_mask
+from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import RunTokens
 
 DRIFT = 3.0  # variance of means of real text over that of independent tokens: decision 5
@@ -38,11 +40,12 @@ def figures_of(
     on_non_finite: str,
     spec: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The fields of `run.json` that follow from the scored tokens, `reasons` for the null ones.
+    """Return the fields of `run.json` that follow from the scored tokens.
 
-    spec: of the input. Where its protocol's tool averages in another way, that tool's figure is
-        reported as `protocol_perplexity`; where it counts documents without a token (lm-eval), the
-        words and bytes are those that the tool divides by.
+    spec: of the input. Where the tool of its protocol averages in another way, the tool's figure
+        is reported as `protocol_perplexity`. Where it counts documents without a token (lm-eval),
+        the words and bytes are those that the tool divides by.
+    `reasons` says why a figure is null.
     Raises NonFiniteError under the policy "error", EmptyScoreError where nothing finite is left.
     """
     keep, num_non_finite = finite_mask(
@@ -121,7 +124,7 @@ class _Figures:
 def _too_little_text(
     scored: RunTokens, clusters: Clusters, protocol: Mapping[str, Any]
 ) -> str | None:
-    """The sentence for a run whose figures cannot have an interval, with how much would do.
+    """Return the sentence for a run whose figures cannot have an interval, with how much would do.
 
     Enough are four windows, and as many tokens as bring the perplexity to ± 10 % if their losses
     vary as these do, times the drift of real text (docs/decisions/0005).
@@ -178,7 +181,7 @@ def _add_protocol_perplexity(
 def _add_domains(
     figures: _Figures, scored: RunTokens, clusters: Clusters, confidence: float
 ) -> None:
-    """A row for each domain, and the figure that gives every domain the same weight."""
+    """Return a row for each domain, and the figure that gives every domain the same weight."""
     figures.record["domains"] = []
     groups = {} if not scored.domains else likelihood.group_rows(scored.domain)
     groups.pop(-1, None)
@@ -203,3 +206,70 @@ def _add_domains(
         macro = averaged(means, confidence).clamped(lowest=0.0).mapped(likelihood.exp_or_inf)
         value = likelihood.macro_average_perplexity(totals)
         figures.set("macro_average_perplexity", replace(macro, value=value))
+
+
+def verify_run(folder: str | Path) -> list[str]:
+    """Return what is wrong with a stored run, one sentence each; empty where it is sound.
+
+    The token table must be the one that was recorded (SHA-256), and every figure in `run.json`
+    must follow from it: all are computed again, without a model.
+    Raises RunError where there is no run to check.
+    """
+    run = Run.open(folder)
+    if run.status != "complete":
+        return [f"the run is {run.status}; go on with `perplexit eval` and the same --run"]
+    damage = run.damage()
+    if damage is not None:
+        return [f"{damage}; evaluate again with the same --run"]
+    if run.measurement_fingerprint != run.identified().measurement_fingerprint:
+        return ["measurement_fingerprint is not that of the conditions that are recorded"]
+    try:
+        figures = figures_of(
+            run.tokens,
+            confidence=run.confidence,
+            on_non_finite=run.on_non_finite,
+            spec=run.input_spec,
+        )
+    except PerplexitError as error:
+        return [str(error)]
+    recorded = run.to_json()
+    computed = Run.from_json(recorded | figures).to_json()
+    if run.schema_version == 1:
+        recorded = _as_now(recorded, computed)
+    return list(_differences(recorded, computed))
+
+
+def _as_now(recorded: dict[str, Any], computed: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of version 1 with what it lacks, or measured in another way, as it is now.
+
+    Version 1 scaled the interval of bits per byte from that of the loss, gave two and three
+    clusters an interval, and domains and the other figures none.
+    """
+    new = {name for name in recorded if name.endswith(("_low", "_high"))} | {"reasons"}
+    if recorded["interval_method"] is not None and recorded["num_clusters"] >= MIN_CLUSTERS:
+        new -= {"perplexity_low", "perplexity_high"}
+    domains = [
+        now | then for now, then in zip(computed["domains"], recorded["domains"], strict=False)
+    ]
+    if len(domains) != len(recorded["domains"]):
+        domains = recorded["domains"]
+    return recorded | {name: computed[name] for name in new} | {"domains": domains}
+
+
+def _differences(recorded: dict[str, Any], computed: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: recorded {recorded[name]!r}, but the tokens give {computed[name]!r}"
+        for name in recorded
+        if not _same(recorded[name], computed[name])
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Return Equal, floats to the last few bits (another platform's exp may differ there)."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-300)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)

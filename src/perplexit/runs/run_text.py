@@ -45,12 +45,12 @@ class RunText:
 
     @property
     def has_text(self) -> bool:
-        """Whether the tokens stand for known bytes."""
+        """Return whether the tokens stand for known bytes."""
         return bool(self.text_bytes)
 
     @classmethod
     def of(cls, run: Run, tokens: TokenFile | None = None) -> "RunText":
-        """The text that a run scored; `tokens`, its input, fills in what was not scored.
+        """Return the text that a run scored; `tokens`, its input, fills in what was not scored.
 
         Raises FingerprintMismatchError where `tokens` is not the input of the run.
         """
@@ -66,7 +66,7 @@ class RunText:
 
     @property
     def document_byte_starts(self) -> NDArray[np.int64]:
-        """Where the bytes of each document begin, and the end: int64 [D + 1].
+        """Return where the bytes of each document begin, and the end: int64 [D + 1].
 
         Documents are numbered as in `document`, and those without a row have no bytes.
         """
@@ -75,7 +75,7 @@ class RunText:
         return self.byte_starts[first]
 
     def values(self, column: NDArray[np.floating]) -> NDArray[np.float64]:
-        """A column of the run's table in reading order: float64 [M], NaN where not scored."""
+        """Return a column in reading order: float64 [M], NaN where a token was not scored."""
         values_M = np.full(len(self), np.nan)
         scored = self.row >= 0
         values_M[scored] = column[self.row[scored]]
@@ -100,7 +100,7 @@ def _from_input(rows: RunTokens, tokens: TokenFile) -> RunText:
 
 
 def _from_rows(rows: RunTokens) -> RunText:
-    """The rows in reading order; a row of its own for each stretch that is missing between."""
+    """Return the rows in reading order, with one more row for each gap between them."""
     row_M = _most_context_first(rows)
     document, token_index = rows.document[row_M].astype(np.int64), rows.token_index[row_M]
     begins = np.concatenate(([True], document[1:] != document[:-1]))[: len(row_M)]
@@ -128,7 +128,7 @@ def _from_rows(rows: RunTokens) -> RunText:
 
 
 def _most_context_first(rows: RunTokens) -> NDArray[np.int64]:
-    """Row indices in reading order; of several rows of one token the one with most context."""
+    """Return row indices in reading order, for each token the row with the most context."""
     order = np.lexsort((-rows.position.astype(np.int64), rows.token_index, rows.document))
     document, token_index = rows.document[order], rows.token_index[order]
     new = np.ones(len(order), dtype=np.bool_)
@@ -138,7 +138,7 @@ def _most_context_first(rows: RunTokens) -> NDArray[np.int64]:
 
 
 def _joined(rows: RunTokens, row_M: NDArray[np.int64], byte_starts: NDArray[np.int64]) -> bytes:
-    """The bytes of all rows end to end, gaps as zeros."""
+    """Return the bytes of all rows end to end, gaps as zeros."""
     data = np.zeros(int(byte_starts[-1]), dtype=np.uint8)
     known = row_M >= 0
     own = rows.token_bytes.take(pa.array(row_M[known]))

@@ -10,14 +10,17 @@ documents.parquet  one row per document: where it came from
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
 
 from perplexit.atomic_files import (
     is_temporary,
@@ -27,12 +30,102 @@ from perplexit.atomic_files import (
 )
 from perplexit.errors import RunError
 from perplexit.fingerprints import sha256_of_file
-from perplexit.runs.document_sources import DOCUMENTS_FILE
+from perplexit.runs.level_tables import DOCUMENTS_FILE
 from perplexit.runs.parts_folder import LOCK_FILE, PartsFolder, lock_folder
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.run_tokens import RunTokens
-from perplexit.runs.scored_batch import PART, ScoredBatch
-from perplexit.untrusted_files import stated
+from perplexit.token_columns import TokenDetails
+from perplexit.untrusted_files import Expected, stated
+from perplexit.untrusted_json import parse_json
+
+PART = Expected("a committed part of a run", RunError, "remove the file: it is scored again")
+_KNOWN = "known."  # before a column's name: which of its rows are known, where not all are
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """Results of the windows at places `start … stop - 1` of the batch plan's order.
+
+    window_W:      int64, rows of the window table.
+    num_targets_W: int64, how many results each window has.
+    details:       the results, window after window.
+    seconds:       time in the session; decode_seconds: of these, what was not prefill.
+    """
+
+    start: int
+    stop: int
+    window_W: NDArray[np.int64]
+    num_targets_W: NDArray[np.int64]
+    details: TokenDetails
+    seconds: float
+    decode_seconds: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        places: range,
+        window_W: NDArray[np.int64],
+        details: Sequence[TokenDetails],
+        seconds: float,
+        decode_seconds: float = 0.0,
+    ) -> "ScoredBatch":
+        """Return the batch of the windows at `places`, of which each has its own details."""
+        counts_W = np.array([len(window) for window in details], dtype=np.int64)
+        joined = TokenDetails.joined(details)
+        return cls(places.start, places.stop, window_W, counts_W, joined, seconds, decode_seconds)
+
+    @classmethod
+    def joined(cls, batches: Sequence["ScoredBatch"]) -> "ScoredBatch":
+        """Return consecutive batches of the plan as one; `batches` holds at least one."""
+        return cls(
+            start=batches[0].start,
+            stop=batches[-1].stop,
+            window_W=np.concatenate([batch.window_W for batch in batches]),
+            num_targets_W=np.concatenate([batch.num_targets_W for batch in batches]),
+            details=TokenDetails.joined([batch.details for batch in batches]),
+            seconds=sum(batch.seconds for batch in batches),
+            decode_seconds=sum(batch.decode_seconds for batch in batches),
+        )
+
+    def to_bytes(self) -> bytes:
+        """Return the batch as a safetensors document."""
+        columns = dict(self.details.columns)
+        columns |= {_KNOWN + n: flags for n, flags in self.details.known.items() if not flags.all()}
+        tensors = {f"column.{name}": np.ascontiguousarray(a) for name, a in columns.items()}
+        tensors |= {"window": self.window_W, "num_targets": self.num_targets_W}
+        seconds = {"prefill": self.seconds - self.decode_seconds, "decode": self.decode_seconds}
+        return bytes(save(tensors, metadata={"seconds": json.dumps(seconds)}))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, start: int, stop: int) -> "ScoredBatch":
+        """Return the batch that `to_bytes` wrote.
+
+        Raises RunError where a column has another length than the windows say.
+        """
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        seconds = parse_json(
+            header["__metadata__"]["seconds"], PART, dict[str, float], place="a part"
+        )
+        window_W, num_targets_W = tensors.pop("window"), tensors.pop("num_targets")
+        columns = {name.removeprefix("column."): array for name, array in tensors.items()}
+        total = int(num_targets_W.sum()) if num_targets_W.dtype.kind == "i" else -1
+        shaped = window_W.shape == num_targets_W.shape == (len(window_W),)
+        long = all(len(column) == total for column in columns.values())
+        if not (shaped and long and "nll" in columns and int(window_W.min(initial=0)) >= 0):
+            PART.refuse(f"part {start}-{stop}", "columns of other lengths")
+        known = {n: columns.pop(n) for n in [*columns] if n.startswith(_KNOWN)}
+        details = TokenDetails(columns, {n.removeprefix(_KNOWN): a for n, a in known.items()})
+        return cls(
+            start,
+            stop,
+            window_W,
+            num_targets_W,
+            details,
+            sum(seconds.values()),
+            seconds["decode"],
+        )
+
 
 PARTS_FOLDER = "parts"
 SECONDS_BETWEEN_PARTS = 1.0
@@ -59,7 +152,7 @@ class RunStore:
         self._last_commit = time.perf_counter()
 
     def _is_ours(self) -> bool:
-        """Whether a run, or the beginning of one, is in the folder and nothing else is."""
+        """Return whether a run, or the beginning of one, is in the folder and nothing else is."""
         names = {path.name for path in self.folder.iterdir()}
         if PARTS_FOLDER in names and not self._parts.holds_only_parts():
             return False
@@ -77,7 +170,7 @@ class RunStore:
             self._held.__exit__(*error)
 
     def record(self) -> Run | None:
-        """The run as recorded so far, or None in a new folder."""
+        """Return the run as recorded so far, or None in a new folder."""
         return Run.open(self.folder) if (self.folder / RUN_FILE).exists() else None
 
     def write_record(self, run: Run) -> None:
@@ -136,7 +229,7 @@ class UnreadableRun:
 
 
 def list_runs(folders: str | Path | Iterable[str | Path] = "runs") -> Iterator[Run]:
-    """The runs in a folder (itself one, or its sub-folders at any depth), oldest first.
+    """Return the runs in a folder (itself one, or its sub-folders at any depth), oldest first.
 
     Raises RunError where the folder does not exist. A folder whose record cannot be read is left
     out; `find_runs` gives those too.
@@ -147,7 +240,7 @@ def list_runs(folders: str | Path | Iterable[str | Path] = "runs") -> Iterator[R
 def find_runs(
     folders: str | Path | Iterable[str | Path] = "runs",
 ) -> list[Run | UnreadableRun]:
-    """The runs in a folder, oldest first, then those whose record cannot be read, by name.
+    """Return the runs in a folder, oldest first, then those whose record cannot be read, by name.
 
     Raises RunError where the folder does not exist.
     """

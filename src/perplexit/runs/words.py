@@ -51,7 +51,7 @@ COLUMNS = {
 
 
 def surprisal_of_words(run: Run, tokens: TokenFile | None = None) -> pa.Table:
-    """A row a word, in reading order, with the columns of `COLUMNS`.
+    """Return one row per word, in reading order, with the columns of `COLUMNS`.
 
     tokens: the run's input, which holds the text of the tokens that were not scored too (a
         document's first token, a prompt); None: the file that the run was made from, where it is
@@ -78,7 +78,7 @@ def surprisal_of_words(run: Run, tokens: TokenFile | None = None) -> pa.Table:
 
 
 def input_of(run: Run) -> TokenFile | None:
-    """The token file that a run was made from, where it is still at its place and unchanged."""
+    """Return the token file of a run, if it is still at its place and unchanged."""
     if run.input_path is None or not Path(run.input_path).is_file():
         return None
     try:
@@ -140,7 +140,7 @@ class _Words:
 
     @classmethod
     def of(cls, raw: bytes, document_starts: NDArray[np.int64]) -> "_Words":
-        """The words of documents that begin at `document_starts[:-1]`; none is left without."""
+        """Return the words of the documents that begin at `document_starts[:-1]`."""
         blank = white_space(raw)
         start = np.flatnonzero(word_starts(raw, document_starts[:-1]))
         ends = np.append(blank[1:], True) & ~blank
@@ -165,7 +165,7 @@ class _Words:
     def of_tokens(
         self, begin_M: NDArray[np.int64], stop_M: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(the word that each token's loss goes to, whether the token is white space alone).
+        """Return the word that each token's loss goes to, and which tokens are white space alone.
 
         A token without bytes (one character spelled by several tokens) goes where the byte before
         it goes.
@@ -179,9 +179,9 @@ class _Words:
     def sharing_a_token(
         self, begin_M: NDArray[np.int64], stop_M: NDArray[np.int64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Per word: (a token holds bytes of it and of another, it begins in another word's token).
+        """Return for each word whether it shares a token, and whether its token begins before it.
 
-        Bool [W] each.
+        The first says that a token holds bytes of it and of another word. Bool [W] each.
         """
         solid = np.concatenate(([0], np.cumsum(~self.is_blank)))
         where = np.flatnonzero(~self.is_blank)  # the bytes that are in words, in order
@@ -197,7 +197,7 @@ class _Words:
 def _covered(
     first: NDArray[np.int64], last: NDArray[np.int64], num_words: int
 ) -> NDArray[np.bool_]:
-    """Which words lie in any of the ranges `first … last`: bool [num_words]."""
+    """Return which words lie in any of the ranges `first … last`: bool [num_words]."""
     change = np.zeros(num_words + 1, dtype=np.int64)
     np.add.at(change, first, 1)
     np.add.at(change, last + 1, -1)
@@ -208,7 +208,7 @@ def _covered(
 def _word_of_byte(
     stop_W: NDArray[np.int64], document_W: NDArray[np.int64], document_starts: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The first word that ends behind each byte, and at a document's end its last word."""
+    """Return the first word that ends behind each byte, and at a document's end its last word."""
     word = np.searchsorted(stop_W, np.arange(document_starts[-1]), side="right")
     last_D = np.searchsorted(document_W, np.arange(len(document_starts) - 1), side="right") - 1
     own: NDArray[np.int64] = np.minimum(word, np.repeat(last_D, np.diff(document_starts)))
@@ -216,6 +216,6 @@ def _word_of_byte(
 
 
 def _characters_before(raw: bytes) -> NDArray[np.int64]:
-    """How many characters begin before each byte, and before the end: int64 [len(raw) + 1]."""
+    """Return how many characters begin before each byte and the end: int64 [len(raw) + 1]."""
     begins = (np.frombuffer(raw, dtype=np.uint8) & 0xC0) != 0x80
     return np.concatenate(([0], np.cumsum(begins, dtype=np.int64)))

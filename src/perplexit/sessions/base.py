@@ -3,7 +3,7 @@
 The minimum is `InferenceSession.token_nll`. Every further ability is a Protocol of its own, so a
 session that lacks one fails an `isinstance` check before anything runs.
 
-Shape suffixes: N = scored tokens of one window, K = alternatives a token.
+Shape suffixes: N = scored tokens of one window, K = alternatives of a token.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,16 +39,16 @@ class InferenceSession(Protocol):
 
     @property
     def model(self) -> ModelDescription:
-        """Whose numbers these are."""
+        """Describe the loaded model."""
         ...
 
     @property
     def description(self) -> SessionDescription:
-        """The engine and the settings in effect."""
+        """Describe the engine and the settings in effect."""
         ...
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """One array a window: the nll of each target in nats, in the order of `targets_N`.
+        """Return one array per window: the nll of each target in nats, in the order of `targets_N`.
 
         Raises EngineOutOfMemoryError where the batch does not fit (the caller halves it), and
         VocabularyError where an id has no row in the model.
@@ -56,7 +56,7 @@ class InferenceSession(Protocol):
         ...
 
     def max_batch_size(self, window_length: int) -> int:
-        """How many windows of `window_length` ids one call may be given, judged by free memory."""
+        """Return how many windows of `window_length` ids fit into free memory for one call."""
         ...
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class DetailedSession(InferenceSession, Protocol):
     """A session that sees whole distributions: entropy, rank and the most likely alternatives."""
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """As `token_nll` (the same nll to the last bit), with entropy, rank and alternatives."""
+        """Return nll (the bits of `token_nll`), entropy, rank and alternatives of each window."""
         ...
 
 
@@ -100,7 +100,7 @@ class AlternativesSession(InferenceSession, Protocol):
     """A session that is told the most likely tokens beside the target, and no more."""
 
     def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
-        """The nll with the `top_k` most likely tokens; `rank_N` where told, no `entropy_N`.
+        """Return the nll with the `top_k` most likely tokens; `rank_N` where told, no `entropy_N`.
 
         Raises CapabilityError where so many are not to be had, before anything is scored.
         """
@@ -114,7 +114,7 @@ class LogitsSession(InferenceSession, Protocol):
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
     ) -> Iterator[LogitsChunk]:
-        """The logits of every target, window after window, about `chunk_rows` at a time."""
+        """Return the logits of every target, window after window, about `chunk_rows` at a time."""
         ...
 
 
@@ -123,14 +123,14 @@ class HiddenStateSession(LogitsSession, Protocol):
     """A session whose final hidden states can be kept and turned into logits later."""
 
     def target_hidden_states(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """One array a window, (targets, hidden size): what the head makes each target's logits of.
+        """Return the head's input for each target, one (targets, hidden size) array per window.
 
         Raises CapabilityError where the model's head cannot be told from its layers.
         """
         ...
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logits that the model's own head makes of hidden states, (N, V), float32."""
+        """Return the logits that the model's own head makes of hidden states, (N, V), float32."""
         ...
 
 
@@ -139,7 +139,7 @@ class MeasuresDeviceMemory(Protocol):
     """A session that knows how much accelerator memory its process has used at most."""
 
     def peak_device_bytes(self) -> int | None:
-        """The peak since the session was made, in bytes; None where it runs on the host."""
+        """Return the peak since the session was made, in bytes; None where it runs on the host."""
         ...
 
 
@@ -148,7 +148,7 @@ class TokenizesText(Protocol):
     """A session whose engine has a tokenizer of its own. Scores never use it; `doctor` does."""
 
     def own_token_ids(self, text: str, *, special: bool) -> list[int]:
-        """The ids of `text` by the engine's own tokenizer; with `special`, with what it adds."""
+        """Return the ids of `text` by the engine's tokenizer; `special` adds what it adds."""
         ...
 
 
@@ -157,7 +157,7 @@ class SpellsTokens(Protocol):
     """A session whose engine tells the text that it takes each id for."""
 
     def own_token_texts(self, ids: Sequence[int]) -> list[str | None]:
-        """The engine's text of each id, None where it tells none."""
+        """Return the engine's text of each id, None where it tells none."""
         ...
 
 
@@ -165,16 +165,16 @@ class FedRows(Protocol):
     """What a model made of some of the positions that were fed to it, before its head."""
 
     def details(self, ids_N: NDArray[np.int64], *, with_details: bool, top_k: int) -> TokenDetails:
-        """The details of the token `ids_N[n]` as the one after position n."""
+        """Return the details of the token `ids_N[n]` as the one after position n."""
         ...
 
     def array(self) -> NDArray[np.float32]:
-        """One row a position, of which `CachingSession.logits_of` makes logits."""
+        """Return one row per position, of which `CachingSession.logits_of` makes logits."""
         ...
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of the ids that were fed so far, a row a window."""
+    """Keys and values of the ids that were fed so far, one row per window."""
 
     def feed(
         self,
@@ -198,34 +198,34 @@ class CachingSession(InferenceSession, Protocol):
 
     @property
     def cache_rows(self) -> int | None:
-        """How many windows one cache holds at most; None: any number."""
+        """Return how many windows one cache holds at most; None: any number."""
         ...
 
     @property
     def rows_are_logits(self) -> bool:
-        """Whether `FedRows.array` is logits already, so that keeping many of them costs memory."""
+        """Return whether `FedRows.array` gives logits, of which many take much memory."""
         ...
 
     def caching(self) -> Mapping[str, Any]:
-        """How the cache is kept, for the record.
+        """Return how the cache is kept, for the record.
 
         Raises CapabilityError where this model cannot be scored so.
         """
         ...
 
     def open_cache(self, windows: Sequence[WindowIds]) -> KeyValueCache:
-        """An empty cache with a row for each of the windows, which all have targets.
+        """Return an empty cache with one row for each of the windows, which all have targets.
 
         Raises VocabularyError, ModelError and CapabilityError for windows that do not fit.
         """
         ...
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logits of rows that a cache gave, (N, V), float32."""
+        """Return the logits of rows that a cache gave, (N, V), float32."""
         ...
 
     def max_cached_windows(self, window_length: int) -> int:
-        """How many windows of that many ids to decode together, judged by free memory."""
+        """Return how many windows of that many ids to decode together, judged by free memory."""
         ...
 
 
@@ -242,7 +242,7 @@ class TimesPhases(Protocol):
     """A session that measures prefill and decode apart."""
 
     def take_seconds(self) -> PhaseSeconds:
-        """What successful calls took since this was last asked."""
+        """Return the seconds of successful calls since this was last called."""
         ...
 
 
@@ -252,15 +252,16 @@ class QueueingSession(DetailedSession, Protocol):
 
     @property
     def queues(self) -> bool:
-        """Whether a started batch really goes on by itself, here and now."""
+        """Return whether a started batch goes on by itself on this device."""
         ...
 
     def queue_details(
         self, windows: Sequence[WindowIds], *, top_k: int = 0
     ) -> Callable[[], list[TokenDetails]]:
-        """`token_details` under way: what is returned waits for the results, and is called once.
+        """Start `token_details` and return a function that waits for its results.
 
-        Both calls may raise what `token_details` raises, EngineOutOfMemoryError included.
+        The function is called once. Both calls may raise what `token_details` raises,
+        EngineOutOfMemoryError included.
         """
         ...
 
@@ -270,5 +271,5 @@ class MeasuresWorkingMemory(Protocol):
     """A session that tells its working memory from the memory of its weights."""
 
     def peak_device_bytes_beyond_weights(self) -> int | None:
-        """The peak since the model was loaded, less what it held then; None on the host."""
+        """Return the peak since the model was loaded, less what it held then; None on the host."""
         ...

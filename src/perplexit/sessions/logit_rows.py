@@ -30,14 +30,14 @@ class ScoresByDetails(ClosedByWith, ABC):
     def _details(
         self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int
     ) -> list[TokenDetails]:
-        """The details of each window; without `with_details` the nll alone is needed."""
+        """Return the details of each window; without `with_details` the nll alone is needed."""
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """The nll of each target; see InferenceSession."""
+        """Return the nll of each target; see InferenceSession."""
         return [details.nll_N for details in self._details(windows, with_details=False, top_k=0)]
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """The nll with entropy, rank and alternatives; see DetailedSession."""
+        """Return the nll with entropy, rank and alternatives; see DetailedSession."""
         return self._details(windows, with_details=True, top_k=top_k)
 
 
@@ -48,7 +48,7 @@ def details_of_rows(
     with_details: bool = True,
     top_k: int = 0,
 ) -> TokenDetails:
-    """The details of the token `ids_R[r]` under the distribution of row r.
+    """Return the details of the token `ids_R[r]` under the distribution of row r.
 
     Logits are taken as float32. The nll is the same to the last bit with and without details.
     A NaN in a row makes that row's nll NaN; a token at -inf has probability 0.

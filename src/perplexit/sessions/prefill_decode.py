@@ -5,7 +5,7 @@ each call seeing the ids before it in the cache alone. The ids fed are always th
 (teacher forcing). Windows go side by side: row by row at the same positions, longest first, so that
 no mask is needed and finished windows leave at the end of the batch.
 
-Shape suffixes: B = windows, T = ids a window, M = targets of all windows, N = targets of one
+Shape suffixes: B = windows, T = ids of a window, M = targets of all windows, N = targets of one
 window or call, X = hidden size or vocabulary, V = vocabulary, K = alternatives.
 """
 
@@ -44,10 +44,10 @@ _KEPT_LOGITS_BYTES = 512 * 2**20  # logits of whole windows held at a time, wher
 def cached_session(
     session: InferenceSession, *, prompt_len: int = 1, decode_chunk: int = 1
 ) -> "CachedInferenceSession":
-    """`session` by prefill and decode; it stays the caller's to close, or is closed with this one.
+    """Return a session that scores by prefill and decode; closing it closes `session`.
 
     prompt_len: ids of the one prefill; shorter windows are prefilled whole.
-    decode_chunk: ids a call of the decode.
+    decode_chunk: ids per decode call.
     Raises UsageError for sizes below 1, CapabilityError where the engine or model keeps no cache.
     """
     for name, value in (("prompt_len", prompt_len), ("decode_chunk", decode_chunk)):
@@ -82,18 +82,18 @@ class CachedInferenceSession(ScoresByDetails):
 
     @property
     def model(self) -> ModelDescription:
-        """Whose numbers these are."""
+        """Describe the loaded model."""
         return self._session.model
 
     @property
     def description(self) -> SessionDescription:
-        """The engine's settings, with the mode and its sizes."""
+        """Describe the engine with the mode and its sizes."""
         return self._description
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
     ) -> Iterator[LogitsChunk]:
-        """The logits of every target, window after window; see LogitsSession."""
+        """Return the logits of every target, window after window; see LogitsSession."""
         size = self._windows_kept(windows)
         for first in range(0, len(windows), size):
             for place, rows_NX in enumerate(self._rows(windows[first : first + size]), first):
@@ -102,22 +102,22 @@ class CachedInferenceSession(ScoresByDetails):
                     yield LogitsChunk(place, start, logits_NV)
 
     def max_batch_size(self, window_length: int) -> int:
-        """How many windows to decode together; more than whole windows fit, for speed."""
+        """Return how many windows to decode together; more than whole windows fit, for speed."""
         return self._session.max_cached_windows(window_length)
 
     def peak_device_bytes(self) -> int | None:
-        """What the engine's session says of its device; None where it does not measure it."""
+        """Return the peak of device memory in bytes; None where it is not measured."""
         session = self._session
         return session.peak_device_bytes() if isinstance(session, MeasuresDeviceMemory) else None
 
     def peak_device_bytes_beyond_weights(self) -> int | None:
-        """What the engine's session says of its working memory; None where it does not measure."""
+        """Return the peak of device memory beyond the weights; None where it is not measured."""
         if isinstance(self._session, MeasuresWorkingMemory):
             return self._session.peak_device_bytes_beyond_weights()
         return None
 
     def take_seconds(self) -> PhaseSeconds:
-        """Prefill and decode since this was last asked; see TimesPhases."""
+        """Return the seconds of prefill and decode since this was last called."""
         seconds = PhaseSeconds(self._prefill_seconds, self._decode_seconds)
         self._prefill_seconds = self._decode_seconds = 0.0
         return seconds
@@ -147,7 +147,7 @@ class CachedInferenceSession(ScoresByDetails):
         return list(TokenDetails(columns).split(counts))
 
     def _rows(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """What the head makes each target's logits of, window by window."""
+        """Return what the head makes each target's logits of, window by window."""
         counts = [len(window.targets_N) for window in windows]
         kept: list[NDArray[np.float32]] = []
 
@@ -203,7 +203,7 @@ class CachedHiddenStateSession(CachedInferenceSession):
     """Of a model whose final hidden states can be kept; see HiddenStateSession."""
 
     def target_hidden_states(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
-        """One array a window, (targets, hidden size); see HiddenStateSession."""
+        """Return one array per window, (targets, hidden size); see HiddenStateSession."""
         if self._session.rows_are_logits:
             raise CapabilityError(
                 f"expected a model whose head can be told from its layers, but "
@@ -213,10 +213,10 @@ class CachedHiddenStateSession(CachedInferenceSession):
         return self._rows(windows)
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logits that the model's own head makes of hidden states."""
+        """Return the logits that the model's own head makes of hidden states."""
         return self._session.logits_of(hidden_ND)
 
     def head_to_keep(self) -> Any:
-        """The head, for states that are kept, as the engine's session gives it."""
+        """Return the head to keep with states, as the engine's session gives it."""
         give = getattr(self._session, "head_to_keep", None)
         return None if give is None else give()

@@ -155,7 +155,7 @@ def _is_module(given: object) -> bool:
 
 
 def split_address(address: str | Path) -> tuple[str, str]:
-    """`(prefix, location)` of an address; a bare path's prefix is found by looking at it.
+    """Return `(prefix, location)` of an address; a bare path's prefix is found by looking at it.
 
     Raises ModelError for a path that does not exist, or that is none of the things known.
     """

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 def most_likely_first(
     ids_NK: NDArray[np.int64], logprobs_NK: NDArray[np.float64], top_k: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """(ids, log-probabilities) of the `top_k` most likely of each row, in that order."""
+    """Return (ids, log-probabilities) of the `top_k` most likely of each row, in that order."""
     order_NK = np.argsort(-logprobs_NK, axis=1, kind="stable")[:, :top_k]
     return (
         np.take_along_axis(ids_NK, order_NK, axis=1).astype(np.int32),
@@ -25,7 +25,7 @@ def contradiction(
     *,
     slack: float,
 ) -> tuple[int, str] | None:
-    """(the first target at which alternatives cannot be of its distribution, why), or None.
+    """Return (the first target at which alternatives cannot be of its distribution, why), or None.
 
     A target among them has its own log-probability there, one that is not is no likelier than the
     least of them, no id is listed twice, and their probabilities add up to 1 at most. So

@@ -1,6 +1,6 @@
 """Windows side by side at equal positions, for a cache: what to feed, and whose targets follow.
 
-Shape suffixes: B = windows, T = ids a window, M = targets of all windows, N = targets of one call.
+Shape suffixes: B = windows, T = ids of a window, M = targets of all windows, N = those of a call.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +51,7 @@ class WindowBlock:
 
 
 def window_blocks(windows: Sequence[WindowIds], cache_rows: int | None) -> Iterator[WindowBlock]:
-    """The windows with targets, longest first, as many a block as one cache holds."""
+    """Return the windows with targets, longest first, as many a block as one cache holds."""
     counts = np.array([len(window.targets_N) for window in windows], dtype=np.int64)
     first_slots = np.cumsum(counts) - counts
     lengths = np.array(

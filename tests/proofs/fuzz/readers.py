@@ -38,9 +38,8 @@ from perplexit.quantization.gguf_header import read_gguf_header
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesWriter
 from perplexit.runs.level_tables import export_tokens
 from perplexit.runs.run import Run
-from perplexit.runs.scored_batch import ScoredBatch
-from perplexit.runs.store import RunStore, UnreadableRun, find_runs
-from perplexit.runs.verification import verify_run
+from perplexit.runs.run_figures import verify_run
+from perplexit.runs.store import RunStore, ScoredBatch, UnreadableRun, find_runs
 from perplexit.sessions.loss_file import RecordedInferenceSession
 from perplexit.sessions.pytorch.placement import read_device_map
 from perplexit.sessions.registry import split_address
