@@ -11,12 +11,13 @@ from typing import Any
 _NAMES_IN = {
     "original_functions": (
         "collect_objective_set",
+        "compute_perplexity",
         "finetune",
+        "generate_datasets",
         "generate_n_pairs",
         "train_secondary_learner",
         "training_secondary_learner",
     ),
-    "original_data": ("compute_perplexity", "generate_datasets"),
     "articles": ("Articles", "read_articles"),
     "random_contexts": ("Contexts", "ContextStream", "objective_contexts", "train_and_test"),
     "optimizer_step": ("StepRule",),

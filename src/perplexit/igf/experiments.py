@@ -39,13 +39,13 @@ from perplexit.igf.language_model import weights_restored
 from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerprint
 from perplexit.igf.losses import ContextScorer, ids_on_device
 from perplexit.igf.model_identity import measurement_of_model
-from perplexit.igf.random_contexts import Contexts, ContextStream
+from perplexit.igf.random_contexts import Contexts
 from perplexit.igf.resume_conditions import keep_conditions
 from perplexit.igf.selection import (
-    CALIBRATION_SEED,
     METHODS,
     NUM_CALIBRATION,
     Selection,
+    calibration_contexts,
     selection_named,
 )
 from perplexit.runs.measurement import measurement_fingerprint, plain_json
@@ -254,7 +254,7 @@ def _selections(  # noqa: PLR0917 - what calibrates a selection
     """Return a function of method and seed; all its selections have the same calibration."""
     if learner is not None:
         check_learner_fits(learner, model)
-    calibration = ContextStream(train, context_length, CALIBRATION_SEED).take(0, num_calibration)
+    calibration = calibration_contexts(train, context_length, num_calibration)
 
     @cache
     def losses() -> NDArray[np.float64]:

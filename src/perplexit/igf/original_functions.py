@@ -7,17 +7,16 @@ of the test are disjoint; nothing is pickled (a name ending in `.jbl` or `.pt` i
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from perplexit.errors import UsageError
-from perplexit.igf.articles import Articles
+from perplexit.igf.articles import Articles, read_articles
 from perplexit.igf.collection import collect_pairs
 from perplexit.igf.finetune_curve import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
@@ -31,26 +30,68 @@ from perplexit.igf.learners import (
     learner_output,
     save_learner,
 )
-from perplexit.igf.original_data import (
-    DATA_FILE,
-    compute_perplexity,
-    contexts_of,
-    generate_datasets,
-)
+from perplexit.igf.losses import ContextScorer, ids_on_device, perplexity_of
 from perplexit.igf.pairs import Pairs, pairs_of
-from perplexit.igf.random_contexts import ContextStream
+from perplexit.igf.random_contexts import ContextStream, contexts_of, objective_contexts
 from perplexit.igf.selection import (
-    CALIBRATION_SEED,
-    NUM_CALIBRATION,
     Everything,
     InformationGain,
     Selection,
     ShiftingThreshold,
-    threshold_within_reach,
+    reachable_threshold,
 )
 
-_COLLECTION_SEED = 4
+DATA_FILE = "data/tokenized_stories_train_wikitext103.jbl"
+_SEED = 4
 LAST_STEP = 60  # the original leaves its loop after 60 batches, whatever max_steps says
+
+
+def compute_perplexity(model: nn.Module, test_data: Any, context_len: int) -> Tensor:
+    """Return the perplexity of `model` on contexts of `context_len` ids, a tensor of one number.
+
+    test_data: Contexts, or rows of at least `context_len` ids, which are cut there. Batched, in
+    evaluation mode, without a gradient; the model's mode is put back.
+    """
+    was_training = model.training
+    try:
+        rows_NT = ids_on_device(model, contexts_of(test_data, context_len).ids_NT)
+        loss = ContextScorer(model).mean_loss(rows_NT)
+    finally:
+        model.train(was_training)
+    return torch.tensor(perplexity_of(loss), dtype=torch.float64)
+
+
+def generate_datasets(
+    context_len: int,
+    file: Any = DATA_FILE,
+    number: int = 100,
+    min_len: int = 1026,
+    trim: bool = True,
+    *,
+    model: Any = None,
+    held_out: str = "test",
+    seed: int = 42,
+    allow_pickle: bool = False,
+) -> tuple[Articles, Any]:
+    """Return training articles, and `number` contexts of held-out articles, disjoint by article.
+
+    file:     text, JSON Lines, Parquet, a folder, tokenised articles (`Articles.save`), or with
+        `allow_pickle` the original's `.jbl`. model: whose tokenizer reads text.
+    trim:     only articles longer than `min_len`, one random context each (further ones in turn
+        where there are fewer articles than `number`); False: whole held-out articles, untrimmed.
+    held_out: "test", or "objective" for the split that information gain is measured on. The
+        three are disjoint by article, so that nothing is both measured on and tested on.
+    """
+    if held_out not in ("test", "objective"):
+        raise UsageError(f"expected held_out to be 'test' or 'objective', got {held_out!r}")
+    articles = read_articles(file, model, allow_pickle=allow_pickle)
+    train, held = articles.split("train"), articles.split(held_out)  # type: ignore[arg-type]
+    if not trim:
+        return train, held.take(range(min(number, len(held))))
+    contexts = objective_contexts(
+        held, number=number, length=context_len, min_len=min_len, seed=seed
+    )
+    return train.longer_than(max(min_len, context_len - 1)), contexts
 
 
 def collect_objective_set(  # noqa: PLR0917 - the original's
@@ -66,7 +107,7 @@ def collect_objective_set(  # noqa: PLR0917 - the original's
     *,
     mode: Mode = "exact",
     dropout: bool = False,
-    seed: int = _COLLECTION_SEED,
+    seed: int = _SEED,
 ) -> Pairs:
     """Return `max_steps` pairs of a context and its information gain; write them to `filename`.
 
@@ -121,15 +162,9 @@ def generate_n_pairs(  # noqa: PLR0917 - the original's
         seed=3,
         allow_pickle=allow_pickle,
     )
-    contexts = ContextStream(train, context_len, _COLLECTION_SEED).take(0, max_steps)
+    contexts = ContextStream(train, context_len, _SEED).take(0, max_steps)
     return collect_pairs(
-        loaded,
-        contexts,
-        objective,
-        output=igf_data_file,
-        mode=mode,
-        dropout=dropout,
-        seed=_COLLECTION_SEED,
+        loaded, contexts, objective, output=igf_data_file, mode=mode, dropout=dropout, seed=_SEED
     )
 
 
@@ -228,7 +263,7 @@ def finetune(  # noqa: PLR0917 - the original's
     train = train_dataset if isinstance(train_dataset, Articles) else Articles.of(train_dataset)
     selection: Selection = Everything()
     if secondary_learner is not None:
-        first = _reached(secondary_learner, threshold, train, context_len)
+        first = reachable_threshold(secondary_learner, threshold, train, context_len)
         selection = InformationGain(secondary_learner, ShiftingThreshold(first=first))
     settings = FinetuneSettings(
         steps=min(max_steps, last_step),
@@ -241,29 +276,10 @@ def finetune(  # noqa: PLR0917 - the original's
         seed_compatible=seed_compatible,
         dropout=dropout,
     )
+    test = contexts_of(test_dataset, context_len)
     curve = finetune_model(
-        model,
-        train,
-        contexts_of(test_dataset, context_len),
-        selection=selection,
-        settings=settings,
-        progress=progress,
+        model, train, test, selection=selection, settings=settings, progress=progress
     )
     model.igf_curve = curve  # type: ignore[assignment]
     save_model(model, finetuned_model_name, force=True)  # as the original: the last one stays
     return model
-
-
-def _reached(learner: Learner, threshold: float, train: Articles, context_len: int) -> float:
-    calibration = ContextStream(train, context_len, CALIBRATION_SEED).take(0, NUM_CALIBRATION)
-    predicted = learner.predict(calibration.ids_NT)
-    first = threshold_within_reach(predicted, threshold)
-    if first < threshold:
-        share = (predicted >= threshold).mean()
-        warnings.warn(
-            f"the learner predicts {threshold:+g} or more for {share:.1%} "
-            f"of contexts; {first:+.3f} is used for the first 10 steps, which 1 % reach. More "
-            "pairs, more epochs or a higher learning rate would make it tell contexts apart",
-            stacklevel=3,
-        )
-    return first

@@ -121,6 +121,20 @@ def train_and_test(
     return train, contexts
 
 
+def contexts_of(data: Any, context_len: int) -> Contexts:
+    """Return Contexts from Contexts, or from rows of at least `context_len` ids, cut there."""
+    if isinstance(data, Contexts):
+        return data
+    rows = [np.asarray(row).reshape(-1)[:context_len] for row in data]
+    if not rows or min(map(len, rows)) < context_len:
+        raise UsageError(
+            f"expected contexts of {context_len} ids, got "
+            f"{min(map(len, rows)) if rows else 'none'}; take them from generate_datasets"
+        )
+    articles = Articles.of(data)
+    return Contexts(np.stack(rows).astype(np.int32), articles.fingerprints())
+
+
 def check_disjoint(**contexts_or_articles: Contexts | Articles) -> None:
     """Raise CorpusError where an article is in two of the named sets, which would be a leak."""
     seen: dict[int, str] = {}

@@ -6,6 +6,7 @@ a run counts what each method really read.
 Shape suffixes: N = candidates, T = ids of a context.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import UsageError
+from perplexit.igf.articles import Articles
 from perplexit.igf.learners import Learner
+from perplexit.igf.random_contexts import Contexts, ContextStream
 
 # The model's loss of each context, in nats.
 Losses = Callable[[NDArray[np.int32]], NDArray[np.float64]]
 
-CALIBRATION_SEED = 1_000_003  # of the contexts that quantiles are taken from; no run has it
+_CALIBRATION_SEED = 1_000_003
 NUM_CALIBRATION = 512
 
 METHODS = (
@@ -206,6 +209,30 @@ def threshold_within_reach(
 ) -> float:
     """Return `threshold`, or the lower one that the share `least` reaches."""
     return min(threshold, quantile_threshold(predicted_N, least).value)
+
+
+def reachable_threshold(
+    learner: Learner, threshold: float, train: Articles, context_length: int
+) -> float:
+    """Return `threshold`, or with a warning the lower one that 1 % of contexts reach."""
+    predicted = learner.predict(calibration_contexts(train, context_length).ids_NT)
+    first = threshold_within_reach(predicted, threshold)
+    if first < threshold:
+        share = (predicted >= threshold).mean()
+        warnings.warn(
+            f"the learner predicts {threshold:+g} or more for {share:.1%} "
+            f"of contexts; {first:+.3f} is used for the first 10 steps, which 1 % reach. More "
+            "pairs, more epochs or a higher learning rate would make it tell contexts apart",
+            stacklevel=3,
+        )
+    return first
+
+
+def calibration_contexts(
+    train: Articles, context_length: int, number: int = NUM_CALIBRATION
+) -> Contexts:
+    """Return contexts to take quantiles from, drawn by a seed that no fine-tuning has."""
+    return ContextStream(train, context_length, _CALIBRATION_SEED).take(0, number)
 
 
 def selection_named(  # noqa: PLR0911 - one return per method
