@@ -279,9 +279,11 @@ def test_threads_take_effect_and_are_recorded(tiny_llama_dir, monkeypatch):
     """Trap 33: an option that is given changes what happens."""
     seen = []
     session = PytorchInferenceSession(tiny_llama_dir, threads=2)
-    rows = session._forward.rows
+    rows = session._windows.forward.rows
     monkeypatch.setattr(
-        session._forward, "rows", lambda *a: seen.append(torch.get_num_threads()) or rows(*a)
+        session._windows.forward,
+        "rows",
+        lambda *a: seen.append(torch.get_num_threads()) or rows(*a),
     )
     try:
         session.token_nll([random_window(0, 5, VOCAB_SIZE)])
@@ -294,9 +296,9 @@ def test_threads_take_effect_and_are_recorded(tiny_llama_dir, monkeypatch):
 def test_lowered_matmul_precision_does_not_reach_a_float32_session(tiny_llama_dir, monkeypatch):
     session = PytorchInferenceSession(tiny_llama_dir)
     seen = []
-    rows = session._forward.rows
+    rows = session._windows.forward.rows
     monkeypatch.setattr(
-        session._forward,
+        session._windows.forward,
         "rows",
         lambda *a: seen.append(torch.get_float32_matmul_precision()) or rows(*a),
     )

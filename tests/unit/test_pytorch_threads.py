@@ -32,13 +32,13 @@ def session(tiny_llama_dir):
 def threads_of_forwards(session, monkeypatch):
     """The thread, and PyTorch's number of threads in it, of each forward pass from now on."""
     seen = []
-    rows = type(session._forward).rows
+    rows = type(session._windows.forward).rows
 
     def spied(self, *args):
         seen.append((threading.current_thread().name, torch.get_num_threads()))
         return rows(self, *args)
 
-    monkeypatch.setattr(type(session._forward), "rows", spied)
+    monkeypatch.setattr(type(session._windows.forward), "rows", spied)
     return seen
 
 
@@ -102,7 +102,7 @@ def test_batches_are_as_large_as_the_threads_can_share(tiny_llama_dir):
 
 def test_memory_that_runs_out_in_a_thread_is_told_and_the_session_goes_on(session, monkeypatch):
     whole = session.token_nll(WINDOWS)
-    rows, calls = type(session._forward).rows, []
+    rows, calls = type(session._windows.forward).rows, []
 
     def fails(self, *args):
         calls.append(threading.current_thread().name)
@@ -111,7 +111,7 @@ def test_memory_that_runs_out_in_a_thread_is_told_and_the_session_goes_on(sessio
         return rows(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(session._forward), "rows", fails)
+        patched.setattr(type(session._windows.forward), "rows", fails)
         with pytest.raises(EngineOutOfMemoryError, match="4 windows of up to 90 ids"):
             session.token_nll(WINDOWS)
     assert calls[1].startswith("perplexit")
@@ -123,7 +123,7 @@ def test_memory_that_runs_out_in_a_thread_is_told_and_the_session_goes_on(sessio
 def test_closing_ends_the_threads(tiny_llama_dir):
     session = PytorchInferenceSession(tiny_llama_dir, threads=2)
     session.token_nll(WINDOWS)
-    pool = session._threads._pool
+    pool = session._windows.threads._pool
     session.close()
     assert not any(thread.is_alive() for thread in pool._threads)
 

@@ -128,7 +128,7 @@ def test_the_session_computes_where_the_head_does() -> None:
 def test_attention_is_chosen_recorded_and_costs_what_it_costs(tiny_llama_dir) -> None:
     sdpa = PytorchInferenceSession(tiny_llama_dir)
     eager = PytorchInferenceSession(tiny_llama_dir, attention="eager")
-    assert sdpa.description.settings["attention"] == "sdpa_by_query_blocks"
+    assert sdpa.description.settings["attention"] == "sdpa"
     plain = PytorchInferenceSession(tiny_llama_dir, kernels="plain")
     assert plain.description.settings["attention"] == "sdpa"
     assert eager.description.settings["attention"] == "eager"

@@ -25,6 +25,7 @@ from perplexit.sessions.pytorch.device_choice import free_bytes
 from perplexit.sessions.pytorch.forward import ForwardPass
 from perplexit.sessions.pytorch.module_call import CachePlace
 from perplexit.sessions.pytorch.module_facts import config_integer
+from perplexit.sessions.pytorch.window_batches import WindowBatches
 from perplexit.token_columns import TokenDetails
 
 # Beyond, a decode step gains little: its matrix products are no longer bound by reading weights.
@@ -62,22 +63,10 @@ class CacheRoom:
 
 
 class PytorchCache:
-    """Rows of keys and values, and the forward pass that fills them; see KeyValueCache.
+    """Rows of keys and values, and the forward pass that fills them; see KeyValueCache."""
 
-    run: calls what it is given under the session's settings, and names a lack of memory.
-    """
-
-    def __init__(
-        self,
-        forward: ForwardPass,
-        room: CacheRoom,
-        *,
-        device: torch.device,
-        chunk_rows: int,
-        run: Run,
-    ) -> None:
-        self._forward, self._device = forward, device
-        self._chunk_rows, self._run = chunk_rows, run
+    def __init__(self, windows: WindowBatches, room: CacheRoom, run: Run) -> None:
+        self._windows, self._run = windows, run
         self._rows = _Rows(room)
         self._layers = Cache(layers=[_AllocatedLayer(self._rows) for _ in range(room.num_layers)])
 
@@ -94,34 +83,33 @@ class PytorchCache:
         self._rows.start = start
 
         def work() -> Tensor:
-            ids, parts = torch.from_numpy(ids_BT).to(self._device), []
+            ids, parts = torch.from_numpy(ids_BT).to(self._windows.device), []
             for rows, length in room.parts(first_row, first_row + len(ids_BT)):
                 self._rows.first_row = first_row + rows.start
                 with held_at(room.rope, length):
                     place = CachePlace(self._layers, start)
-                    parts.append(self._forward.rows(ids[rows], None, place))
+                    parts.append(self._windows.forward.rows(ids[rows], None, place))
             rows_BTX = parts[0] if len(parts) == 1 else torch.cat(parts)
-            row_N, column_N = (torch.from_numpy(x).to(self._device) for x in picked)
+            row_N, column_N = (torch.from_numpy(x).to(self._windows.device) for x in picked)
             return rows_BTX[row_N, column_N]
 
-        return _PytorchRows(self._run(work), self._forward, self._chunk_rows, self._run)
+        return _PytorchRows(self._run(work), self._windows, self._run)
 
 
 @dataclass(frozen=True, slots=True)
 class _PytorchRows:
     rows_NX: Tensor
-    forward: ForwardPass
-    chunk_rows: int
+    windows: WindowBatches
     run: Run
 
     def details(self, ids_N: NDArray[np.int64], *, with_details: bool, top_k: int) -> TokenDetails:
         """Return the columns of the ids as the next tokens; see FedRows."""
 
         def work() -> TokenDetails:
-            statistics = head_statistics(self.forward.head)(
+            statistics = head_statistics(self.windows.forward.head)(
                 self.rows_NX,
                 torch.from_numpy(ids_N).to(self.rows_NX.device),
-                chunk_rows=self.chunk_rows,
+                chunk_rows=self.windows.chunk_rows,
                 with_details=with_details,
                 top_k=top_k,
             )
@@ -190,48 +178,73 @@ class _AllocatedLayer(DynamicLayer):
         return self._rows.start + query_length, 0
 
 
-def check_cache(
-    forward: ForwardPass,
-    module: nn.Module,
-    device: torch.device,
-    id_limit: int,
-    run: Run,
-    *,
-    rope: LengthDependentRope | None = None,
-) -> int:
-    """Return the number of cached layers, after a probe: cached in three blocks as in one pass.
+@dataclass(frozen=True, slots=True)
+class CachingForward:
+    """Makes key/value caches for a model's forward pass.
 
-    Raises CapabilityError where the forward takes no cache, or gives something else with one.
+    run: calls what it is given under the session's settings, and names a lack of memory.
     """
-    name = type(module).__name__
-    num_layers = _num_layers(module)
-    if not forward.takes_cache or num_layers is None:
+
+    windows: WindowBatches
+    module: nn.Module
+    id_limit: int
+    run: Run
+
+    def open(self, num_layers: int, lengths: tuple[int, ...], num_ids: int) -> PytorchCache:
+        """Return an empty cache for windows of these lengths; see CacheRoom."""
+        room = CacheRoom(num_layers, lengths, num_ids, self.windows.rope)
+        return PytorchCache(self.windows, room, self.run)
+
+    def check(self) -> int:
+        """Return the number of cached layers, after a probe: cached in blocks as in one pass.
+
+        Raises CapabilityError where the forward takes no cache, CacheMismatchError where it gives
+        something else with one.
+        """
+        forward, name = self.windows.forward, type(self.module).__name__
+        _refuse_cache(forward)
+        num_layers = _num_layers(self.module)
+        if not forward.takes_cache or num_layers is None:
+            raise CapabilityError(
+                f"expected a model of transformers whose forward takes past_key_values, but {name} "
+                "does not; use --mode full"
+            )
+        ids_BT = np.random.default_rng(0).integers(0, self.id_limit, (2, _PROBE_IDS))
+        ids = torch.from_numpy(ids_BT).to(self.windows.device)
+        with held_at(self.windows.rope, _PROBE_IDS):
+            whole_BTX = self.run(lambda: forward.rows(ids, None))
+        tolerance = _PROBE_TOLERANCE.get(str(whole_BTX.dtype).removeprefix("torch."), 3e-2)
+        try:
+            cache = self.open(num_layers, (_PROBE_IDS, _PROBE_IDS), _PROBE_IDS)
+            blocks = ((0, 3), (3, 4), (4, _PROBE_IDS))
+            rows = [_all_rows(cache, ids_BT, slice(*block)) for block in blocks]
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise CapabilityError(
+                f"expected {name} to take a key/value cache, but with one its forward fails "
+                f"({type(error).__name__}: {reason}); use --mode full"
+            ) from error
+        difference = float((torch.cat(rows, 1).float() - whole_BTX.float()).abs().max())
+        if not difference <= tolerance * max(1e-6, float(whole_BTX.float().abs().max())):
+            raise CacheMismatchError(
+                f"expected {name} to give the same with a key/value cache as without, got hidden "
+                f"states that differ by {difference:.3g}: its cache is of another kind; use --mode "
+                "full"
+            )
+        return num_layers
+
+
+def _refuse_cache(forward: ForwardPass) -> None:
+    """Raise CapabilityError with the reason where an arrangement rules a key/value cache out."""
+    if forward.alone:
         raise CapabilityError(
-            f"expected a model of transformers whose forward takes past_key_values, but {name} "
-            "does not; use --mode full"
+            "expected a model whose predictions depend on earlier ids alone, which a key/value "
+            "cache takes for granted, but this one's change with the batch, its padding or the "
+            "ids after them; use --mode full, which runs each window by itself"
         )
-    layers: int = num_layers
-    ids_BT = np.random.default_rng(0).integers(0, id_limit, (2, _PROBE_IDS))
-    with held_at(rope, _PROBE_IDS):
-        whole_BTX = run(lambda: forward.rows(torch.from_numpy(ids_BT).to(device), None))
-    tolerance = _PROBE_TOLERANCE.get(str(whole_BTX.dtype).removeprefix("torch."), 3e-2)
-    try:
-        room = CacheRoom(layers, (_PROBE_IDS, _PROBE_IDS), _PROBE_IDS, rope)
-        cache = PytorchCache(forward, room, device=device, chunk_rows=1, run=run)
-        rows = [_all_rows(cache, ids_BT, slice(a, b)) for a, b in ((0, 3), (3, 4), (4, _PROBE_IDS))]
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CapabilityError(
-            f"expected {name} to take a key/value cache, but with one its forward fails "
-            f"({type(error).__name__}: {reason}); use --mode full"
-        ) from error
-    difference = float((torch.cat(rows, 1).float() - whole_BTX.float()).abs().max())
-    if not difference <= tolerance * max(1e-6, float(whole_BTX.float().abs().max())):
-        raise CacheMismatchError(
-            f"expected {name} to give the same with a key/value cache as without, got hidden "
-            f"states that differ by {difference:.3g}: its cache is of another kind; use --mode full"
-        )
-    return layers
+    reason = getattr(forward, "why_no_cache", None)
+    if reason is not None:
+        raise CapabilityError(str(reason))
 
 
 def _all_rows(cache: PytorchCache, ids_BT: NDArray[np.int64], columns: slice) -> Tensor:

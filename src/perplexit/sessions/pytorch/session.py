@@ -27,33 +27,22 @@ from perplexit.sessions.pytorch.batch import (
     out_of_memory,
     why_out_of_memory,
 )
-from perplexit.sessions.pytorch.cpu_kernels.layout import heads_in_blocks, kernels_for
-from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads
-from perplexit.sessions.pytorch.cuda import DeviceMemory, chunk_rows_for
+from perplexit.sessions.pytorch.cuda import DeviceMemory
 from perplexit.sessions.pytorch.device_choice import batch_size_for
-from perplexit.sessions.pytorch.forward import ForwardPass, WholeForward
-from perplexit.sessions.pytorch.forward_setup import (
-    arranged,
-    described,
-    first_forward,
-    length_dependent_rope,
-    refuse_cache,
-)
+from perplexit.sessions.pytorch.forward import WholeForward
 from perplexit.sessions.pytorch.key_value_cache import (
-    CacheRoom,
+    CachingForward,
     PytorchCache,
+    Run,
     cached_windows_for,
-    check_cache,
 )
-from perplexit.sessions.pytorch.loading import ModuleChanges, open_module
+from perplexit.sessions.pytorch.model_setup import ready_model
 from perplexit.sessions.pytorch.module_facts import (
     activation_bytes_per_id,
     dtype_name,
-    num_embeddings,
     position_limit,
 )
-from perplexit.sessions.pytorch.placement import Placement, devices_of
-from perplexit.sessions.pytorch.window_batches import WindowBatches
+from perplexit.sessions.pytorch.placement import devices_of
 from perplexit.sessions.pytorch.written_head import written_head
 from perplexit.token_columns import TokenDetails
 
@@ -83,46 +72,11 @@ class PytorchInferenceSession(ClosedByWith):
     ) -> None:
         given = {name: option.default for name, (_, option) in declared(EngineOptions).items()}
         given |= given_options(EngineOptions, options)
-        head, compile_mode = given["head"], given["compile_mode"]
-        opened = open_module(
-            model,
-            dtype=given["dtype"],
-            placement=Placement(
-                given["device"],
-                given["device_map"],
-                given["attention"],
-                given["tensor_parallel"],
-            ),
-            threads=given["threads"],
-            changes=ModuleChanges(given["quantization"], given["adapter"], given["merge_adapter"]),
-        )
-        self._opened, self._module, self._device = opened, opened.module, opened.device
-        self._rope = length_dependent_rope(opened, compiled=compile_mode is not None)
-        num_rows = num_embeddings(self._module)
-        with opened.scoring():
-            on_kernels = kernels_for(opened, kernels, compiled=compile_mode is not None)
-            forward, self._num_logits = first_forward(
-                opened, num_rows or 2, blocked_head=heads_in_blocks(kernels)
-            )
-            forward = arranged(forward, opened, compile_mode=compile_mode, head=head)
-        self._forward: ForwardPass = forward
-        self._id_limit = min(num_rows or self._num_logits, self._num_logits)
-        self._chunk_rows = chunk_rows_for(self._device, self._num_logits, max_logits_bytes)
+        ready = ready_model(model, given, kernels=kernels, max_logits_bytes=max_logits_bytes)
+        self._opened, self._windows = ready.opened, ready.windows
+        self._module, self._device = ready.opened.module, ready.opened.device
+        self._id_limit, self._description = ready.id_limit, ready.description
         self._position_limit = position_limit(self._module)
-        self._description = described(
-            opened,
-            forward,
-            compile_mode=compile_mode,
-            chunk_rows=self._chunk_rows,
-            num_logits=self._num_logits,
-            rope=self._rope,
-            kernels=on_kernels,
-        )
-        aside = on_kernels.get("windows_side_by_side") and opened.threads > 1
-        self._threads = WindowThreads(opened.threads) if aside else None
-        self._windows = WindowBatches(
-            forward, self._device, self._chunk_rows, self._num_logits, self._threads, self._rope
-        )
         self._model_description: ModelDescription | None = None
         self._closed = False
         self._num_cached_layers: int | None = None
@@ -183,7 +137,7 @@ class PytorchInferenceSession(ClosedByWith):
 
     def target_hidden_states(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """Return what the head makes each target's logits of, by window; see HiddenStateSession."""
-        if self._forward.keeps_logits:
+        if self._windows.forward.keeps_logits:
             raise self._no_head()
         return [rows.float().cpu().numpy() for rows in self._target_rows(windows)]
 
@@ -198,13 +152,13 @@ class PytorchInferenceSession(ClosedByWith):
         Raises CapabilityError where neither can be had.
         """
         self._check_open()
-        if self._forward.keeps_logits:
+        if self._windows.forward.keeps_logits:
             raise self._no_head()
         if self._opened.gives_head_again:
             return None
         try:
             with self._opened.scoring():
-                return written_head(self._module, self._forward, self._device)
+                return written_head(self._module, self._windows.forward, self._device)
         except CapabilityError:  # it rounds its inputs: quantized in the same way, it is the same
             if self._opened.source is None:
                 raise
@@ -219,7 +173,7 @@ class PytorchInferenceSession(ClosedByWith):
 
     def _head_logits(self, rows_NX: Tensor) -> NDArray[np.float32]:
         with self._opened.scoring():
-            logits: NDArray[np.float32] = self._forward.head(rows_NX).float().cpu().numpy()
+            logits: NDArray[np.float32] = self._windows.forward.head(rows_NX).float().cpu().numpy()
         return logits
 
     def _target_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
@@ -229,10 +183,11 @@ class PytorchInferenceSession(ClosedByWith):
 
     def max_batch_size(self, window_length: int) -> int:
         """Return how many windows half of the free memory holds; at least 1."""
-        num_logits = self._num_logits if self._forward.keeps_logits else 0
+        num_logits = self._windows.num_logits if self._windows.forward.keeps_logits else 0
         num_bytes = activation_bytes_per_id(self._module, window_length, num_logits)
         devices = devices_of(self._module, self._device)
-        parts = self._threads.size if self._threads is not None else 1
+        threads = self._windows.threads
+        parts = threads.size if threads is not None else 1
         length = max(1, window_length)
         return min(batch_size_for(device, length, num_bytes, parts=parts) for device in devices)
 
@@ -241,20 +196,12 @@ class PytorchInferenceSession(ClosedByWith):
     @property
     def rows_are_logits(self) -> bool:
         """Return whether a forward pass keeps logits for every position; see CachingSession."""
-        return self._forward.keeps_logits
+        return self._windows.forward.keeps_logits
 
     def caching(self) -> Mapping[str, Any]:
         """Describe how the cache is kept, after a probe that it works; see CachingSession."""
         self._check_open()
-        refuse_cache(self._forward)
-        self._num_cached_layers = check_cache(
-            self._forward,
-            self._module,
-            self._device,
-            self._id_limit,
-            self._scoring,
-            rope=self._rope,
-        )
+        self._num_cached_layers = self._caches(self._scoring).check()
         return {"dtype": dtype_name(self._module), "kind": "allocated once, sliding layers whole"}
 
     def open_cache(self, windows: Sequence[WindowIds]) -> PytorchCache:
@@ -264,13 +211,11 @@ class PytorchInferenceSession(ClosedByWith):
             self.caching()
         longest = max(fed_length(window) for window in windows)
         lengths = tuple(len(window.ids_T) for window in windows)
-        return PytorchCache(
-            self._forward,
-            CacheRoom(self._num_cached_layers or 0, lengths, longest, self._rope),
-            device=self._device,
-            chunk_rows=self._chunk_rows,
-            run=lambda work: self._within_memory(windows, work),
-        )
+        caches = self._caches(partial(self._within_memory, windows))
+        return caches.open(self._num_cached_layers or 0, lengths, longest)
+
+    def _caches(self, run: Run) -> CachingForward:
+        return CachingForward(self._windows, self._module, self._id_limit, run)
 
     def max_cached_windows(self, window_length: int) -> int:
         """Return how many windows to decode together; see CachingSession."""
@@ -291,13 +236,12 @@ class PytorchInferenceSession(ClosedByWith):
         self._closed = True
         if self._opened.group is not None:
             self._opened.group.stop()
-        if self._threads is not None:
-            self._threads.close()
+        if self._windows.threads is not None:
+            self._windows.threads.close()
         self._memory.close()
         self._module = nn.Identity()
         self._opened = replace(self._opened, module=self._module)
-        self._forward = WholeForward(self._module)
-        self._windows = replace(self._windows, forward=self._forward)
+        self._windows = replace(self._windows, forward=WholeForward(self._module))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         elif self._opened.source is not None:

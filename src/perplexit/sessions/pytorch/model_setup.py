@@ -1,27 +1,89 @@
-"""A forward pass as it was asked for: gathered, led, compiled, with another head; its record."""
+"""From options to a model that is ready to score, and the description of what was set up."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import CapabilityError, ModelError
-from perplexit.session_descriptions import (
-    SessionDescription,
-)
+from perplexit.session_descriptions import SessionDescription
 from perplexit.sessions.pytorch.compiled import CompiledForward, with_head
+from perplexit.sessions.pytorch.cpu_kernels.layout import heads_in_blocks, kernels_for
+from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads
+from perplexit.sessions.pytorch.cuda import chunk_rows_for
 from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
 from perplexit.sessions.pytorch.forward_probe import find_forward
-from perplexit.sessions.pytorch.loading import OpenedModule
-from perplexit.sessions.pytorch.module_facts import dtype_name
-from perplexit.sessions.pytorch.placement import GatheredForward, embedding_device, places_of
+from perplexit.sessions.pytorch.loading import ModuleChanges, OpenedModule, open_module
+from perplexit.sessions.pytorch.module_facts import dtype_name, num_embeddings
+from perplexit.sessions.pytorch.placement import (
+    GatheredForward,
+    Placement,
+    embedding_device,
+    places_of,
+)
 from perplexit.sessions.pytorch.tensor_parallel import LeadingForward
+from perplexit.sessions.pytorch.window_batches import WindowBatches
 
 
-def first_forward(
-    opened: OpenedModule, id_limit: int, *, blocked_head: bool = True
+@dataclass(frozen=True, slots=True)
+class ReadyModel:
+    """A module that is loaded and set up, what runs windows through it, and its description.
+
+    id_limit: ids from 0 to below it have an embedding and a logit.
+    """
+
+    opened: OpenedModule
+    windows: WindowBatches
+    id_limit: int
+    description: SessionDescription
+
+
+def ready_model(
+    model: str | Path | nn.Module,
+    given: Mapping[str, Any],
+    *,
+    kernels: str | None,
+    max_logits_bytes: int | None,
+) -> ReadyModel:
+    """Load the model and set it up as `given` says: every EngineOptions value by its name."""
+    compiled = given["compile_mode"] is not None
+    opened = open_module(
+        model,
+        dtype=given["dtype"],
+        placement=Placement(
+            given["device"], given["device_map"], given["attention"], given["tensor_parallel"]
+        ),
+        threads=given["threads"],
+        changes=ModuleChanges(given["quantization"], given["adapter"], given["merge_adapter"]),
+    )
+    rope = _length_dependent_rope(opened, compiled=compiled)
+    num_rows = num_embeddings(opened.module)
+    with opened.scoring():
+        on_kernels = kernels_for(opened, kernels, compiled=compiled)
+        forward, num_logits = _first_forward(
+            opened, num_rows or 2, blocked_head=heads_in_blocks(kernels)
+        )
+        forward = _wrapped(forward, opened, given["compile_mode"], given["head"])
+    aside = on_kernels.get("windows_side_by_side") and opened.threads > 1
+    windows = WindowBatches(
+        forward,
+        opened.device,
+        chunk_rows_for(opened.device, num_logits, max_logits_bytes),
+        num_logits,
+        WindowThreads(opened.threads) if aside else None,
+        rope,
+    )
+    description = _described(opened, windows, given["compile_mode"], on_kernels)
+    return ReadyModel(opened, windows, min(num_rows or num_logits, num_logits), description)
+
+
+def _first_forward(
+    opened: OpenedModule, id_limit: int, *, blocked_head: bool
 ) -> tuple[ForwardPass, int]:
     """Find the forward pass of the module, when it runs for the first time; see `find_forward`.
 
@@ -43,8 +105,8 @@ def first_forward(
         ) from error
 
 
-def arranged(
-    forward: ForwardPass, opened: OpenedModule, *, compile_mode: str | None, head: str | None
+def _wrapped(
+    forward: ForwardPass, opened: OpenedModule, compile_mode: str | None, head: str | None
 ) -> ForwardPass:
     """Wrap the forward pass as asked for, innermost first; each wrapper says what it raises."""
     if compile_mode is not None:
@@ -76,7 +138,7 @@ def _check_compilable(opened: OpenedModule, *, alone: bool) -> None:
         )
 
 
-def length_dependent_rope(opened: OpenedModule, *, compiled: bool) -> LengthDependentRope | None:
+def _length_dependent_rope(opened: OpenedModule, *, compiled: bool) -> LengthDependentRope | None:
     """Return the module's rotary embeddings that depend on a window's length; None without any.
 
     Raises CapabilityError where the layers run elsewhere than in this process's own forward.
@@ -93,37 +155,21 @@ def length_dependent_rope(opened: OpenedModule, *, compiled: bool) -> LengthDepe
     return rope
 
 
-def refuse_cache(forward: ForwardPass) -> None:
-    """Raise CapabilityError with the reason where an arrangement rules a key/value cache out."""
-    if forward.alone:
-        raise CapabilityError(
-            "expected a model whose predictions depend on earlier ids alone, which a key/value "
-            "cache takes for granted, but this one's change with the batch, its padding or the "
-            "ids after them; use --mode full, which runs each window by itself"
-        )
-    reason = getattr(forward, "why_no_cache", None)
-    if reason is not None:
-        raise CapabilityError(str(reason))
-
-
-def described(
+def _described(
     opened: OpenedModule,
-    forward: ForwardPass,
-    *,
+    windows: WindowBatches,
     compile_mode: str | None,
-    chunk_rows: int,
-    num_logits: int,
-    rope: LengthDependentRope | None,
     kernels: Mapping[str, Any],
 ) -> SessionDescription:
     """Describe PyTorch and the settings in effect; what was not asked for has no entry."""
+    forward, rope = windows.forward, windows.rope
     config = getattr(opened.module, "config", None)
     settings: dict[str, Any] = {
         "transformers": transformers.__version__,
         "attention": getattr(config, "_attn_implementation", None),
         "head": forward.kind,
-        "chunk_rows": chunk_rows,
-        "num_logits": num_logits,
+        "chunk_rows": windows.chunk_rows,
+        "num_logits": windows.num_logits,
         "float32_matmul_precision": "highest",
     }
     if forward.alone:
