@@ -21,6 +21,7 @@ from perplexit.igf.optimizer_step import StepRule
 from perplexit.igf.pairs import Pairs
 from perplexit.igf.random_contexts import ContextStream, objective_contexts
 from perplexit.igf.selection import RandomSkip
+from perplexit.runs.parts_folder import lock_folder
 from tests.tiny_models import TINY_MODELS
 
 LENGTH = 12
@@ -121,6 +122,20 @@ def test_a_damaged_part_is_measured_again(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:30])
     collect(output)
     assert output.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_a_second_process_does_not_write_to_the_same_collection(tmp_path: Path) -> None:
+    output = tmp_path / "pairs.safetensors"
+    with (
+        lock_folder(tmp_path / "pairs.safetensors.parts", "collection", "wait", ResumeError),
+        pytest.raises(ResumeError, match="another process is writing to the collection"),
+    ):
+        collect(output)
+    collect(output)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "pairs.safetensors",
+        "pairs.seconds.json",
+    ]
 
 
 @pytest.mark.trap(26)

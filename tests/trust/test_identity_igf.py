@@ -161,3 +161,5 @@ def test_a4_sibling_a_learner_of_another_model_is_said(tmp_path: Path) -> None:
     assert unlike_pairs(record, llama()) is None
     assert "weights" in (unlike_pairs(record, noisy()) or "")
     assert unlike_pairs({}, noisy()) is None
+    del record["pairs"]["measurement"]["settings"]["fingerprint_version"]  # of an older Perplexit
+    assert unlike_pairs(record, noisy()) is None

@@ -1,5 +1,6 @@
 """Articles, splits, contexts, stored files: stable, disjoint, and no pickle unless asked for."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from perplexit.errors import CorpusError, PerplexitError, TrustWarning, UsageError
+from perplexit.errors import CorpusError, OutputError, PerplexitError, TrustWarning, UsageError
 from perplexit.igf.articles import Articles, read_articles
 from perplexit.igf.pairs import GainStatistics, Pairs, load, pairs_of
 from perplexit.igf.random_contexts import ContextStream, check_disjoint, objective_contexts
@@ -186,6 +188,17 @@ def test_another_kind_or_a_damaged_file_is_refused(tmp_path: Path) -> None:
         read_stored(path, "things")
     with pytest.raises(PerplexitError, match="no such file"):
         read_stored(tmp_path / "none.safetensors", "things")
+
+
+def test_a_file_whose_record_has_blanks_as_older_ones_do_is_one_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    record = json.dumps({"kind": "things", "version": 1, "b": [1, 2]}, sort_keys=True)
+    save_file({"a": np.arange(3)}, path, metadata={"perplexit": record})
+    assert read_stored(path, "things")[1]["b"] == [1, 2]
+    write_stored(path, "things", {"a": np.arange(4)}, {})
+    assert read_stored(path, "things")[0]["a"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(OutputError, match="something else"):
+        write_stored(path, "others", {"a": np.arange(4)}, {})
 
 
 def test_pairs_come_back_raw_with_their_statistics(tmp_path: Path) -> None:

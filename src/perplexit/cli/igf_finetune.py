@@ -120,7 +120,7 @@ def finetune(
 
 
 def _plain(value: Any) -> Any:
-    """An option's value as JSON holds it."""
+    """Return an option's value as JSON values."""
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
@@ -130,6 +130,6 @@ def _sentence(name: str, curve: Any, folder: Path) -> str:
     first, last = curve.perplexities()[0], curve.perplexities()[-1]
     return (
         f"{name}: test perplexity {first:.5g} → {last:.5g} in {curve.steps[-1]} steps, "
-        f"{curve.tokens_trained:,} ids learnt from of {curve.tokens_judged:,} looked at; "
+        f"{curve.tokens_trained:,} ids trained on of {curve.tokens_judged:,} judged by the filter; "
         f"the model is in {folder}"
     )

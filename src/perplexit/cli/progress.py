@@ -1,4 +1,4 @@
-"""A progress bar on stderr: tokens a second, the running perplexity, the time that is left."""
+"""A progress bar on stderr: tokens per second, the perplexity so far, the time that is left."""
 
 import math
 import sys
@@ -40,7 +40,7 @@ def scoring_progress(label: str) -> Iterator[Callable[[Any], None] | None]:
 
 @contextmanager
 def preparing_progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A callable that shows how much was prepared so far, or None where stderr is no terminal."""
+    """Yield a callable that shows how much is prepared, or None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -51,7 +51,7 @@ def preparing_progress() -> Iterator[Callable[[int, int], None] | None]:
 
 
 def running_figures(update: Any) -> str:
-    """`430 tokens/s  perplexity 18.31`: the speed of this process, the loss of everything so far.
+    """Return `430 tokens/s  perplexity 18.31`: this process's speed, the perplexity so far.
 
     What an earlier process scored counts in the perplexity but not in the speed.
     """

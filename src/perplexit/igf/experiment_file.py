@@ -28,7 +28,7 @@ class MethodOutcome:
 
     median, low, high: test perplexity at each of `steps`, with the median's interval over seeds;
                 the ends are None with one seed.
-    acceptance: ids trained on, over ids that the filter looked at.
+    acceptance: ids trained on, over ids that the filter judged.
     tokens:     ids `trained`, `scored` (a forward pass to be selected) and `judged`, per run.
     seconds:    `select`, `train` and `evaluate`, per run.
     """
@@ -124,7 +124,7 @@ class Experiment:
         if not found.methods:
             raise RunError(
                 f"expected at least one finished fine-tuning{where}, got none; give the same "
-                "`perplexit igf experiment` again, which goes on where it stopped"
+                "`perplexit igf experiment` again, which continues it"
             )
         return found
 

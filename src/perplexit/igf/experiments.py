@@ -131,7 +131,7 @@ def run_experiment(
     length, share = plan.settings.context_length, plan.share
     select = _selections(model, train, length, learner, share, plan.constant, plan.num_calibration)
     for method in plan.methods:
-        select(method, 0)  # what a method lacks is said before anything runs
+        select(method, 0)  # raises before anything runs where a method lacks something
     records, stopped = _run_what_is_missing(
         model,
         train,
@@ -236,7 +236,7 @@ def calibrated_selection(
 ) -> Selection:
     """Return one of METHODS, calibrated on contexts that the fine-tuning does not see.
 
-    The loss methods ask the model as it is for its losses on those; see `selection_named`.
+    The loss methods use the model's losses on those, before any training; see `selection_named`.
     """
     make = _selections(model, train, context_length, learner, share, constant, num_calibration)
     return make(name, seed)

@@ -50,7 +50,7 @@ class FinetuneCurve:
     """The result of a fine-tuning: the test loss step by step, and the cost.
 
     Tokens are ids: `trained` went forward and backward; `scored` went forward, to be selected;
-    `judged` were looked at by the filter. Evaluation counts in none of them.
+    `judged` were seen by the filter. Evaluation counts in none of them.
     """
 
     steps: list[int] = field(default_factory=list)

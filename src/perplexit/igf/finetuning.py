@@ -126,7 +126,7 @@ class _Tuning:
         self.curve.num_steps_resumed = self.step
 
     def keep(self, kept: FinetuneCheckpoints) -> None:
-        """Save the state as it is now."""
+        """Save the present state."""
         state = {"step": self.step, "candidate": self.candidate, "curve": asdict(self.curve)}
         kept.save(self._model, self._optimizer, state)
 

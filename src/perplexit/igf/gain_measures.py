@@ -193,7 +193,7 @@ class DirectionalGain:
     pass. It is the central difference `(loss(X; w + h·dL/dw) - loss(X; w - h·dL/dw)) / 2h`: two
     forward passes; the two sets of weights are made once and are all the memory that it needs.
 
-    shift: h, given as the change of the objective's own loss that it stands for, in nats.
+    shift: gives h, as the change of the objective's own loss that it makes, in nats.
     """
 
     def __init__(

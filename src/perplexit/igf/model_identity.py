@@ -15,10 +15,10 @@ from perplexit.sessions.pytorch.module_facts import dtype_name
 
 
 def measurement_of_model(model: nn.Module) -> dict[str, Any]:
-    """Return the identity of measurements with this model as it is now; see `runs.identity`.
+    """Return the identity of measurements with this model in its present state.
 
-    Of a model with adapters to be trained (PEFT), their fresh random weights are left out: they
-    are known by their configuration and their shapes.
+    See `runs.identity`. The fresh random weights of adapters to be trained (PEFT) are left out:
+    their configuration and their shapes identify them.
     """
     adapters = _adapter_configs(model)
     fresh = {name for name, p in model.named_parameters() if p.requires_grad} if adapters else set()

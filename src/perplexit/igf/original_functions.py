@@ -182,10 +182,10 @@ def train_secondary_learner(  # noqa: PLR0917 - the original's
 ) -> ConvolutionLearner:
     """Return the learner with its best held-out weights; write it to `igf_model_path`.
 
-    Adam on the squared error of z-scores. eval_freq: kept for its place; the held-out articles are
-    looked at after every epoch.
+    Adam on the squared error of z-scores. eval_freq: kept for its place; the held-out error is
+    measured after every epoch.
     """
-    learner_output(igf_model_path, force=True)  # said before the training, not after it
+    learner_output(igf_model_path, force=True)  # fails before the training, not after it
     divided = divide_by_article(pairs_of(train_dataset), seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -259,7 +259,7 @@ def finetune(  # noqa: PLR0917 - the original's
         `.pt` at its end is dropped).
     recopy_model: kept for its place; the optimizer is the one it makes.
     """
-    model_output(finetuned_model_name, force=True)  # said before the training, not after it
+    model_output(finetuned_model_name, force=True)  # fails before the training, not after it
     train = train_dataset if isinstance(train_dataset, Articles) else Articles.of(train_dataset)
     selection: Selection = Everything()
     if secondary_learner is not None:

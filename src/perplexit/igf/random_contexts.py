@@ -145,5 +145,5 @@ def check_disjoint(**contexts_or_articles: Contexts | Articles) -> None:
             if other != name:
                 raise CorpusError(
                     f"expected disjoint articles, got one that is both in {other} and in {name}; "
-                    "what is measured there would have been learnt here: take it out of one"
+                    "the model would be measured on what it was trained on; take it out of one"
                 )

@@ -98,7 +98,7 @@ class Selection(ABC):
         """Return which candidates step `step` uses, [N].
 
         first:  the number of the first of them in the stream of candidates.
-        losses: gives the losses of contexts under the model as it is now.
+        losses: gives the losses of contexts under the model in its present state.
         """
 
     @abstractmethod
