@@ -34,7 +34,7 @@ UV       = .venv-lock/bin/uv pip compile --quiet --python-version 3.11 \
 	--no-emit-find-links --no-emit-package torch -c constraints-dev.txt -c .venv-lock/tested.txt
 
 # Long proofs; `make test` runs a seeded tenth of each.
-PROOFS := fuzz sweep kills watch coverage
+PROOFS := fuzz sweep kills watch coverage trials
 
 .PHONY: setup demo test test-vllm test-cuda test-liger check $(PROOFS) bench bench-quick bench-cuda \
 	docs lock audit clean

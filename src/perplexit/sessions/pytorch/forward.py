@@ -144,7 +144,7 @@ class LinearHead:
     ) -> TokenStatistics:
         """Return the columns of the targets; see HeadStatistics. Some need whole logits."""
         wanted = columns_that_need(Needs.LOSS, Needs.DISTRIBUTION)
-        if not self.blocked or top_k or (with_details and not BLOCKED_COLUMNS.issuperset(wanted)):
+        if not self.blocked or top_k or not BLOCKED_COLUMNS.issuperset(wanted):
             return statistics_by_chunks(
                 self,
                 hidden_ND,
