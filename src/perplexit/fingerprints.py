@@ -15,9 +15,9 @@ def canonical_json(value: object, *, allow_nan: bool = False) -> str:
     )
 
 
-def json_fingerprint(value: object) -> str:
+def json_fingerprint(value: object, *, allow_nan: bool = False) -> str:
     """Return the SHA-256 of a value's canonical JSON, in hexadecimal."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(value, allow_nan=allow_nan).encode()).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:

@@ -1,12 +1,11 @@
-"""What a compiled program says of itself: `program.json`, in the program's folder."""
+"""The record of a compiled program: `program.json`, in the program's folder."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from perplexit.atomic_files import write_atomically
+from perplexit.atomic_files import write_json
 from perplexit.errors import ModelError
 from perplexit.fingerprints import sha256_of_file
 from perplexit.untrusted_files import Expected
@@ -155,8 +154,7 @@ class ProgramMetadata:
 
     def write(self, folder: Path) -> None:
         """Write `program.json` into `folder`, whole or not at all."""
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / PROGRAM_FILE, lambda path: _write_text(path, text))
+        write_json(folder / PROGRAM_FILE, self.to_json())
 
     @classmethod
     def read(cls, folder: Path, *, engine: str = "ENGINE") -> "ProgramMetadata":
@@ -192,7 +190,3 @@ def files_of(folder: Path) -> tuple[ProgramFile, ...]:
     """Return every file in `folder` but the record itself, with size and hash, sorted by name."""
     paths = sorted(path for path in folder.iterdir() if path.name != PROGRAM_FILE)
     return tuple(ProgramFile(p.name, p.stat().st_size, sha256_of_file(p)) for p in paths)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

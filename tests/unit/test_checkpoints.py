@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
-from perplexit.checkpoints import cache
+from perplexit.checkpoints import identity
 from perplexit.checkpoints.gguf_dequantized import dequantized_folder
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.checkpoints.loading import load_checkpoint
@@ -68,8 +68,8 @@ def test_the_remembered_digest_of_a_large_file_is_not_used_after_a_change(
     folder, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PERPLEXIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_LARGE_FILE_BYTES", 0)
-    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(identity, "_LARGE_FILE_BYTES", 0)
+    monkeypatch.setattr(identity, "_SETTLED_SECONDS", -1.0)
     before = weights_fingerprint(folder)
     assert list((tmp_path / "cache" / "digests").iterdir())
     assert weights_fingerprint(folder) == before
@@ -82,7 +82,7 @@ def test_the_remembered_digest_of_a_large_file_is_not_used_after_a_change(
 
 def test_a_freshly_written_file_is_not_remembered(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PERPLEXIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_LARGE_FILE_BYTES", 0)
+    monkeypatch.setattr(identity, "_LARGE_FILE_BYTES", 0)
     flip_a_bit(folder / "model.safetensors")
     flip_a_bit(folder / "config.json", offset=0)
     flip_a_bit(folder / "config.json", offset=0)

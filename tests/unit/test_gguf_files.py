@@ -92,7 +92,7 @@ def test_every_written_type_is_what_the_header_says(tiny_llama_dir, tmp_path):
             assert header.matrix_dtype == precision
         else:
             assert header.quantization.name == precision
-            assert header.quantization.num_tensors == 16
+            assert header.quantization.num_modules == 16
             bits = {"q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5, "mxfp4": 4.25}
             assert bits[precision] < header.quantization.effective_bits < bits[precision] + 0.2
     assert changes["float32"] < 2e-5 < changes["float16"] < changes["bfloat16"]

@@ -1,4 +1,4 @@
-"""Checkpoints: where they are, whose weights they hold, and how they are loaded."""
+"""Checkpoints: how they are found, identified by their weights, and loaded."""
 
 import logging
 

@@ -1,17 +1,17 @@
 """PEFT adapters (LoRA and its like): a folder's identity, and a model with the adapter on it."""
 
-import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from perplexit.checkpoints.cache import file_digest
-from perplexit.checkpoints.identity import canonical_json
-from perplexit.checkpoints.merging import Unmerged
+from perplexit.checkpoints.identity import file_digest
+from perplexit.checkpoints.widened import widened
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError
+from perplexit.fingerprints import json_fingerprint
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import read_json, typed
 from perplexit.untrusted_tensors import opened_tensors
@@ -22,6 +22,13 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Where the base model lay and how the adapter was trained says nothing about its numbers.
 _IRRELEVANT_KEYS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 _PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+
+_PROBE_SHAPE = (2, 48)
+# Of the logits' spread, as root mean squares, in float32 and float64: the weights' own rounding.
+_TOLERANCE = 1e-4
+# Narrow weights are rounded once more by a merge. The result may be this much farther from
+# float32 than the same model in the same dtype with the adapter beside it.
+_MOST_FARTHER = 2.0
 
 
 class _AdapterConfig(TypedDict):
@@ -76,19 +83,15 @@ def find_adapter(folder: str | Path) -> Adapter:
             f"expected an adapter that is whole in its folder, got XLORA in {path}, which names "
             "others that PEFT would fetch; score those adapters one by one"
         )
-    _check_readable(weights)
-    return Adapter(path, kind, config.get("base_model_name_or_path"), _fingerprint(config, weights))
-
-
-def _check_readable(weights: Path) -> None:
     with opened_tensors(weights, _TENSORS):
-        pass
+        pass  # it can be read
+    return Adapter(path, kind, config.get("base_model_name_or_path"), _fingerprint(config, weights))
 
 
 def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Module:
     """Return the model with the adapter beside its layers, or merged into their weights.
 
-    A merged model is held against the unmerged one first: merged into weights that are shared
+    A merged model is compared with the unmerged one first: merged into weights that are shared
     (LoRA on a tied embedding), an adapter also changes what it was not trained to change.
     Raises ModelError where the adapter was made for another model's shapes or layers,
     CapabilityError where it cannot be merged, MissingPackageError without PEFT.
@@ -109,7 +112,7 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
     unmerged: nn.Module = adapted.get_base_model().eval()
     if not merge:
         return unmerged
-    before = Unmerged.of(unmerged)
+    before = _Unmerged.of(unmerged)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of shared weights it warns; here they are measured
@@ -132,14 +135,13 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
 
 def adapted_fingerprint(base: str, adapter: Adapter) -> str:
     """Return the identity of the base model's weights with the adapter on them, merged or not."""
-    identity = {"base": base, "adapter": adapter.fingerprint}
-    return hashlib.sha256(canonical_json(identity)).hexdigest()
+    return json_fingerprint({"base": base, "adapter": adapter.fingerprint})
 
 
 def _fingerprint(config: dict[str, Any], weights: Path) -> str:
     settings = {key: value for key, value in config.items() if key not in _IRRELEVANT_KEYS}
     identity = {"config": settings, "weights": file_digest(weights)}
-    return hashlib.sha256(canonical_json(identity)).hexdigest()
+    return json_fingerprint(identity, allow_nan=True)
 
 
 def _check_complete(adapter: Adapter, model: nn.Module, expected: dict[str, Any]) -> None:
@@ -159,3 +161,66 @@ def _mismatch(adapter: Adapter, model: nn.Module, reason: str) -> str:
         f"expected an adapter for this {type(model).__name__}, but {adapter.folder}{base} does not "
         f"fit: {reason}; name the base model that it was trained on"
     )
+
+
+@dataclass(frozen=True)
+class _Unmerged:
+    """Log-probabilities of a probe with the adapter beside the layers: the merge's measure.
+
+    own:  (rows, ids, vocabulary), in the model's dtype; wide: computed in float32.
+    most: how far, in root mean square, the merged model may be from `wide`, in nats.
+    """
+
+    ids: Tensor
+    dtype: torch.dtype
+    wide: Tensor
+    most: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Unmerged":
+        """Return what the adapted model gives."""
+        ids = _probe_ids(model)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        own = _logits(model, ids)
+        if dtype in (torch.float32, torch.float64):
+            spread = own - own.mean(-1, keepdim=True)
+            return cls(ids, dtype, own.log_softmax(-1), _TOLERANCE * _rms(spread))
+        with widened(model):
+            wide = _logits(model, ids).log_softmax(-1)
+        return cls(ids, dtype, wide, _MOST_FARTHER * _rms(own.log_softmax(-1) - wide))
+
+    def why_not(self, merged: nn.Module) -> str | None:
+        """Return why a merged model may not replace the adapted one; None: it may."""
+        difference = _logits(merged, self.ids).log_softmax(-1) - self.wide
+        apart = _rms(difference)
+        if apart <= self.most:
+            return None
+        largest = float(difference.abs().max())
+        return (
+            f"log-probabilities of {self.ids.numel()} probe ids come out {apart:.3g} nats apart in "
+            f"the root mean square (at most {self.most:.2g} in "
+            f"{str(self.dtype).removeprefix('torch.')}) and up to {largest:.3g}"
+        )
+
+
+def _probe_ids(model: nn.Module) -> Tensor:
+    config: Any = model.config
+    text = config.get_text_config()
+    rows, length = _PROBE_SHAPE
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int):
+        length = max(1, min(length, positions))
+    ids = torch.randint(
+        int(text.vocab_size), (rows, length), generator=torch.Generator().manual_seed(0)
+    )
+    return ids.to(next(model.parameters()).device)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json as transformers reads it, held to what the file says.
+"""A checkpoint's config.json as transformers reads it, checked against what the file says.
 
 transformers keeps a field that a model class does not read as a plain attribute, and takes from
 the file which attention to run. Here a field that decides the arithmetic is read by the class or
@@ -31,7 +31,7 @@ _DECIDING = (
 # What a class that has `rope_parameters` reads under older names.
 _ROPE_NAMES = ("rope_scaling", "rope_theta", "partial_rotary_factor")
 _EVERY_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-# "finetuned" and, outside yarn and longrope, the trained length tell a story and decide nothing.
+# "finetuned" and, outside yarn and longrope, the trained length decide nothing.
 _EVERY_ROPE |= {"finetuned", "original_max_position_embeddings"}
 _ROPE_FIELDS = {
     "default": set(),
@@ -144,8 +144,8 @@ def _check_read(source: CheckpointSource, written: Mapping[str, Any], config: An
     if unread:
         raise ModelError(
             f"expected config.json of {source.folder} to be read whole, but "
-            f"{type(config).__name__} does not read {', '.join(unread)}, and the model would be "
-            "another without a word; if the weights were trained without, remove the field"
+            f"{type(config).__name__} does not read {', '.join(unread)}, and the model would "
+            "silently differ; if the weights were trained without it, remove the field"
         )
     if "rope_parameters" in known:
         _check_rope(source, written, config)

@@ -1,13 +1,13 @@
-"""What a GGUF file says of its model, all of it, in a transformers configuration.
+"""Everything that a GGUF file says of its model, in a transformers configuration.
 
 transformers reads about ten keys of each architecture and skips the rest. Here every key and
-tensor of the model is read by transformers, put into the configuration, or known to say nothing;
+tensor of the model is read by transformers, put into the configuration, or known to have no effect;
 anything else is refused by its name.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ _FIELDS = {
 }
 # A window in these files is one in these models; elsewhere transformers has none, or another.
 _SLIDING = ("mistral", "phi3", "gemma2", "gemma3_text", "gpt_oss", "starcoder2")
-# Values that say what a model without the key does.
+# Values that leave the model as it is without the key.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -68,8 +68,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "nextn_predict_layers": (0,),
     "pooling_type": (0,),
 }
-_SAYS_NOTHING = ("tensor_data_layout", "vocab_size")
-_HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+_WITHOUT_EFFECT = ("tensor_data_layout", "vocab_size")
+# A bias in the configuration → the tensors that show that the model has it.
+_BIASES = {"attention_bias": ("attn_q.bias", "attn_qkv.bias"), "mlp_bias": ("ffn_up.bias",)}
 
 
 def whole_config(path: Path) -> Any:
@@ -77,35 +78,34 @@ def whole_config(path: Path) -> Any:
 
     Raises ModelError by the name of what transformers would lose.
     """
-    told = _Told(GGUFReader(path), path)
+    given = _ModelKeys(GGUFReader(path), path)
     config = AutoConfig.from_pretrained(
         str(path.parent), gguf_file=path.name, trust_remote_code=False
     )
-    if not any(told.keys):
+    if not any(given.keys):
         return config
     try:
-        _set_fields(told, config)
-        _set_heads(told, config)
-        _set_rope(told, config)
-        _set_by_architecture(told, config)
-        told.check_nothing_left(config)
-        told.check_tensors(config)
+        _set_fields(given, config)
+        _set_heads(given, config)
+        _set_rope(given, config)
+        _set_by_architecture(given, config)
+        given.check_nothing_left(config)
+        given.check_tensors(config)
     except ModelError as error:
         raise ModelError(
             f"expected transformers to read all that {path.name} says of its "
-            f"{told.architecture} model, but it would lose {error}; llama.cpp reads the file as it "
-            f"is: gguf:{path}"
+            f"{given.architecture} model, but it would lose {error}; llama.cpp reads the file as "
+            f"it is: gguf:{path}"
         ) from None
     return config
 
 
-class _Told:
+class _ModelKeys:
     """A file's keys of the model, without the architecture's name in front, and its tensors."""
 
     def __init__(self, reader: GGUFReader, path: Path) -> None:
         self._reader = reader
-        field = reader.fields.get("general.architecture")
-        self.architecture = str(field.contents()) if field is not None else "unknown"
+        self.architecture = str(self._general("general.architecture", "unknown"))
         prefix = f"{self.architecture}."
         self.keys: dict[str, Any] = {
             name.removeprefix(prefix): field.contents()
@@ -117,17 +117,19 @@ class _Told:
         self._check_whole(path)
 
     def _check_whole(self, path: Path) -> None:
-        parts = self._reader.fields.get("split.count")
-        if parts is not None and int(parts.contents()) > 1:
+        parts = self._general("split.count", 1)
+        if int(parts) > 1:
             raise ModelError(
-                f"expected a whole model in {path}, got one of {parts.contents()} parts; put them "
+                f"expected a whole model in {path}, got one of {parts} parts; put them "
                 "together with llama.cpp's llama-gguf-split --merge"
             )
-        kind = self._reader.fields.get("general.type")
-        if kind is not None and str(kind.contents()) != "model":
-            raise ModelError(
-                f"expected a model in {path}, got a GGUF file of type {kind.contents()!r}"
-            )
+        kind = self._general("general.type", "model")
+        if kind != "model":
+            raise ModelError(f"expected a model in {path}, got a GGUF file of type {kind!r}")
+
+    def _general(self, key: str, default: Any) -> Any:
+        field = self._reader.fields.get(key)
+        return default if field is None else field.contents()
 
     def take(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, which counts as read from now on."""
@@ -140,10 +142,6 @@ class _Told:
         values = dequantize(tensor.data, tensor.tensor_type)
         return np.asarray(values, dtype=np.float64).reshape(-1)
 
-    def any_tensor(self, *parts: str) -> bool:
-        """Return whether a tensor's name ends with one of the parts."""
-        return any(name.endswith(parts) for name in self.tensors)
-
     def check_nothing_left(self, config: Any) -> None:
         """Raise ModelError for the first key that nothing has read and that says something."""
         mapped: dict[str, Any] = GGUF_CONFIG_MAPPING.get(  # type: ignore[assignment]
@@ -153,17 +151,15 @@ class _Told:
         if not mapped:  # read by a function of transformers that builds the whole configuration
             known = {key for key in self.left if not key.startswith(("rope.scaling", "attention"))}
             known |= {"attention.head_count", "attention.head_count_kv"}
-        for key in sorted(self.left - known - set(_SAYS_NOTHING)):
+        for key in sorted(self.left - known - set(_WITHOUT_EFFECT)):
             value = self.keys[key]
-            if value not in _NEUTRAL.get(key, ()) and not _says_the_same(key, value, config):
+            if value not in _NEUTRAL.get(key, ()) and not _repeats_model(key, value, config):
                 raise ModelError(f"{self.architecture}.{key} = {str(value)[:40]}")
 
     def check_tensors(self, config: Any) -> None:
         """Raise ModelError for the first tensor that has no place in the model."""
-        if self.architecture not in GGUF_CONFIG_MAPPING and (
-            _RENAMED.get(self.architecture) not in GGUF_CONFIG_MAPPING
-        ):
-            return  # another reader of transformers, which tells of what it leaves
+        if not {self.architecture, _RENAMED.get(self.architecture)} & set(GGUF_CONFIG_MAPPING):
+            return  # another reader of transformers, which reports what it leaves out
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         processor: Any = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
@@ -178,7 +174,7 @@ class _Told:
             raise ModelError(f"the tensor {lost[0]}{more}")
 
 
-def _says_the_same(key: str, value: Any, config: Any) -> bool:
+def _repeats_model(key: str, value: Any, config: Any) -> bool:
     """Return whether a key repeats what the model does anyway."""
     if key == "attention.scale":
         return math.isclose(value, _head_dim(config) ** -0.5, rel_tol=1e-5)
@@ -196,9 +192,9 @@ def _declared(config: Any, names: Iterable[str]) -> str | None:
     return next((name for name in names if name in known), None)
 
 
-def _set_fields(told: _Told, config: Any) -> None:
+def _set_fields(given: _ModelKeys, config: Any) -> None:
     for key, names in _FIELDS.items():
-        value, name = told.keys.get(key), _declared(config, names)
+        value, name = given.keys.get(key), _declared(config, names)
         if value is None or name is None or value in _NEUTRAL.get(key, ()):
             continue
         if key == "attention.sliding_window" and config.model_type not in _SLIDING:
@@ -208,7 +204,7 @@ def _set_fields(told: _Told, config: Any) -> None:
                 continue  # one value per layer, which one field cannot hold
             value = value[0]
         setattr(config, name, value)
-        told.take(key)
+        given.take(key)
 
 
 def _head_dim(config: Any) -> int:
@@ -216,43 +212,43 @@ def _head_dim(config: Any) -> int:
     return int(own or config.hidden_size // config.num_attention_heads)
 
 
-def _set_heads(told: _Told, config: Any) -> None:
+def _set_heads(given: _ModelKeys, config: Any) -> None:
     """Set the heads' size, and the part of it that is rotated."""
     if config.model_type.startswith("gemma4") or not hasattr(config, "num_attention_heads"):
         return
     # A list says other numbers of heads in other layers; transformers' reader knows which it takes.
     usual = int(config.hidden_size // config.num_attention_heads)
-    head = int(told.take("attention.key_length", usual))
-    if told.take("attention.value_length", head) != head:
-        raise ModelError(f"{told.architecture}.attention.value_length, unlike the keys' length")
+    head = int(given.take("attention.key_length", usual))
+    if given.take("attention.value_length", head) != head:
+        raise ModelError(f"{given.architecture}.attention.value_length, unlike the keys' length")
     if _declared(config, ("head_dim",)):
         config.head_dim = head
     elif head != usual:
-        raise ModelError(f"{told.architecture}.attention.key_length = {head}")
-    rotated = told.take("rope.dimension_count")
+        raise ModelError(f"{given.architecture}.attention.key_length = {head}")
+    rotated = given.take("rope.dimension_count")
     rope = getattr(config, "rope_parameters", None)
     if rotated is None or not rope:
         return
     if "partial_rotary_factor" in rope:
         rope["partial_rotary_factor"] = rotated / head
     elif rotated != head and config.model_type != "minimax_m2":
-        raise ModelError(f"{told.architecture}.rope.dimension_count = {rotated}, of {head}")
+        raise ModelError(f"{given.architecture}.rope.dimension_count = {rotated}, of {head}")
 
 
-def _set_rope(told: _Told, config: Any) -> None:
+def _set_rope(given: _ModelKeys, config: Any) -> None:
     divisors = {
-        name: told.values_of(name) for name in _ROPE_TENSORS if f"{name}.weight" in told.tensors
+        name: given.values_of(name) for name in _ROPE_TENSORS if f"{name}.weight" in given.tensors
     }
     scaling = {
-        key.removeprefix("rope.scaling."): told.take(key)
-        for key in sorted(told.left)
+        key.removeprefix("rope.scaling."): given.take(key)
+        for key in sorted(given.left)
         if key.startswith("rope.scaling.")
     }
-    linear = told.take("rope.scale_linear")
+    linear = given.take("rope.scale_linear")
     if linear is not None:
         scaling.setdefault("factor", linear)
-    theta = told.take("rope.freq_base", 10000.0)
-    sliding = told.take("rope.freq_base_swa")
+    theta = given.take("rope.freq_base", 10000.0)
+    sliding = given.take("rope.freq_base_swa")
     if not _declared(config, ("rope_parameters",)):
         if scaling or divisors:
             raise ModelError(f"rope.scaling of {type(config).__name__}, which has no rope")
@@ -268,16 +264,15 @@ def _set_rope(told: _Told, config: Any) -> None:
     nested = {k: v for k, v in before.items() if isinstance(v, dict)}
     kept = {k: v for k, v in before.items() if k == "partial_rotary_factor"}
     # longrope in Phi-3 and its like: the trained length is a field of the configuration
-    if found.get("rope_type") == "longrope" and _declared(
-        config, ("original_max_position_embeddings",)
-    ):
-        config.original_max_position_embeddings = found["original_max_position_embeddings"]
+    trained = "original_max_position_embeddings"
+    if found.get("rope_type") == "longrope" and _declared(config, (trained,)):
+        setattr(config, trained, found[trained])
     if config.model_type == "gpt_oss" and found.get("rope_type") == "yarn":
         kept["truncate"] = False
     whole = {"rope_type": "default", "rope_theta": float(theta), **kept, **found}
     if not nested:
         if sliding not in (None, theta):
-            raise ModelError(f"{told.architecture}.rope.freq_base_swa = {sliding}")
+            raise ModelError(f"{given.architecture}.rope.freq_base_swa = {sliding}")
         config.rope_parameters = whole
         return
     config.rope_parameters = {**nested, "full_attention": whole}
@@ -285,28 +280,22 @@ def _set_rope(told: _Told, config: Any) -> None:
         config.rope_parameters["sliding_attention"]["rope_theta"] = float(sliding)
 
 
-def _set_by_architecture(told: _Told, config: Any) -> None:
+def _set_by_architecture(given: _ModelKeys, config: Any) -> None:
     """Set what llama.cpp knows of an architecture and the file does not state."""
-    biases: list[tuple[str, Callable[[], bool]]] = [
-        ("attention_bias", lambda: told.any_tensor("attn_q.bias", "attn_qkv.bias")),
-        ("mlp_bias", lambda: told.any_tensor("ffn_up.bias")),
-    ]
-    for name, is_there in biases:
+    for name, endings in _BIASES.items():
         if _declared(config, (name,)):
-            setattr(config, name, is_there())
-    if config.model_type in ("gemma2", "gemma3_text"):
-        # The largest of each has hidden / heads, all others their head's size.
-        largest = {"gemma2": 46, "gemma3_text": 62}[config.model_type]
-        own = config.hidden_size // config.num_attention_heads
-        config.query_pre_attn_scalar = (
-            own if config.num_hidden_layers == largest else _head_dim(config)
-        )
-    if config.model_type == "gpt_oss" and told.take("expert_feed_forward_length"):
-        config.intermediate_size = int(told.keys["expert_feed_forward_length"])
-    if told.architecture == "stablelm":
-        told.take("use_parallel_residual")  # transformers tells it from the tensors
-    if (
-        config.model_type == "qwen3_moe"
-        and re.search("softmax|1", str(told.take("expert_gating_func", 1))) is None
-    ):
-        raise ModelError(f"{told.architecture}.expert_gating_func")
+            setattr(config, name, any(tensor.endswith(endings) for tensor in given.tensors))
+    # The largest of each Gemma has hidden / heads, all others their head's size.
+    largest = {"gemma2": 46, "gemma3_text": 62}.get(config.model_type)
+    if largest is not None:
+        usual = config.hidden_size // config.num_attention_heads
+        is_largest = config.num_hidden_layers == largest
+        config.query_pre_attn_scalar = usual if is_largest else _head_dim(config)
+    if config.model_type == "gpt_oss" and given.take("expert_feed_forward_length"):
+        config.intermediate_size = int(given.keys["expert_feed_forward_length"])
+    if given.architecture == "stablelm":
+        given.take("use_parallel_residual")  # transformers finds it from the tensors
+    if config.model_type == "qwen3_moe":
+        gating = str(given.take("expert_gating_func", 1))
+        if re.search("softmax|1", gating) is None:
+            raise ModelError(f"{given.architecture}.expert_gating_func")

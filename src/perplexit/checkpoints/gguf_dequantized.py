@@ -79,7 +79,7 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         # Its progress bar over tensors asks no setting of transformers; errors come as exceptions.
         with quiet_transformers(), redirect_stderr(io.StringIO()):
-            # Here alone gguf is imported, whose absence has been told by now.
+            # Here alone gguf is imported, whose absence was reported before.
             gguf_config = import_module("perplexit.checkpoints.gguf_config")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **source,

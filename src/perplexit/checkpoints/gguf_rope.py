@@ -19,7 +19,7 @@ _PREFIX = "rope.scaling."
 
 
 def rope_parameters(
-    told: Mapping[str, Any],
+    given: Mapping[str, Any],
     divisors: Mapping[str, NDArray[np.float64]],
     *,
     theta: float,
@@ -28,30 +28,30 @@ def rope_parameters(
 ) -> dict[str, Any]:
     """Return the scaling as transformers writes it, {} where the file asks for none.
 
-    told:     `rope.scaling.*` without that prefix, and the old `rope.scale_linear` as `factor`.
+    given:     `rope.scaling.*` without that prefix, and the old `rope.scale_linear` as `factor`.
     divisors: the tensors rope_freqs, rope_factors_short and rope_factors_long that there are.
-    Raises ModelError by the field's name for what transformers cannot be told.
+    Raises ModelError by the field's name for what transformers cannot be given.
     """
-    factor = float(told.get("factor") or 1.0)
+    factor = float(given.get("factor") or 1.0)
     # llama.cpp takes a missing type for "linear", and linear without a factor for none.
-    kind = str(told.get("type") or "linear")
+    kind = str(given.get("type") or "linear")
     if kind == "linear" and factor == 1.0:
         kind = "none"
     read = {"type", "factor", "finetuned", "original_context_length"}
-    length = int(told.get("original_context_length") or max_length)
+    length = int(given.get("original_context_length") or max_length)
     found: dict[str, Any]
     if "rope_factors_long" in divisors or "rope_factors_short" in divisors:
         read |= {"attn_factor"}
-        found = _by_length(told, divisors, length)
+        found = _by_length(given, divisors, length)
     elif kind == "yarn":
         read |= {"attn_factor", "yarn_beta_fast", "yarn_beta_slow"}
         found = {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": length,
-            "beta_fast": float(told.get("yarn_beta_fast") or 32.0),
-            "beta_slow": float(told.get("yarn_beta_slow") or 1.0),
-            "attention_factor": float(told.get("attn_factor") or 1.0)
+            "beta_fast": float(given.get("yarn_beta_fast") or 32.0),
+            "beta_slow": float(given.get("yarn_beta_slow") or 1.0),
+            "attention_factor": float(given.get("attn_factor") or 1.0)
             * (0.1 * math.log(factor) + 1.0),
         }
     elif kind == "linear":
@@ -61,7 +61,7 @@ def rope_parameters(
     else:
         raise ModelError(f"{_PREFIX}type {kind!r} is not one of none, linear, yarn and longrope")
     neutral = (None, 0, 1, 1.0, False, -1)
-    unread = [key for key, value in told.items() if key not in read and value not in neutral]
+    unread = [key for key, value in given.items() if key not in read and value not in neutral]
     if unread:
         raise ModelError(f"{_PREFIX}{unread[0]} has no place in transformers' {kind} positions")
     if "rope_freqs" not in divisors:
@@ -73,7 +73,7 @@ def rope_parameters(
 
 
 def _by_length(
-    told: Mapping[str, Any], divisors: Mapping[str, NDArray[np.float64]], length: int
+    given: Mapping[str, Any], divisors: Mapping[str, NDArray[np.float64]], length: int
 ) -> dict[str, Any]:
     missing = {"rope_factors_long", "rope_factors_short"} - set(divisors)
     if missing:
@@ -83,7 +83,7 @@ def _by_length(
         "short_factor": divisors["rope_factors_short"].tolist(),
         "long_factor": divisors["rope_factors_long"].tolist(),
         "original_max_position_embeddings": length,
-        "attention_factor": float(told.get("attn_factor") or 1.0),
+        "attention_factor": float(given.get("attn_factor") or 1.0),
     }
 
 

@@ -1,12 +1,15 @@
 """A checkpoint's identity: the SHA-256 of its weights and its configuration."""
 
 import hashlib
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
-from perplexit.checkpoints.cache import file_digest
+from perplexit.atomic_files import cache_folder, write_bytes
 from perplexit.errors import ModelError
 from perplexit.fingerprints import canonical_json as canonical_text
+from perplexit.fingerprints import json_fingerprint, sha256_of_file
 from perplexit.untrusted_files import Expected
 from perplexit.untrusted_json import LARGEST_TABLE, FileName, read_json
 
@@ -20,6 +23,8 @@ _SIZES = {
     "n_positions", "n_ctx", "d_model", "num_layers", "num_heads",
 }  # fmt: skip
 _LARGEST = 1 << 40
+_LARGE_FILE_BYTES = 32 * 2**20
+_SETTLED_SECONDS = 3.0
 
 
 class _Index(TypedDict):
@@ -43,7 +48,29 @@ def weights_fingerprint(path: Path) -> str:
         "config": deciding_settings(read_config(path)),
         "weights": {file.name: file_digest(file) for file in weight_files(path)},
     }
-    return hashlib.sha256(canonical_json(identity)).hexdigest()
+    return json_fingerprint(identity, allow_nan=True)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal; a large file's is remembered.
+
+    Remembered under its path, size, inode and times of change (the inode's time cannot be set by
+    a program), and only once the file has rested, so that two changes within one tick of the file
+    system's clock cannot share a digest.
+    """
+    stat = path.stat()
+    if stat.st_size < _LARGE_FILE_BYTES:
+        return sha256_of_file(path)
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_ino}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+    remembered = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
+    if remembered.is_file():
+        return remembered.read_text(encoding="ascii")
+    digest = sha256_of_file(path)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS:
+        with suppress(OSError):  # a read-only home: the digest is computed again next time
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(remembered, digest.encode())
+    return digest
 
 
 def weights_stamp(path: Path) -> tuple[tuple[str, int, int, int], ...]:
@@ -80,7 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_size(path: Path, name: str, value: Any) -> None:
-    """Refuse a size that is none, such as "12", true or -1; some models list one for each layer."""
+    """Raise ModelError for a wrong size: "12", true, -1; some models list one for each layer."""
     sizes = value if isinstance(value, list) else [value]
     wrong = [x for x in sizes if x is not None and (type(x) is not int or not 0 <= x <= _LARGEST)]
     if wrong:

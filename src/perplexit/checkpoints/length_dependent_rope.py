@@ -1,7 +1,7 @@
-"""Rotary embeddings whose frequencies depend on a window's length, held at that length.
+"""Rotary embeddings whose frequencies depend on a window's length, fixed at that length.
 
 LongRoPE takes other frequencies for windows longer than the model was first trained on. Dynamic
-NTK takes others for every length, and goes on with those of the longest window that it has seen.
+NTK takes others for every length, and keeps those of the longest window that it has seen.
 Both judge by the largest position of a call, and so by the batch, its padding, or the part of a
 window that a cache is fed. What a call sees here is the length of the whole window.
 
@@ -89,7 +89,7 @@ class LengthDependentRope:
 
 
 def held_at(rope: LengthDependentRope | None, length: int) -> AbstractContextManager[None]:
-    """Return `rope.held_at(length)`; nothing to do for a model whose angles are the same always."""
+    """Return `rope.held_at(length)`; do nothing for a model whose angles never change."""
     return nullcontext() if rope is None else rope.held_at(length)
 
 

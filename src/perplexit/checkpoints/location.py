@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from perplexit.checkpoints.gguf_dequantized import check_is_gguf, dequantized_folder
+from perplexit.checkpoints.gguf_dequantized import dequantized_folder
 from perplexit.checkpoints.identity import weights_fingerprint, weights_stamp
 from perplexit.errors import ModelError
 
@@ -79,7 +79,6 @@ def _from_file(path: Path, name: str) -> CheckpointSource:
             f"expected a model folder or a .gguf file, got the file {path}; "
             "name the folder that holds config.json and *.safetensors"
         )
-    check_is_gguf(path)
     return CheckpointSource(f"hf:{name}", dequantized_folder(path), path)
 
 
@@ -97,8 +96,8 @@ def _from_hub(hub_id: str, revision: str | None) -> CheckpointSource:
         raise ModelError(f"{hub_id} has no revision {revision!r} on the hub") from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"there is no folder {asked!r}, and the hub model of that name is neither downloaded "
-            "nor to be had: the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+            f"there is no folder {asked!r}, and the hub model of that name is not downloaded "
+            "and cannot be fetched: the hub cannot be reached (or HF_HUB_OFFLINE is set)"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(

@@ -12,7 +12,7 @@ def quiet_transformers() -> Iterator[None]:
     """Let only errors reach stderr inside the block, and restore the settings afterwards."""
     verbosity = logging.get_verbosity()
     had_bars = logging.is_progress_bar_enabled()
-    accelerate = getLogger("accelerate")  # it tells of every layer that goes to disk
+    accelerate = getLogger("accelerate")  # it reports every layer that goes to disk
     accelerate_level = accelerate.level
     accelerate.setLevel(ERROR)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ from perplexit.protected_outputs import Kind, OutputFolder, paths_among
 
 @dataclass(frozen=True, slots=True)
 class CompiledProgram:
-    """A finished program: its folder, and what it says of itself."""
+    """A finished program: its folder and its record."""
 
     folder: Path
     metadata: ProgramMetadata
@@ -53,13 +53,13 @@ def compile(
     QuantizationError, ModelError, UsageError, and CapabilityError for what no engine here can do.
     """
     check_numbers(max_length=max_length, batch_size=batch_size)
+    sizes = batch_size, max_length
     request = request_for(
         to,
         quantization=quantization,
         perplexity=perplexity,
         dtype=dtype,
-        max_length=max_length,
-        batch_size=batch_size,
+        sizes=sizes,
         device=device,
     )
     asked = json.loads(json.dumps({"to": to, **asdict(request)}))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.compilation.body_and_head import LogitsHead, check_rotary, rows_at_a_time
-from perplexit.errors import CompilationError, UsageError
+from perplexit.compilation.compiler_errors import stated_by
+from perplexit.errors import UsageError
 from perplexit.program_record import ProgramShapes
 
 DEFAULT_BATCH_SIZE, DEFAULT_LENGTH = 1, 512
@@ -118,15 +119,9 @@ def exported_fixed(model: Any, shapes: ProgramShapes, *, perplexity: bool) -> An
     ids_BT = torch.arange(batch * length).reshape(batch, length) % 7
     targets_N = torch.arange(shapes.num_targets or 1) % 7
     inputs = (ids_BT, targets_N, targets_N.clone()) if perplexity else (ids_BT,)
-    try:
-        with torch.no_grad(), quiet_transformers():
-            return torch.export.export(module.eval(), inputs, strict=False)
-    except Exception as error:  # the exporter's errors have no common root
-        first_line = str(error).strip().partition("\n")[0]
-        raise CompilationError(
-            f"expected a model that PyTorch can export; {type(error).__name__}: {first_line}. "
-            "Evaluate the checkpoint with PyTorch instead (hf:…)"
-        ) from error
+    stated = stated_by("PyTorch can export", logger="accelerate")
+    with stated, torch.no_grad(), quiet_transformers():
+        return torch.export.export(module.eval(), inputs, strict=False)
 
 
 def _additive(seen_TT: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 Shape suffixes: N = outputs, K = inputs, S = packed bytes a row, G = groups a row.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,16 +118,16 @@ def record_of(model: Any, name: str, packed: tuple[int, int], num_parameters: in
 
 
 def _packed(module: nn.Module, shared: dict[int, FourBitMatrix], embedding: bool) -> Any:
-    makers: dict[str, Callable[[Any], Any]] = {
-        "Linear": lambda m: FourBitLinear(_matrix(m.weight, m.weight, shared), m.bias),
-        "Conv1D": lambda m: FourBitLinear(_matrix(m.weight, m.weight.T, shared), m.bias),
-    }
+    any_module: Any = module
     if embedding and isinstance(module, nn.Embedding):
         scale = getattr(module, "embed_scale", None)  # Gemma's embedding multiplies
         matrix = _matrix(module.weight, module.weight, shared)
         return FourBitEmbedding(matrix, None if scale is None else float(scale))
-    maker = makers.get(type(module).__name__)
-    return maker(module) if maker else None
+    kind = type(module).__name__
+    if kind not in ("Linear", "Conv1D"):
+        return None
+    weight = any_module.weight if kind == "Linear" else any_module.weight.T
+    return FourBitLinear(_matrix(any_module.weight, weight, shared), any_module.bias)
 
 
 def _matrix(key: Tensor, weight_NK: Tensor, shared: dict[int, FourBitMatrix]) -> FourBitMatrix:

@@ -4,10 +4,6 @@ Shape suffixes: B = windows, T = ids a window, N = targets over all windows, D =
 V = vocabulary, C = rows of logits alive at a time.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +20,7 @@ from perplexit.compilation.body_and_head import (
     head_of,
     rows_at_a_time,
 )
+from perplexit.compilation.compiler_errors import stated_by
 from perplexit.compilation.onnx_graph_cache import cached_graph
 from perplexit.compilation.onnx_key_values import (
     CachedLogitsProgram,
@@ -187,45 +184,21 @@ def _with_cache(
 
 
 def _exported(module: nn.Module, signature: _Signature) -> ir.Model:
-    try:
-        with torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                torch.export.export(
-                    module,
-                    signature.arguments,
-                    dynamic_shapes=signature.dynamic,
-                    strict=False,
-                ),
-                input_names=signature.inputs,
-                output_names=signature.outputs,
-                dynamo=True,
-                opset_version=_OPSET,
-                optimize=False,  # its pattern search takes a minute; `_simplify` takes a second
-                verbose=False,
-            )
-    except Exception as error:  # the exporter's errors have no common root
-        first_line = str(error).strip().partition("\n")[0]
-        raise CompilationError(
-            f"expected a model that PyTorch can export to ONNX; {type(error).__name__}: "
-            f"{first_line}. Evaluate the checkpoint with PyTorch instead (hf:…)"
-        ) from error
+    with stated_by("PyTorch can export to ONNX", logger="torch.onnx"), torch.no_grad():
+        program = torch.onnx.export(
+            torch.export.export(
+                module, signature.arguments, dynamic_shapes=signature.dynamic, strict=False
+            ),
+            input_names=signature.inputs,
+            output_names=signature.outputs,
+            dynamo=True,
+            opset_version=_OPSET,
+            optimize=False,  # its pattern search takes a minute; `_simplify` takes a second
+            verbose=False,
+        )
     if program is None:
         raise CompilationError("expected an ONNX program, but PyTorch's exporter returned none")
     return program.model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's remarks on packages and deprecations inside the block."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _simplify(model: ir.Model) -> None:

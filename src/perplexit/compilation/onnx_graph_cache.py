@@ -1,7 +1,5 @@
 """Exported graphs, kept without their weights: exporting costs half a minute, the rest seconds."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -11,8 +9,8 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from perplexit.atomic_files import write_atomically
-from perplexit.checkpoints.cache import cache_folder
+from perplexit.atomic_files import cache_folder, write_bytes
+from perplexit.fingerprints import json_fingerprint, sha256_of_file
 from perplexit.program_record import ProgramShapes
 
 _PLACE = "checkpoint"  # where a cached graph says that a weight is: its name is enough
@@ -39,19 +37,14 @@ def cached_graph(
         "shapes": asdict(shapes),
         "dtypes": sorted({str(tensor.dtype) for tensor in parameters.values()}),
         "made_by": {name: metadata.version(name) for name in _MADE_BY},
-        "exporter": [_digest((Path(__file__).parent / name).read_bytes()) for name in _EXPORTER],
+        "exporter": [sha256_of_file(Path(__file__).parent / name) for name in _EXPORTER],
     }
-    key = _digest(json.dumps(conditions, sort_keys=True).encode())
-    path = cache_folder() / "onnx-graphs" / f"{key}.onnx"
+    path = cache_folder() / "onnx-graphs" / f"{json_fingerprint(conditions)}.onnx"
     graph = _read(path, parameters) if path.is_file() else None
     if graph is None:
         graph = export()
         _write(path, graph, parameters)
     return graph
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _read(path: Path, parameters: Mapping[str, Tensor]) -> ir.Model | None:
@@ -77,23 +70,14 @@ def _write(path: Path, graph: ir.Model, parameters: Mapping[str, Tensor]) -> Non
     }
     try:
         for value, tensor in weights.items():
+            shape, name = ir.Shape(tensor.shape.numpy()), str(value.name)
             value.const_value = ir.ExternalTensor(
-                _PLACE,
-                0,
-                0,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=str(value.name),
-                base_dir="",
+                _PLACE, 0, 0, tensor.dtype, shape=shape, name=name, base_dir=""
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: _save(temporary, graph))
+        write_bytes(path, ir.to_proto(graph).SerializeToString())
     except OSError:  # a read-only home: exported again next time
         return
     finally:
         for value, tensor in weights.items():
             value.const_value = tensor
-
-
-def _save(path: Path, graph: ir.Model) -> None:
-    path.write_bytes(ir.to_proto(graph).SerializeToString())

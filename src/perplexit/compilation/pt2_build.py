@@ -1,12 +1,8 @@
 """A checkpoint → an AOTInductor package of fixed sizes: machine code by a C++ compiler."""
 
-import logging
 import os
 import platform
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ import torch._inductor
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
 from perplexit.compilation.body_and_head import describe_model, memory_of, rows_at_a_time
+from perplexit.compilation.compiler_errors import stated_by
 from perplexit.compilation.fixed_graph import exported_fixed, fixed_shapes
 from perplexit.compilation.loss_check import (
     checkpoint_losses,
@@ -25,7 +22,7 @@ from perplexit.compilation.loss_check import (
     verified,
 )
 from perplexit.compilation.targets import CompileRequest
-from perplexit.errors import CapabilityError, CompilationError
+from perplexit.errors import CapabilityError
 from perplexit.program_batches import RunProgram
 from perplexit.program_record import ProgramMetadata, files_of
 
@@ -47,10 +44,10 @@ def build_pt2_program(
     windows = verification_windows(described, shapes)
     reference = checkpoint_losses(model, windows)
     exported = exported_fixed(model, shapes, perplexity=request.perplexity)
-    _package(exported, folder / PACKAGE_FILE)
-    losses = program_losses(
-        _runner(folder / PACKAGE_FILE), windows, shapes, perplexity=request.perplexity
-    )
+    package = folder / PACKAGE_FILE
+    with stated_by("AOTInductor can compile", logger="torch._inductor"), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
+    losses = program_losses(_runner(package), windows, shapes, perplexity=request.perplexity)
     return ProgramMetadata(
         engine="pt2",
         perplexity=request.perplexity,
@@ -84,19 +81,6 @@ def _compiler() -> str:
     )
 
 
-def _package(exported: Any, path: Path) -> None:
-    try:
-        with warnings.catch_warnings(), _quiet(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
-    except Exception as error:  # the compiler's errors have no common root
-        first_line = str(error).strip().partition("\n")[0]
-        raise CompilationError(
-            f"expected a model that AOTInductor can compile; {type(error).__name__}: {first_line}. "
-            "Evaluate the checkpoint with PyTorch instead (hf:…)"
-        ) from error
-
-
 def _runner(path: Path) -> RunProgram:
     program = torch._inductor.aoti_load_package(str(path))
 
@@ -105,14 +89,3 @@ def _runner(path: Path) -> RunProgram:
             return program(*(torch.from_numpy(value) for value in feed.values())).numpy()
 
     return run
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch._inductor")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -31,7 +31,7 @@ Builder = Callable[[Any, Path, CompileRequest], ProgramMetadata]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One engine that programs are made for, told without importing anything of it.
+    """One engine that programs are made for; nothing of it is imported here.
 
     home:    `module:function` of its Builder: (checkpoint, folder, request) → the record.
     extra:   installs what that module imports. noun: what it makes, with its article.
@@ -71,7 +71,7 @@ TARGETS = {
         "perplexit.compilation.pt2_build:build_pt2_program", "pytorch", "an AOTInductor program"
     ),
     "gguf": Target(
-        "perplexit.compilation.gguf_build:build_gguf_program",
+        "perplexit.compilation.gguf_file:build_gguf_program",
         "llamacpp",
         "a GGUF file",
         dtypes=("float32", "float16", "bfloat16"),
@@ -84,17 +84,17 @@ TARGETS = {
 def request_for(
     to: str,
     *,
-    quantization: str | None = None,
-    perplexity: bool = True,
-    dtype: str | None = None,
-    max_length: int | None = None,
-    batch_size: int | None = None,
-    device: str | None = None,
+    quantization: str | None,
+    perplexity: bool,
+    dtype: str | None,
+    sizes: tuple[int | None, int | None],
+    device: str | None,
 ) -> CompileRequest:
     """Return what is asked of the target `to`, before anything heavy is imported.
 
+    sizes: (windows of a batch, ids of a window); None: any.
     Raises CapabilityError for what the target cannot do, QuantizationError for a precision that
-    it does not have, UsageError for sizes that are none.
+    it does not have, UsageError for sizes that are too small.
     """
     target = target_of(to)
     if quantization is not None and dtype is not None and target.dtype_or_quantization:
@@ -112,7 +112,7 @@ def request_for(
         perplexity=perplexity,
         dtype=number_type,
         recipe=recipe_for(quantization, engine=to) if quantization is not None else None,
-        shapes=_shapes(target, batch_size, max_length),
+        shapes=_shapes(target, *sizes),
         device=_device(target, device),
     )
 

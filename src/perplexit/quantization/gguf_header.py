@@ -1,34 +1,18 @@
-"""What a GGUF file says of itself: architecture, tensor types and their bytes."""
+"""The header of a GGUF file: architecture, tensor types and their bytes."""
 
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
+from gguf import GGUFReader, LlamaFileType
 
 from perplexit.errors import ModelError
 from perplexit.inputs.gguf_header import check_gguf
+from perplexit.program_record import ProgramQuantization
 from perplexit.untrusted_files import Expected, stated
 
 _EXPECTED = Expected("a GGUF file", ModelError, "download or compile it again")
 _FLOATS = ("F32", "F16", "BF16", "F64")
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-
-
-@dataclass(frozen=True, slots=True)
-class GgufQuantization:
-    """What a GGUF file's quantization really did, counted over its tensors.
-
-    num_bytes: of the quantized tensors, scales included.
-    effective_bits: bits per parameter over the whole file.
-    unquantized: names of the matrices that were left alone.
-    """
-
-    name: str
-    num_tensors: int
-    num_bytes: int
-    effective_bits: float
-    unquantized: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +22,7 @@ class GgufHeader:
     tensor_types: how many tensors have each type, by GGUF's name for it.
     matrix_dtype: the narrowest floating-point type among the matrices that are not quantized;
         llama.cpp rounds activations to it when it multiplies with them.
+    quantization: counted over the file's tensors; bits are those of the whole file.
     rope_border: of a LongRoPE, the longest context with the short factors; None without one.
     """
 
@@ -45,7 +30,7 @@ class GgufHeader:
     num_parameters: int
     tensor_types: dict[str, int]
     matrix_dtype: str
-    quantization: GgufQuantization | None
+    quantization: ProgramQuantization | None
     rope_border: int | None = None
 
 
@@ -57,7 +42,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 def _header_of(reader: GGUFReader) -> GgufHeader:
-    counts = Counter(GGMLQuantizationType(tensor.tensor_type).name for tensor in reader.tensors)
+    counts = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     num_parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     field = reader.fields.get("general.architecture")
     return GgufHeader(
@@ -83,19 +68,19 @@ def _rope_border(reader: GGUFReader) -> int | None:
 
 def _narrowest_matrix(reader: GGUFReader) -> str:
     types = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
-    narrow = [name for name in ("BF16", "F16") if name in types]
-    return _DTYPES[narrow[0]] if narrow else "float32"
+    return "bfloat16" if "BF16" in types else "float16" if "F16" in types else "float32"
 
 
-def _quantization(reader: GGUFReader, num_parameters: int) -> GgufQuantization | None:
+def _quantization(reader: GGUFReader, num_parameters: int) -> ProgramQuantization | None:
     quantized = [x for x in reader.tensors if x.tensor_type.name not in _FLOATS]
     if not quantized:
         return None
     left = [x for x in reader.tensors if x.tensor_type.name in _FLOATS and len(x.shape) > 1]
     num_bytes = sum(int(tensor.n_bytes) for tensor in reader.tensors)
-    return GgufQuantization(
+    return ProgramQuantization(
         name=_file_type_name(reader) or quantized[0].tensor_type.name.lower(),
-        num_tensors=len(quantized),
+        library="llama.cpp",
+        num_modules=len(quantized),
         num_bytes=sum(int(tensor.n_bytes) for tensor in quantized),
         effective_bits=8 * num_bytes / num_parameters,
         unquantized=tuple(tensor.name for tensor in left),

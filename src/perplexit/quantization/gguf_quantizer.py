@@ -10,33 +10,16 @@ from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import QuantizationError
 from perplexit.quantization.gguf_header import read_gguf_header
 from perplexit.quantization.llamacpp_library import last_words, library_log
-from perplexit.quantization.precisions import canonical_precision
+from perplexit.quantization.precisions import DTYPE_NAMES, canonical_precision, known_precisions
 
-# precision -> llama.cpp's name of the file type; those that need an importance matrix are left out
-FILE_TYPES = {
+_PLAIN_TYPES = {
     "float32": "ALL_F32",
     "float16": "MOSTLY_F16",
     "bfloat16": "MOSTLY_BF16",
-    "q8_0": "MOSTLY_Q8_0",
-    "q6_k": "MOSTLY_Q6_K",
-    "q5_k_m": "MOSTLY_Q5_K_M",
-    "q5_k_s": "MOSTLY_Q5_K_S",
-    "q5_1": "MOSTLY_Q5_1",
-    "q5_0": "MOSTLY_Q5_0",
-    "q4_k_m": "MOSTLY_Q4_K_M",
-    "q4_k_s": "MOSTLY_Q4_K_S",
-    "q4_1": "MOSTLY_Q4_1",
-    "q4_0": "MOSTLY_Q4_0",
-    "iq4_nl": "MOSTLY_IQ4_NL",
-    "iq4_xs": "MOSTLY_IQ4_XS",
-    "q3_k_l": "MOSTLY_Q3_K_L",
-    "q3_k_m": "MOSTLY_Q3_K_M",
-    "q3_k_s": "MOSTLY_Q3_K_S",
-    "q2_k": "MOSTLY_Q2_K",
 }
-
-_SYNONYMS = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16"} | {
-    "bf16": "bfloat16"
+# precision → llama.cpp's name of the file type; those that need an importance matrix are left out
+FILE_TYPES = _PLAIN_TYPES | {
+    name: f"MOSTLY_{name.upper()}" for name in known_precisions("gguf", on_loading=True)
 }
 
 
@@ -45,7 +28,8 @@ def file_type_number(precision: str) -> int:
 
     Raises QuantizationError that lists the names.
     """
-    name = _SYNONYMS.get(canonical_precision(precision), canonical_precision(precision))
+    name = canonical_precision(precision)
+    name = DTYPE_NAMES.get(name, name)
     if name not in FILE_TYPES:
         raise QuantizationError(
             f"expected a GGUF type that llama.cpp's quantizer makes: {', '.join(FILE_TYPES)}; "
@@ -99,7 +83,7 @@ def requantized_gguf(source: Path, precision: str | None, *, threads: int | None
         target.parent.mkdir(parents=True, exist_ok=True)
         quantize_gguf(source, target, name, threads=threads)
     header = read_gguf_header(target)
-    if header.quantization is None and name not in ("float32", "float16", "bfloat16"):
+    if header.quantization is None and name not in _PLAIN_TYPES:
         target.unlink()
         raise QuantizationError(
             f"llama.cpp quantized none of the tensors of {source} to {precision}: their rows are "

@@ -53,6 +53,14 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def head_is_tied(model: nn.Module) -> bool:
+    """Return whether the head shares the embedding's weight."""
+    head: Any = output_head(model)
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if get is not None else None
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
 def untie_head(model: nn.Module) -> bool:
     """Give the head a weight of its own where it shares the embedding's; whether it did share.
 
@@ -60,10 +68,9 @@ def untie_head(model: nn.Module) -> bool:
     """
     any_model: Any = model
     head: Any = output_head(model)
-    embedding = any_model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
+    if not head_is_tied(model):
         return False
-    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     any_model.config.tie_word_embeddings = False
     return True
 

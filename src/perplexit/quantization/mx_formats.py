@@ -53,17 +53,20 @@ def mx_round_trip(weight_NK: Tensor, element: ElementFormat) -> Tensor:
     A short last block is taken as it is. Raises QuantizationError where a weight is not finite
     (the specification leaves the conversion of NaN and infinity to the implementation).
     """
+    num_rows, num_inputs = weight_NK.shape
+    blocks = padded_to_blocks(weight_NK.double()).reshape(num_rows, -1, BLOCK_SIZE)
+    scales = torch.exp2(scale_exponents(blocks, element).double())[..., None]
+    rounded = round_to_element(blocks / scales, element) * scales
+    return rounded.reshape(num_rows, -1)[:, :num_inputs].to(torch.float32).contiguous()
+
+
+def padded_to_blocks(weight_NK: Tensor) -> Tensor:
+    """Return the matrix with zeros up to whole blocks. Raises QuantizationError if not finite."""
     if not bool(torch.isfinite(weight_NK).all()):
         raise QuantizationError(
             "expected finite weights to quantize, got NaN or infinity; is the checkpoint damaged?"
         )
-    num_rows, num_inputs = weight_NK.shape
-    padding = -num_inputs % BLOCK_SIZE
-    padded = torch.nn.functional.pad(weight_NK.double(), (0, padding))
-    blocks = padded.reshape(num_rows, -1, BLOCK_SIZE)
-    scales = torch.exp2(scale_exponents(blocks, element).double())[..., None]
-    rounded = round_to_element(blocks / scales, element) * scales
-    return rounded.reshape(num_rows, -1)[:, :num_inputs].to(torch.float32).contiguous()
+    return torch.nn.functional.pad(weight_NK, (0, -weight_NK.shape[1] % BLOCK_SIZE))
 
 
 def scale_exponents(blocks_NGB: Tensor, element: ElementFormat) -> Tensor:

@@ -49,7 +49,7 @@ _REPORTED = (*_EXACT, "NUM_STREAMS", "INFERENCE_NUM_THREADS", "EXECUTION_DEVICES
 class OpenedProgram:
     """A program ready to run: one compiled graph, or body and head one after the other.
 
-    properties: what the engine says of itself, for each graph.
+    properties: the engine's own effective properties, for each graph.
     """
 
     graphs: tuple[Any, ...]
@@ -79,6 +79,11 @@ class OpenedProgram:
     def streams(self) -> int:
         """Return how many threads may call `run` at a time; the engine allows one per core."""
         return min(int(says["NUM_STREAMS"]) for says in self.properties.values())
+
+    @property
+    def threads(self) -> int:
+        """Return how many threads the engine runs on."""
+        return int(self.graphs[0].get_property("INFERENCE_NUM_THREADS"))
 
     def _requests(self) -> tuple[Any, ...]:
         """Return one call's own request for each graph: an idle one, or a new one."""
@@ -113,11 +118,6 @@ def open_program(
         raise _translated(error, "loading the program") from error
     properties = {"body": _checked(body, "bf16"), "head": _checked(head, "f32")}
     return OpenedProgram((body, head), properties)
-
-
-def effective_threads(program: OpenedProgram) -> int:
-    """Return how many threads the engine runs on."""
-    return int(program.graphs[0].get_property("INFERENCE_NUM_THREADS"))
 
 
 def _cut(model: ov.Model) -> tuple[ov.Model, ov.Model]:

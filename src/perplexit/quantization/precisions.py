@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from perplexit.errors import QuantizationError, UnknownPrecisionError, UsageError
 
-_DTYPE_SYNONYMS = {
+DTYPE_NAMES = {
     "float32": "float32",
     "fp32": "float32",
     "f32": "float32",
@@ -29,9 +29,9 @@ def canonical_dtype(name: str) -> str:
     """
     spelling = str(name).strip().lower().removeprefix("torch.")
     try:
-        return _DTYPE_SYNONYMS[spelling]
+        return DTYPE_NAMES[spelling]
     except KeyError:
-        known = ", ".join(sorted(_DTYPE_SYNONYMS))
+        known = ", ".join(sorted(DTYPE_NAMES))
         raise UsageError(f"expected a dtype, one of {known}; got {name!r}") from None
 
 
@@ -166,7 +166,7 @@ def require_known_precision(name: str) -> None:
     Raises UnknownPrecisionError that lists what each engine has.
     """
     base = canonical_precision(name.partition(":")[0])
-    if all(known != base for _, known in _RECIPES) and base not in _DTYPE_SYNONYMS:
+    if all(known != base for _, known in _RECIPES) and base not in DTYPE_NAMES:
         raise UnknownPrecisionError(
             f"expected the name of a precision ({precisions_by_engine()}), got {name!r}"
         )

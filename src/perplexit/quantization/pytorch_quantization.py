@@ -1,7 +1,7 @@
 """A loaded PyTorch model in another precision, and the count of what was really done to it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from perplexit.errors import MissingPackageError, QuantizationError, UsageError
+from perplexit.program_record import ProgramQuantization
 from perplexit.quantization.matrices import (
     Matrix,
+    head_is_tied,
     large_matrices,
     matrices_of,
-    output_head,
     untie_head,
 )
 from perplexit.quantization.precisions import Recipe, canonical_precision, recipe_for
@@ -53,23 +54,13 @@ class PytorchRecipe:
 
 
 @dataclass(frozen=True, slots=True)
-class PytorchQuantization:
-    """What a quantization really did, counted on the loaded model.
+class PytorchQuantization(ProgramQuantization):
+    """What a quantization did, counted on the loaded model.
 
-    num_bytes:      of the quantized matrices as the format packs them, scales included.
-    effective_bits: 8 · bytes of all weights / the checkpoint's parameters.
-    unquantized:    the large matrices that were left alone.
-    settings:       the format, what happens to activations and to a tied head.
-    head:           whether the output layer is another one than the checkpoint's.
+    num_bytes: as the format packs the matrices. settings: also what happens to activations and to
+    a tied head. head: whether the output layer is another one than the checkpoint's.
     """
 
-    name: str
-    library: str
-    num_modules: int
-    num_bytes: int
-    effective_bits: float
-    unquantized: tuple[str, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
     head: bool = False
 
 
@@ -96,7 +87,7 @@ def quantize_model(model: nn.Module, wanted: PytorchRecipe) -> PytorchQuantizati
     """Quantize the model in place and count. Raises QuantizationError, MissingPackageError."""
     quantize = _library(wanted.recipe)
     num_parameters = sum(p.numel() for p in model.parameters())
-    tied = _head_is_tied(model)
+    tied = head_is_tied(model)
     if tied and wanted.head and not wanted.embeddings:
         untie_head(model)
     matrices = matrices_of(model, head=wanted.head, embeddings=wanted.embeddings)
@@ -138,13 +129,6 @@ def _library(recipe: Recipe) -> Callable[[nn.Module, list[Matrix], str], dict[st
         ) from error
     quantize: Callable[[nn.Module, list[Matrix], str], dict[str, int]] = module.quantize_matrices
     return quantize
-
-
-def _head_is_tied(model: nn.Module) -> bool:
-    head = output_head(model)
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if get is not None else None
-    return head is not None and embedding is not None and head.weight is embedding.weight
 
 
 def _left_alone(before: dict[str, nn.Parameter], num_bytes: dict[str, int]) -> dict[str, Tensor]:

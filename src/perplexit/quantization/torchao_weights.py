@@ -19,7 +19,7 @@ from torchao.quantization.granularity import PerGroup
 
 from perplexit.errors import QuantizationError
 from perplexit.quantization.matrices import Matrix, as_linear
-from perplexit.quantization.mx_formats import BLOCK_SIZE, mx_num_bytes
+from perplexit.quantization.mx_formats import BLOCK_SIZE, mx_num_bytes, padded_to_blocks
 from perplexit.quantization.weight_formats import RoundTrip, round_trip_matrices
 
 _GROUP_SIZE = 32
@@ -72,17 +72,13 @@ def _mx_round_trip(element: torch.dtype, bits: int) -> RoundTrip:
     """Return the round trip in blocks of 32 with the MX specification's scale (torchao's FLOOR)."""
 
     def round_trip(weight_NK: Tensor) -> tuple[Tensor, int]:
-        num_inputs = weight_NK.shape[1]
-        padded = nn.functional.pad(weight_NK, (0, -num_inputs % BLOCK_SIZE))
-        if not bool(torch.isfinite(padded).all()):
-            raise QuantizationError(
-                "expected finite weights to quantize, got NaN or infinity; is the checkpoint "
-                "damaged?"
-            )
         narrow = MXTensor.to_mx(
-            padded, element, BLOCK_SIZE, scaling_mode=ScaleCalculationMode.FLOOR
+            padded_to_blocks(weight_NK),
+            element,
+            BLOCK_SIZE,
+            scaling_mode=ScaleCalculationMode.FLOOR,
         )
-        values = narrow.dequantize(torch.float32)[:, :num_inputs]
+        values = narrow.dequantize(torch.float32)[:, : weight_NK.shape[1]]
         return values, mx_num_bytes(weight_NK, bits)
 
     return round_trip

@@ -9,6 +9,7 @@ Shape suffixes: T = ids of a window, R = rows of logits in one chunk, V = vocabu
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.checkpoints.identity import weights_fingerprint
-from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError, VocabularyError
+from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError
 from perplexit.inputs.windows import WindowIds
 from perplexit.option_ranges import check_numbers
+from perplexit.program_batches import check_vocabulary
 from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
 from perplexit.quantization.gguf_quantizer import requantized_gguf
 from perplexit.quantization.llamacpp_library import last_words, library_log
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.session_descriptions import (
     ModelDescription,
+    QuantizationDescription,
     SessionDescription,
 )
 from perplexit.sessions.base import (
     LogitsChunk,
 )
 from perplexit.sessions.llamacpp_settings import (
-    EffectiveSettings,
     checked_device,
-    described_quantization,
     effective_settings,
     logged_setting,
     model_file,
@@ -135,7 +136,7 @@ class LlamaCppInferenceSession(ScoresByDetails):
         return [self._window_details(window, with_details, top_k) for window in windows]
 
     def _prepare(self, windows: Sequence[WindowIds]) -> None:
-        self._check_ids(windows)
+        check_vocabulary(windows, self._vocab_size)
         if self._rope_border is None:
             self._fit(max((len(window.ids_T) for window in windows), default=0))
 
@@ -205,17 +206,6 @@ class LlamaCppInferenceSession(ScoresByDetails):
             return np.empty((0, self._vocab_size), np.float32)
         return _array(llama_cpp.llama_get_logits(self._context), (rows, self._vocab_size))
 
-    def _check_ids(self, windows: Sequence[WindowIds]) -> None:
-        for window in windows:
-            if len(window.ids_T) and not 0 <= window.ids_T.min() <= window.ids_T.max() < (
-                self._vocab_size
-            ):
-                raise VocabularyError(
-                    f"expected ids from 0 to {self._vocab_size - 1}, the vocabulary of "
-                    f"{self._path}, got {int(window.ids_T.min())} to {int(window.ids_T.max())} in "
-                    f"window {window.index}; prepare the input with this model's own tokenizer"
-                )
-
     def _load_model(self) -> Any:
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0 if self._device == "cpu" else -1
@@ -258,18 +248,22 @@ class LlamaCppInferenceSession(ScoresByDetails):
         self._context, self._context_length = context, length
         return log
 
-    def _describe(self, header: GgufHeader, effective: EffectiveSettings) -> SessionDescription:
-        narrow = [x for x in (effective.kv_dtype, header.matrix_dtype) if x != "float32"]
+    def _describe(self, header: GgufHeader, effective: dict[str, str]) -> SessionDescription:
+        narrow = [x for x in (effective["kv_cache"], header.matrix_dtype) if x != "float32"]
+        quantization = None
+        if header.quantization is not None:
+            counted = asdict(header.quantization)
+            del counted["settings"]
+            quantization = QuantizationDescription(**counted)
         return SessionDescription(
             engine="llama.cpp",
             version=f"llama-cpp-python {llama_cpp.__version__}",
             dtype=narrow[0] if narrow else "float32",
             device=self._device,
-            quantization=described_quantization(header.quantization),
+            quantization=quantization,
             threads=self._threads,
             settings={
-                "kv_cache": effective.kv_dtype,
-                "flash_attention": effective.flash_attention,
+                **effective,
                 "weights": header.tensor_types,
                 "chunk": self._chunk,
                 "cpu": llama_cpp.llama_print_system_info().decode().strip(),

@@ -1,7 +1,6 @@
 """What llama.cpp is given and what it says is in effect: file, device, settings, tokenizer."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +8,16 @@ import llama_cpp
 
 from perplexit.errors import CapabilityError, ModelError, TokenizerError
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
-from perplexit.quantization.gguf_header import GgufQuantization
 from perplexit.quantization.precisions import canonical_dtype
-from perplexit.session_descriptions import (
-    QuantizationDescription,
-)
 
 
-@dataclass(frozen=True, slots=True)
-class EffectiveSettings:
-    """Settings as llama.cpp reports them."""
-
-    kv_dtype: str
-    flash_attention: str
-
-
-def effective_settings(context_log: list[str]) -> EffectiveSettings:
-    """Read the settings in effect from llama.cpp's log."""
+def effective_settings(context_log: list[str]) -> dict[str, str]:
+    """Read the cache's dtype and whether flash attention is in effect from llama.cpp's log."""
     kv_type = logged_setting(context_log, r"K \((\w+)\)")
-    return EffectiveSettings(
-        kv_dtype=canonical_dtype(kv_type) if kv_type else "none (no KV cache)",
-        flash_attention=logged_setting(context_log, r"flash_attn += (\w+)") or "unknown",
-    )
-
-
-def described_quantization(quantization: GgufQuantization | None) -> QuantizationDescription | None:
-    """Return the quantization of a GGUF file as a session describes it."""
-    if quantization is None:
-        return None
-    return QuantizationDescription(
-        name=quantization.name,
-        library="llama.cpp",
-        num_modules=quantization.num_tensors,
-        num_bytes=quantization.num_bytes,
-        effective_bits=quantization.effective_bits,
-        unquantized=quantization.unquantized,
-    )
+    return {
+        "kv_cache": canonical_dtype(kv_type) if kv_type else "none (no KV cache)",
+        "flash_attention": logged_setting(context_log, r"flash_attn += (\w+)") or "unknown",
+    }
 
 
 def logged_setting(log: list[str], pattern: str) -> str | None:

@@ -173,7 +173,7 @@ class RecordedInferenceSession(ClosedByWith):
             )
 
     def _check_sign(self, window: WindowIds, nll_N: NDArray[np.float64]) -> None:
-        # a rounding error above 0 is left in peace
+        # a rounding error above 0 is allowed
         bad = np.flatnonzero(nll_N < -1e-4)
         if len(bad):
             raise ModelError(

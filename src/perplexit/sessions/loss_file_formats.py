@@ -35,7 +35,7 @@ _EXPECTED = Expected(
     ModelError,
     "write the recording again",
 )
-_SIDECAR = Expected("what a recording says of itself", ModelError, "write the recording again")
+_SIDECAR = Expected("a recording's description", ModelError, "write the recording again")
 _LARGEST = (1 << 31) - 1
 _LARGEST_RECTANGLE, _WIDEST = 1 << 22, 64  # padded entries, and padded entries for each listed one
 
@@ -64,7 +64,7 @@ class RecordedSession(TypedDict):
 
 
 class RecordingIdentity(TypedDict):
-    """What a recording says of itself; there may be more keys."""
+    """The description of a recording; there may be more keys."""
 
     model: NotRequired[RecordedModel]
     session: NotRequired[RecordedSession]
@@ -72,7 +72,7 @@ class RecordingIdentity(TypedDict):
 
 
 class RecordedLine(RecordingIdentity):
-    """One line of a recording: a window, or (without `window`) what it says of itself."""
+    """One line of a recording: a window, or (without `window`) the recording's description."""
 
     window: NotRequired[int]
     ids: NotRequired[list[int]]
@@ -163,7 +163,7 @@ def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, RecordedW
 
 
 def base_file_identity(file: KlBaseFile) -> dict[str, Any]:
-    """Return what llama.cpp's file says of itself, without reading its rows."""
+    """Return the description of llama.cpp's file, without reading its rows."""
     model = {"weights_fingerprint": file.fingerprint, "vocab_size": file.vocab_size}
     return {"model": model, "session": {"engine": "llama.cpp", "dtype": "uint16 steps"}}
 

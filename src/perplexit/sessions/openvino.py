@@ -6,7 +6,7 @@ from typing import Any
 import openvino
 
 from perplexit.errors import CapabilityError
-from perplexit.quantization.openvino_engine import effective_threads, open_program
+from perplexit.quantization.openvino_engine import open_program
 from perplexit.resources.cores import num_cores
 from perplexit.resources.engine_tricks import is_on
 from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
@@ -56,7 +56,7 @@ class OpenVinoInferenceSession(ProgramSession):
             "openvino",
             openvino.__version__,
             "cpu",
-            effective_threads(program) or None,
+            program.threads or None,
             settings,
             program.streams,
         )

@@ -38,7 +38,7 @@ class StatusError(ModelError):
     """The server answered, but with another status than 200.
 
     said:        its own words, short and printable, without the key.
-    retry_after: the header of that name, as it came.
+    retry_after: the header of that name, unchanged.
     """
 
     def __init__(self, status: int, said: str, retry_after: str | None = None) -> None:

@@ -117,9 +117,9 @@ class CompletionsInferenceSession(ClosedByWith):
         return [found.nll_N for found in self._details(windows, top_k=0)]
 
     def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
-        """Return the nll with the `top_k` most likely tokens; `rank_N` where the server tells it.
+        """Return the nll with the `top_k` most likely tokens, and ranks where the server gives them.
 
-        The first call checks that so many are to be had. Raises CapabilityError where not, and
+        The first call checks that the server gives so many. Raises CapabilityError where not, and
         ModelError where alternatives contradict the target's own log-probability.
         """
         return self._details(windows, top_k=top_k)

@@ -209,6 +209,6 @@ def _capacity(
     if "position_ids" not in inputs:
         raise CapabilityError(
             f"expected position_ids among the inputs of {program}: its cache is of a fixed size, "
-            "so the program must be told where new ids go"
+            "so the program needs the places of new ids"
         )
     return size
