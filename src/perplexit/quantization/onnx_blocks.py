@@ -3,7 +3,7 @@
 Shape suffixes: K = summed axis, N = outputs, G = blocks of the summed axis.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,12 +69,12 @@ def quantize_weights(
     quantized: dict[str, tuple[QuantizedWeight, ir.Value, ir.Value]] = {}
     done = []
     for node in list(model.graph):
-        found = _constant_weight(node)
-        if found is None or found.value.name in keep:
+        value, transposed = _constant_weight(node) or (None, False)
+        if value is None or value.name in keep:
             continue
-        name = str(found.value.name)
+        name = str(value.name)
         if name not in quantized:
-            quantized[name] = _quantized(model.graph, found, blocks)
+            quantized[name] = _quantized(model.graph, value, transposed, blocks)
         weight, codes, scales = quantized[name]
         _replace(model.graph, node, weight, codes, scales)
         done.append(weight)
@@ -93,7 +93,7 @@ def large_tensors(model: ir.Model, *, share: float, num_parameters: int) -> tupl
     """Return the floating-point matrices with at least `share` of the parameters, largest first."""
     sizes = {
         str(value.name): int(np.prod(value.const_value.shape.numpy()))
-        for value in weights_of(model)
+        for value in model.graph.initializers.values()
         if value.const_value is not None
         and len(value.const_value.shape) >= 2
         and value.const_value.dtype.is_floating_point()
@@ -105,25 +105,16 @@ def large_tensors(model: ir.Model, *, share: float, num_parameters: int) -> tupl
 
 def weight_bytes(model: ir.Model) -> int:
     """Return the bytes of all the graph's constants: what its weights cost on disk."""
-    return sum(value.const_value.nbytes for value in weights_of(model) if value.const_value)
-
-
-def weights_of(model: ir.Model) -> Iterator[ir.Value]:
-    """Yield every initializer of the graph."""
-    yield from model.graph.initializers.values()
+    return sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
+    )
 
 
 _SCALES = ".scales"
 
 
-@dataclass(frozen=True)
-class _ConstantWeight:
-    value: ir.Value
-    transposed: bool
-
-
-def _constant_weight(node: ir.Node) -> _ConstantWeight | None:
-    """Return the constant matrix that the node multiplies by, seen through a transpose."""
+def _constant_weight(node: ir.Node) -> tuple[ir.Value, bool] | None:
+    """Return (the constant matrix that the node multiplies by, whether it is transposed)."""
     if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type == "Gemm" and not _is_plain_gemm(node):
@@ -135,7 +126,7 @@ def _constant_weight(node: ir.Node) -> _ConstantWeight | None:
     if value is None or value.const_value is None or len(value.const_value.shape) != 2:
         return None
     is_float = value.const_value.dtype == ir.DataType.FLOAT
-    return _ConstantWeight(value, transposed) if value.is_initializer() and is_float else None
+    return (value, transposed) if value.is_initializer() and is_float else None
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:
@@ -145,15 +136,15 @@ def _is_plain_gemm(node: ir.Node) -> bool:
 
 
 def _quantized(
-    graph: ir.Graph, found: _ConstantWeight, blocks: WeightBlocks
+    graph: ir.Graph, value: ir.Value, transposed: bool, blocks: WeightBlocks
 ) -> tuple[QuantizedWeight, ir.Value, ir.Value]:
-    if found.value.const_value is None:
-        raise QuantizationError(f"expected a constant, got {found.value.name}")
-    weight = found.value.const_value.numpy()
-    weight_KN = np.ascontiguousarray(weight.T if found.transposed else weight)
+    if value.const_value is None:
+        raise QuantizationError(f"expected a constant, got {value.name}")
+    weight = value.const_value.numpy()
+    weight_KN = np.ascontiguousarray(weight.T if transposed else weight)
     codes_NGB, scales_NG = _blocks_of(weight_KN, blocks)
-    name = str(found.value.name)
-    record = QuantizedWeight(name, codes_NGB, scales_NG, len(weight_KN), found.transposed, blocks)
+    name = str(value.name)
+    record = QuantizedWeight(name, codes_NGB, scales_NG, len(weight_KN), transposed, blocks)
     return (
         record,
         _initializer(graph, f"{name}.codes", codes_NGB),
@@ -173,16 +164,8 @@ def _blocks_of(
     scales_NG = np.zeros((num_outputs, num_blocks), np.float32)
     unused_zero_points = np.zeros((num_outputs, num_blocks), np.uint8)
     quantize = quantize_matmul_4bits if blocks.bits == 4 else quantize_matmul_8bits
-    quantize(
-        codes_NGB,
-        padded_KN,
-        scales_NG,
-        unused_zero_points,
-        blocks.block_size,
-        num_outputs,
-        num_summed,
-        True,  # symmetric
-    )
+    sizes = blocks.block_size, num_outputs, num_summed
+    quantize(codes_NGB, padded_KN, scales_NG, unused_zero_points, *sizes, True)  # symmetric
     return codes_NGB, scales_NG
 
 

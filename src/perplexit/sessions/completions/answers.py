@@ -274,15 +274,11 @@ def _check_count(count: int, ids: list[int], what: str) -> None:
 
 
 def _checked_values(values: tuple[float | None, ...]) -> tuple[float | None, ...]:
-    found = (_checked(value, position) for position, value in enumerate(values[1:], start=1))
-    return (None, *found)
-
-
-def _checked(value: float | None, position: int) -> float:
-    number = _number(value, position)
-    if number > _ROUNDING_NATS:
-        raise PromptAnswerError(f"its log-probability at position {position} is {number:g} > 0")
-    return number
+    numbers = [_number(value, position) for position, value in enumerate(values[1:], start=1)]
+    for position, number in enumerate(numbers, start=1):
+        if number > _ROUNDING_NATS:
+            raise PromptAnswerError(f"its log-probability at position {position} is {number:g} > 0")
+    return (None, *numbers)
 
 
 def _number(value: float | None, position: int) -> float:

@@ -117,7 +117,7 @@ class CompletionsInferenceSession(ClosedByWith):
         return [found.nll_N for found in self._details(windows, top_k=0)]
 
     def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
-        """Return the nll with the `top_k` most likely tokens, and ranks where the server gives them.
+        """Return the nll, the `top_k` most likely tokens, and ranks where the server gives them.
 
         The first call checks that the server gives so many. Raises CapabilityError where not, and
         ModelError where alternatives contradict the target's own log-probability.
