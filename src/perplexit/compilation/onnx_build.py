@@ -27,12 +27,7 @@ from perplexit.compilation.onnx_export import ExportedGraph, export_graph
 from perplexit.compilation.onnx_key_values import CacheShape
 from perplexit.compilation.targets import CompileRequest
 from perplexit.program_batches import Feed, RunProgram
-from perplexit.program_record import (
-    ProgramCache,
-    ProgramMetadata,
-    ProgramQuantization,
-    files_of,
-)
+from perplexit.program_record import ProgramCache, ProgramMetadata, ProgramQuantization, files_of
 from perplexit.quantization.onnx_blocks import (
     ACCURACY_LEVEL,
     QuantizedWeight,

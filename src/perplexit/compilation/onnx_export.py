@@ -22,11 +22,7 @@ from perplexit.compilation.body_and_head import (
 )
 from perplexit.compilation.compiler_errors import stated_by
 from perplexit.compilation.onnx_graph_cache import cached_graph
-from perplexit.compilation.onnx_key_values import (
-    CachedLogitsProgram,
-    CacheShape,
-    cache_shape,
-)
+from perplexit.compilation.onnx_key_values import CachedLogitsProgram, CacheShape, cache_shape
 from perplexit.errors import CompilationError
 from perplexit.program_record import ProgramShapes
 

@@ -34,10 +34,7 @@ from perplexit.session_descriptions import (
     QuantizationDescription,
     SessionDescription,
 )
-from perplexit.sessions.base import (
-    ClosedByWith,
-    LogitsChunk,
-)
+from perplexit.sessions.base import ClosedByWith, LogitsChunk
 from perplexit.sessions.logit_rows import ScoresByDetails, details_of_rows
 from perplexit.token_columns import TokenDetails
 

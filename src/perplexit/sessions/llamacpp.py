@@ -31,9 +31,7 @@ from perplexit.session_descriptions import (
     QuantizationDescription,
     SessionDescription,
 )
-from perplexit.sessions.base import (
-    LogitsChunk,
-)
+from perplexit.sessions.base import LogitsChunk
 from perplexit.sessions.llamacpp_settings import (
     checked_device,
     effective_settings,

@@ -18,13 +18,8 @@ from numpy.typing import NDArray
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
-from perplexit.session_descriptions import (
-    ModelDescription,
-    SessionDescription,
-)
-from perplexit.sessions.base import (
-    ClosedByWith,
-)
+from perplexit.session_descriptions import ModelDescription, SessionDescription
+from perplexit.sessions.base import ClosedByWith
 from perplexit.untrusted_files import Expected, check_regular, read_bytes, stated
 from perplexit.untrusted_json import LARGEST_TABLE
 

@@ -18,13 +18,8 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds
-from perplexit.session_descriptions import (
-    ModelDescription,
-    SessionDescription,
-)
-from perplexit.sessions.base import (
-    ClosedByWith,
-)
+from perplexit.session_descriptions import ModelDescription, SessionDescription
+from perplexit.sessions.base import ClosedByWith
 from perplexit.sessions.completions.answers import (
     KnownTexts,
     PromptAnswer,

@@ -25,12 +25,7 @@ from perplexit.sessions.compiled_program import (
     RunningProgram,
     path_of_program,
 )
-from perplexit.sessions.onnx.engine import (
-    has_shared_arena,
-    open_session,
-    provider_of,
-    translated,
-)
+from perplexit.sessions.onnx.engine import has_shared_arena, open_session, provider_of, translated
 from perplexit.sessions.onnx.past_key_values import OnnxCache, cache_bytes, with_logits_probed
 from perplexit.sessions.onnx.ports import ports_of
 from perplexit.sessions.onnx.program_folder import find_program
