@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-Records = Mapping[str, Mapping[int, Mapping[str, Any]]]
+Runs = Mapping[int, Mapping[str, Any]]  # seed → the curve of a fine-tuning
 _RESAMPLES = 2000
 
 
-def summarise(records: Records, *, confidence: float = 0.95) -> dict[str, Any]:
+def summarise(records: Mapping[str, Runs], *, confidence: float = 0.95) -> dict[str, Any]:
     """Return `methods` (one summary each) and `comparisons` of every other method with the first.
 
-    records: method → seed → the curve of a fine-tuning. Only seeds that a method and the first
-        both have are paired.
+    records: the runs of each method. Only seeds that a method and the first both have are paired.
     """
     methods = {m: _method(runs, confidence) for m, runs in records.items() if runs}
     reference = next(iter(records), None)
@@ -71,7 +70,7 @@ def median_interval(
     return low, high
 
 
-def _method(runs: Mapping[int, Mapping[str, Any]], confidence: float) -> dict[str, Any]:
+def _method(runs: Runs, confidence: float) -> dict[str, Any]:
     ordered = [runs[seed] for seed in sorted(runs)]
     loss_SP = np.array([run["test_loss"] for run in ordered], dtype=np.float64)
     low, high = median_interval(loss_SP, confidence)
@@ -94,11 +93,7 @@ def _method(runs: Mapping[int, Mapping[str, Any]], confidence: float) -> dict[st
 
 
 def _comparison(
-    method: str,
-    reference: str,
-    runs: Mapping[int, Mapping[str, Any]],
-    base: Mapping[int, Mapping[str, Any]],
-    confidence: float,
+    method: str, reference: str, runs: Runs, base: Runs, confidence: float
 ) -> dict[str, Any]:
     seeds = sorted(set(runs) & set(base))
     final = np.array([runs[s]["test_loss"][-1] - base[s]["test_loss"][-1] for s in seeds])
@@ -140,9 +135,7 @@ def _p(test: Any, differences: NDArray[np.float64]) -> float | None:
     return float(found.pvalue) if math.isfinite(found.pvalue) else None
 
 
-def _steps_to(
-    runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]], seeds: list[int]
-) -> int | None:
+def _steps_to(runs: Runs, base: Runs, seeds: list[int]) -> int | None:
     """Return the first evaluated step whose median loss is at most the reference's last median."""
     target = float(np.median([base[s]["test_loss"][-1] for s in seeds]))
     medians = np.median([runs[s]["test_loss"] for s in seeds], axis=0)

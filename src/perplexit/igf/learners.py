@@ -9,7 +9,7 @@ Shape suffixes: N = contexts, T = ids of a context, V = vocabulary, D = embeddin
 
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ KIND = "a secondary learner"
 _PREDICTION_ROWS = 512
 
 
-@runtime_checkable
 class Learner(Protocol):
     """Predicts normalised information gain. `record` says how it was trained and how well."""
 

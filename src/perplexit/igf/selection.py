@@ -20,8 +20,9 @@ from perplexit.igf.articles import Articles
 from perplexit.igf.learners import Learner
 from perplexit.igf.random_contexts import Contexts, ContextStream
 
-# The model's loss of each context, in nats.
-Losses = Callable[[NDArray[np.int32]], NDArray[np.float64]]
+Ids = NDArray[np.int32]
+Flags = NDArray[np.bool_]
+Losses = Callable[[Ids], NDArray[np.float64]]  # the model's loss of each context, in nats
 
 _CALIBRATION_SEED = 1_000_003
 NUM_CALIBRATION = 512
@@ -92,9 +93,7 @@ class Selection(ABC):
     costs_forward_pass = False
 
     @abstractmethod
-    def accepts(
-        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
-    ) -> NDArray[np.bool_]:
+    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
         """Return which candidates step `step` uses, [N].
 
         first:  the number of the first of them in the stream of candidates.
@@ -112,9 +111,7 @@ class Everything(Selection):
 
     name: str = "standard"
 
-    def accepts(
-        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
-    ) -> NDArray[np.bool_]:
+    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
         """See Selection."""
         return np.ones(len(ids_NT), dtype=np.bool_)
 
@@ -131,9 +128,7 @@ class InformationGain(Selection):
     threshold: ConstantThreshold | ShiftingThreshold = field(default_factory=ShiftingThreshold)
     name: str = "igf-shifting"
 
-    def accepts(
-        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
-    ) -> NDArray[np.bool_]:
+    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
         """See Selection."""
         return np.asarray(self.learner.predict(ids_NT) >= self.threshold.at(step))
 
@@ -153,9 +148,7 @@ class RandomSkip(Selection):
     def __post_init__(self) -> None:
         check_share(self.share)
 
-    def accepts(
-        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
-    ) -> NDArray[np.bool_]:
+    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
         """See Selection."""
         numbers = range(first, first + len(ids_NT))
         return np.array([self.draw(number) < self.share for number in numbers])
@@ -182,9 +175,7 @@ class LossBand(Selection):
     name: str = "high-loss"
     costs_forward_pass = True
 
-    def accepts(
-        self, ids_NT: NDArray[np.int32], first: int, step: int, losses: Losses
-    ) -> NDArray[np.bool_]:
+    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
         """See Selection."""
         losses_N = losses(ids_NT)
         return np.asarray((losses_N >= self.low) & (losses_N <= self.high))
