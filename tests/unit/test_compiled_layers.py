@@ -7,7 +7,7 @@ import torch
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional import fused_head
 from perplexit.functional.fused_head import CompiledHead
-from perplexit.functional.linear_nll import head_statistics
+from perplexit.functional.linear_nll import HeadRequest, head_statistics
 from perplexit.functional.nll import token_statistics
 from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
@@ -110,7 +110,7 @@ def test_the_compiled_head_gives_what_the_plain_one_gives() -> None:
 
     compiled_head = CompiledHead(head, torch.device("cpu"))
     got = head_statistics(compiled_head)(
-        hidden_ND, targets_N, chunk_rows=10, with_details=True, top_k=4
+        hidden_ND, targets_N, HeadRequest(10, with_details=True, top_k=4)
     )
     expected = token_statistics(head(hidden_ND).double(), targets_N, top_k=4)
     assert torch.allclose(got.nll_N.double(), expected.nll_N, atol=1e-5)
@@ -118,7 +118,7 @@ def test_the_compiled_head_gives_what_the_plain_one_gives() -> None:
     assert torch.equal(got.rank_N, expected.rank_N)
     assert torch.equal(got.top_ids_NK, expected.top_ids_NK)
     assert torch.allclose(got.top_logprobs_NK.double(), expected.top_logprobs_NK, atol=1e-5)
-    alone = head_statistics(compiled_head)(hidden_ND, targets_N, chunk_rows=10)
+    alone = head_statistics(compiled_head)(hidden_ND, targets_N, HeadRequest(10))
     assert torch.equal(alone.nll_N, got.nll_N)  # to the last bit, with and without details
     assert alone.entropy_N is None
 
@@ -127,9 +127,7 @@ def test_the_compiled_head_gives_what_the_plain_one_gives() -> None:
 def test_the_compiled_head_takes_minus_infinity_and_keeps_a_nan() -> None:
     logits_NV = torch.tensor([[0.0, -torch.inf, 0.0], [torch.nan, 0.0, 0.0], [1.0, 2.0, 3.0]])
     head = CompiledHead(lambda rows_NV: rows_NV, torch.device("cpu"))
-    got = head.statistics(
-        logits_NV, torch.tensor([0, 1, 2]), chunk_rows=8, with_details=True, top_k=0
-    )
+    got = head.statistics(logits_NV, torch.tensor([0, 1, 2]), HeadRequest(8, with_details=True))
     assert got.nll_N[0] == pytest.approx(np.log(2))
     assert got.entropy_N[0] == pytest.approx(np.log(2))
     assert got.nll_N[1].isnan()

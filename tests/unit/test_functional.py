@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perplexit.functional.linear_nll import head_statistics, rows_within
+from perplexit.functional.linear_nll import HeadRequest, head_statistics, rows_within
 from perplexit.functional.nll import token_statistics
 
 
@@ -67,7 +67,7 @@ def test_chunked_hidden_states_give_what_whole_logits_give(
     targets = torch.randint(vocab_size, (num_rows,))
     whole = reference(hidden @ weights.t(), targets)
     chunked = head_statistics(lambda h: h @ weights.t())(
-        hidden, targets, chunk_rows=chunk_rows, with_details=True
+        hidden, targets, HeadRequest(chunk_rows, with_details=True)
     )
     assert chunked.nll_N.shape == (num_rows,)
     torch.testing.assert_close(chunked.nll_N.double(), whole[0], atol=1e-4, rtol=1e-5)

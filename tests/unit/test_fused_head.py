@@ -16,7 +16,7 @@ from torch import nn
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
 from perplexit.functional import fused_head
 from perplexit.functional.fused_head import fused_kernel
-from perplexit.functional.linear_nll import head_statistics
+from perplexit.functional.linear_nll import HeadRequest, head_statistics
 from perplexit.sessions.base import DetailedSession
 from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
@@ -49,7 +49,7 @@ def test_ligers_kernel_gives_each_tokens_nll(dtype: torch.dtype, with_bias: bool
     targets_N = torch.randint(VOCAB_SIZE, (37,), generator=generator)
     head = fused_head.FusedHead("liger", weight_VD, bias_V)
     with torch.inference_mode():
-        got = head_statistics(head)(hidden_ND, targets_N, chunk_rows=5)
+        got = head_statistics(head)(hidden_ND, targets_N, HeadRequest(5))
         expected_N = naive_nll(hidden_ND, weight_VD, bias_V, targets_N)
     assert got.nll_N.dtype == torch.float32
     assert (got.nll_N - expected_N).abs().max() < 1e-5

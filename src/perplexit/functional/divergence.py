@@ -33,18 +33,17 @@ def token_divergences(
     Each term of a KL sum is taken as p·(e^d - 1 - d) with d = log q - log p, which is the same sum
     (both distributions add up to 1), has no negative term, and is exactly 0 for equal logits.
     """
-    rows = max(1, _BLOCK_ELEMENTS // reference_NV.shape[-1])
-    return TokenStatistics.joined(
-        [
-            _block_divergences(
-                reference_NV[start : start + rows].double(),
-                candidate_NV[start : start + rows].double(),
-                targets_N[start : start + rows, None],
-                top_k,
-            )
-            for start in range(0, max(1, len(targets_N)), rows)
-        ]
-    )
+
+    def block(rows: slice) -> TokenStatistics:
+        reference, candidate = reference_NV[rows].double(), candidate_NV[rows].double()
+        return _block_divergences(reference, candidate, targets_N[rows, None], top_k)
+
+    return TokenStatistics.by_rows(len(targets_N), rows_of_blocks(reference_NV), block)
+
+
+def rows_of_blocks(logits_NV: Tensor) -> int:
+    """Return how many rows of float64 logits make a block of 2 MiB, at least one."""
+    return max(1, _BLOCK_ELEMENTS // logits_NV.shape[-1])
 
 
 def _block_divergences(

@@ -8,6 +8,7 @@ Shape suffixes: N = targets, D = hidden size, V = vocabulary, K = alternatives.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, metadata
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from perplexit.errors import CapabilityError, MissingPackageError
+from perplexit.functional.linear_nll import HeadRequest
 from perplexit.functional.nll import TokenStatistics
 
 # (weight, hidden, targets, bias) → nll; logits exist for some rows, or tiles, at a time.
@@ -55,56 +57,42 @@ def fused_kernel(name: str, device: torch.device) -> LinearNll:
         )
     try:  # the one lazy door to these libraries
         if name == "liger":
-            return _LigerNll(import_module("liger_kernel.ops").LigerFusedLinearCrossEntropyFunction)
-        return _CutNll(import_module("cut_cross_entropy").linear_cross_entropy)
+            ops = import_module("liger_kernel.ops")
+            return partial(_liger_nll, ops.LigerFusedLinearCrossEntropyFunction)
+        return partial(_cut_nll, import_module("cut_cross_entropy").linear_cross_entropy)
     except ImportError as error:
         raise MissingPackageError(
             f"the head {name!r} needs the package {error.name or kernel.package}: {kernel.install}"
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _LigerNll:
-    """Liger-Kernel: rows in chunks, each chunk's logits overwritten.
+def _liger_nll(
+    function: Any, weight_VD: Tensor, hidden_ND: Tensor, targets_N: Tensor, bias_V: Tensor | None
+) -> Tensor:
+    """Call Liger-Kernel: rows in chunks, each chunk's logits overwritten.
 
     Logits are rounded to the hidden states' dtype, as in the model's own forward, and summed in
     float32. Detached tensors keep it from making gradients in the forward pass, as it would for
     parameters.
     """
-
-    function: Any
-
-    def __call__(
-        self, weight_VD: Tensor, hidden_ND: Tensor, targets_N: Tensor, bias_V: Tensor | None
-    ) -> Tensor:
-        bias_V = None if bias_V is None else bias_V.detach()
-        # Positions: ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction.
-        rest = (None, -100, 0.0, 0.0, "none")
-        nll_N: Tensor = self.function.apply(
-            hidden_ND.detach(), weight_VD.detach(), targets_N, bias_V, *rest
-        )[0]
-        return nll_N
+    bias_V = None if bias_V is None else bias_V.detach()
+    # Positions: ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction.
+    rest = (None, -100, 0.0, 0.0, "none")
+    nll_N: Tensor = function.apply(
+        hidden_ND.detach(), weight_VD.detach(), targets_N, bias_V, *rest
+    )[0]
+    return nll_N
 
 
-@dataclass(frozen=True, slots=True)
-class _CutNll:
-    """Cut Cross-Entropy: tiles of logits in registers, log-sum-exp in float32, nothing kept."""
-
-    function: Any
-
-    def __call__(
-        self, weight_VD: Tensor, hidden_ND: Tensor, targets_N: Tensor, bias_V: Tensor | None
-    ) -> Tensor:
-        options = {} if bias_V is None else {"bias": bias_V.detach()}
-        nll_N: Tensor = self.function(
-            hidden_ND.detach(),
-            weight_VD.detach(),
-            targets_N,
-            reduction="none",
-            impl="cce",
-            **options,
-        )
-        return nll_N
+def _cut_nll(
+    function: Any, weight_VD: Tensor, hidden_ND: Tensor, targets_N: Tensor, bias_V: Tensor | None
+) -> Tensor:
+    """Call Cut Cross-Entropy: tiles of logits in registers, log-sum-exp in float32."""
+    options = {} if bias_V is None else {"bias": bias_V.detach()}
+    nll_N: Tensor = function(
+        hidden_ND.detach(), weight_VD.detach(), targets_N, reduction="none", impl="cce", **options
+    )
+    return nll_N
 
 
 class FusedHead:
@@ -121,19 +109,13 @@ class FusedHead:
         return torch.nn.functional.linear(hidden_ND, self._weight_VD, self._bias_V)
 
     def statistics(
-        self,
-        hidden_ND: Tensor,
-        targets_N: Tensor,
-        *,
-        chunk_rows: int,
-        with_details: bool = False,
-        top_k: int = 0,
+        self, hidden_ND: Tensor, targets_N: Tensor, request: HeadRequest
     ) -> TokenStatistics:
         """Return the nll, without entropy and rank. The library chooses its own chunks."""
-        if top_k:
+        if request.top_k:
             raise CapabilityError(
-                f"--top-k {top_k} needs whole distributions, but the head {self.name!r} gives the "
-                "loss of each target alone; leave --head or --top-k out"
+                f"--top-k {request.top_k} needs whole distributions, but the head {self.name!r} "
+                "gives the loss of each target alone; leave --head or --top-k out"
             )
         nll_N = self._nll(self._weight_VD, hidden_ND.contiguous(), targets_N, self._bias_V)
         return TokenStatistics({"nll": nll_N.float()})
@@ -167,37 +149,25 @@ class CompiledHead:
         return self._head(hidden_ND)
 
     def statistics(
-        self,
-        hidden_ND: Tensor,
-        targets_N: Tensor,
-        *,
-        chunk_rows: int,
-        with_details: bool = False,
-        top_k: int = 0,
+        self, hidden_ND: Tensor, targets_N: Tensor, request: HeadRequest
     ) -> TokenStatistics:
         """Return nll, entropy and rank by chunks; all three are computed: the bits are the same."""
-        return TokenStatistics.joined(
-            [
-                self._chunk(
-                    hidden_ND[start : start + chunk_rows],
-                    targets_N[start : start + chunk_rows, None],
-                    with_details,
-                    top_k,
-                )
-                for start in range(0, max(1, len(hidden_ND)), chunk_rows)
-            ]
-        )
+
+        def chunk(rows: slice) -> TokenStatistics:
+            return self._chunk(hidden_ND[rows], targets_N[rows, None], request)
+
+        return TokenStatistics.by_rows(len(hidden_ND), request.chunk_rows, chunk)
 
     def _chunk(
-        self, hidden_ND: Tensor, targets_N1: Tensor, with_details: bool, top_k: int
+        self, hidden_ND: Tensor, targets_N1: Tensor, request: HeadRequest
     ) -> TokenStatistics:
         logits_NV = self._head(hidden_ND)
         nll_N, entropy_N, rank_N, log_total_N1 = self._reduced(logits_NV, targets_N1)
-        if not with_details:
+        if not request.with_details:
             return TokenStatistics({"nll": nll_N})
         columns = {"nll": nll_N, "entropy": entropy_N, "rank": rank_N}
-        if top_k:
-            top = logits_NV.topk(min(top_k, logits_NV.shape[-1]), dim=-1)
+        if request.top_k:
+            top = logits_NV.topk(min(request.top_k, logits_NV.shape[-1]), dim=-1)
             columns["top_ids"] = top.indices.int()
             columns["top_logprobs"] = top.values.to(nll_N.dtype) - log_total_N1
         return TokenStatistics(columns)

@@ -4,6 +4,7 @@ Shape suffixes: N = targets, D = hidden size, V = vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -14,30 +15,36 @@ from perplexit.functional.nll import TokenStatistics, statistics_in_place
 DEFAULT_LOGITS_BYTES = 64 * 2**20
 
 
-class HeadStatistics(Protocol):
-    """Per-token results of hidden states; the head is known already."""
+@dataclass(frozen=True, slots=True)
+class HeadRequest:
+    """What is asked of a head.
 
-    def __call__(
-        self,
-        hidden_ND: Tensor,
-        targets_N: Tensor,
-        *,
-        chunk_rows: int,
-        with_details: bool = False,
-        top_k: int = 0,
-    ) -> TokenStatistics:
-        """Return the columns of the targets; `entropy` and `rank` only `with_details`."""
-        ...
+    chunk_rows:   rows of logits to make at a time.
+    with_details: entropy and rank beside the nll.
+    top_k:        how many of the most likely tokens, with their log-probabilities.
+    """
+
+    chunk_rows: int
+    with_details: bool = False
+    top_k: int = 0
+
+
+# (hidden states ND, targets N, request) → the columns of the targets; the head is known already.
+HeadStatistics = Callable[[Tensor, Tensor, HeadRequest], TokenStatistics]
 
 
 @runtime_checkable
 class ScoringHead(Protocol):
     """A head that gives per-token results itself, without logits in between; see `fused_head`."""
 
-    statistics: HeadStatistics
-
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Return its logits."""
+        ...
+
+    def statistics(
+        self, hidden_ND: Tensor, targets_N: Tensor, request: HeadRequest
+    ) -> TokenStatistics:
+        """Return the columns of the targets; entropy and rank only `with_details`, if at all."""
         ...
 
 
@@ -59,22 +66,16 @@ def head_statistics(head: Callable[[Tensor], Tensor]) -> HeadStatistics:
 
 
 def statistics_by_chunks(
-    head: Callable[[Tensor], Tensor],
-    hidden_ND: Tensor,
-    targets_N: Tensor,
-    *,
-    chunk_rows: int,
-    with_details: bool = False,
-    top_k: int = 0,
+    head: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor, request: HeadRequest
 ) -> TokenStatistics:
     """Return the results from the head's logits, whatever else the head can do."""
-    parts = [
-        statistics_in_place(
-            head(hidden_ND[start : start + chunk_rows]),
-            targets_N[start : start + chunk_rows],
-            with_details=with_details,
-            top_k=top_k,
+
+    def chunk(rows: slice) -> TokenStatistics:
+        return statistics_in_place(
+            head(hidden_ND[rows]),
+            targets_N[rows],
+            with_details=request.with_details,
+            top_k=request.top_k,
         )
-        for start in range(0, max(1, len(hidden_ND)), chunk_rows)
-    ]
-    return TokenStatistics.joined(parts)
+
+    return TokenStatistics.by_rows(len(hidden_ND), request.chunk_rows, chunk)

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perplexit.functional.divergence import kl_of_logs
+from perplexit.functional.divergence import kl_of_logs, rows_of_blocks
 from perplexit.functional.nll import TokenStatistics
 
-_BLOCK_ELEMENTS = 1 << 18  # 2 MiB of float64
 SMALLEST_TAIL = 1e-12  # float32 log-probabilities may add up to a little above 1
 
 
@@ -42,9 +41,8 @@ class PartialDistributions:
     cap_N: Tensor
     num_known: int
 
-    def part(self, start: int, stop: int) -> "PartialDistributions":
+    def part(self, rows: slice) -> "PartialDistributions":
         """Return some of the targets."""
-        rows = slice(start, stop)
         return PartialDistributions(
             self.logp_NV[rows], self.tail_N[rows], self.cap_N[rows], self.num_known
         )
@@ -58,18 +56,12 @@ def partial_divergences(
     The top-k agreement is None where fewer than `top_k` tokens are known. The known part and the
     tail are scaled to a sum of 1.
     """
-    rows = max(1, _BLOCK_ELEMENTS // candidate_NV.shape[-1])
-    return TokenStatistics.joined(
-        [
-            _block(
-                reference.part(start, start + rows),
-                candidate_NV[start : start + rows].double().log_softmax(-1),
-                targets_N[start : start + rows, None],
-                top_k,
-            )
-            for start in range(0, max(1, len(targets_N)), rows)
-        ]
-    )
+
+    def block(rows: slice) -> TokenStatistics:
+        logq_NV = candidate_NV[rows].double().log_softmax(-1)
+        return _block(reference.part(rows), logq_NV, targets_N[rows, None], top_k)
+
+    return TokenStatistics.by_rows(len(targets_N), rows_of_blocks(candidate_NV), block)
 
 
 def _block(

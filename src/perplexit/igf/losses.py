@@ -14,7 +14,12 @@ from torch.nn import functional
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.errors import NonFiniteError, UsageError
-from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, head_statistics, rows_within
+from perplexit.functional.linear_nll import (
+    DEFAULT_LOGITS_BYTES,
+    HeadRequest,
+    head_statistics,
+    rows_within,
+)
 from perplexit.sessions.pytorch.forward_probe import find_forward
 
 DEFAULT_BATCH_IDS = 1024
@@ -81,7 +86,7 @@ class ContextScorer:
         with held_at(self._rope, contexts_BT.shape[1]):
             rows_NX = self._forward.rows(contexts_BT[:, :-1], None).flatten(0, 1)
         statistics = head_statistics(self._forward.head)(
-            rows_NX, contexts_BT[:, 1:].flatten(), chunk_rows=self._chunk_rows
+            rows_NX, contexts_BT[:, 1:].flatten(), HeadRequest(self._chunk_rows)
         )
         nll_BT = statistics.nll_N.view(len(contexts_BT), -1).to(torch.float64)
         return np.asarray(nll_BT.mean(1).cpu().numpy(), dtype=np.float64)

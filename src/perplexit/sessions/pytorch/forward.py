@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.functional.blocked_nll import BLOCKED_COLUMNS, blocked_statistics
-from perplexit.functional.linear_nll import statistics_by_chunks
+from perplexit.functional.linear_nll import HeadRequest, statistics_by_chunks
 from perplexit.functional.nll import TokenStatistics
 from perplexit.sessions.pytorch.module_call import CachePlace, ModuleCall, field_of
 from perplexit.token_columns import Needs, columns_that_need
@@ -134,30 +134,17 @@ class LinearHead:
         return torch.addmm(bias, hidden_ND, weight.t(), out=out_NV)
 
     def statistics(
-        self,
-        hidden_ND: Tensor,
-        targets_N: Tensor,
-        *,
-        chunk_rows: int,
-        with_details: bool = False,
-        top_k: int = 0,
+        self, hidden_ND: Tensor, targets_N: Tensor, request: HeadRequest
     ) -> TokenStatistics:
         """Return the columns of the targets; see HeadStatistics. Some need whole logits."""
         wanted = columns_that_need(Needs.LOSS, Needs.DISTRIBUTION)
-        if not self.blocked or top_k or not BLOCKED_COLUMNS.issuperset(wanted):
-            return statistics_by_chunks(
-                self,
-                hidden_ND,
-                targets_N,
-                chunk_rows=chunk_rows,
-                with_details=with_details,
-                top_k=top_k,
-            )
+        if not self.blocked or request.top_k or not BLOCKED_COLUMNS.issuperset(wanted):
+            return statistics_by_chunks(self, hidden_ND, targets_N, request)
         return blocked_statistics(
             hidden_ND,
             targets_N,
             self._linear.weight,
             self._linear.bias,
-            with_details=with_details,
-            block_rows=chunk_rows,
+            with_details=request.with_details,
+            block_rows=request.chunk_rows,
         )

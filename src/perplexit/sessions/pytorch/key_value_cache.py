@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.errors import CacheMismatchError, CapabilityError
-from perplexit.functional.linear_nll import head_statistics
+from perplexit.functional.linear_nll import HeadRequest, head_statistics
 from perplexit.sessions.base import MOST_CACHED_IDS, FedRows
 from perplexit.sessions.pytorch.device_choice import free_bytes
 from perplexit.sessions.pytorch.forward import ForwardPass
@@ -109,9 +109,7 @@ class _PytorchRows:
             statistics = head_statistics(self.windows.forward.head)(
                 self.rows_NX,
                 torch.from_numpy(ids_N).to(self.rows_NX.device),
-                chunk_rows=self.windows.chunk_rows,
-                with_details=with_details,
-                top_k=top_k,
+                HeadRequest(self.windows.chunk_rows, with_details, top_k),
             )
             return statistics.to_numpy()
 

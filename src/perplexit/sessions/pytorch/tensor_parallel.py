@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -99,6 +100,17 @@ class ProcessGroup:
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64)
         header[: 1 + len(numbers)] = torch.tensor([step, *numbers])
         dist.broadcast(header.to(self.device), 0)
+
+    @contextmanager
+    def step(self, step: int, *numbers: int) -> Iterator[None]:
+        """Announce a step and take it within; raises `failure` where it fails."""
+        self.in_step = True
+        try:
+            self.announce(step, *numbers)
+            yield
+        except RuntimeError as error:
+            raise self.failure(error) from error
+        self.in_step = False
 
     def stop(self) -> None:
         """Let the followers go; harmless once they have gone."""
@@ -210,30 +222,18 @@ class LeadingForward(WrappedForward):
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
         """Return the inner rows, whole in every process."""
-        self._group.in_step = True
-        try:
-            self._group.announce(_ROWS, *ids_BT.shape, mask_BT is not None)
+        with self._group.step(_ROWS, *ids_BT.shape, mask_BT is not None):
             for tensor in (ids_BT, mask_BT):
                 if tensor is not None:
                     dist.broadcast(tensor.contiguous(), 0)
-            whole_BTX = self._inner.rows(ids_BT, mask_BT, cache)
-        except RuntimeError as error:
-            raise self._group.failure(error) from error
-        self._group.in_step = False
-        return whole_BTX
+            return self._inner.rows(ids_BT, mask_BT, cache)
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """Return the inner logits, whole in every process."""
-        self._group.in_step = True
-        try:
-            self._group.announce(_HEAD, *rows_NX.shape)
+        with self._group.step(_HEAD, *rows_NX.shape):
             rows_NX = rows_NX.contiguous()
             dist.broadcast(rows_NX, 0)
-            logits_NV = self._inner.head(rows_NX)
-        except RuntimeError as error:
-            raise self._group.failure(error) from error
-        self._group.in_step = False
-        return logits_NV
+            return self._inner.head(rows_NX)
 
 
 def take_steps(forward: ForwardPass, device: torch.device, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
-from perplexit.functional.linear_nll import head_statistics
+from perplexit.functional.linear_nll import HeadRequest, head_statistics
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch.batch import PaddedBatch, batches_of
 from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads
@@ -65,9 +65,7 @@ class WindowBatches:
             statistics = statistics_of(
                 rows_NX,
                 batch.targets_N,
-                chunk_rows=self.chunk_rows,
-                with_details=with_details,
-                top_k=top_k,
+                HeadRequest(self.chunk_rows, with_details, top_k),
             )
             return places, batch.counts, to_host(statistics)
 
