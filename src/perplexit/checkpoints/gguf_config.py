@@ -79,9 +79,8 @@ def whole_config(path: Path) -> Any:
     Raises ModelError by the name of what transformers would lose.
     """
     given = _ModelKeys(GGUFReader(path), path)
-    config = AutoConfig.from_pretrained(
-        str(path.parent), gguf_file=path.name, trust_remote_code=False
-    )
+    source = {"gguf_file": path.name, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(str(path.parent), **source)
     if not any(given.keys):
         return config
     try:
@@ -117,14 +116,12 @@ class _ModelKeys:
         self._check_whole(path)
 
     def _check_whole(self, path: Path) -> None:
-        parts = self._general("split.count", 1)
-        if int(parts) > 1:
+        if int(parts := self._general("split.count", 1)) > 1:
             raise ModelError(
                 f"expected a whole model in {path}, got one of {parts} parts; put them "
                 "together with llama.cpp's llama-gguf-split --merge"
             )
-        kind = self._general("general.type", "model")
-        if kind != "model":
+        if (kind := self._general("general.type", "model")) != "model":
             raise ModelError(f"expected a model in {path}, got a GGUF file of type {kind!r}")
 
     def _general(self, key: str, default: Any) -> Any:
@@ -247,7 +244,7 @@ def _set_rope(given: _ModelKeys, config: Any) -> None:
     linear = given.take("rope.scale_linear")
     if linear is not None:
         scaling.setdefault("factor", linear)
-    theta = given.take("rope.freq_base", 10000.0)
+    theta = float(given.take("rope.freq_base", 10000.0))
     sliding = given.take("rope.freq_base_swa")
     if not _declared(config, ("rope_parameters",)):
         if scaling or divisors:
@@ -256,7 +253,7 @@ def _set_rope(given: _ModelKeys, config: Any) -> None:
     found = rope_parameters(
         scaling,
         divisors,
-        theta=float(theta),
+        theta=theta,
         head_dim=_head_dim(config),
         max_length=int(config.max_position_embeddings),
     )
@@ -269,7 +266,7 @@ def _set_rope(given: _ModelKeys, config: Any) -> None:
         setattr(config, trained, found[trained])
     if config.model_type == "gpt_oss" and found.get("rope_type") == "yarn":
         kept["truncate"] = False
-    whole = {"rope_type": "default", "rope_theta": float(theta), **kept, **found}
+    whole = {"rope_type": "default", "rope_theta": theta, **kept, **found}
     if not nested:
         if sliding not in (None, theta):
             raise ModelError(f"{given.architecture}.rope.freq_base_swa = {sliding}")

@@ -54,8 +54,10 @@ def gguf_tensors(
     """
     num_layers = int(config[architecture.num_layers])
     names = gguf.get_tensor_name_map(architecture.arch, num_layers)
+    # tied is GPT-2's default in transformers; Llama writes it out
+    is_tied = config.get("tie_word_embeddings", config.get("model_type") == "gpt2")
     for name, tensor in state.items():
-        if name.endswith(_SKIPPED) or (name == "lm_head.weight" and _is_tied(config)):
+        if name.endswith(_SKIPPED) or (name == "lm_head.weight" and is_tied):
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
@@ -63,11 +65,6 @@ def gguf_tensors(
         array = np.asarray(tensor.detach().float().cpu().numpy(), dtype=np.float32)
         yield target, np.ascontiguousarray(architecture.converted(name, array, config))
     yield from _rope_factors(config)
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    # GPT-2's default in transformers; Llama writes it out
-    return bool(config.get("tie_word_embeddings", config.get("model_type") == "gpt2"))
 
 
 def _add_llama(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:

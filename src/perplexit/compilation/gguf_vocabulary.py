@@ -30,7 +30,10 @@ def add_vocabulary(
         return kind
     tokenizer = Tokenizer.from_file(str(tokenizer_json))
     tokens, types = _tokens(tokenizer, spec, int(config["vocab_size"]))
-    merges = [_pair(merge) for merge in spec["model"].get("merges", [])]
+    merges = [
+        merge.split(" ", 1) if isinstance(merge, str) else merge
+        for merge in spec["model"].get("merges", [])
+    ]
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if kind == "llama":
@@ -96,8 +99,3 @@ def _add_special(writer: gguf.GGUFWriter, tokenizer: Tokenizer, config: Mapping[
     if eos is not None:
         writer.add_eos_token_id(int(eos))
     writer.add_add_bos_token(bos is not None and first == [bos])
-
-
-def _pair(merge: str | list[str]) -> tuple[str, str]:
-    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-    return left, right

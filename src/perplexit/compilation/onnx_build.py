@@ -73,7 +73,8 @@ def build_onnx_program(
     path = folder / MODEL_FILE
     ir.save(graph.model, path, external_data=f"{MODEL_FILE}.data")
     if recipe is not None:
-        _load_dequantized(model, weights)
+        for weight in weights:
+            model.get_parameter(weight.name).data.copy_(torch.from_numpy(weight.dequantized()))
         before, reference = reference, checkpoint_losses(model, windows)
         check_changed(reference, before, recipe.precision)
         against += f" with the weights that the {recipe.precision} blocks stand for"
@@ -156,11 +157,6 @@ def _runner(path: Path) -> RunProgram:
         return np.concatenate(parts, axis=1)
 
     return run
-
-
-def _load_dequantized(model: Any, weights: Sequence[QuantizedWeight]) -> None:
-    for weight in weights:
-        model.get_parameter(weight.name).data.copy_(torch.from_numpy(weight.dequantized()))
 
 
 def _versions() -> dict[str, str]:

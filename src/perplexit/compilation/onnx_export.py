@@ -22,7 +22,13 @@ from perplexit.compilation.body_and_head import (
 )
 from perplexit.compilation.compiler_errors import stated_by
 from perplexit.compilation.onnx_graph_cache import cached_graph
-from perplexit.compilation.onnx_key_values import CachedLogitsProgram, CacheShape, cache_shape
+from perplexit.compilation.onnx_key_values import (
+    PAST,
+    PRESENT,
+    CachedLogitsProgram,
+    CacheShape,
+    cache_shape,
+)
 from perplexit.errors import CompilationError
 from perplexit.program_record import ProgramShapes
 
@@ -174,8 +180,8 @@ def _with_cache(
     return _Signature(
         (ids, torch.cat([mask[:, :5], mask], 1), *pasts),
         (*plain.dynamic, tuple(dims for _ in pasts)),
-        plain.inputs + cache.past_names,
-        plain.outputs + cache.present_names,
+        plain.inputs + cache.names(PAST),
+        plain.outputs + cache.names(PRESENT),
     )
 
 
@@ -213,16 +219,13 @@ def _simplify(model: ir.Model) -> None:
 def _hoist_transposes(model: ir.Model) -> None:
     """Move transposes of weights out of subgraphs: there, the engine keeps both layouts."""
     for node in list(model.graph):
-        for subgraph in (value for a in node.attributes.values() if (value := _graph_of(a))):
+        kept = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+        for subgraph in [attribute.as_graph() for attribute in kept]:
             for inner in list(subgraph):
                 weight = inner.inputs[0] if inner.op_type == "Transpose" else None
                 if weight is not None and weight.name in model.graph.initializers:
                     subgraph.remove(inner)
                     model.graph.insert_before(node, inner)
-
-
-def _graph_of(attribute: Any) -> ir.Graph | None:
-    return attribute.as_graph() if attribute.type == ir.AttributeType.GRAPH else None
 
 
 def _restore_names(model: ir.Model, body_prefix: str) -> None:

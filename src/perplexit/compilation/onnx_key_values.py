@@ -22,15 +22,9 @@ class CacheShape:
 
     layers: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
-    @property
-    def past_names(self) -> list[str]:
-        """Return names of the past's inputs, layer by layer, key before value."""
-        return [name.format(i) for i in range(len(self.layers)) for name in PAST]
-
-    @property
-    def present_names(self) -> list[str]:
-        """Return names of the present's outputs, in the past's order."""
-        return [name.format(i) for i in range(len(self.layers)) for name in PRESENT]
+    def names(self, pair: tuple[str, str]) -> list[str]:
+        """Return the names of PAST's inputs or PRESENT's outputs, layer by layer, key first."""
+        return [name.format(i) for i in range(len(self.layers)) for name in pair]
 
     def example(self, batch_size: int, num_ids: int, dtype: torch.dtype) -> list[Tensor]:
         """Return pasts of zeros."""

@@ -45,11 +45,13 @@ def _header_of(reader: GGUFReader) -> GgufHeader:
     counts = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     num_parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     field = reader.fields.get("general.architecture")
+    matrices = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    narrow = "bfloat16" if "BF16" in matrices else "float16" if "F16" in matrices else "float32"
     return GgufHeader(
         architecture=str(field.contents()) if field else "unknown",
         num_parameters=num_parameters,
         tensor_types=dict(sorted(counts.items())),
-        matrix_dtype=_narrowest_matrix(reader),
+        matrix_dtype=narrow,
         quantization=_quantization(reader, num_parameters),
         rope_border=_rope_border(reader),
     )
@@ -64,11 +66,6 @@ def _rope_border(reader: GGUFReader) -> int | None:
             if key.endswith(name):
                 return int(field.contents())
     return None
-
-
-def _narrowest_matrix(reader: GGUFReader) -> str:
-    types = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
-    return "bfloat16" if "BF16" in types else "float16" if "F16" in types else "float32"
 
 
 def _quantization(reader: GGUFReader, num_parameters: int) -> ProgramQuantization | None:

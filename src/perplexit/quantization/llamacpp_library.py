@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 
-_INFO, _WARNING = 2, 3
+_INFO = 2
 _lock = threading.RLock()
 _lines: list[str] = []
 _keep = False
