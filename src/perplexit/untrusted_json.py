@@ -10,6 +10,8 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -64,7 +66,7 @@ def parse_json(
     """Parse the document in `text`, as `schema`; `place` names it in errors, as in `read_json`."""
     with stated(place, expected):
         content = text.decode("utf-8") if isinstance(text, bytes) else text
-        hooks = _Hooks(place, expected, non_finite)
+        hooks = _Hooks(partial(expected.refuse, place), non_finite)
         try:
             value = json.loads(
                 content,
@@ -94,35 +96,35 @@ def typed(value: object, expected: Expected, schema: type[T], *, place: str | Pa
         expected.refuse(place, _mismatch(str(error)), error)
 
 
+@dataclass(frozen=True)
 class _Hooks:
     """What the parser calls for each object and number."""
 
-    def __init__(self, place: str | Path, expected: Expected, non_finite: bool) -> None:
-        self._refuse: Callable[[str], NoReturn] = lambda got: expected.refuse(place, got)
-        self._non_finite = non_finite
+    refuse: Callable[[str], NoReturn]
+    non_finite: bool
 
     def unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            self._refuse(f"the key {_short(twice)} twice in one object")
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            self.refuse(f"the key {_short(twice)} twice in one object")
         return found
 
     def integer(self, digits: str) -> int:
         if len(digits) > _DIGITS:
-            self._refuse(f"an integer of {len(digits):,} digits (at most {_DIGITS})")
+            self.refuse(f"an integer of {len(digits):,} digits (at most {_DIGITS})")
         return int(digits)
 
     def number(self, digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):
-            self._refuse(f"the number {_short(digits)}, which is too large")
+            self.refuse(f"the number {_short(digits)}, which is too large")
         return value
 
     def constant(self, name: str) -> float:
-        if not self._non_finite:
-            self._refuse(f"{name}, which JSON does not have")
+        if not self.non_finite:
+            self.refuse(f"{name}, which JSON does not have")
         return float(name.replace("Infinity", "inf"))
 
 

@@ -1,11 +1,12 @@
 """Texts as they are given in Python → an opened token file, kept in the user's cache folder."""
 
+import contextlib
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from perplexit.atomic_files import cache_folder
 from perplexit.errors import CorpusError, TokenFileError, UsageError
@@ -24,19 +25,25 @@ _LOOKS_LIKE_A_PATH = re.compile(r"\S*[/\\]\S*\.[A-Za-z]\w{0,9}")
 _GIVE = "give a text, a list of texts, or the path of a file"
 
 
+class PreparingOptions(TypedDict, total=False):
+    """The options of `prepare` that decide what is made of a text."""
+
+    protocol: str
+    max_length: int | None
+    stride: int | None
+    bos: str
+    text_key: str | None
+    domain_key: str | None
+    prompt_key: str | None
+    keep: str | Sequence[str] | None
+
+
 def prepared_texts(
     texts: Texts,
     tokenizer: str | Path | object,
     *,
-    protocol: str = "sliding",
-    max_length: int | None = None,
-    stride: int | None = None,
-    bos: str = "auto",
-    text_key: str | None = None,
-    domain_key: str | None = None,
-    prompt_key: str | None = None,
-    keep: str | Sequence[str] = (),
     progress: Progress | None = None,
+    **options: Unpack[PreparingOptions],
 ) -> TokenFile:
     """Return the texts as a verified token file, prepared once and then kept in the cache.
 
@@ -45,60 +52,42 @@ def prepared_texts(
         file; any other str is the text itself.
     The other parameters are those of `prepare`, with the same defaults.
 
-    The file lies in `inputs` of `cache_folder()`. Its name is the SHA-256 of the texts (of files:
-    name and content), the tokenizer's fingerprint, the resolved protocol and the columns, so the
-    same call finds it again. A damaged file there is made again. Where the cache folder cannot be
-    written, the file is a temporary one.
+    The file lies in `inputs` of the cache folder; its name is the SHA-256 of texts (of files: name
+    and content), tokenizer, resolved protocol and columns. A damaged one is made again. Where the
+    cache folder cannot be written, the file is a temporary one.
 
     Raises UsageError for what is no text, for a str that looks like a path and names nothing, and
     where no text is given or all are empty; otherwise as `prepare` does.
     """
     corpus = _corpus(texts)
     loaded = load_tokenizer(tokenizer)
-    plan = protocol_for_tokenizer(loaded, protocol, max_length=max_length, stride=stride, bos=bos)
-    columns: dict[str, Any] = {
-        "text_key": text_key,
-        "domain_key": domain_key,
-        "prompt_key": prompt_key,
-        "keep": keep if isinstance(keep, str) else list(keep),
+    protocol = protocol_for_tokenizer(
+        loaded,
+        options.get("protocol", "sliding"),
+        max_length=options.get("max_length"),
+        stride=options.get("stride"),
+        bos=options.get("bos", "auto"),
+    )
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "texts": [_identity(item) for item in corpus],
+        "tokenizer": {"fingerprint": loaded.fingerprint, **loaded.to_json()},
+        "protocol": protocol.to_json(),
+        "columns": [options.get("text_key"), options.get("domain_key"), options.get("prompt_key")],
+        "keep": options.get("keep"),
     }
-    name = json_fingerprint(
-        {
-            "format_version": FORMAT_VERSION,
-            "texts": [_identity(item) for item in corpus],
-            "tokenizer": {"fingerprint": loaded.fingerprint, **loaded.to_json()},
-            "protocol": plan.to_json(),
-            **columns,
-        }
-    )
-    output = _cached_path(name)
-    if output is not None and output.exists():
+    folder = cache_folder() / "inputs"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        return prepare(corpus, tokenizer=loaded, progress=progress, **options)
+    path = folder / f"{json_fingerprint(identity)}.safetensors"
+    if path.exists():
         try:
-            return TokenFile.open(output)
+            return TokenFile.open(path)
         except TokenFileError:
-            output.unlink(missing_ok=True)  # damaged, or of another version
-    return prepare(
-        corpus,
-        tokenizer=loaded,
-        output=output,
-        protocol=protocol,
-        max_length=max_length,
-        stride=stride,
-        bos=bos,
-        progress=progress,
-        force=True,
-        **columns,
-    )
-
-
-def _cached_path(name: str) -> Path | None:
-    """Return where the token file is kept; None where the cache folder cannot be written."""
-    path = cache_folder() / "inputs" / f"{name}.safetensors"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return path if os.access(path.parent, os.W_OK) else None
+            path.unlink(missing_ok=True)  # damaged, or of another version
+    return prepare(corpus, tokenizer=loaded, output=path, progress=progress, force=True, **options)
 
 
 def _corpus(texts: Any) -> list[str | Path]:

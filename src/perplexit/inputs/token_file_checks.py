@@ -25,9 +25,7 @@ EXPECTED = Expected("a token file", TokenFileError, "prepare the input again")
 _LARGEST_VOCABULARY = 1 << 31
 
 
-class ProtocolSpec(TypedDict):
-    """The protocol that cut the windows."""
-
+class _ProtocolSpec(TypedDict):
     name: str
     version: NotRequired[int]
     max_length: NotRequired[int | None]
@@ -38,9 +36,7 @@ class ProtocolSpec(TypedDict):
     aggregate: NotRequired[Aggregate]
 
 
-class TokenizerSpec(TypedDict):
-    """What is known of the tokenizer."""
-
+class _TokenizerSpec(TypedDict):
     vocab_size: int
     library: NotRequired[str]
     bos_id: NotRequired[int | None]
@@ -50,37 +46,33 @@ class TokenizerSpec(TypedDict):
 
 
 class SkippedSpec(TypedDict):
-    """Documents that were left out for one reason."""
+    """Documents that were left out for one reason, with the numbers of the first few."""
 
     count: int
     first: list[int]
 
 
-class UnscoredSpec(TypedDict):
-    """What the protocol's tool counts of documents without a token."""
-
+class _UnscoredSpec(TypedDict):
     num_bytes: int
     num_words: int
 
 
-class CorpusSpec(TypedDict):
-    """What was read."""
-
+class _CorpusSpec(TypedDict):
     num_read: NotRequired[int]
     skipped: NotRequired[dict[str, SkippedSpec]]
     num_special_tokens: NotRequired[int]
     num_documents_with_own_bos: NotRequired[int]
-    without_tokens: NotRequired[UnscoredSpec]
+    without_tokens: NotRequired[_UnscoredSpec]
 
 
-class Spec(TypedDict):
+class _Spec(TypedDict):
     """The keys of a token file's spec that something depends on; there may be more."""
 
-    protocol: ProtocolSpec
-    tokenizer: TokenizerSpec
+    protocol: _ProtocolSpec
+    tokenizer: _TokenizerSpec
     domains: list[str]
     has_text: bool
-    corpus: NotRequired[CorpusSpec]
+    corpus: NotRequired[_CorpusSpec]
 
 
 class SenseChecks:
@@ -90,13 +82,9 @@ class SenseChecks:
     ORDER = ("document_starts", "byte_starts")
 
     def __init__(self, path: Path, spec_text: str, tensors: dict[str, NDArray[Any]]) -> None:
-        """Check the spec and the tensors' shapes; no content is touched.
-
-        Raises TokenFileError, as `look` and `finish` do.
-        """
+        """Check the spec and the tensors' shapes. Raises TokenFileError, as `finish` does."""
         self._path = path
-        self.spec: dict[str, Any] = parse_json(spec_text, EXPECTED, dict[str, Any], place=path)
-        spec = parse_json(spec_text, EXPECTED, Spec, place=path)
+        spec = parse_json(spec_text, EXPECTED, _Spec, place=path)
         self._protocol = spec["protocol"]
         self._vocab_size = spec["tokenizer"]["vocab_size"]
         self._num_domains = len(spec["domains"])
@@ -122,18 +110,10 @@ class SenseChecks:
 
         What is wrong is told by `finish`, when the caller knows whether the hashes are right.
         """
-        checks: dict[str, Callable[[int, NDArray[Any]], None]] = {
-            "token_ids": self._ids,
-            "document_starts": self._document_starts,
-            "document_domains": self._domains,
-            "byte_starts": self._byte_starts,
-            "text_bytes": self._text,
-            "windows": self._windows,
-            "scored_mask": self._mask,
-        }
-        if name in checks and len(piece) and self._problem is None:
+        check: Callable[[int, NDArray[Any]], None] | None = getattr(self, f"_look_at_{name}", None)
+        if check is not None and len(piece) and self._problem is None:
             try:
-                checks[name](first, piece)
+                check(first, piece)
             except TokenFileError as error:
                 self._problem = error
 
@@ -179,17 +159,17 @@ class SenseChecks:
         self._require(shaped, f"a window table of shape {list(table.shape)}")
         self._require(self._has_text or not self._num_bytes, "text where it says it has none")
 
-    def _ids(self, first: int, piece: NDArray[np.int32]) -> None:
+    def _look_at_token_ids(self, first: int, piece: NDArray[np.int32]) -> None:
         low, high = int(piece.min()), int(piece.max())
         wrong = low if low < 0 else high
         inside = low >= 0 and high < self._vocab_size
         self._require(inside, f"the id {wrong}, outside its vocabulary of {self._vocab_size}")
 
-    def _document_starts(self, first: int, piece: NDArray[np.int64]) -> None:
+    def _look_at_document_starts(self, first: int, piece: NDArray[np.int64]) -> None:
         self._ascending("document_starts", first, piece, self._num_ids)
         self._starts_D[first : first + len(piece)] = piece
 
-    def _byte_starts(self, first: int, piece: NDArray[np.int64]) -> None:
+    def _look_at_byte_starts(self, first: int, piece: NDArray[np.int64]) -> None:
         self._ascending("byte_starts", first, piece, self._num_bytes)
         low, high = np.searchsorted(self._starts_D, (first, first + len(piece)))
         self._text_starts_D[low:high] = piece[self._starts_D[low:high] - first]
@@ -202,11 +182,11 @@ class SenseChecks:
         self._require(int(piece[-1]) <= end, f"{name} beyond the end ({end})")
         self._last[name] = int(piece[-1])
 
-    def _domains(self, first: int, piece: NDArray[np.int32]) -> None:
+    def _look_at_document_domains(self, first: int, piece: NDArray[np.int32]) -> None:
         inside = int(piece.min()) >= -1 and int(piece.max()) < self._num_domains
         self._require(inside, f"a domain that is none of its {self._num_domains}")
 
-    def _text(self, first: int, piece: NDArray[np.uint8]) -> None:
+    def _look_at_text_bytes(self, first: int, piece: NDArray[np.uint8]) -> None:
         try:
             self._utf8.decode(piece.data)
         except UnicodeDecodeError:
@@ -215,24 +195,26 @@ class SenseChecks:
         heads = piece[self._text_starts_D[low:high] - first]
         self._require(not ((heads & 0xC0) == 0x80).any(), "a document that begins within a letter")
 
-    def _mask(self, first: int, piece: NDArray[np.bool_]) -> None:
+    def _look_at_scored_mask(self, first: int, piece: NDArray[np.bool_]) -> None:
         self._require(int(piece.view(np.uint8).max()) <= 1, "a scored_mask of other than 0 and 1")
 
-    def _windows(self, first: int, piece: WindowArray) -> None:
+    def _look_at_windows(self, first: int, piece: WindowArray) -> None:
         wrong = np.flatnonzero(impossible_windows(piece, self._lengths))
         if len(wrong):
-            self._refuse(
+            self._require(
+                False,
                 f"window {first + int(wrong[0])} = {piece[wrong[0]].tolist()} "
                 f"({', '.join(COLUMNS)}), which lies outside its document or scores a token "
-                f"without context"
+                f"without context",
             )
         self._check_prefixes(first, piece)
         fed_W = piece[:, 2] - piece[:, 1] + (piece[:, 5] == PrefixMode.INSERT)
         if self._longest is not None and int(fed_W.max()) > self._longest:
             at = int(fed_W.argmax())
-            self._refuse(
+            self._require(
+                False,
                 f"window {first + at} of {int(fed_W[at])} ids, longer than its protocol's "
-                f"max_length ({self._longest})"
+                f"max_length ({self._longest})",
             )
         self._check_order(first, piece)
 

@@ -40,32 +40,33 @@ def window_batches(
 
 
 def _rows(batch: Any) -> Iterator[Row]:
+    parts = [batch]
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
             raise UsageError(
                 f"a mapping batch must have 'input_ids', got {sorted(map(str, batch))}: "
                 "name the ids so"
             )
-        parts = [batch["input_ids"], batch.get("attention_mask"), batch.get("labels")]
+        parts = [batch.get(name) for name in ("input_ids", "attention_mask", "labels")]
     elif isinstance(batch, tuple) or _is_collated(batch):
-        if len(batch) not in (1, 2):
+        parts = list(batch)
+        if len(parts) not in (1, 2):
             raise UsageError(
-                f"a batch must be ids or (ids, mask), got {len(batch)} parts: give labels in a "
+                f"a batch must be ids or (ids, mask), got {len(parts)} parts: give labels in a "
                 "mapping, as {'input_ids': …, 'labels': …}"
             )
-        parts = [batch[0], batch[1] if len(batch) == 2 else None, None]
-    else:
-        parts = [batch, None, None]
-    columns = [None if part is None else _row_list(part) for part in parts]
-    ids = columns[0] or []
-    for name, column in zip(("mask", "labels"), columns[1:], strict=True):
+    ids, *others = [None if part is None else _row_list(part) for part in parts]
+    ids = ids or []
+    columns = [*others, None, None][:2]
+    for name, column in zip(("mask", "labels"), columns, strict=True):
         if column is not None and len(column) != len(ids):
             raise UsageError(
                 f"a batch's {name} must have a row for each of its {len(ids)} rows of ids, got "
                 f"{len(column)}: give both the same shape"
             )
     for place, row_ids in enumerate(ids):
-        yield row_ids, *(None if column is None else column[place] for column in columns[1:])
+        mask, labels = (None if column is None else column[place] for column in columns)
+        yield row_ids, mask, labels
 
 
 def _is_collated(batch: Any) -> bool:
@@ -94,13 +95,14 @@ def _array(values: Any) -> NDArray[Any]:
 
 
 def _window(index: int, row: Row, ctx_len: int | None, pad_id: int | None) -> WindowIds:
-    ids_T = _integers(row[0], index, "ids")
-    fed_T, scored_T = np.ones(len(ids_T), dtype=bool), np.ones(len(ids_T), dtype=bool)
-    if row[1] is not None:
-        fed_T = _mask(row[1], len(ids_T), index)
-    if row[2] is not None:
-        scored_T = _scored_by_labels(row[2], ids_T, index)
-    if row[1] is None and row[2] is None and pad_id is not None:
+    ids, mask, labels = row
+    ids_T = _integers(ids, index, "ids")
+    fed_T = scored_T = np.ones(len(ids_T), dtype=np.bool_)
+    if mask is not None:
+        fed_T = _mask(mask, len(ids_T), index)
+    if labels is not None:
+        scored_T = _scored_by_labels(labels, ids_T, index)
+    if mask is None and labels is None and pad_id is not None:
         scored_T = ids_T != pad_id
     ids_T, scored_T = ids_T[fed_T], scored_T[fed_T]
     if ctx_len is not None and len(ids_T) > ctx_len:
