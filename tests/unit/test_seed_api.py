@@ -20,7 +20,7 @@ from perplexit.errors import (
     UsageError,
     VocabularyError,
 )
-from perplexit.seed_api.batches import window_batches
+from perplexit.seed_api.loader_batches import window_batches
 from tests.toy_sessions import BigramSession
 
 VOCAB = 50

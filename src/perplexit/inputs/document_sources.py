@@ -1,14 +1,16 @@
 """Where each document of a token file came from: file, row, and the columns that were kept.
 
-None of it decides a number, so it stands beside the `input_fingerprint`, with a hash of its own.
+None of it decides a number, so it has a hash of its own, apart from the `input_fingerprint`.
 
 Shape suffixes: D = documents.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -39,7 +41,7 @@ KEPT_LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 class SourceRecord(TypedDict):
-    """What the metadata say of sources; `tensors` as the content's own record has it."""
+    """The entry of the metadata; `tensors` has the same form as that of the content."""
 
     files: list[str]
     columns: list[str]
@@ -63,7 +65,10 @@ class SourceRows:
 
     def tensors(self, documents: Sequence[Document]) -> dict[str, NDArray[Any]]:
         """Return the next rows of each tensor."""
-        files = [self._code(document.source_file) for document in documents]
+        files = [
+            -1 if d.source_file is None else self.files.setdefault(d.source_file, len(self.files))
+            for d in documents
+        ]
         rows: dict[str, NDArray[Any]] = {
             "source_files": np.array(files, dtype=np.int32),
             "source_rows": np.array([d.source_row for d in documents], dtype=np.int64),
@@ -71,7 +76,7 @@ class SourceRows:
         if self.columns:
             kept = [canonical_json(list(document.kept)).encode() for document in documents]
             ends = np.cumsum([len(entry) for entry in kept], dtype=np.int64) + self._num_kept_bytes
-            self._num_kept_bytes = int(ends[-1]) if len(ends) else self._num_kept_bytes
+            self._num_kept_bytes += sum(map(len, kept))
             rows["kept_starts"] = ends
             rows["kept_json"] = np.frombuffer(b"".join(kept), dtype=np.uint8)
         return rows
@@ -82,17 +87,15 @@ class SourceRows:
 
     def metadata(self, tensors: Mapping[str, str]) -> dict[str, str]:
         """Return the entries of the metadata."""
-        record = {
-            "files": list(self.files),
-            "columns": list(self.columns),
-            "skipped": self.skipped,
-            "tensors": dict(tensors),
-        }
-        text = canonical_json(record)
+        text = canonical_json(
+            {
+                "files": list(self.files),
+                "columns": self.columns,
+                "skipped": self.skipped,
+                "tensors": tensors,
+            }
+        )
         return {"source": text, "source_fingerprint": _hash(text)}
-
-    def _code(self, file: str | None) -> int:
-        return -1 if file is None else self.files.setdefault(file, len(self.files))
 
 
 @dataclass(frozen=True)
@@ -164,17 +167,12 @@ class DocumentSources:
         if "source" not in metadata:
             return None
         record = source_record(path, metadata)
-        num_documents = len(tensors["document_domains"])
-        if tensors["source_files"].shape != (num_documents,) or (
-            tensors["source_rows"].shape != (num_documents,)
-        ):
-            EXPECTED.refuse(path, "sources of other documents than its own")
+        shape = tensors["document_domains"].shape
         file_D, row_D = np.array(tensors["source_files"]), np.array(tensors["source_rows"])
-        if num_documents and not (
-            int(file_D.min()) >= -1
-            and int(file_D.max()) < len(record["files"])
-            and int(row_D.min()) >= 0
-        ):
+        if file_D.shape != shape or row_D.shape != shape:
+            EXPECTED.refuse(path, "sources of other documents than its own")
+        known_D = (file_D >= -1) & (file_D < len(record["files"])) & (row_D >= 0)
+        if not known_D.all():
             EXPECTED.refuse(path, "a document from a file or row that it does not name")
         found = cls(
             tuple(record["files"]),
@@ -198,7 +196,7 @@ class DocumentSources:
         whole = len(starts) == len(self.row_D) + 1 and int(starts[0]) == 0
         if not (whole and (np.diff(starts) > 0).all() and int(starts[-1]) == len(self.kept_json)):
             EXPECTED.refuse(path, "kept columns that do not fit its documents")
-        for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        for begin, end in pairwise(starts.tolist()):
             text = self.kept_json[begin:end].tobytes()
             if len(parse_json(text, EXPECTED, list[Any], place=path)) != len(self.columns):
                 EXPECTED.refuse(path, "kept columns of which a document lacks some")
@@ -213,11 +211,9 @@ def source_record(path: Path, metadata: Mapping[str, str]) -> SourceRecord:
 
 def _column(values: list[Any]) -> pa.Array:
     """Return the values as one column; lists, objects and mixed types as JSON text."""
-    if not any(isinstance(value, list | dict) for value in values):
-        try:
+    with contextlib.suppress(pa.ArrowException, OverflowError):
+        if not any(isinstance(value, list | dict) for value in values):
             return pa.array(values)
-        except (pa.ArrowException, OverflowError):
-            pass
     return pa.array([None if v is None else canonical_json(v) for v in values], pa.string())
 
 

@@ -1,24 +1,24 @@
 """The perplexity of a data loader's rows, by the names that two of the seed documents use."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.errors import EmptyScoreError, UsageError
-from perplexit.metrics.estimate import Estimate
+from perplexit.errors import EmptyScoreError, EngineOutOfMemoryError, UsageError
+from perplexit.inputs.windows import WindowIds
 from perplexit.metrics.intervals import clusters_for, mean_interval
 from perplexit.metrics.likelihood import exp_or_inf, mean_nll, perplexity
-from perplexit.metrics.totals import NllTotals
+from perplexit.metrics.totals import NllTotals, require_finite
 from perplexit.protected_outputs import Kind, OutputFile, begins_with_mark
 from perplexit.resources.timer import Timer
-from perplexit.seed_api.batches import window_batches
-from perplexit.seed_api.row_scoring import regrouped, row_losses, session_of
+from perplexit.seed_api.loader_batches import window_batches
 from perplexit.sessions.base import CachingSession, InferenceSession
 from perplexit.sessions.prefill_decode import cached_session
+from perplexit.sessions.registry import opened_session
 
 ENGINES_OF = {
     "torch": ("pytorch", "torch"),
@@ -30,15 +30,6 @@ ENGINES_OF = {
 }
 LOG = Kind("the log of calculate_perplexity", lambda path: begins_with_mark(path, b"sample_no: "))
 ACCEPTANCE = {"FP16": 1.001, "MXFP6/MXINT8": 1.01}  # QEfficient's bounds on the torch perplexity
-
-
-@dataclass(frozen=True, slots=True)
-class LoaderResult:
-    """What a log file's final block says of a whole data loader."""
-
-    totals: NllTotals
-    num_samples: int
-    interval: Estimate  # of the mean loss, nats
 
 
 def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's order
@@ -71,13 +62,13 @@ def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's
     _check_arguments(ctx_len, prompt_len, model_type)
     if log_file is not None:
         OutputFile(Path(log_file), LOG, force=True).path.write_text("", encoding="utf-8")
-    with Timer("calculate_perplexity") as timer, session_of(inference_session) as session:
+    with Timer("calculate_perplexity") as timer, opened_session(inference_session) as session:
         _check_engine(session, model_type)
         scored = session
         if model_type != "torch" and isinstance(session, CachingSession):
             scored = cached_session(session, prompt_len=prompt_len)
         losses = torch_perplexity(data_loader, scored, ctx_len, prompt_len, batch_size, log_file)
-        result = _result(losses)
+        totals = _totals(losses)
     if log_file is not None:
         conditions = {
             "model_name": model_name,
@@ -87,8 +78,8 @@ def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's
             "batch_size": batch_size,
             "mode": scored.description.mode,
         }
-        _append(log_file, _final_block(result, conditions, timer.seconds))
-    return perplexity(result.totals), mean_nll(result.totals)
+        _append(log_file, _final_block(losses, conditions, timer.seconds))
+    return perplexity(totals), mean_nll(totals)
 
 
 def torch_perplexity(  # noqa: PLR0917 - as in calculate_perplexity
@@ -105,9 +96,9 @@ def torch_perplexity(  # noqa: PLR0917 - as in calculate_perplexity
     """
     _check_arguments(ctx_len, prompt_len, "torch")
     losses = []
-    with session_of(inference_session) as session:
-        batches = regrouped(window_batches(data_loader, ctx_len=ctx_len), batch_size)
-        for window, nll_N in row_losses(session, batches):
+    with opened_session(inference_session) as session:
+        batches = _regrouped(window_batches(data_loader, ctx_len=ctx_len), batch_size)
+        for window, nll_N in _row_losses(session, batches):
             losses.append(nll_N)
             if log_file is not None:
                 mean = f"{mean_nll(NllTotals.of(nll_N)):.6f}" if len(nll_N) else "-"
@@ -130,23 +121,64 @@ def compute_perplexity(
     Infinite only past the limit of exp, a mean loss of 709.78. Raises EmptyScoreError where no
     token is scored, NonFiniteError for a loss that is NaN or infinite.
     """
-    with session_of(model, device=device) as session:
+    with opened_session(model, device=None if device is None else str(device)) as session:
         batches = window_batches(data_loader, pad_id=pad_id)
-        losses = [nll_N for _, nll_N in row_losses(session, batches)]
-    return perplexity(_result(losses).totals)
+        losses = [nll_N for _, nll_N in _row_losses(session, batches)]
+    return perplexity(_totals(losses))
 
 
-def _result(losses: list[NDArray[np.float32]]) -> LoaderResult:
-    nll_M = np.concatenate([*losses, np.empty(0, dtype=np.float32)])
-    if len(nll_M) == 0:
+def _totals(losses: list[NDArray[np.float32]]) -> NllTotals:
+    """Return the sums over all rows. Raises EmptyScoreError where no token is scored."""
+    totals = NllTotals.of(np.concatenate([*losses, np.empty(0, dtype=np.float32)]))
+    if totals.num_tokens == 0:
         raise EmptyScoreError(
             f"expected at least one scored token, got 0 in {len(losses)} rows: give rows of at "
             "least two tokens, and windows no longer than the text"
         )
-    window_M = np.repeat(np.arange(len(losses)), [len(nll_N) for nll_N in losses])
-    clusters = clusters_for(np.zeros_like(window_M), window_M)
-    interval = mean_interval(nll_M, clusters).clamped(lowest=0.0)
-    return LoaderResult(NllTotals.of(nll_M), len(losses), interval)
+    return totals
+
+
+def _regrouped(batches: Iterable[Sequence[WindowIds]], size: int) -> Iterator[list[WindowIds]]:
+    """Yield the same windows in batches of `size`, the last one shorter."""
+    if size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {size}: give a number of rows")
+    windows = chain.from_iterable(batches)
+    while batch := list(islice(windows, size)):
+        yield batch
+
+
+def _row_losses(
+    session: InferenceSession, batches: Iterable[Sequence[WindowIds]]
+) -> Iterator[tuple[WindowIds, NDArray[np.float32]]]:
+    """Yield each window with the nll of its targets, nats; one call per batch.
+
+    A window without targets is not fed. A batch that does not fit is halved.
+    Raises NonFiniteError that names row, position and token of the first NaN or infinite loss.
+    """
+    for batch in batches:
+        fed = [window for window in batch if len(window.targets_N)]
+        losses = iter(_batch_losses(session, fed) if fed else [])
+        for window in batch:
+            nll_N = next(losses) if len(window.targets_N) else np.empty(0, dtype=np.float32)
+            require_finite(
+                nll_N,
+                window_M=np.full(len(nll_N), window.index),
+                position_M=window.targets_N,
+                token_id_M=window.ids_T[window.targets_N],
+            )
+            yield window, nll_N
+
+
+def _batch_losses(
+    session: InferenceSession, windows: Sequence[WindowIds]
+) -> list[NDArray[np.float32]]:
+    try:
+        return session.token_nll(windows)
+    except EngineOutOfMemoryError:
+        if len(windows) == 1:
+            raise
+    half = len(windows) // 2
+    return _batch_losses(session, windows[:half]) + _batch_losses(session, windows[half:])
 
 
 def _check_arguments(ctx_len: int, prompt_len: int, model_type: str) -> None:
@@ -173,17 +205,24 @@ def _check_engine(session: InferenceSession, model_type: str) -> None:
         )
 
 
-def _final_block(result: LoaderResult, conditions: dict[str, Any], seconds: float) -> str:
-    value, interval = perplexity(result.totals), result.interval
+def _final_block(
+    losses: list[NDArray[np.float32]], conditions: dict[str, Any], seconds: float
+) -> str:
+    """Return what a log file ends with: the conditions, then the figures of all rows."""
+    window_M = np.repeat(np.arange(len(losses)), [len(nll_N) for nll_N in losses])
+    clusters = clusters_for(np.zeros_like(window_M), window_M)
+    interval = mean_interval(np.concatenate(losses), clusters).clamped(lowest=0.0)
+    totals = _totals(losses)
+    value = perplexity(totals)
     bounds = f"none ({interval.reason})"
     if interval.low is not None and interval.high is not None:
         low, high = exp_or_inf(interval.low), exp_or_inf(interval.high)
         bounds = f"{low:.6f} to {high:.6f} ({interval.basis})"
     lines = ["", *(f"{name}: {setting}" for name, setting in conditions.items())]
     lines += [
-        f"num_samples: {result.num_samples}",
-        f"num_tokens: {result.totals.num_tokens}",
-        f"avg_loss: {mean_nll(result.totals):.6f}",
+        f"num_samples: {len(losses)}",
+        f"num_tokens: {totals.num_tokens}",
+        f"avg_loss: {mean_nll(totals):.6f}",
         f"perplexity: {value:.6f}",
         f"interval: {bounds}",
     ]
