@@ -1,8 +1,8 @@
 """Files that somebody else may have written: what they should hold, and errors that say so.
 
-Every reader opens its file through here. A named pipe or a device is refused before it is opened
-for reading (it would block, or never end), and whatever goes wrong in a library that parses the
-content becomes one of Perplexit's own errors: this is the one place with a broad `except`.
+Every reader opens its file here. Named pipes and devices are refused before they are read (they
+would block, or never end). Every failure of a library that parses the content becomes one of
+Perplexit's own errors: this is the one place with a broad `except`.
 """
 
 import os

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from perplexit.inputs.corpus import Keys, documents
+from perplexit.inputs.corpus import documents
+from perplexit.inputs.corpus_document import Keys
 from perplexit.inputs.preparing import prepare
 from perplexit.inputs.protocol_table import PROTOCOLS
 from perplexit.inputs.token_file import TokenFile

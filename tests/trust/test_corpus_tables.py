@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import perplexit as px
 from perplexit.cli.app import app
 from perplexit.errors import CorpusError, UsageError
-from perplexit.inputs.corpus import Keys, documents
+from perplexit.inputs.corpus import documents
+from perplexit.inputs.corpus_document import Keys
 
 ROWS = [
     {"id": 7, "text": 'He said "no",\nand\tleft.', "lang": "en"},

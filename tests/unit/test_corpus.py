@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from perplexit.errors import CorpusError, UsageError
-from perplexit.inputs.corpus import Keys, documents
+from perplexit.inputs.corpus import documents
+from perplexit.inputs.corpus_document import Keys
 
 TEXTS = ["First text.", "", "Größe 漢字 🙂\r\n\ttabs\u2028", "last"]
 

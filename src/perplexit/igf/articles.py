@@ -18,7 +18,8 @@ from perplexit.igf.tensors_with_record import (
     tensor_path,
     write_stored,
 )
-from perplexit.inputs.corpus import Keys, documents
+from perplexit.inputs.corpus import documents
+from perplexit.inputs.corpus_document import Keys
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.untrusted_files import stated
 

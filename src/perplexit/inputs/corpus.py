@@ -1,7 +1,7 @@
 """Documents from text files, tables, folders, `datasets` objects and lists.
 
-Everything is a generator: one document (of Parquet: one record batch) is in memory at a time. Every
-row comes out, the empty ones too: who skips one counts it.
+One document (of Parquet: one record batch) is in memory at a time. Empty rows come out too, for the
+caller to count.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perplexit.errors import CorpusError, UsageError
-from perplexit.inputs.compressed_files import COMPRESSED_SUFFIXES, is_compressed, open_bytes
+from perplexit.inputs.compressed_files import is_compressed, open_bytes
 from perplexit.inputs.corpus_document import Document, Keys, check_columns, row_document
 from perplexit.inputs.corpus_tables import (
     check_is_no_utf16,
@@ -21,8 +21,6 @@ from perplexit.inputs.corpus_tables import (
     parquet_documents,
 )
 from perplexit.inputs.long_text import LONG_CHARACTERS, decoded_pieces
-
-__all__ = ["Document", "Keys", "documents", "files_of", "is_read_in_folder", "paths_of"]
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md"})
 JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
@@ -44,10 +42,8 @@ def documents(corpus: Any, keys: Keys, *, stream: bool = False) -> Iterator[Docu
     if isinstance(corpus, str | Path):
         yield from _path_documents(Path(corpus), keys, stream)
     elif isinstance(corpus, Mapping):
-        raise UsageError(
-            f"Expected one split of a dataset, got {type(corpus).__name__} with "
-            f"{', '.join(map(str, corpus))}. Pass one of them, as in dataset['test']."
-        )
+        splits = ", ".join(map(str, corpus))
+        raise UsageError(f"Expected one split, as dataset['test'], got all of them: {splits}.")
     elif hasattr(corpus, "column_names") and hasattr(corpus, "select_columns"):
         yield from _dataset_documents(corpus, keys)
     elif isinstance(corpus, Iterable):
@@ -97,8 +93,7 @@ def _path_documents(path: Path, keys: Keys, stream: bool) -> Iterator[Document]:
         if not files:
             raise CorpusError(
                 f"{path} holds no file of a known kind. Expected .txt, .text, .md, .jsonl, "
-                f".ndjson, .csv, .tsv (also {', '.join(sorted(COMPRESSED_SUFFIXES))}), .parquet, "
-                f"or compressed .json."
+                ".ndjson, .csv, .tsv (also .gz, .zst, .bz2, .xz), .parquet, or compressed .json."
             )
         for file in files:
             yield from _file_documents(file, keys, stream)
@@ -148,9 +143,8 @@ def _file_documents(path: Path, keys: Keys, stream: bool) -> Iterator[Document]:
 def _text_document(path: Path, keys: Keys, stream: bool) -> Document:
     if keys.beside_text:
         raise UsageError(
-            f"{path} is a text file, one document without columns, so it has no "
-            f"{keys.beside_text!r}. Use a table (JSON Lines, CSV, Parquet) for domains, prompts "
-            "and columns to keep."
+            f"{path} is a text file without columns, so it has no {keys.beside_text!r}. Use a "
+            "table (JSON Lines, CSV, Parquet) for domains, prompts and columns to keep."
         )
     file = open_bytes(path)
     data = file.read(LONG_CHARACTERS + 1 if stream else -1)
@@ -181,10 +175,8 @@ def _item_documents(items: Iterable[Any], keys: Keys, stream: bool) -> Iterator[
             _check_is_text(item, origin)
             yield Document(item, origin, source_row=number)
         elif isinstance(item, str):
-            raise UsageError(
-                f"{origin} is a text, and texts have no {keys.beside_text!r}. Give rows: "
-                f"[{{'text': …, {keys.beside_text!r}: …}}]."
-            )
+            rows = f"[{{'text': …, {keys.beside_text!r}: …}}]"
+            raise UsageError(f"{origin} is a text without {keys.beside_text!r}. Give rows: {rows}.")
         else:
             raise UsageError(f"{origin} is a {type(item).__name__}, expected a text, row or Path.")
 
@@ -194,6 +186,5 @@ def _check_is_text(item: str, origin: str) -> None:
     # os.path's answer for a name that no file can have (its UTF-8 too long, a NUL) is no.
     if len(item) < _LONGEST_PATH and "\n" not in item and os.path.isfile(item):
         raise UsageError(
-            f"{origin}, {item!r}, is the name of a file, and a list of str holds texts. Give "
-            f"pathlib.Path objects for files."
+            f"{origin}, {item!r}, is the name of a file: give pathlib.Path objects for files."
         )

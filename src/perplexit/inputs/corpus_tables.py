@@ -1,6 +1,6 @@
 """Tables in files → documents: JSON Lines and arrays, CSV and TSV, Parquet.
 
-Everything is a generator: one row (of Parquet: one record batch) is in memory at a time.
+One row (of Parquet: one record batch) is in memory at a time.
 """
 
 import csv
@@ -34,8 +34,8 @@ def json_documents(path: Path, keys: Keys) -> Iterator[Document]:
         data = file.read(_LARGEST_ARRAY + 1)
     if len(data) > _LARGEST_ARRAY:
         raise CorpusError(
-            f"{path} is one JSON array of more than {_LARGEST_ARRAY:,} bytes, which must be read "
-            "whole. Write it as JSON Lines, one object a line."
+            f"{path} is one JSON array of more than {_LARGEST_ARRAY:,} bytes. Write it as JSON "
+            "Lines, one object per line."
         )
     rows = _parsed(decoded(data.removeprefix(BOM), str(path)), str(path))
     for number, row in enumerate(rows):

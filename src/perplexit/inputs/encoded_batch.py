@@ -1,10 +1,9 @@
 """EncodedBatch: ids, and the exact UTF-8 bytes and the words that each of them stands for.
 
-Two ways lead to a token's bytes. Where the vocabulary's own spelling of the tokens, put end to
-end, *is* the text (byte-level BPE, SentencePiece without a normaliser), the spelling is the answer.
-Elsewhere (case folding, NFKC, unknown tokens) character offsets are: a token gets the bytes up to
-the end of its span, so that what no token covers goes to the token that follows.
-Either way the bytes of a document's tokens sum to the bytes of the document.
+Where the vocabulary's spelling of the tokens, put end to end, *is* the text (byte-level BPE,
+SentencePiece without a normaliser), it gives a token's bytes. Elsewhere (case folding, NFKC,
+unknown tokens) character offsets do: a token gets the bytes up to the end of its span, so that what
+no token covers goes to the next one. The bytes of a document's tokens sum to the document's.
 """
 
 from collections.abc import Sequence
@@ -71,7 +70,7 @@ class EncodedBatch:
         byte_starts = _starts(bytes_per_token)
         text_bytes = b"".join(texts_utf8)
         text_starts = _starts(np.fromiter(map(len, texts_utf8), np.int64, len(texts_utf8)))
-        before = _words_before(text_bytes, text_starts[:-1])
+        before = _starts(word_starts(text_bytes, text_starts[:-1]).astype(np.int64))
         return cls(ids, document_starts, byte_starts, np.diff(before[byte_starts]), text_bytes)
 
     def with_split_words(self) -> "EncodedBatch":
@@ -117,8 +116,15 @@ def white_space(text_bytes: bytes) -> NDArray[np.bool_]:
     """
     data = np.frombuffer(text_bytes, dtype=np.uint8)
     space = _ASCII_SPACE[data]
-    if not text_bytes.isascii():
-        _mark_wide_spaces(data, space)
+    if text_bytes.isascii():
+        return space
+    leads = {byte: np.flatnonzero(data == byte) for byte in {code[0] for code in _WIDE_SPACES}}
+    for pattern in _WIDE_SPACES:
+        first = leads[pattern[0]]
+        for step, byte in enumerate(pattern[1:], start=1):
+            first = first[data[first + step] == byte]  # in range: the bytes are valid UTF-8
+        for step in range(len(pattern)):
+            space[first + step] = True
     return space
 
 
@@ -164,18 +170,3 @@ def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     starts = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=starts[1:])
     return starts
-
-
-def _words_before(text_bytes: bytes, text_starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many words begin before each byte, and before the end: int64."""
-    return _starts(word_starts(text_bytes, text_starts).astype(np.int64))
-
-
-def _mark_wide_spaces(data: NDArray[np.uint8], space: NDArray[np.bool_]) -> None:
-    leads = {byte: np.flatnonzero(data == byte) for byte in {code[0] for code in _WIDE_SPACES}}
-    for pattern in _WIDE_SPACES:
-        first = leads[pattern[0]]
-        for step, byte in enumerate(pattern[1:], start=1):
-            first = first[data[first + step] == byte]  # in range: the bytes are valid UTF-8
-        for step in range(len(pattern)):
-            space[first + step] = True

@@ -65,11 +65,9 @@ class ClampedRows:
     def floor(self) -> NDArray[np.float64]:
         """Return the KL, nats per token, that rounding alone gives a model with itself.
 
-        Values are rounded to steps of `scale` (at most 16 / 65,535 nats), so p changes by
-        p · scale / √12 (as standard deviation, but for the most likely token, whose step is exact),
-        and the tail, what is left to 1, by as much as these add up to:
-
-            scale² / 24  +  scale / √12 · √Σ p²
+        Values are rounded to steps of `scale` (at most 16 / 65,535 nats): p changes by
+        p · scale / √12 (standard deviation; the most likely token's is exact), and the tail, what
+        is left to 1, by their sum: scale² / 24  +  scale / √12 · √Σ p².
         """
         p_NV = np.exp(self.logp_NV)
         squares_N = np.maximum((p_NV**2).sum(axis=-1) - p_NV.max(axis=-1) ** 2, 0)

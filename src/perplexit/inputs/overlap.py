@@ -1,7 +1,7 @@
-"""ngram_overlap: how much of a test text stands in other data too (calibration, training).
+"""ngram_overlap: how much of a test text is in other data too (calibration, training).
 
-A model that was calibrated or trained on the text it is tested on has a perplexity that says
-nothing. Words are compared, not tokens, so that the two may have different tokenizers.
+The perplexity of a model on text that it was trained or calibrated on says nothing. Words are
+compared, not tokens, so that the two may have different tokenizers.
 
 Shape suffixes: A = words of one side with a separator after each document, G = its n-grams.
 """
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, UsageError
-from perplexit.inputs.corpus import Keys, documents
+from perplexit.inputs.corpus import documents
+from perplexit.inputs.corpus_document import Keys
 from perplexit.inputs.token_file import TokenFile
 
 Texts = TokenFile | str | Path | Iterable[str]
@@ -54,14 +55,12 @@ class NgramOverlap:
         return asdict(self) | {"share": self.share}
 
     def __str__(self) -> str:
-        text = (
+        example = f"; the first: {self.examples[0]!r}" if self.examples else ""
+        return (
             f"{self.share:.2%} of {self.num_words:,} words, in {self.num_shared_documents:,} of "
             f"{self.num_documents:,} documents, stand in the other text too (runs of {self.n} "
-            "words or more)"
+            f"words or more){example}"
         )
-        if self.examples:
-            text += f"; the first: {self.examples[0]!r}"
-        return text
 
 
 def ngram_overlap(
@@ -126,9 +125,8 @@ def _word_ids(
         before = len(ids)
         for word in _WORD.findall(text.casefold()):
             if grow:
-                ids.append(vocabulary.setdefault(word, len(vocabulary) + 1))
-            else:
-                ids.append(vocabulary.get(word, 0))
+                vocabulary.setdefault(word, len(vocabulary) + 1)
+            ids.append(vocabulary.get(word, 0))
         ids.append(0)
         lengths.append(len(ids) - before)
     return np.array(ids, dtype=np.int64), np.repeat(np.arange(len(lengths)), lengths)

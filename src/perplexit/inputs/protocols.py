@@ -1,8 +1,6 @@
-"""Named, versioned protocols: how windows, BOS and denominators are chosen.
+"""Protocols with their options settled, as the token file records them, and their aggregates.
 
-`resolve_protocol` turns its name and the caller's options
-into a ResolvedProtocol, in which nothing is left open; that is what the token file records. The
-protocols themselves are entries of `protocol_table.PROTOCOLS`.
+The protocols themselves are entries of `protocol_table.PROTOCOLS`.
 """
 
 from collections.abc import Mapping
@@ -104,16 +102,14 @@ def resolve_protocol(
             f"it out, or use the protocol 'disjoint'."
         )
     policy = _resolve_bos(protocol, bos, added_prefix_id)
-    prefix_id = -1
-    if policy != "none":
-        prefix_id = _prefix_id(protocol, bos, added_prefix_id, bos_id, eos_id)
+    own = (added_prefix_id, bos_id, eos_id)
     return ResolvedProtocol(
         name=protocol.name,
         version=protocol.version,
         max_length=length,
         stride=_resolve_stride(protocol, stride, length),
         bos=policy,
-        prefix_id=prefix_id,
+        prefix_id=-1 if policy == "none" else _prefix_id(protocol, bos, *own),
         joined_with=protocol.joined_with,
         aggregate=protocol.aggregate,
     )
@@ -174,10 +170,7 @@ def _resolve_stride(protocol: Protocol, stride: int | None, max_length: int | No
         return None
     chosen = protocol.stride(max_length) if stride is None else stride
     if not 1 <= chosen <= max_length:
-        raise UsageError(
-            f"stride must be between 1 and max_length = {max_length}, got {chosen}: a larger one "
-            f"would leave tokens unscored."
-        )
+        raise UsageError(f"stride must be between 1 and max_length = {max_length}, got {chosen}")
     return chosen
 
 
@@ -198,14 +191,10 @@ def _resolve_bos(protocol: Protocol, bos: str, added_prefix_id: int | None) -> B
 
 
 def _prefix_id(
-    protocol: Protocol,
-    bos: str,
-    added_prefix_id: int | None,
-    bos_id: int | None,
-    eos_id: int | None,
+    protocol: Protocol, bos: str, added: int | None, bos_id: int | None, eos_id: int | None
 ) -> int:
     """Return the token before windows; an EOS only where the protocol itself says so."""
-    candidates = [bos_id, added_prefix_id]
+    candidates = [bos_id, added]
     if bos == "auto" and protocol.prefix == "tokenizer":
         candidates.reverse()
     if protocol.prefix == "bos-or-eos":

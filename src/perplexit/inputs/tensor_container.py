@@ -1,9 +1,8 @@
 """The safetensors container, written from streams and read as a memory map.
 
-The layout is the public one: 8 bytes of header length (little-endian), a JSON header, then the
-tensors without gaps. Ours is canonical besides: tensors are ordered by item size and name (so every
-one is aligned), the header's keys are sorted, and it is padded with blanks to 8 bytes. A header
-that differs from its canonical form in a single bit is therefore an error.
+Layout: 8 bytes of header length (little-endian), a JSON header, then the tensors without gaps. Ours
+is canonical: tensors in order of item size and name (so every one is aligned), sorted keys, blanks
+up to a multiple of 8 bytes. So a header with one changed bit is an error.
 """
 
 import contextlib

@@ -227,8 +227,8 @@ def _check_content(path: Path, metadata: dict[str, str], tensors: dict[str, NDAr
     """Raise TokenFileError unless all is what was fingerprinted, and makes sense."""
     if metadata.get("input_fingerprint") != input_fingerprint(metadata):
         raise TokenFileError(
-            f"{path} has damaged metadata: its spec and fingerprints do not hash to its "
-            f"input_fingerprint. Prepare the input again."
+            f"{path} has damaged metadata, which does not hash to its input_fingerprint. Prepare "
+            "the input again."
         )
     missing = {"spec", "tensors", "text_fingerprint", "tokenizer_fingerprint"} - set(metadata)
     if missing:

@@ -5,6 +5,7 @@ Shape suffixes: D = documents, W = windows.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from perplexit.inputs.token_file import (
     tensor_identity,
 )
 from perplexit.inputs.token_file_checks import impossible_windows
-from perplexit.inputs.windows import WindowArray
+from perplexit.inputs.windows import COLUMNS, WindowArray
 from perplexit.protected_outputs import Kind, OutputFile, header_has_mark
 
 _MARK = f'"format":"{FORMAT}"'.encode()
@@ -158,7 +159,7 @@ class TokenFileWriter:
             raise EmptyScoreError(
                 f"Expected at least one token to score, got none: {self.num_documents} documents "
                 f"with {self.num_ids} tokens hold no full window. Give more text, a smaller "
-                f"max_length, or the protocol 'sliding' (which scores short documents too)."
+                "max_length, or the protocol 'sliding'."
             )
         tensors = {
             entry.name: tensor_identity(entry.dtype, entry.shape, entry.sha256)
@@ -194,9 +195,7 @@ class TokenFileWriter:
     def _append_text(self, batch: EncodedBatch) -> None:
         text_starts_D = batch.byte_starts[batch.document_starts]
         view = memoryview(batch.text_bytes)
-        for start, stop in zip(
-            text_starts_D[:-1].tolist(), text_starts_D[1:].tolist(), strict=True
-        ):
+        for start, stop in pairwise(text_starts_D.tolist()):
             self._text_hash.update(frame(stop - start))
             self._text_hash.update(view[start:stop])
         self._append_bytes(batch)
@@ -205,8 +204,7 @@ class TokenFileWriter:
         if len(batch.num_words) and int(batch.num_words.max()) > _LARGEST_WORD_COUNT:
             raise CorpusError(
                 f"One token stands for {int(batch.num_words.max())} words, more than the "
-                f"{_LARGEST_WORD_COUNT} that a token file can hold: the tokenizer knows next to "
-                f"nothing of this text. Use another tokenizer."
+                f"{_LARGEST_WORD_COUNT} that a token file can hold. Use another tokenizer."
             )
         self._spool.append("byte_starts", batch.byte_starts[1:] + self._num_bytes)
         self._spool.append("num_words", batch.num_words)
@@ -224,7 +222,6 @@ def _check_windows(windows: WindowArray, lengths_D: NDArray[np.int64], first: in
     wrong = np.flatnonzero(impossible_windows(windows, lengths_D, first))
     if len(wrong):
         raise TokenFileError(
-            f"Window {windows[wrong[0]].tolist()} (document, start, stop, target_start, "
-            f"target_stop, prefix_mode, prefix_id) lies outside its document or scores a token "
-            f"without context."
+            f"Window {windows[wrong[0]].tolist()} ({', '.join(COLUMNS)}) lies outside its document "
+            "or scores a token without context."
         )

@@ -1,8 +1,7 @@
 """Text → ids, and the exact bytes that each id stands for.
 
-Special tokens are never added here: a BOS enters through a window's prefix, so it cannot be there
-twice. Special tokens that stand in the text itself are parsed as the tokenizer parses them (as
-transformers would), and counted.
+Special tokens are never added here: a BOS enters through a window's prefix alone. Special tokens in
+the text itself are parsed as the tokenizer (and transformers) parses them, and counted.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,11 +62,10 @@ class Tokenizer:
     ) -> EncodedBatch:
         """Return the ids of each text, with the bytes and words of each id.
 
-        A text of blanks alone may have no tokens; its bytes are then left out too.
-        Raises TokenizerError where a text that is not blank gives no tokens, or a long one gives
-        next to none or nearly all unknown; CorpusError for text that is not Unicode (lone
-        surrogates). `names` says in those messages which text is meant; None: its number,
-        counted from `first_document`.
+        The bytes sum to the text's; a text of blanks that has no tokens is left out.
+        names: of the texts, in messages; None: their numbers, counted from `first_document`.
+        Raises TokenizerError where a text that is not blank gives no tokens, or a long one next to
+        none or nearly all unknown; CorpusError for lone surrogates, which are not Unicode.
         """
         if names is None:
             names = [f"document {first_document + number}" for number in range(len(texts))]
@@ -91,8 +89,12 @@ class Tokenizer:
             elif ids[index]:
                 self._check_sense(text, ids[index], names[index])
                 misspelled.append(index)
+            elif text.strip():
+                raise TokenizerError(
+                    f"The tokenizer returned no tokens for {names[index]}, which has {len(text)} "
+                    f"characters. {_REMEDY}"
+                )
             else:
-                _check_blank(text, names[index])
                 utf8[index] = b""  # without tokens nothing holds its bytes
         if misspelled and spans is None:
             asked = self._backend.encode_spans([texts[index] for index in misspelled])
@@ -169,24 +171,13 @@ class Tokenizer:
 
     def _check_sense(self, text: str, ids: list[int], name: str) -> None:
         """Raise TokenizerError where a long text became next to nothing."""
-        if len(text) <= _LONG_TEXT:
-            return
         unknown_id = self._backend.unknown_id
         unknown = 0 if unknown_id is None else ids.count(unknown_id)
-        if len(ids) == 1 or unknown > _NEARLY_ALL * len(ids):
+        if len(text) > _LONG_TEXT and (len(ids) == 1 or unknown > _NEARLY_ALL * len(ids)):
             raise TokenizerError(
                 f"The tokenizer turned the {len(text)} characters of {name} into "
                 f"{len(ids)} tokens, {unknown} of them unknown. {_REMEDY}"
             )
-
-
-def _check_blank(text: str, name: str) -> None:
-    """Raise TokenizerError for a text without tokens that is more than blanks."""
-    if text.strip():
-        raise TokenizerError(
-            f"The tokenizer returned no tokens for {name}, which has {len(text)} "
-            f"characters. {_REMEDY}"
-        )
 
 
 _REMEDY = (
