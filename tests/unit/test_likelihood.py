@@ -23,6 +23,11 @@ class Tokens:
     domains: tuple[str, ...] = field(default=())
 
 
+def totals_of(tokens: Tokens, rows: np.ndarray) -> NllTotals:
+    """Return the totals of some rows."""
+    return NllTotals.of(tokens.nll[rows], tokens.num_bytes[rows], tokens.num_words[rows])
+
+
 def test_a_uniform_model_has_its_vocabulary_as_perplexity() -> None:
     totals = NllTotals(100 * math.log(50_000), 100, 400, 80)
     assert likelihood.perplexity(totals) == pytest.approx(50_000)
@@ -93,15 +98,17 @@ def test_trap_13_groups_count_only_their_own_scored_text(
         num_bytes=random.integers(0, 9, num_tokens),
         num_words=random.integers(0, 2, num_tokens),
     )
-    table = likelihood.per_document(tokens)  # type: ignore[arg-type]
-    assert [row.name for row in table] == [str(d) for d in np.unique(tokens.document)]
-    for row in table:
-        mine = [i for i in range(num_tokens) if str(tokens.document[i]) == row.name]
-        assert row.totals.num_tokens == len(mine)
-        assert row.totals.num_bytes == sum(int(tokens.num_bytes[i]) for i in mine)
-        assert row.totals.num_words == sum(int(tokens.num_words[i]) for i in mine)
-        assert row.totals.nll_sum == math.fsum(float(tokens.nll[i]) for i in mine)
-        assert row.perplexity == pytest.approx(math.exp(row.totals.nll_sum / len(mine)))
+    groups = likelihood.group_rows(tokens.document)
+    assert list(groups) == np.unique(tokens.document).tolist()
+    for document, rows in groups.items():
+        totals = totals_of(tokens, rows)
+        mine = [i for i in range(num_tokens) if tokens.document[i] == document]
+        assert totals.num_tokens == len(mine)
+        assert totals.num_bytes == sum(int(tokens.num_bytes[i]) for i in mine)
+        assert totals.num_words == sum(int(tokens.num_words[i]) for i in mine)
+        assert totals.nll_sum == math.fsum(float(tokens.nll[i]) for i in mine)
+        perplexity = likelihood.perplexity(totals)
+        assert perplexity == pytest.approx(math.exp(totals.nll_sum / len(mine)))
 
 
 def test_domains_and_their_macro_average() -> None:
@@ -114,7 +121,8 @@ def test_domains_and_their_macro_average() -> None:
         domain=np.array([1, 1, 1, 0, -1]),
         domains=("b", "a", "unused"),
     )
-    totals = likelihood.group_totals(tokens.domain, tokens.nll, tokens.num_bytes, tokens.num_words)
+    groups = likelihood.group_rows(tokens.domain)
+    totals = {code: totals_of(tokens, rows) for code, rows in groups.items()}
     assert {code: total.num_tokens for code, total in totals.items()} == {-1: 1, 0: 1, 1: 3}
     macro = likelihood.macro_average_perplexity([totals[0], totals[1]])
     assert macro == pytest.approx(math.exp((1 + 3) / 2))

@@ -45,7 +45,7 @@ class StatedErrors(TyperGroup):
 
 
 def _with_numbers_checked(invoke: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A command's `invoke` that first holds every number to its option's range."""
+    """Return a command's `invoke` that first holds every number to its option's range."""
 
     def checked(ctx: Any) -> Any:
         for name, value in ctx.params.items():
@@ -64,7 +64,7 @@ def _option(name: str) -> str:
 
 @contextmanager
 def continued_by(command: str) -> Iterator[None]:
-    """While inside, Ctrl-C ends with exit code 130 and says which command goes on from there."""
+    """Turn Ctrl-C into exit code 130 and a message with the command that continues the work."""
     try:
         yield
     except KeyboardInterrupt:
@@ -74,7 +74,7 @@ def continued_by(command: str) -> Iterator[None]:
 
 @contextmanager
 def _trust_in_one_line() -> Iterator[None]:
-    """While inside, a TrustWarning is one line for people, without the place in the code."""
+    """Print a TrustWarning as one line for people, without the place in the code."""
     shown_otherwise = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
@@ -90,7 +90,7 @@ def _trust_in_one_line() -> Iterator[None]:
 
 
 def examples(*lines: str) -> str:
-    """An epilog for `--help` with one example a line (Typer joins lines that no blank divides)."""
+    """Return an epilog for `--help` with one example per line (Typer joins adjacent lines)."""
     return "\n\n".join(["[bold]Examples[/bold]", *(line.replace("[", r"\[") for line in lines)])
 
 

@@ -56,7 +56,7 @@ class Scored:
 
 
 def score_four_ways(out: Path) -> list[Scored]:
-    """The reference (PyTorch fp32) first, then PyTorch bf16, ONNX Runtime fp32 and 4-bit.
+    """Return the reference (PyTorch fp32) first, then PyTorch bf16, ONNX Runtime fp32 and 4-bit.
 
     Every step is a command in a process of its own, so that one step's memory and time are not
     another's. What an earlier demo finished in `out` is used again. Raises MissingPackageError
@@ -90,7 +90,7 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def beginning(speech: Path) -> str:
-    """The first whole paragraphs of the text, up to TEXT_CHARACTERS."""
+    """Return the first whole paragraphs of the text, up to TEXT_CHARACTERS."""
     text = speech.read_text(encoding="utf-8")
     return text[: text.rfind(PARAGRAPH, 0, TEXT_CHARACTERS)] + "\n"
 
@@ -104,7 +104,7 @@ def _step(*words: str) -> None:
 
 
 def table(scored: list[Scored]) -> Table:
-    """One line a run; perplexity and ratio with their 95 % intervals."""
+    """Return one line a run; perplexity and ratio with their 95 % intervals."""
     reference = scored[0].run
     title = f"{reference.num_tokens:,} scored tokens of the State of the Union address of 2026"
     result = Table(title=title, box=None, padding=(0, 1, 1, 0), pad_edge=False)
@@ -133,12 +133,12 @@ def _ratio(comparison: "px.Comparison") -> str:
 
 
 def _on_two_lines(figure: str) -> str:
-    """The figure above its interval, so that the table is not wider than most terminals."""
+    """Return the figure above its interval, so that the table is not wider than most terminals."""
     return figure.replace(" [", "\n[")
 
 
 def explanation(scored: list[Scored], out: Path) -> str:
-    """What the table says, in plain words, paragraph by paragraph."""
+    """Return what the table says, in plain words, paragraph by paragraph."""
     words = [_in_words(way.name, way.comparison) for way in scored if way.comparison is not None]
     return "\n\n".join([*words, *NOTES, _next_steps(out)])
 
@@ -171,7 +171,7 @@ def _next_steps(out: Path) -> str:
 
 
 def document(scored: list[Scored]) -> Mapping[str, Any]:
-    """One JSON document: the reference's run, then each candidate's run and comparison."""
+    """Return one JSON document: the reference's run, then each candidate's run and comparison."""
     return {
         "reference": {"name": scored[0].name, "run": scored[0].run.to_json()},
         "candidates": [

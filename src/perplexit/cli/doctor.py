@@ -73,7 +73,7 @@ def doctor(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callable that names the check under way, or None where stderr is no terminal."""
+    """Yield a callable that names the check under way, or None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -23,7 +23,7 @@ _SUMMARY = Kind("the gates as Markdown", lambda _: True)
 
 
 def junit_output(path: str | Path, *, inputs: Sequence[Path], force: bool = False) -> OutputFile:
-    """The file for gates as JUnit XML. Raises OutputError where something else is there."""
+    """Return the file for gates as JUnit XML. Raises OutputError where something else is there."""
     return OutputFile(Path(path), _JUNIT, tuple(inputs), force)
 
 

@@ -78,7 +78,7 @@ def tell_wrapped(text: str) -> None:
 
 @contextmanager
 def stdout_kept_clean() -> Iterator[None]:
-    """While inside, whatever a library prints goes to stderr: stdout is for the JSON document."""
+    """Send whatever a library prints to stderr: stdout is for the JSON document."""
     with redirect_stdout(sys.stderr):
         yield
 
@@ -90,7 +90,7 @@ def print_json(document: Any) -> None:
 
 
 def with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """`18.30 [17.1, 19.6]`: five significant digits; a figure that does not exist is a dash."""
+    """Return `18.30 [17.1, 19.6]`: five significant digits; a dash for a missing figure."""
     if value is None:
         return "-"
     if low is None or high is None:
@@ -99,5 +99,5 @@ def with_interval(value: float | None, low: float | None, high: float | None) ->
 
 
 def in_mib(num_bytes: float | None) -> str:
-    """Bytes as MiB, rounded to a whole one; a dash where unknown."""
+    """Return bytes as MiB, rounded to a whole one; a dash where unknown."""
     return "-" if num_bytes is None else f"{num_bytes / 2**20:,.0f} MiB"

@@ -13,7 +13,7 @@ MOST_DOMAINS = 20  # rows for people; the record has them all
 
 
 def input_record(token_file: Any) -> dict[str, Any]:
-    """A token file's identity, its counts and its spec, as JSON values."""
+    """Return a token file's identity, its counts and its spec, as JSON values."""
     return {
         "path": str(token_file.path),
         "protocol": token_file.protocol,
@@ -30,7 +30,7 @@ def input_record(token_file: Any) -> dict[str, Any]:
 
 
 def input_table(token_file: Any) -> Table:
-    """One token file: what is in it, and what was left out with the reason."""
+    """Return one token file: what is in it, and what was left out with the reason."""
     protocol = token_file.spec["protocol"]
     chosen = [
         f"{name.replace('_', ' ')} {protocol[name]}"
@@ -51,7 +51,7 @@ def input_table(token_file: Any) -> Table:
 
 
 def run_table(record: Mapping[str, Any]) -> Table:
-    """One run: figure by figure, with the conditions under which it was measured."""
+    """Return one run: figure by figure, with the conditions under which it was measured."""
     table = _pairs()
     for name, value in _rows(record):
         table.add_row(name, escape(value))
@@ -59,7 +59,7 @@ def run_table(record: Mapping[str, Any]) -> Table:
 
 
 def program_table(record: Mapping[str, Any]) -> Table:
-    """One compiled program: what went into it, and how far its losses are from the checkpoint's."""
+    """Return a table of one compiled program, with how far its losses are from the checkpoint's."""
     verification, shapes = record["verification"], record["shapes"]
     fixed = [
         f"{name.replace('_', ' ')} {size}" for name, size in shapes.items() if size is not None
@@ -75,7 +75,7 @@ def program_table(record: Mapping[str, Any]) -> Table:
     table.add_row(
         "verified",
         escape(
-            f"at most {verification['max_abs_nll_difference']:.1e} nats a token from "
+            f"at most {verification['max_abs_nll_difference']:.1e} nats per token from "
             f"{verification['reference']}, over {verification['num_tokens']:,} tokens"
         ),
     )
@@ -83,7 +83,7 @@ def program_table(record: Mapping[str, Any]) -> Table:
 
 
 def runs_table(records: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> Table:
-    """One line a run."""
+    """Return one line a run."""
     table = Table(box=None, pad_edge=False)
     for name in ("run", "status", "model", "engine", "dtype", "quantization"):
         table.add_column(name, overflow="fold")
@@ -105,7 +105,7 @@ def runs_table(records: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> 
 
 
 def quantization_name(session: Mapping[str, Any]) -> str:
-    """The session's precision, `int4` for example; a dash where nothing is quantized."""
+    """Return the session's precision, `int4` for example; a dash where nothing is quantized."""
     quantization = session.get("quantization")
     return "-" if not quantization else str(quantization.get("name", "-"))
 
@@ -157,7 +157,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _missing(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    """One row for each reason, with every figure that it leaves out."""
+    """Return one row for each reason, with every figure that it leaves out."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         figure = name.removesuffix("_low").removesuffix("_high")
@@ -172,7 +172,7 @@ def _missing(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _estimate(record: Mapping[str, Any], name: str) -> str:
-    """A figure with its interval; a record of an older version may lack the ends."""
+    """Return a figure with its interval; a record of an older version may lack the ends."""
     return with_interval(record[name], record.get(f"{name}_low"), record.get(f"{name}_high"))
 
 

@@ -25,12 +25,12 @@ class ScoredBytes(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all scored tokens."""
+        """Return bytes of all scored tokens."""
         return int((self.stop_R - self.start_R).sum())
 
 
 def scored_bytes(run: Run) -> ScoredBytes:
-    """A run's scored tokens as bytes; a token that several windows scored, with most context."""
+    """Return a run's scored tokens as bytes; each token once, with the most context."""
     rows = RunText.of(run).row
     rows = rows[rows >= 0]
     tokens = run.tokens
@@ -57,7 +57,7 @@ class Segments(NamedTuple):
 
 
 def common_segments(reference: ScoredBytes, candidate: ScoredBytes) -> Segments:
-    """The common segments of two runs. Raises EmptyScoreError where there is none."""
+    """Return the common segments of two runs. Raises EmptyScoreError where there is none."""
     base_D = _document_bases(reference, candidate)
     cuts = np.intersect1d(_boundaries(reference, base_D), _boundaries(candidate, base_D))
     num_segments = max(len(cuts) - 1, 0)
@@ -97,7 +97,7 @@ def common_segments(reference: ScoredBytes, candidate: ScoredBytes) -> Segments:
 
 
 def _document_bases(*sides: ScoredBytes) -> NDArray[np.int64]:
-    """Where each document begins on one line of bytes, with a byte's room between documents."""
+    """Return where each document begins on one line of bytes, one byte apart."""
     num_documents = 1 + max(int(side.document_R.max(initial=-1)) for side in sides)
     ends_D = np.zeros(num_documents, dtype=np.int64)
     for side in sides:

@@ -55,19 +55,19 @@ class ComparedTokens:
     confidence: float
 
     def rises(self) -> Curve:
-        """The share of tokens whose loss rose by more than a value, in nats."""
+        """Return the share of tokens whose loss rose by more than a value, in nats."""
         return exceedance(self.pairs.delta)
 
     def falls(self) -> Curve:
-        """The share of tokens whose loss fell by more than a value, in nats."""
+        """Return the share of tokens whose loss fell by more than a value, in nats."""
         return exceedance(-self.pairs.delta)
 
     def kl_above(self) -> Curve:
-        """The share of tokens whose KL lies above a value, in nats; empty without a KL."""
+        """Return the share of tokens whose KL lies above a value, in nats; empty without a KL."""
         return [] if self.kl is None else exceedance(self.kl)
 
     def kl_of_rows(self) -> NDArray[np.float64] | None:
-        """R values of KL in nats, NaN at a token that was left out; None without a KL."""
+        """Return R values of KL in nats, NaN at a token that was left out; None without a KL."""
         if self.kl is None:
             return None
         kl_R = np.full(len(self.pairs.tokens), np.nan)
@@ -75,7 +75,7 @@ class ComparedTokens:
         return kl_R
 
     def agreement_by_confidence(self) -> tuple[AgreementBucket, ...]:
-        """The share of equal first choices, by the reference's confidence in its own.
+        """Return the share of equal first choices, by the reference's confidence in its own.
 
         Empty where not every change is known, or the confidence was not recorded.
         """
@@ -112,7 +112,7 @@ def compared_tokens(
     choices: FirstChoices | None,
     confidence: float,
 ) -> ComparedTokens:
-    """The columns of a comparison, with the candidate's KL only where `divergences` has it."""
+    """Return a comparison's columns, with the candidate's KL only where `divergences` has it."""
     kl_R = candidate.tokens.kl
     has_kl = divergences is not None and "kl" in divergences.columns and kl_R is not None
     kl_M = np.asarray(kl_R)[pairs.rows].astype(np.float64) if has_kl else None
@@ -120,12 +120,12 @@ def compared_tokens(
 
 
 def losses_above(run: Run) -> Curve:
-    """The share of a run's tokens whose loss lies above a value, in nats."""
+    """Return the share of a run's tokens whose loss lies above a value, in nats."""
     return exceedance(run.tokens.nll)
 
 
 def exceedance(values_M: NDArray[np.floating]) -> Curve:
-    """(x, share of all tokens whose value lies above x), at points spaced evenly in log x.
+    """Return (x, share of all tokens whose value lies above x), at points spaced evenly in log x.
 
     Values of zero or below count in the denominator only; values that are not finite do not count.
     """

@@ -58,7 +58,7 @@ def interval_for(name: str) -> IntervalOf:
 def divergences_of(
     reference: Run, candidate: Run, pairs: Pairs, confidence: float
 ) -> tuple[Divergences | None, list[str]]:
-    """(the divergences of a candidate that was scored against this very reference, warnings)."""
+    """Return (the divergences of a candidate scored against this very reference, warnings)."""
     if candidate.reference is None:
         return None, []
     why_not = unlike_reference(reference, candidate)
@@ -86,18 +86,18 @@ def divergences_of(
     if 0 < columns["kl"].mean.value <= found.floor[0]:
         warnings.append(
             f"the mean KL ({columns['kl'].mean.value:.2g}) is not above what the stored reference "
-            f"has with itself ({found.floor[0]:.2g} nats a token): it says nothing"
+            f"has with itself ({found.floor[0]:.2g} nats per token): it says nothing"
         )
     return replace(found, num_below_floor=int((kl_M <= found.floor[0]).sum())), warnings
 
 
 def held_against(reference: Run, candidate: Run) -> bool:
-    """Whether the candidate's divergence columns were measured from this very reference run."""
+    """Tell whether the candidate's divergence columns were measured from this reference run."""
     return candidate.reference is not None and unlike_reference(reference, candidate) is None
 
 
 def unlike_reference(reference: Run, candidate: Run) -> str | None:
-    """Why the candidate's divergence columns do not belong to this reference; None where they do.
+    """Return why the candidate's divergences do not belong to this reference; None where they do.
 
     Both the measurement and the input must be the reference run's own: equal weights are not
     enough, since another precision, mode or attention gives other distributions.
@@ -127,7 +127,7 @@ def unlike_reference(reference: Run, candidate: Run) -> str | None:
 
 
 def _floor(reference: Run, candidate: Run) -> tuple[float, float] | None:
-    """Of the stored states, or of the file that the candidate was held against."""
+    """Return of the stored states, or of the file that the candidate was held against."""
     for record in (candidate.reference or {}, reference.saved_reference or {}):
         if "self_kl_max" in record:
             return record["self_kl_mean"], record["self_kl_max"]

@@ -74,7 +74,7 @@ class FirstChoices:
 
 
 def first_choices(reference: Run, candidate: Run, pairs: Pairs) -> FirstChoices | None:
-    """Where two runs over one input have other first choices; None where neither run tells."""
+    """Return where two runs over one input have other first choices; None if neither run tells."""
     changed = _changed_rows(reference, candidate)
     if changed is None:
         return None
@@ -91,7 +91,7 @@ def flips_of(
     limit: int,
     confidence: float,
 ) -> Flips | None:
-    """The changed first choices, with the `limit` of which the reference was surest."""
+    """Return the changed first choices, with the `limit` of which the reference was surest."""
     if choices is None:
         return None
     ours, theirs = reference.tokens, candidate.tokens
@@ -129,7 +129,7 @@ def flips_of(
 
 
 def text_around(tokens: RunTokens, row: int, count: int) -> str:
-    """The text of the scored tokens right before (`count` < 0) or after a row, in its document."""
+    """Return the text of the scored tokens right before (`count` < 0) or after a row."""
     step = 1 if count > 0 else -1
     last = row
     for _ in range(abs(count)):
@@ -147,7 +147,7 @@ def text_around(tokens: RunTokens, row: int, count: int) -> str:
 
 
 def _changed_rows(reference: Run, candidate: Run) -> tuple[NDArray[np.bool_], bool] | None:
-    """(where first choices are known to differ, whether that is all of them)."""
+    """Return (where first choices are known to differ, whether that is all of them)."""
     ours, theirs = reference.tokens, candidate.tokens
     if theirs.same_top1 is not None and held_against(reference, candidate):
         return ~theirs.same_top1.astype(np.bool_), True
@@ -169,7 +169,7 @@ def _sureness(reference: Run, candidate: Run, pairs: Pairs) -> NDArray[np.float6
 
 
 def _first_choices(tokens: RunTokens, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The id of each row's most likely token; UNKNOWN where it was not recorded."""
+    """Return the id of each row's most likely token; UNKNOWN where it was not recorded."""
     if tokens.top_ids is not None:
         return np.asarray(tokens.top_ids[rows, 0], np.int64)
     if tokens.rank is None:

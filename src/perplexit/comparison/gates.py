@@ -38,7 +38,7 @@ class Gate:
         return f"{self.metric}{self.operator}{self.bound:g}"
 
     def holds(self, figure: float) -> bool:
-        """Whether a number lies on the right side."""
+        """Tell whether a number lies on the right side."""
         return {
             "<=": figure <= self.bound,
             "<": figure < self.bound,
@@ -72,7 +72,7 @@ class GateResult:
 
     @property
     def says(self) -> str:
-        """What was held against the bound: `high end 1.0228 > 1.01`, `not measured: …`."""
+        """Return what was held against the bound: `high end 1.0228 > 1.01`, `not measured: …`."""
         if self.judged is None:
             return f"not measured: {self.why}"
         what = "value" if self.end is None else f"{self.end} end"
@@ -90,7 +90,7 @@ class GateResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values, every number finite or null."""
+        """Return the result as plain JSON values, every number finite or null."""
         plain: dict[str, Any] = plain_json(asdict(self) | {"says": self.says})
         return plain
 
@@ -107,7 +107,7 @@ def _apart(number: float, bound: float) -> str:
 
 
 def parse_gate(text: str) -> Gate:
-    """The gate that `METRIC<=NUMBER` or the name of a preset stands for.
+    """Return the gate that `METRIC<=NUMBER` or the name of a preset stands for.
 
     Raises UsageError where it is neither.
     """
@@ -129,7 +129,7 @@ def judge(
     *,
     judged_on: JudgedOn = "interval",
 ) -> list[GateResult]:
-    """Each gate held against a comparison, in the order given.
+    """Return each gate held against a comparison, in the order given.
 
     On the interval (the default) the bad end counts: the high end for `<=` and `<`, the low end
     for `>=` and `>`. A figure that never has an interval (a maximum, a percentile) is judged on its
@@ -215,7 +215,7 @@ def _why_not(comparison: Comparison | ByteComparison) -> str:
 
 
 def junit_xml(results_by_candidate: dict[str, list[GateResult]]) -> str:
-    """The gates as a JUnit test report: a suite a candidate, a test case a gate."""
+    """Return the gates as a JUnit test report: a suite a candidate, a test case a gate."""
     root = ElementTree.Element("testsuites", name="perplexit compare")
     for candidate, results in results_by_candidate.items():
         failures = sum(not result.passed for result in results)
@@ -234,7 +234,7 @@ def junit_xml(results_by_candidate: dict[str, list[GateResult]]) -> str:
 
 
 def markdown(results_by_candidate: dict[str, list[GateResult]]) -> str:
-    """The gates as a Markdown table, for a CI job's summary."""
+    """Return the gates as a Markdown table, for a CI job's summary."""
     lines = ["| candidate | gate | value | interval | judged | |", "|---|---|---|---|---|---|"]
     for candidate, results in results_by_candidate.items():
         for result in results:

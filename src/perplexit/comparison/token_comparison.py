@@ -216,7 +216,7 @@ _FIGURE_NAMES = {"same_top1": "top1_agreement", "top_k_agreement": "top10_agreem
 
 
 def _divergence_figures(name: str, found: Distribution) -> dict[str, Estimate]:
-    """A column's figures: `mean_kl`, `median_kl`, `p99.9_kl`, `max_kl`, or a share."""
+    """Return a column's figures: `mean_kl`, `median_kl`, `p99.9_kl`, `max_kl`, or a share."""
     if name in _FIGURE_NAMES:
         return {_FIGURE_NAMES[name]: found.mean}
     figures = {f"mean_{name}": found.mean, f"median_{name}": Estimate(found.median)}

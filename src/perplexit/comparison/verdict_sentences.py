@@ -43,12 +43,12 @@ class Judged:
 
     @property
     def verdict(self) -> Verdict:
-        """What the interval says, given the margin."""
+        """Return what the interval says, given the margin."""
         return verdict_of(self.difference, self.margin.nats)
 
     @property
     def measure(self) -> str:
-        """`perplexity`, or `byte perplexity`."""
+        """Return `perplexity`, or `byte perplexity`."""
         return "perplexity" if self.unit == "token" else "byte perplexity"
 
     def predicate(self, reference: str) -> str:
@@ -83,7 +83,7 @@ class Judged:
 
     @property
     def margin_in_words(self) -> str:
-        """`1 %`, or `the noise floor, 0.0010 %`: a share of the perplexity."""
+        """Return `1 %`, or `the noise floor, 0.0010 %`: a share of the perplexity."""
         if self.margin.is_asked:
             return exact_percent(self.margin.asked)
         return f"the noise floor, {percent(math.expm1(self.margin.nats))}"

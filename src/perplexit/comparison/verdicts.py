@@ -49,7 +49,7 @@ class Margin:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the margin asked for is what decides."""
+        """Tell whether the margin asked for is what decides."""
         return self.asked > 0 and self.nats <= math.log1p(self.asked)
 
 

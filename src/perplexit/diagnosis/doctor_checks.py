@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
@@ -14,7 +14,7 @@ from perplexit.diagnosis import (
     doctor_repeats,
     doctor_tokenizer,
 )
-from perplexit.diagnosis.doctor_findings import Diagnosis, Finding, skipped
+from perplexit.diagnosis.doctor_findings import Diagnosis, Finding, failed, skipped
 from perplexit.diagnosis.doctor_probe import ExaminedModel, make_probe
 from perplexit.errors import PerplexitError, UsageError
 from perplexit.evaluation.input_fit import own_tokenizer
@@ -69,7 +69,7 @@ def doctor(
     progress: Progress | None = None,
     **options: Unpack[EngineOptions],
 ) -> Diagnosis:
-    """What is sound and what is not about a model on its engine, check by check.
+    """Return what is sound and what is not about a model on its engine, check by check.
 
     model:  an open session, or an address that is loaded with `options` and closed afterwards.
     tokens: the input that figures will be taken over; its windows are then what is examined.
@@ -117,21 +117,20 @@ def _examined(examined: ExaminedModel, progress: Progress | None) -> tuple[Findi
         behind = next((cause[name] for name in check.needs if name in cause), None)
         if behind is not None:
             cause[check.name] = behind
-            findings.append(skipped(check.name, f"tells nothing while {behind!r} fails"))
-            continue
-        if check.computes and not examined.computes:
-            findings.append(skipped(check.name, "a recording computes nothing"))
-            continue
-        finding = _found(check, examined)
+            finding = skipped(f"tells nothing while {behind!r} fails")
+        elif check.computes and not examined.computes:
+            finding = skipped("a recording computes nothing")
+        else:
+            finding = _found(check, examined)
         if finding.status == "fail":
             cause[check.name] = check.name
-        findings.append(finding)
+        findings.append(replace(finding, check=check.name))
     return tuple(findings)
 
 
 def _found(check: Check, examined: ExaminedModel) -> Finding:
-    """What the check finds; a stated error of the engine is a failure of the check."""
+    """Return what the check finds; a stated error of the engine is a failure of the check."""
     try:
         return check.examine(examined)
     except PerplexitError as error:
-        return Finding(check.name, "fail", str(error), advice="see the message")
+        return failed(str(error), advice="see the message")

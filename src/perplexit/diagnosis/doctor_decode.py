@@ -5,7 +5,12 @@ Shape suffix: N = targets of one window.
 
 import numpy as np
 
-from perplexit.diagnosis.doctor_findings import Finding, skipped
+from perplexit.diagnosis.doctor_findings import (
+    Finding,
+    failed,
+    passed,
+    skipped,
+)
 from perplexit.diagnosis.doctor_probe import ExaminedModel
 from perplexit.diagnosis.doctor_repeats import largest_difference, tolerance
 from perplexit.errors import CacheMismatchError, CapabilityError
@@ -22,18 +27,16 @@ _OTHER_KINDS = (
 
 
 def decode(examined: ExaminedModel) -> Finding:
-    """Whether prefill and decode give the losses of the whole forward pass."""
+    """Tell whether prefill and decode give the losses of the whole forward pass."""
     session = examined.session
     if not isinstance(session, CachingSession):
-        return skipped(
-            "decode", "this engine, or this program, scores whole windows and keeps no cache"
-        )
+        return skipped("this engine, or this program, scores whole windows and keeps no cache")
     try:
         session.caching()  # the engine's own probe of its cache
     except CacheMismatchError as error:
-        return Finding("decode", "fail", str(error), advice=f"{_ADVICE} ({_OTHER_KINDS})")
+        return failed(str(error), advice=f"{_ADVICE} ({_OTHER_KINDS})")
     except CapabilityError as error:
-        return skipped("decode", str(error))
+        return skipped(str(error))
     windows = [examined.probe.short_windows[place] for place in _PLACES]
     whole = [examined.repeated[0][place] for place in _PLACES]
     figure = 0.0
@@ -44,14 +47,12 @@ def decode(examined: ExaminedModel) -> Finding:
         if not figure <= tolerance(examined):
             far_N = ~(np.abs(whole[0] - decoded[0]) <= tolerance(examined))
             first = int(windows[0].targets_N[np.argmax(far_N)])
-            return Finding(
-                "decode",
-                "fail",
+            return failed(
                 f"a prefill of {prompt_len} and a decode of {decode_chunk} ids a call differ from "
                 f"the whole forward pass by up to {figure:.3g} nats, from position {first} on",
                 figure,
                 tolerance(examined),
-                _ADVICE,
+                advice=_ADVICE,
             )
     sentence = f"prefill and decode differ from the whole forward pass by up to {figure:.3g} nats"
-    return Finding("decode", "pass", sentence, figure, tolerance(examined))
+    return passed(sentence, figure, tolerance(examined))

@@ -32,18 +32,33 @@ class Finding:
     advice: str = ""
 
 
-def skipped(check: str, why: str) -> Finding:
-    """A check that could not be done, and why."""
-    return Finding(check, "skipped", why)
+def passed(sentence: str, figure: Figure = None, limit: Figure = None) -> Finding:
+    """Return a pass. Each of these findings gets the name of its check from the list of checks."""
+    return Finding("", "pass", sentence, figure, limit)
 
 
-def judged(
-    check: str, figure: float, limit: float, *, sentence: str, advice: str, above: Status = "fail"
+def warned(sentence: str, figure: Figure = None, limit: Figure = None, *, advice: str) -> Finding:
+    """Return a warning with what to do."""
+    return Finding("", "warn", sentence, figure, limit, advice)
+
+
+def failed(sentence: str, figure: Figure = None, limit: Figure = None, *, advice: str) -> Finding:
+    """Return a failure with what to do."""
+    return Finding("", "fail", sentence, figure, limit, advice)
+
+
+def skipped(why: str) -> Finding:
+    """Return that a check could not be done, and why."""
+    return Finding("", "skipped", why)
+
+
+def within_limit(
+    figure: float, limit: float, sentence: str, *, advice: str, above: Status = "fail"
 ) -> Finding:
-    """A pass where `figure <= limit`, else `above` with the advice; NaN is above every limit."""
+    """Return a pass where `figure <= limit`, else `above`; NaN is above every limit."""
     if figure <= limit:
-        return Finding(check, "pass", sentence, figure, limit)
-    return Finding(check, above, sentence, figure, limit, advice)
+        return passed(sentence, figure, limit)
+    return Finding("", above, sentence, figure, limit, advice)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -63,23 +78,23 @@ class Diagnosis:
 
     @property
     def status(self) -> Status:
-        """`fail` where a check failed, else `warn` where one warned, else `pass`."""
+        """Return `fail` where a check failed, else `warn` where one warned, else `pass`."""
         found = {finding.status for finding in self.findings}
         return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
     def named(self, status: str) -> tuple[str, ...]:
-        """The names of the checks that ended in `status`, in order."""
+        """Return the names of the checks that ended in `status`, in order."""
         return tuple(finding.check for finding in self.findings if finding.status == status)
 
     def __getitem__(self, check: str) -> Finding:
-        """The finding of one check. Raises KeyError for a name that is none."""
+        """Return the finding of one check. Raises KeyError for a name that is none."""
         for finding in self.findings:
             if finding.check == check:
                 return finding
         raise KeyError(check)
 
     def to_json(self) -> dict[str, Any]:
-        """The diagnosis as plain JSON values, every number finite or null."""
+        """Return the diagnosis as plain JSON values, every number finite or null."""
         record = {"status": self.status, **asdict(self)}
         record["counts"] = {
             status: len(self.named(status)) for status in ("pass", "warn", "fail", "skipped")

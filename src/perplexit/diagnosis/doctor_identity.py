@@ -1,16 +1,22 @@
 """The doctor's checks of vocabulary, window length and precision."""
 
-from perplexit.diagnosis.doctor_findings import Finding, skipped
+from perplexit.diagnosis.doctor_findings import (
+    Finding,
+    failed,
+    passed,
+    skipped,
+    warned,
+)
 from perplexit.diagnosis.doctor_probe import ExaminedModel
 from perplexit.evaluation.input_fit import UNKNOWN_VOCABULARY
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 
 
 def vocabulary(examined: ExaminedModel) -> Finding:
-    """Whether every id has a row in the model, and how many rows have no token."""
+    """Tell whether every id has a row in the model, and how many rows have no token."""
     rows = examined.session.model.vocab_size
     if rows >= UNKNOWN_VOCABULARY:
-        return skipped("vocabulary", "this engine does not tell how many rows the model has")
+        return skipped("this engine does not tell how many rows the model has")
     largest = int(examined.probe.ids_S.max())
     if examined.tokens is not None:
         prefix_id = int(examined.tokens.windows.prefix_id.max(initial=-1))
@@ -20,14 +26,12 @@ def vocabulary(examined: ExaminedModel) -> Finding:
     ]
     num_tokens = max(sizes, default=0)
     if max(largest + 1, num_tokens) > rows:
-        return Finding(
-            "vocabulary",
-            "fail",
+        return failed(
             f"the tokenizer has {num_tokens} ids (the largest fed is {largest}), the model "
             f"{rows} rows",
             max(largest + 1, num_tokens),
             rows,
-            "use the tokenizer that the model was trained with",
+            advice="use the tokenizer that the model was trained with",
         )
     spare = rows - num_tokens
     sentence = f"every id has a row; the largest fed is {largest}"
@@ -35,27 +39,27 @@ def vocabulary(examined: ExaminedModel) -> Finding:
         sentence += f"; rows {num_tokens} to {rows - 1} ({spare}) have no token"
     if num_tokens and spare > max(1024, rows // 10):
         advice = "padding rarely takes so many rows: is this the model's own tokenizer?"
-        return Finding("vocabulary", "warn", sentence, spare, max(1024, rows // 10), advice)
-    return Finding("vocabulary", "pass", sentence, max(largest + 1, num_tokens), rows)
+        return warned(sentence, spare, max(1024, rows // 10), advice=advice)
+    return passed(sentence, max(largest + 1, num_tokens), rows)
 
 
 def window_length(examined: ExaminedModel) -> Finding:
-    """Whether the windows are ones that the model was made for."""
+    """Tell whether the windows are ones that the model was made for."""
     made_for = examined.session.model.max_length
     longest = examined.probe.max_length
     if examined.tokens is not None:
         longest = int(examined.tokens.fed_lengths().max(initial=0))
     if made_for is None:
-        return skipped("window length", "this engine does not tell what the model was made for")
+        return skipped("this engine does not tell what the model was made for")
     sentence = f"windows of up to {longest} ids; the model was made for {made_for}"
     if longest <= made_for:
-        return Finding("window length", "pass", sentence, longest, made_for)
+        return passed(sentence, longest, made_for)
     advice = f"prepare with --max-length {made_for}, or call it a test of extrapolation"
-    return Finding("window length", "warn", sentence, longest, made_for, advice)
+    return warned(sentence, longest, made_for, advice=advice)
 
 
 def dtype(examined: ExaminedModel) -> Finding:
-    """Whether the precision in effect is the one asked for; float32 where none was."""
+    """Tell whether the precision in effect is the one asked for; float32 where none was."""
     description = examined.session.description
     quantization = description.quantization
     asked = canonical_dtype(examined.dtype) if examined.dtype else None
@@ -69,20 +73,24 @@ def dtype(examined: ExaminedModel) -> Finding:
         quantization is None
         or canonical_precision(quantization.name) != canonical_precision(examined.quantization)
     ):
-        return Finding(
-            "dtype", "fail", f"{sentence}, but {examined.quantization} was asked for",
+        return failed(
+            f"{sentence}, but {examined.quantization} was asked for",
             advice="compile or load the model again with that quantization",
-        )  # fmt: skip
+        )
     if description.dtype.startswith("unknown"):
-        return skipped("dtype", f"{sentence}: the engine does not tell")
+        return skipped(f"{sentence}: the engine does not tell")
     if asked is not None and description.dtype != asked:
-        return Finding(
-            "dtype", "fail", f"{sentence}, but {asked} was asked for", description.dtype, asked,
-            "see the engine's settings in the record",
-        )  # fmt: skip
+        return failed(
+            f"{sentence}, but {asked} was asked for",
+            description.dtype,
+            asked,
+            advice="see the engine's settings in the record",
+        )
     if asked is None and description.dtype not in ("float32", "float64"):
-        return Finding(
-            "dtype", "warn", f"{sentence}: losses carry its rounding", description.dtype, "float32",
-            "load with --dtype float32 for reference figures",
-        )  # fmt: skip
-    return Finding("dtype", "pass", sentence, description.dtype, asked or "float32")
+        return warned(
+            f"{sentence}: losses carry its rounding",
+            description.dtype,
+            "float32",
+            advice="load with --dtype float32 for reference figures",
+        )
+    return passed(sentence, description.dtype, asked or "float32")

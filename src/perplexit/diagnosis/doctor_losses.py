@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.diagnosis.doctor_findings import Finding, judged, skipped
+from perplexit.diagnosis.doctor_findings import (
+    Finding,
+    failed,
+    passed,
+    skipped,
+    warned,
+    within_limit,
+)
 from perplexit.diagnosis.doctor_probe import ExaminedModel
 from perplexit.evaluation.input_fit import UNKNOWN_VOCABULARY
 from perplexit.inputs.windows import WindowIds
@@ -30,24 +37,22 @@ _STANDARD_ERRORS = 4.0
 
 
 def finite(examined: ExaminedModel) -> Finding:
-    """Whether every loss is a finite number."""
+    """Tell whether every loss is a finite number."""
     num_tokens = 0
     for window, nll_N in _first_losses(examined):
         bad = np.flatnonzero(~np.isfinite(nll_N))
         if len(bad):
             position = int(window.targets_N[bad[0]])
-            return Finding(
-                "finite",
-                "fail",
+            return failed(
                 f"{len(bad)} of {len(nll_N)} losses of a window of {len(window.ids_T)} ids are not "
                 f"finite; the first is {float(nll_N[bad[0]])} at position {position} (id "
                 f"{int(window.ids_T[position])})",
                 len(bad),
                 0,
-                "load in float32; if it stays, look at that position and id in the engine",
+                advice="load in float32; if it stays, look at that position and id in the engine",
             )
         num_tokens += len(nll_N)
-    return Finding("finite", "pass", f"all of {num_tokens} losses are finite", 0, 0)
+    return passed(f"all of {num_tokens} losses are finite", 0, 0)
 
 
 def _first_losses(examined: ExaminedModel) -> Iterator[tuple[WindowIds, NDArray[np.float32]]]:
@@ -60,16 +65,15 @@ def _first_losses(examined: ExaminedModel) -> Iterator[tuple[WindowIds, NDArray[
 
 
 def probabilities(examined: ExaminedModel) -> Finding:
-    """Whether the probabilities of all ids sum to 1, and none is masked."""
+    """Tell whether the probabilities of all ids sum to 1, and none is masked."""
     if isinstance(examined.session, LogitsSession):
         return _from_logits(examined, examined.session)
     vocab_size = examined.session.model.vocab_size
     if vocab_size >= UNKNOWN_VOCABULARY:
-        return skipped("probabilities", "the engine tells neither distributions nor its vocabulary")
+        return skipped("the engine tells neither distributions nor its vocabulary")
     if vocab_size > _MOST_ASKED:
         return skipped(
-            "probabilities",
-            f"the engine gives no distributions, and {vocab_size} ids are too many to ask for",
+            f"the engine gives no distributions, and {vocab_size} ids are too many to ask for"
         )
     context_T = examined.probe.ids_S[:_NUM_CONTEXT]
     target_N = np.array([len(context_T)], dtype=np.int64)
@@ -84,7 +88,7 @@ def probabilities(examined: ExaminedModel) -> Finding:
 
 
 def _from_logits(examined: ExaminedModel, session: LogitsSession) -> Finding:
-    """By the normaliser that a loss implies: log Z = nll + logit of the target."""
+    """Return by the normaliser that a loss implies: log Z = nll + logit of the target."""
     window = examined.probe.short_windows[1]
     nll_N = examined.repeated[0][1].astype(np.float64)
     targets = window.ids_T[window.targets_N]
@@ -105,14 +109,12 @@ def _from_logits(examined: ExaminedModel, session: LogitsSession) -> Finding:
     hidden = [] if masked is None else np.flatnonzero(masked[:num_tokens]).tolist()
     vocab_size = session.model.vocab_size
     if hidden:
-        return Finding(
-            "probabilities",
-            "fail",
+        return failed(
             f"{len(hidden)} of {vocab_size} ids can never be predicted, as their logits are "
             f"masked: {', '.join(map(str, hidden[:5]))}{', …' if len(hidden) > 5 else ''}",
             len(hidden),
             0,
-            "the engine hides tokens that text may hold (padding, end of text): switch it off",
+            advice="the engine hides tokens that a text may hold (padding, end of text): stop that",
         )
     return _judged_sum(total, vocab_size, float(np.concatenate(spare_mass).mean()))
 
@@ -120,22 +122,23 @@ def _from_logits(examined: ExaminedModel, session: LogitsSession) -> Finding:
 def _judged_sum(total: float, vocab_size: int, spare_mass: float = 0.0) -> Finding:
     sentence = f"the probabilities of {vocab_size} ids sum to {total:.6f}"
     if spare_mass > _SUM_LIMIT:
-        return Finding(
-            "probabilities", "warn", f"{sentence}, {spare_mass:.4f} of it on rows without a token",
-            spare_mass, _SUM_LIMIT, "the padded rows cost that much; is the tokenizer the model's?",
-        )  # fmt: skip
-    return judged(
-        "probabilities",
+        return warned(
+            f"{sentence}, {spare_mass:.4f} of it on rows without a token",
+            spare_mass,
+            _SUM_LIMIT,
+            advice="the padded rows cost that much; is the tokenizer the model's?",
+        )
+    return within_limit(
         abs(total - 1),
         _SUM_LIMIT,
-        sentence=sentence,
+        sentence,
         advice="losses are normalised over other ids than the model's vocabulary: masked or "
         "missing rows",
     )
 
 
 def position(examined: ExaminedModel) -> Finding:
-    """Whether the loss jumps at long context: the same ids behind all the text, and behind little.
+    """Tell whether the loss jumps at long context: the same ids after much text, and after little.
 
     More context makes text easier, so a stretch that is much harder behind the long context than
     behind 32 ids of it points at the engine: attention, positions, a cache.
@@ -143,13 +146,15 @@ def position(examined: ExaminedModel) -> Finding:
     probe = examined.probe
     room = probe.room
     if room < _CONTEXT + _STRIDE + _BLOCK // 2:
-        return skipped("position", f"windows of {room} ids are too short to tell")
-    near_N = np.concatenate([
-        examined.session.token_nll(
-            [probe.window(start, min(_CONTEXT + _STRIDE, room - start), first_target=_CONTEXT)]
-        )[0]
-        for start in range(0, room - _CONTEXT, _STRIDE)
-    ])  # fmt: skip
+        return skipped(f"windows of {room} ids are too short to tell")
+    near_N = np.concatenate(
+        [
+            examined.session.token_nll(
+                [probe.window(start, min(_CONTEXT + _STRIDE, room - start), first_target=_CONTEXT)]
+            )[0]
+            for start in range(0, room - _CONTEXT, _STRIDE)
+        ]
+    )
     far_N = examined.long_losses[_CONTEXT - 1 :]
     harder_N = far_N.astype(np.float64) - near_N
     blocks = np.array_split(harder_N, max(1, len(harder_N) // _BLOCK))
@@ -159,29 +164,25 @@ def position(examined: ExaminedModel) -> Finding:
     jumps = np.flatnonzero((means > _JUMP_NATS) & (means > _STANDARD_ERRORS * errors))
     worst = float(means.max())
     if not len(jumps):
-        return Finding(
-            "position",
-            "pass",
+        return passed(
             f"over {room} ids, long context never makes {len(blocks[0])} ids in a row much harder "
             f"(at most {worst:+.3f} nats)",
             worst,
             _JUMP_NATS,
         )
     first = int(starts[jumps[0]])
-    return Finding(
-        "position",
-        "fail",
+    return failed(
         f"from about position {first} on, long context makes the text harder by up to {worst:.3g} "
-        f"nats a token",
+        f"nats per token",
         worst,
         _JUMP_NATS,
-        f"the engine is wrong beyond that length: use windows below {first} ids, or another "
+        advice=f"the engine is wrong beyond that length: use windows below {first} ids, or another "
         "attention implementation",
     )
 
 
 def level(examined: ExaminedModel) -> Finding:
-    """Whether real text is far more likely than the same ids shuffled, and than chance."""
+    """Tell whether real text is far more likely than the same ids shuffled, and than chance."""
     windows = examined.probe.short_windows
     generator = np.random.default_rng(0)
     kept = int(examined.probe.prefix_id is not None)
@@ -195,23 +196,27 @@ def level(examined: ExaminedModel) -> Finding:
     gain = float(np.concatenate(losses).mean(dtype=np.float64)) - real
     vocab_size = examined.session.model.vocab_size
     chance = math.log(vocab_size) if vocab_size < UNKNOWN_VOCABULARY else math.inf
-    sentence = f"{real:.3f} nats a token of real text, {real + gain:.3f} with its ids shuffled"
+    sentence = f"{real:.3f} nats per token of real text, {real + gain:.3f} with its ids shuffled"
     if math.isfinite(chance):
         sentence += f", {chance:.3f} by chance"
     if gain >= _LEVEL_NATS and real < chance:
-        return Finding("level", "pass", sentence, gain, _LEVEL_NATS)
+        return passed(sentence, gain, _LEVEL_NATS)
     trained = _is_trained(examined.session)
     advice = "is this the model's own tokenizer, and is the text of a kind that it was trained on?"
     if trained is False:
         sentence += "; the model's weights are untrained"
     return Finding(
-        "level", "fail" if trained else "warn", sentence, gain, _LEVEL_NATS,
+        "level",
+        "fail" if trained else "warn",
+        sentence,
+        gain,
+        _LEVEL_NATS,
         advice if trained is not False else "train the model, or take the figures for a test",
-    )  # fmt: skip
+    )
 
 
 def _is_trained(session: Any) -> bool | None:
-    """Whether normalisation weights have left the constants that they start from.
+    """Tell whether normalisation weights have left the constants that they start from.
 
     None where the session shows no module, or one without such weights.
     """

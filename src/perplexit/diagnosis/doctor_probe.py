@@ -47,7 +47,7 @@ class Probe:
     def window(
         self, start: int, length: int, *, first_target: int = 1, index: int = 0
     ) -> WindowIds:
-        """A window of `length` ids of the stretch from `start` on, behind the prefix.
+        """Return a window of `length` ids of the stretch from `start` on, behind the prefix.
 
         Scored are the stretch's ids `start + first_target …`.
         """
@@ -59,22 +59,22 @@ class Probe:
 
     @property
     def room(self) -> int:
-        """Ids of the stretch that fit into one window behind the prefix."""
+        """Return ids of the stretch that fit into one window behind the prefix."""
         return min(len(self.ids_S), self.max_length - (self.prefix_id is not None))
 
     @cached_property
     def short_windows(self) -> tuple[WindowIds, ...]:
-        """Windows of unequal length from all over the stretch."""
+        """Return windows of unequal length from all over the stretch."""
         return self._cut(_SHORT_LENGTHS, first_index=0)
 
     @cached_property
     def equal_windows(self) -> tuple[WindowIds, ...]:
-        """Windows of one length: a batch of them is not padded."""
+        """Return windows of one length: a batch of them is not padded."""
         return self._cut((_EQUAL_LENGTH,) * _NUM_EQUAL, first_index=10)
 
     @cached_property
     def long_window(self) -> WindowIds:
-        """The longest window."""
+        """Return the longest window."""
         return self.window(0, self.room, index=20)
 
     def _cut(self, lengths: Sequence[int], *, first_index: int) -> tuple[WindowIds, ...]:
@@ -102,12 +102,12 @@ class ExaminedModel:
 
     @property
     def computes(self) -> bool:
-        """Whether the session computes anything; a recording gives back what it holds."""
+        """Tell whether the session computes anything; a recording gives back what it holds."""
         return not isinstance(self.session, RecordedInferenceSession)
 
     @cached_property
     def recorded_windows(self) -> list[WindowIds]:
-        """The first windows of the input: all that a recording can be asked."""
+        """Return the first windows of the input: all that a recording can be asked."""
         if self.tokens is None:
             raise UsageError("a recording can only be examined with its INPUT; name the token file")
         return [
@@ -116,7 +116,7 @@ class ExaminedModel:
 
     @cached_property
     def repeated(self) -> tuple[Losses, Losses, Losses]:
-        """The short windows three times over, one request a window."""
+        """Return the short windows three times over, one request a window."""
         first, second, third = (
             [self.session.token_nll([window])[0] for window in self.probe.short_windows]
             for _ in range(3)
@@ -125,7 +125,7 @@ class ExaminedModel:
 
     @cached_property
     def long_losses(self) -> NDArray[np.float32]:
-        """The losses of the longest window."""
+        """Return the losses of the longest window."""
         return self.session.token_nll([self.probe.long_window])[0]
 
 
@@ -135,7 +135,7 @@ def make_probe(
     tokens: TokenFile | None,
     max_length: int | None,
 ) -> Probe:
-    """The probe: the input's longest window, or the packaged text in the model's own tokenizer.
+    """Make the probe from the input's longest window, or the packaged text and the tokenizer.
 
     Raises UsageError where there is neither an input nor a tokenizer, or too little of either.
     """
@@ -160,12 +160,12 @@ def make_probe(
 
 
 def packaged_text() -> str:
-    """The State of the Union address of 1928 (public domain), its first 14,000 characters."""
+    """Return the start of the State of the Union address of 1928: 14,000 characters, public domain."""
     return resources.files("perplexit.diagnosis").joinpath("probe.txt").read_text(encoding="utf-8")
 
 
 def _from_input(tokens: TokenFile) -> tuple[NDArray[np.int32], int | None, int]:
-    """(ids of the longest window without its prefix, the prefix, the window's length)."""
+    """Return (ids of the longest window without its prefix, the prefix, the window's length)."""
     lengths_W = tokens.fed_lengths()
     if not len(lengths_W):
         raise UsageError(f"expected an INPUT with windows, got {tokens.path} without one")
@@ -180,7 +180,7 @@ def _from_input(tokens: TokenFile) -> tuple[NDArray[np.int32], int | None, int]:
 
 
 def _length_limit(session: InferenceSession, wanted: int) -> int:
-    """`wanted`, less where the model, the program or the server takes no more."""
+    """Return `wanted`, less where the model, the program or the server takes no more."""
     shapes: Any = session.description.settings.get("shapes") or {}
     limits = [wanted, session.model.max_length, shapes.get("length")]
     limit = min(int(value) for value in limits if value)

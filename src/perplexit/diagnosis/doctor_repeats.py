@@ -7,25 +7,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from perplexit.diagnosis.doctor_findings import Finding, judged, skipped
+from perplexit.diagnosis.doctor_findings import (
+    Finding,
+    failed,
+    passed,
+    skipped,
+    within_limit,
+)
 from perplexit.diagnosis.doctor_probe import ExaminedModel, Losses
 from perplexit.errors import ModelError
 from perplexit.inputs.windows import WindowIds
 
 _RANDOM = 1e-3  # nats; sums in another order differ by less
-_EXACT = 2e-3  # nats a token, in float32: what engines of one model may differ by
-_ROUNDED = 0.5  # nats a token, in fewer bits
+_EXACT = 2e-3  # nats per token, in float32: what engines of one model may differ by
+_ROUNDED = 0.5  # nats per token, in fewer bits
 
 
 def tolerance(examined: ExaminedModel) -> float:
-    """The largest difference in nats a token that this precision explains."""
+    """Return the largest difference in nats per token that this precision explains."""
     description = examined.session.description
     exact = description.dtype in ("float32", "float64") and description.quantization is None
     return _EXACT if exact else _ROUNDED
 
 
 def prefix_cache(examined: ExaminedModel) -> Finding:
-    """Whether a request that was made before gives the same losses, and all of them."""
+    """Tell whether a request that was made before gives the same losses, and all of them."""
     wanted = [len(window.targets_N) for window in examined.probe.short_windows]
     for count, losses in zip(("first", "second", "third"), examined.repeated, strict=True):
         got = [len(nll_N) for nll_N in losses]
@@ -52,30 +58,28 @@ def prefix_cache(examined: ExaminedModel) -> Finding:
             changed,
         )
     sentence = "an identical request gives every loss again"
-    return Finding("prefix cache", "pass", sentence, 0, 0)
+    return passed(sentence, 0, 0)
 
 
 def dropout(examined: ExaminedModel) -> Finding:
-    """Whether passes differ by more than sums in another order do."""
+    """Tell whether passes differ by more than sums in another order do."""
     figure = _repeat_difference(examined)
-    return judged(
-        "dropout",
+    return within_limit(
         figure,
         _RANDOM,
-        sentence=f"passes over the same windows differ by up to {figure:.3g} nats",
+        f"passes over the same windows differ by up to {figure:.3g} nats",
         advice="something random is left on (dropout, sampling): put the model into evaluation "
         "mode, model.eval()",
     )
 
 
 def determinism(examined: ExaminedModel) -> Finding:
-    """Whether passes are identical to the last bit."""
+    """Tell whether passes are identical to the last bit."""
     figure = _repeat_difference(examined)
-    return judged(
-        "determinism",
+    return within_limit(
         figure,
         0.0,
-        sentence=f"passes over the same windows differ by up to {figure:.3g} nats",
+        f"passes over the same windows differ by up to {figure:.3g} nats",
         advice="differences below this are noise; fix the number of threads, or compare with "
         "--noise-floor",
         above="warn",
@@ -83,36 +87,33 @@ def determinism(examined: ExaminedModel) -> Finding:
 
 
 def batch(examined: ExaminedModel) -> Finding:
-    """Whether a window has the same losses alone, in a batch and in a shuffled batch."""
+    """Tell whether a window has the same losses alone, in a batch and in a shuffled batch."""
     windows = examined.probe.equal_windows
     if examined.session.max_batch_size(len(windows[0].ids_T)) == 1:
-        return skipped("batch", "this engine takes one window at a time")
+        return skipped("this engine takes one window at a time")
     alone = _alone(examined, windows)
     together = examined.session.token_nll(windows)
     shuffled = list(reversed(examined.session.token_nll(list(reversed(windows)))))
     figure = max(largest_difference(alone, together), largest_difference(alone, shuffled))
-    return judged(
-        "batch",
+    return within_limit(
         figure,
         tolerance(examined),
-        sentence=f"{len(windows)} windows alone, together and in reverse differ by up to "
-        f"{figure:.3g} nats",
+        f"{len(windows)} windows alone, together and in reverse differ by up to {figure:.3g} nats",
         advice="evaluate with --batch-size 1, and look for what the windows of a batch share "
         "(activation scales, a cache)",
     )
 
 
 def padding(examined: ExaminedModel) -> Finding:
-    """Whether a window has the same losses alone and padded to a longer neighbour's length."""
+    """Tell whether a window has the same losses alone and padded to a longer neighbour's length."""
     windows = examined.probe.short_windows
     if examined.session.max_batch_size(len(windows[0].ids_T)) == 1:
-        return skipped("padding", "this engine takes one window at a time: nothing is padded")
+        return skipped("this engine takes one window at a time: nothing is padded")
     figure = largest_difference(examined.repeated[0], examined.session.token_nll(windows))
-    return judged(
-        "padding",
+    return within_limit(
         figure,
         tolerance(examined),
-        sentence=f"windows of {', '.join(str(len(w.ids_T)) for w in windows)} ids alone and "
+        f"windows of {', '.join(str(len(w.ids_T)) for w in windows)} ids alone and "
         f"padded differ by up to {figure:.3g} nats",
         advice="padding is attended to, or moves positions: give the model an attention mask, or "
         "evaluate with --batch-size 1",
@@ -120,12 +121,12 @@ def padding(examined: ExaminedModel) -> Finding:
 
 
 def alignment(examined: ExaminedModel) -> Finding:
-    """Whether one id changed in the middle changes its own loss, and none before it."""
+    """Tell whether one id changed in the middle changes its own loss, and none before it."""
     window = examined.probe.equal_windows[0]
     place = len(window.ids_T) // 2
     others = examined.probe.ids_S[examined.probe.ids_S != window.ids_T[place]]
     if not len(others):
-        return skipped("alignment", "the probe is one id repeated")
+        return skipped("the probe is one id repeated")
     changed_T = window.ids_T.copy()
     changed_T[place] = others[0]
     changed = WindowIds(window.index + 5, changed_T, window.targets_N)
@@ -139,17 +140,19 @@ def alignment(examined: ExaminedModel) -> Finding:
         "losses are scored against the wrong ids (off by one), or the model sees the future: "
         "compare with another engine"
     )
-    finding = judged("alignment", figure, tolerance(examined), sentence=sentence, advice=advice)
+    finding = within_limit(figure, tolerance(examined), sentence, advice=advice)
     if finding.status == "pass" and before[own] == after[own] and np.ptp(before) > 0:
-        return Finding(
-            "alignment", "fail", f"an id changed at position {place} does not change its own loss",
-            0.0, None, advice,
-        )  # fmt: skip
+        return failed(
+            f"an id changed at position {place} does not change its own loss",
+            0.0,
+            None,
+            advice=advice,
+        )
     return finding
 
 
 def largest_difference(first: Losses, second: Losses) -> float:
-    """The largest difference in nats; NaN where both are. Raises ModelError for missing losses."""
+    """Return the largest difference in nats, or NaN. Raises ModelError for missing losses."""
     _check_lengths(first, second)
     differences = [float(np.abs(a - b).max()) for a, b in zip(first, second, strict=True) if len(a)]
     return max(differences, default=0.0)
@@ -171,7 +174,6 @@ def _repeat_difference(examined: ExaminedModel) -> float:
 
 
 def _stale(sentence: str, figure: float) -> Finding:
-    return Finding(
-        "prefix cache", "fail", sentence, figure, 0,
-        "switch the engine's prefix cache off, and evaluate again",
-    )  # fmt: skip
+    return failed(
+        sentence, figure, 0, advice="switch the engine's prefix cache off, and evaluate again"
+    )

@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perplexit.diagnosis.doctor_findings import Finding, skipped
+from perplexit.diagnosis.doctor_findings import (
+    Finding,
+    failed,
+    passed,
+    skipped,
+    warned,
+)
 from perplexit.diagnosis.doctor_probe import HARD_TEXT, ExaminedModel, packaged_text
 from perplexit.errors import TokenizerError
 from perplexit.inputs.retokenizing import first_difference, match_tokenizer
@@ -23,47 +29,43 @@ _MOST_WINDOWS = 4096
 
 
 def tokenizer(examined: ExaminedModel) -> Finding:
-    """Whether input, model and engine turn one text into the same ids."""
+    """Tell whether input, model and engine turn one text into the same ids."""
     own = examined.tokenizer
     if own is None:
-        return skipped("tokenizer", "the model comes without a tokenizer; name one (--tokenizer)")
+        return skipped("the model comes without a tokenizer; name one (--tokenizer)")
     compared = []
     for compare in (_input_compared, _engine_compared, _spelling_compared):
         found = compare(examined, own)
         if found is not None and found.differs:
             advice = "prepare with the tokenizer that the model was trained with"
-            return Finding("tokenizer", "fail", found.sentence, advice=advice)
+            return failed(found.sentence, advice=advice)
         if found is not None:
             compared.append(found.sentence)
     if compared:
-        return Finding("tokenizer", "pass", "; ".join(compared))
-    return skipped("tokenizer", "nothing to compare: the probe is made with the model's own")
+        return passed("; ".join(compared))
+    return skipped("nothing to compare: the probe is made with the model's own")
 
 
 def bos(examined: ExaminedModel) -> Finding:
-    """Whether a BOS stands where the model was trained with one, once."""
+    """Tell whether a BOS stands where the model was trained with one, once."""
     bos_id, added = _bos_of(examined)
     if bos_id is None:
-        return Finding("bos", "pass", "the tokenizer has no BOS, and none is fed")
+        return passed("the tokenizer has no BOS, and none is fed")
     num_windows, num_with, num_double = _bos_counts(examined, bos_id)
     if num_double:
-        return Finding(
-            "bos",
-            "fail",
+        return failed(
             f"{num_double} of {num_windows} windows begin with the BOS (id {bos_id}) twice",
             num_double,
             0,
-            "one of the two comes from the text or its template: prepare with --bos none, or take "
-            "it out of the text",
+            advice="one of the two comes from the text or its template: prepare with --bos none, "
+            "or take it out of the text",
         )
     if bos_id in added and num_with == 0:
-        return Finding(
-            "bos",
-            "fail",
+        return failed(
             f"the tokenizer puts a BOS (id {bos_id}) before a text, but no window begins with it",
             0,
             num_windows,
-            "prepare with --bos auto (or first, or every)",
+            advice="prepare with --bos auto (or first, or every)",
         )
     return _measured_bos(examined, bos_id, is_fed=num_with > 0, is_added=bos_id in added)
 
@@ -128,9 +130,9 @@ def _spelling_difference(
 
 
 def _bos_of(examined: ExaminedModel) -> tuple[int | None, tuple[int, ...]]:
-    """(the BOS, what goes before a text): by the engine's own tokenizer, the model's, the input's.
+    """Return (the BOS, the ids before a text): of the engine, else the model, else the input.
 
-    In that order: a file's conversion can lose what the engine still knows.
+    The engine comes first: a file's conversion can lose what the engine still knows.
     """
     if examined.tokenizer is not None:
         bos_id, added = examined.tokenizer.bos_id, examined.tokenizer.added_prefix
@@ -144,7 +146,7 @@ def _bos_of(examined: ExaminedModel) -> tuple[int | None, tuple[int, ...]]:
 
 
 def _engine_ids(session: TokenizesText, text: str, *, special: bool = False) -> list[int] | None:
-    """The ids of `text` by the engine's own tokenizer; None where its model holds none."""
+    """Return the ids of `text` by the engine's own tokenizer; None where its model holds none."""
     try:
         return session.own_token_ids(text, special=special)
     except TokenizerError:
@@ -160,7 +162,7 @@ def _engine_prefix(session: TokenizesText) -> tuple[int, ...] | None:
 
 
 def _bos_counts(examined: ExaminedModel, bos_id: int) -> tuple[int, int, int]:
-    """(windows, those that begin with the BOS, those that begin with it twice)."""
+    """Return (windows, those that begin with the BOS, those that begin with it twice)."""
     if examined.tokens is not None:
         rows = range(min(examined.tokens.num_windows, _MOST_WINDOWS))
         starts = [tuple(examined.tokens.window_ids(row).ids_T[:2].tolist()) for row in rows]
@@ -172,10 +174,10 @@ def _bos_counts(examined: ExaminedModel, bos_id: int) -> tuple[int, int, int]:
 
 
 def _measured_bos(examined: ExaminedModel, bos_id: int, *, is_fed: bool, is_added: bool) -> Finding:
-    """What a BOS before the text does to the loss of the same tokens."""
+    """Return what a BOS before the text does to the loss of the same tokens."""
     fed = f"a BOS (id {bos_id}) is fed" if is_fed else f"no BOS is fed (id {bos_id})"
     if not examined.computes or bos_id >= examined.session.model.vocab_size:
-        return Finding("bos", "pass", f"{fed}, as the tokenizer adds it" if is_added else fed)
+        return passed(f"{fed}, as the tokenizer adds it" if is_added else fed)
     ids_T = examined.probe.ids_S[: min(_NUM_BOS_TARGETS + 1, examined.probe.max_length - 1)]
     targets_N = np.arange(1, len(ids_T), dtype=np.int64)
     with_T = np.concatenate((np.array([bos_id], np.int32), ids_T)).astype(np.int32)
@@ -190,8 +192,8 @@ def _measured_bos(examined: ExaminedModel, bos_id: int, *, is_fed: bool, is_adde
     certain = abs(gain) > max(_NATS_OF_A_BOS, _STANDARD_ERRORS * error)
     if certain and gain > 0 and not is_fed:
         advice = "the model was trained with a BOS: prepare with --bos first (or every)"
-        return Finding("bos", "fail", sentence, gain, _NATS_OF_A_BOS, advice)
+        return failed(sentence, gain, _NATS_OF_A_BOS, advice=advice)
     if certain and gain < 0 and is_fed and not is_added:
         advice = "the model does without: prepare with --bos none"
-        return Finding("bos", "warn", sentence, gain, -_NATS_OF_A_BOS, advice)
-    return Finding("bos", "pass", sentence, gain, _NATS_OF_A_BOS)
+        return warned(sentence, gain, -_NATS_OF_A_BOS, advice=advice)
+    return passed(sentence, gain, _NATS_OF_A_BOS)

@@ -35,7 +35,7 @@ class Explanation:
 
     @property
     def aspects(self) -> tuple[str, ...]:
-        """The names of what differs, each once, in order."""
+        """Return the names of what differs, each once, in order."""
         return tuple(dict.fromkeys(difference.aspect for difference in self.differences))
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Explanation:
         width = max((len(difference.aspect) for difference in self.differences), default=0)
         lines += [f"  {d.aspect:<{width}}  {d.sentence}" for d in self.differences]
         if self.total_nats is not None:
-            lines.append(f"mean nll: {self.total_nats:+.6f} nats a token, of which")
+            lines.append(f"mean nll: {self.total_nats:+.6f} nats per token, of which")
         lines += [_step_line(step) for step in self.steps]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -86,7 +86,7 @@ def explain(
     model: Model | Sequence[Model] | None = None,
     measure: bool = True,
 ) -> Explanation:
-    """Every difference between two runs by name, and what each contributes to the mean nll.
+    """Return every difference between two runs by name, and what each contributes to the mean nll.
 
     inputs: token files of the runs, in any order; without them those are read that lie where the
         runs found them.
@@ -110,7 +110,9 @@ def explain(
             runs[0], runs[1], inputs=token_files, aspects=aspects, models=models
         )
     if runs[0].tokenizer_fingerprint != runs[1].tokenizer_fingerprint:
-        notes.append("nats a token of two tokenizers are not comparable; `compare` aligns by bytes")
+        notes.append(
+            "nats per token of two tokenizers are not comparable; `compare` aligns by bytes"
+        )
     if not found and total:
         notes.append("the figures differ by rounding alone: the engine does not repeat itself")
     return Explanation(
@@ -126,7 +128,7 @@ def explain(
 def _inputs_of(
     runs: Sequence[Run], given: Sequence[TokenFile | str | Path]
 ) -> tuple[TokenFile | None, TokenFile | None]:
-    """Each run's token file: one of those given, else where the run found it, else None."""
+    """Return each run's token file: one of those given, else where the run found it, else None."""
     opened = [item if isinstance(item, TokenFile) else TokenFile.open(item) for item in given]
     by_fingerprint = {tokens.input_fingerprint: tokens for tokens in opened}
     wanted = [run.input_fingerprint for run in runs]

@@ -29,7 +29,7 @@ class InputStep(NamedTuple):
 
 
 def input_steps(first: TokenFile, second: TokenFile, aspects: Sequence[str]) -> list[InputStep]:
-    """Steps from `first` to `second`, which is the last one's input; empty for one input.
+    """Return steps from `first` to `second`, which is the last one's input; empty for one input.
 
     aspects: the differences by name; each step takes those that are its own.
     """
@@ -67,7 +67,7 @@ def _steps(first: TokenFile, second: TokenFile) -> Iterator[InputStep]:
 
 
 def rewindowed(tokens: TokenFile, protocol: Mapping[str, Any]) -> TokenFile | None:
-    """The ids, text and mask of `tokens` under the windows of another protocol entry.
+    """Return the ids, text and mask of `tokens` under the windows of another protocol entry.
 
     It lives in memory. None where the protocol cannot be applied to these ids.
     """
@@ -105,7 +105,7 @@ def rewindowed(tokens: TokenFile, protocol: Mapping[str, Any]) -> TokenFile | No
 
 
 def _named(steps: list[InputStep], aspects: Sequence[str]) -> list[InputStep]:
-    """Each aspect of an input with the step that turns it; the rest go with the last one."""
+    """Return each aspect of an input with the step that turns it; the rest go with the last one."""
     own = {"bos", "max_length", "stride", "protocol", "tail", "denominator", "tokenizer"}
     texts = tuple(aspect for aspect in aspects if aspect not in own)
     named = []

@@ -49,7 +49,7 @@ Inputs = tuple[TokenFile | None, TokenFile | None]
 
 
 def differences(first: Run, second: Run, inputs: Inputs) -> list[Difference]:
-    """Everything in which two runs differ, inputs before sessions; empty where nothing does."""
+    """Return everything in which two runs differ, inputs before sessions."""
     found = [*_of_text(first, second, inputs), *_of_tokenizer(first, second)]
     same_ids = not found
     found += _of_protocol(first, second)
@@ -157,7 +157,7 @@ def _of_scored_tokens(first: Run, second: Run, same_ids: bool) -> Iterator[Diffe
 
 
 def _of_scored_sets(first: Run, second: Run) -> Iterator[Difference]:
-    """Which tokens of one text are scored, and how often."""
+    """Return which tokens of one text are scored, and how often."""
     keys, repeats = zip(*(_scored(run.tokens) for run in (first, second)), strict=True)
     if repeats[0] != repeats[1]:
         yield plain("tokens that are counted twice, by overlap", "denominator", *repeats)
@@ -188,7 +188,7 @@ _INDEX_BITS = 40  # of a token's index in its document
 
 
 def _scored(tokens: RunTokens) -> tuple[NDArray[np.int64], int]:
-    """(a key for each scored token, sorted, each once; how many rows repeat one)."""
+    """Return (a key for each scored token, sorted, each once; how many rows repeat one)."""
     rows = (tokens.document.astype(np.int64) << _INDEX_BITS) | tokens.token_index.astype(np.int64)
     keys = np.unique(rows)
     return keys, len(rows) - len(keys)
@@ -199,7 +199,7 @@ def _token_index(keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _in_tail(alone: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of the keys come after everything that the other run scored in their document."""
+    """Return which keys come after everything that the other run scored in their document."""
     following = np.searchsorted(others, alone)
     padded = np.append(others >> _INDEX_BITS, -1)
     tail: NDArray[np.bool_] = padded[following] != (alone >> _INDEX_BITS)

@@ -41,7 +41,7 @@ class Setting:
 
     @classmethod
     def of(cls, run: Run) -> "Setting":
-        """The setting of a run."""
+        """Return the setting of a run."""
         quantization = run.session.get("quantization") or {}
         return cls(
             address=str(run.model.get("address")),
@@ -63,7 +63,7 @@ class SessionStep:
 
 
 def session_steps(first: Run, second: Run, aspects: Sequence[str]) -> list[SessionStep]:
-    """Steps from the first run's session to the second's; empty where they do not differ.
+    """Return steps from the first run's session to the second's; empty where they do not differ.
 
     The precision is turned on the first run's engine and weights, and engine and weights last.
     """
@@ -91,7 +91,7 @@ def session_steps(first: Run, second: Run, aspects: Sequence[str]) -> list[Sessi
 
 @contextmanager
 def opened(setting: Setting, models: Sequence[Model]) -> Iterator[InferenceSession]:
-    """The session that a setting describes, from `models` or from its own address.
+    """Return the session that a setting describes, from `models` or from its own address.
 
     An open session among `models` stays open. Raises ModelError where none has these weights under
     these conditions, or what loading raised.
@@ -122,7 +122,7 @@ def opened(setting: Setting, models: Sequence[Model]) -> Iterator[InferenceSessi
 
 
 def _loaded(address: str | Path, setting: Setting) -> InferenceSession:
-    """The session, with the options that its engine has."""
+    """Return the session, with the options that its engine has."""
     options = {
         "device": setting.device,
         "threads": setting.threads,
@@ -139,7 +139,7 @@ def _loaded(address: str | Path, setting: Setting) -> InferenceSession:
 
 
 def _mismatch(session: InferenceSession, setting: Setting) -> str | None:
-    """Why a session is not the one that is wanted; None where it is."""
+    """Return why a session is not the one that is wanted; None where it is."""
     description = asdict(session.description)
     found = {
         "weights": session.model.weights_fingerprint,

@@ -50,7 +50,7 @@ class _Place(NamedTuple):
 
 
 def measured(run: Run) -> Measured | None:
-    """The run's mean nll; None where it has none."""
+    """Return the run's mean nll; None where it has none."""
     if run.nll_sum is None or not run.num_tokens:
         return None
     return Measured(run.nll_sum / run.num_tokens, run.bits_per_byte, run.num_tokens)
@@ -64,7 +64,7 @@ def steps_between(
     aspects: Sequence[str],
     models: Sequence[Model] = (),
 ) -> tuple[list[Step], list[str]]:
-    """(the steps from the first run to the second, why some could not be told apart).
+    """Return (the steps from the first run to the second, why some could not be told apart).
 
     The ends are the runs' own figures, so the steps always add up to the whole difference. A place
     that cannot be measured (its model is not at hand, or does not take these ids) is left out, and
@@ -110,7 +110,7 @@ def _places(
     aspects: Sequence[str],
     models: Sequence[Model],
 ) -> tuple[list[_Place], list[str]]:
-    """The way: first the input, then the session; the other way round with the second's model."""
+    """Return the way: the input changes first; the session, if only the second model is at hand."""
     reasons = []
     ours, theirs = Setting.of(first), Setting.of(second)
     sessions = session_steps(first, second, aspects)

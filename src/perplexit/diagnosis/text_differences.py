@@ -49,13 +49,13 @@ class FirstDifference(NamedTuple):
 
 
 def documents_of_run(text: RunText) -> list[bytes]:
-    """The UTF-8 that a run's rows hold; what was not scored is zeros, or missing at the end."""
+    """Return the UTF-8 in a run's rows; what was not scored is zeros, or missing at the end."""
     edges = text.document_byte_starts.tolist()
     return [text.text_bytes[begin:end] for begin, end in pairwise(edges)]
 
 
 def first_difference(first: Sequence[bytes], second: Sequence[bytes]) -> FirstDifference | None:
-    """The first place where two texts part; None where they are equal."""
+    """Return the first place where two texts part; None where they are equal."""
     for document in range(max(len(first), len(second))):
         one = first[document] if document < len(first) else b""
         other = second[document] if document < len(second) else b""
@@ -69,7 +69,7 @@ def first_difference(first: Sequence[bytes], second: Sequence[bytes]) -> FirstDi
 
 
 def text_aspects(first: Sequence[bytes], second: Sequence[bytes]) -> tuple[str, ...]:
-    """The smallest set of normalisations that makes the texts equal, by name.
+    """Return the smallest set of normalisations that makes the texts equal, by name.
 
     `("newlines",)` for a file that was read with newline translation. Where none does, the words
     themselves differ: `("text",)`. Empty for equal texts.
@@ -85,7 +85,7 @@ def text_aspects(first: Sequence[bytes], second: Sequence[bytes]) -> tuple[str, 
 
 
 def _candidates(one: str, other: str) -> Iterator[tuple[str, ...]]:
-    """Sets of normalisations that do something to one of the texts: mild first, then small."""
+    """Yield sets of normalisations that change one of the texts: mild first, then small."""
     active = [
         name
         for name, apply in _NORMALISATIONS.items()

@@ -52,7 +52,7 @@ def bootstrap_check(
     *,
     seed: int = SEED,
 ) -> Bootstrap | None:
-    """Clusters drawn with replacement, held against the interval of the same sums.
+    """Return clusters drawn with replacement, held against the interval of the same sums.
 
     The percentiles are those of the expanded percentile interval (Hesterberg 2015, The American
     Statistician 69): Φ(± √(C / (C - 1)) · t(confidence, degrees of freedom)), without which a

@@ -19,7 +19,7 @@ from perplexit.metrics.intervals import Clusters, mean_interval, ratio_interval
 def share_interval(
     values_M: NDArray[np.floating], clusters: Clusters, confidence: float = 0.95
 ) -> Estimate:
-    """The mean of values between 0 and 1 (the share of tokens that agree) with its interval.
+    """Return the mean of values between 0 and 1 (the share of tokens that agree) with its interval.
 
     Wilson's score interval with as many trials as the clustered variance leaves of the tokens,
     n = p (1 - p) / variance, and Student's t for the normal quantile:
@@ -49,7 +49,7 @@ def positive_interval(
     method: str,
     confidence: float,
 ) -> Estimate:
-    """`Σ sums / Σ counts` of sums that are 0 or above, with an interval on the logarithmic scale.
+    """Return `Σ sums / Σ counts` of sums of 0 or above, with an interval on the logarithmic scale.
 
         value · exp(± t(confidence, degrees) · standard error / value)
 
@@ -68,14 +68,14 @@ def positive_interval(
 def positive_mean(
     values_M: NDArray[np.floating], clusters: Clusters, confidence: float = 0.95
 ) -> Estimate:
-    """The mean of values that are 0 or above (KL), with `positive_interval`."""
+    """Return the mean of values that are 0 or above (KL), with `positive_interval`."""
     counts_C = np.bincount(clusters.labels, minlength=clusters.num_clusters)
     sums_C = clusters.sums(values_M)
     return positive_interval(sums_C, counts_C, clusters.method, confidence).clamped(lowest=0.0)
 
 
 def averaged(parts: Sequence[Estimate], confidence: float) -> Estimate:
-    """The mean of independent figures, each of the same weight, with its interval.
+    """Return the mean of independent figures, each of the same weight, with its interval.
 
     variance = Σ variance_g / G², degrees of freedom by Satterthwaite: (Σ v)² / Σ (v² / degrees_g).
     Without an interval of each part there is none, and the reason is the part's.

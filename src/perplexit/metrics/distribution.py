@@ -33,7 +33,7 @@ class Distribution:
 
     @property
     def median(self) -> float:
-        """The 50th percentile."""
+        """Return the 50th percentile."""
         return dict(self.percentiles)[50.0]
 
 
@@ -47,7 +47,7 @@ def distribution(
     *,
     interval_of: IntervalOf = mean_interval,
 ) -> Distribution:
-    """The distribution of a per-token figure (KL, Δp, agreement) over the scored tokens.
+    """Return the distribution of a per-token figure (KL, Δp, agreement) over the scored tokens.
 
     interval_of: how the mean is estimated: `share_interval`, for example.
     Raises EmptyScoreError without tokens, NonFiniteError where a value is NaN or infinite.
@@ -77,7 +77,7 @@ class Bucket:
 def mean_by(
     values_M: NDArray[np.floating], key_M: NDArray[np.floating], edges: tuple[float, ...]
 ) -> tuple[Bucket, ...]:
-    """The mean of a per-token figure in buckets of another: KL by confidence, say.
+    """Return the mean of a per-token figure in buckets of another: KL by confidence, say.
 
     Raises EmptyScoreError without tokens.
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 
 def counted(count: int | None, unit: str) -> str:
-    """`1 cluster`, `24 clusters`; a dash for the number where it is unknown."""
+    """Return `1 cluster`, `24 clusters`; a dash for the number where it is unknown."""
     number = "-" if count is None else f"{count:,}"
     return f"{number} {unit}{'' if count == 1 else 's'}"
 
@@ -35,17 +35,17 @@ class Estimate:
 
     @property
     def has_interval(self) -> bool:
-        """Whether both ends are known."""
+        """Tell whether both ends are known."""
         return self.low is not None and self.high is not None
 
     @property
     def should_have_interval(self) -> bool:
-        """Whether an interval belongs to this figure, known or not."""
+        """Tell whether an interval belongs to this figure, known or not."""
         return self.method is not None
 
     @property
     def basis(self) -> str:
-        """What the interval rests on: `95 %, 24 clusters: document`; empty without an interval."""
+        """Return what the interval rests on: `95 %, 24 clusters: document`; empty without one."""
         if not self.has_interval or self.confidence is None:
             return ""
         found = counted(self.num_clusters, "cluster")

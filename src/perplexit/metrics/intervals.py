@@ -43,7 +43,7 @@ class Clusters:
 
 
 def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer]) -> Clusters:
-    """The clusters of a run's tokens: documents, or blocks of windows where documents are few.
+    """Return the clusters of a run's tokens: documents, or blocks of windows for few documents.
 
     From 20 documents on, each is a cluster. Below, the windows in their order are cut into
     contiguous blocks of about equal token counts: as many as hold 500 tokens each, but at least
@@ -82,7 +82,7 @@ def clusters_within(
 def mean_interval(
     nll_M: NDArray[np.floating], clusters: Clusters, confidence: float = 0.95
 ) -> Estimate:
-    """The mean of `nll_M` with its cluster-robust interval.
+    """Return the mean of `nll_M` with its cluster-robust interval.
 
     The mean is the ratio of two sums over clusters, Σ y_c / Σ n_c, with e_c = (y_c - mean · n_c) /
     Σ n and each cluster's share h_c = n_c / Σ n.
@@ -130,7 +130,7 @@ def paired_interval(
     clusters: Clusters,
     confidence: float = 0.95,
 ) -> Estimate:
-    """The mean of `candidate - reference` over the same tokens, with its interval, in nats.
+    """Return the mean of `candidate - reference` over the same tokens, with its interval, in nats.
 
     It is the log of the ratio of the two perplexities. Pairing takes out what makes a token hard
     for both, so the interval is far narrower than that of either mean.
@@ -150,7 +150,7 @@ def ratio_interval(
     method: str,
     confidence: float,
 ) -> Estimate:
-    """`Σ sums / Σ counts` over clusters with its interval; `mean_interval` gives the formulas.
+    """Return `Σ sums / Σ counts` over clusters with its interval, as in `mean_interval`.
 
     The counts may be of tokens, or of bytes where a sum stands for several of them, or be sums of
     their own.
@@ -184,7 +184,7 @@ def _why_no_interval(counts_C: NDArray[np.int64] | NDArray[np.float64], method: 
 def _jackknife_variance(
     residuals_C: NDArray[np.float64], share_C: NDArray[np.float64]
 ) -> tuple[float, float]:
-    """(variance of the mean, degrees of freedom) of independent clusters."""
+    """Return (variance of the mean, degrees of freedom) of independent clusters."""
     num_clusters = len(share_C)
     left_out_C = residuals_C / (1 - share_C)
     variance = (num_clusters - 1) / num_clusters * float(left_out_C @ left_out_C)
@@ -194,7 +194,7 @@ def _jackknife_variance(
 def _slow_variance(
     residuals_C: NDArray[np.float64], share_C: NDArray[np.float64]
 ) -> tuple[float, float]:
-    """(variance of the mean, degrees of freedom) of consecutive clusters of one text.
+    """Return (variance of the mean, degrees of freedom) of consecutive clusters of one text.
 
     Under independent tokens each projection has exactly the variance of the mean.
     """
@@ -214,7 +214,7 @@ def _slow_variance(
 
 
 def _blocks(window_index_M: NDArray[np.int64], max_blocks: int) -> NDArray[np.int64]:
-    """A block index for each token: contiguous windows, cut where the token counts are even.
+    """Return a block index for each token: contiguous windows, cut where the token counts are even.
 
     Few windows are a block each. Where one window holds nearly everything, the others keep blocks
     of their own: cut where the numbers of windows are even.

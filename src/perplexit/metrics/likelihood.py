@@ -1,30 +1,32 @@
-"""Likelihood figures: each one division of `NllTotals`, each with its unit.
+"""Likelihood figures: each one division of `NllTotals`, each with its unit and its interval.
 
-Shape suffix: M = scored tokens of a run, in window order.
+Shape suffixes: M = scored tokens of a run, in window order; C = clusters.
 """
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import EmptyScoreError, UsageError
-from perplexit.metrics.totals import NllTotals, exact_sum, require_finite
+from perplexit.metrics.distribution import mean_by
+from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.intervals import Clusters, ratio_interval
+from perplexit.metrics.totals import NllTotals, require_finite
 
 MAX_EXPONENT = math.log(sys.float_info.max)  # 709.78…: exp of anything above overflows float64
 
 
 def exp_or_inf(exponent: float) -> float:
-    """`e ** exponent`; infinite only where float64 really overflows (above 709.78)."""
+    """Return `e ** exponent`; infinite only where float64 really overflows (above 709.78)."""
     return math.exp(exponent) if exponent <= MAX_EXPONENT else math.inf
 
 
 def json_figure(name: str, value: float | None) -> tuple[float | None, str | None]:
-    """`(value, None)` for a finite figure, `(None, reason)` for one that JSON cannot hold."""
+    """Return `(value, None)` for a finite figure, else `(None, reason)` as JSON needs."""
     if value is None:
         return None, f"{name} does not exist here"
     if math.isnan(value):
@@ -35,12 +37,12 @@ def json_figure(name: str, value: float | None) -> tuple[float | None, str | Non
 
 
 def mean_nll(totals: NllTotals) -> float:
-    """`nll_sum / num_tokens`, in nats a token. Raises EmptyScoreError where no token was scored."""
+    """Return `nll_sum / num_tokens`, nats per token. Raises EmptyScoreError without a token."""
     return _divide(totals.nll_sum, totals.num_tokens, "token")
 
 
 def perplexity(totals: NllTotals) -> float:
-    """`exp(nll_sum / num_tokens)`; infinite only past the limit of exp, a mean loss of 709.78.
+    """Return `exp(nll_sum / num_tokens)`; infinite only above a mean loss of 709.78.
 
     Raises EmptyScoreError where no token was scored.
     """
@@ -48,7 +50,7 @@ def perplexity(totals: NllTotals) -> float:
 
 
 def bits_per_byte(totals: NllTotals) -> float:
-    """`nll_sum / (ln 2 · num_bytes)`: comparable across tokenizers, in bits.
+    """Return `nll_sum / (ln 2 · num_bytes)`: comparable across tokenizers, in bits.
 
     Raises EmptyScoreError where no byte was scored.
     """
@@ -56,12 +58,12 @@ def bits_per_byte(totals: NllTotals) -> float:
 
 
 def byte_perplexity(totals: NllTotals) -> float:
-    """`exp(nll_sum / num_bytes)`. Raises EmptyScoreError where no byte was scored."""
+    """Return `exp(nll_sum / num_bytes)`. Raises EmptyScoreError where no byte was scored."""
     return exp_or_inf(_divide(totals.nll_sum, totals.num_bytes, "byte"))
 
 
 def word_perplexity(totals: NllTotals) -> float:
-    """`exp(nll_sum / num_words)`. Raises EmptyScoreError where no word begins in a scored token."""
+    """Return `exp(nll_sum / num_words)`. Raises EmptyScoreError without a word."""
     return exp_or_inf(_divide(totals.nll_sum, totals.num_words, "word"))
 
 
@@ -72,71 +74,6 @@ def _divide(nll_sum: float, count: int, unit: str) -> float:
             "the input holds nothing to score (a text of at least two tokens is needed)"
         )
     return nll_sum / count
-
-
-class ScoredTokens(Protocol):
-    """Columns of a run's scored tokens, one entry a token, in window order."""
-
-    @property
-    def document(self) -> NDArray[np.int32]:
-        """The document's index."""
-        ...
-
-    @property
-    def domain(self) -> NDArray[np.int32] | None:
-        """The index in `domains` of the token's domain, or -1; None where there are no domains."""
-        ...
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """The names of the domains."""
-        ...
-
-    @property
-    def nll(self) -> NDArray[np.float32]:
-        """The token's loss in nats."""
-        ...
-
-    @property
-    def num_bytes(self) -> NDArray[np.int32]:
-        """The UTF-8 bytes that the token stands for."""
-        ...
-
-    @property
-    def num_words(self) -> NDArray[np.int32]:
-        """The words that begin in the token."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class GroupLikelihood:
-    """One document's totals, and the perplexity of those tokens alone."""
-
-    name: str
-    totals: NllTotals
-    perplexity: float
-
-
-def group_totals(
-    group_M: NDArray[np.integer],
-    nll_M: NDArray[np.floating],
-    num_bytes_M: NDArray[np.integer],
-    num_words_M: NDArray[np.integer],
-) -> dict[int, NllTotals]:
-    """The totals of each group that has a scored token, by its index, in increasing order.
-
-    Raises NonFiniteError where a loss is NaN or infinite.
-    """
-    require_finite(nll_M)
-    return {
-        group: NllTotals(
-            exact_sum(nll_M[rows]),
-            len(rows),
-            int(num_bytes_M[rows].sum(dtype=np.int64)),
-            int(num_words_M[rows].sum(dtype=np.int64)),
-        )
-        for group, rows in group_rows(group_M).items()
-    }
 
 
 def group_rows(group_M: NDArray[np.integer]) -> dict[int, NDArray[np.int64]]:
@@ -150,17 +87,8 @@ def group_rows(group_M: NDArray[np.integer]) -> dict[int, NDArray[np.int64]]:
     return dict(zip(group[starts].tolist(), pieces, strict=True))
 
 
-def per_document(tokens: ScoredTokens) -> tuple[GroupLikelihood, ...]:
-    """A row a document with at least one scored token, in document order."""
-    by_document = group_totals(tokens.document, tokens.nll, tokens.num_bytes, tokens.num_words)
-    return tuple(
-        GroupLikelihood(str(document), totals, perplexity(totals))
-        for document, totals in by_document.items()
-    )
-
-
 def macro_average_perplexity(groups: Sequence[NllTotals]) -> float:
-    """`exp(mean over groups of nll_sum / num_tokens)`: each group weighs the same.
+    """Return `exp(mean over groups of nll_sum / num_tokens)`: each group weighs the same.
 
     It is the geometric mean of the groups' perplexities (the arithmetic one is dominated by the
     hardest group). Weighing domains alike, whatever their length, is what Paloma does (Magnusson
@@ -168,6 +96,60 @@ def macro_average_perplexity(groups: Sequence[NllTotals]) -> float:
     Raises EmptyScoreError where there is no group, or one without a scored token.
     """
     return exp_or_inf(_divide(math.fsum(mean_nll(group) for group in groups), len(groups), "group"))
+
+
+_FIGURES: dict[str, tuple[str, Callable[[NllTotals], float], Callable[[float], float]]] = {
+    "perplexity": ("token", perplexity, exp_or_inf),
+    "bits_per_byte": ("byte", bits_per_byte, lambda nats: nats / math.log(2)),
+    "byte_perplexity": ("byte", byte_perplexity, exp_or_inf),
+    "word_perplexity": ("word", word_perplexity, exp_or_inf),
+}
+
+
+def mean_loss(nll_M: NDArray[np.floating], clusters: Clusters, confidence: float) -> Estimate:
+    """Return the mean loss in nats per token, its interval not below 0."""
+    counts_C = np.bincount(clusters.labels, minlength=clusters.num_clusters)
+    found = ratio_interval(clusters.sums(nll_M), counts_C, clusters.method, confidence)
+    return found.clamped(lowest=0.0)
+
+
+def unit_estimates(
+    nll_M: NDArray[np.floating],
+    num_bytes_M: NDArray[np.integer],
+    num_words_M: NDArray[np.integer],
+    *,
+    totals: NllTotals,
+    clusters: Clusters,
+    confidence: float,
+) -> dict[str, Estimate | str]:
+    """Return `perplexity`, `bits_per_byte`, `byte_perplexity` and `word_perplexity` of tokens.
+
+    Each is estimated from the clusters' summed losses and their counts of that unit: tokens per
+    byte vary between documents, so bits per byte have an interval of their own. A figure that
+    does not exist is the sentence that says why. Ends are at least 1 (perplexity) or 0 (bits).
+    """
+    counts = {
+        "token": (np.ones(len(nll_M), dtype=np.int32), totals.num_tokens),
+        "byte": (num_bytes_M, totals.num_bytes),
+        "word": (num_words_M, totals.num_words),
+    }
+    sums_C = clusters.sums(nll_M)
+    found: dict[str, Estimate | str] = {}
+    for name, (unit, metric, from_nats) in _FIGURES.items():
+        try:
+            value = metric(totals)
+        except EmptyScoreError as error:
+            found[name] = str(error)
+            continue
+        counts_M, total = counts[unit]
+        counts_C = clusters.sums(counts_M)
+        if not counts_C.any():
+            found[name] = f"no {unit} begins in a scored token"
+            continue
+        counts_C *= total / counts_C.sum()  # 1, but where a tool counts more than its tokens
+        nats = ratio_interval(sums_C, counts_C, clusters.method, confidence)
+        found[name] = replace(nats.clamped(lowest=0.0).mapped(from_nats), value=value)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,15 +178,7 @@ def loss_by_position(
     first, stop = int(position_M.min()), int(position_M.max()) + 1
     num_buckets = min(num_buckets, stop - first)
     edges = first + (np.arange(num_buckets + 1) * (stop - first)) // num_buckets
-    bucket = np.searchsorted(edges, position_M, side="right") - 1
-    counts = np.bincount(bucket, minlength=num_buckets)
-    sums = np.bincount(bucket, weights=nll_M.astype(np.float64), minlength=num_buckets)
     return tuple(
-        PositionBucket(
-            start=int(edges[index]),
-            stop=int(edges[index + 1]),
-            num_tokens=int(counts[index]),
-            mean_nll=float(sums[index] / counts[index]) if counts[index] else None,
-        )
-        for index in range(num_buckets)
+        PositionBucket(int(found.low), int(found.high), found.num_tokens, found.mean)
+        for found in mean_by(nll_M, position_M, tuple(edges.tolist()))
     )

@@ -49,7 +49,7 @@ class NllTotals:
         num_bytes_M: NDArray[np.integer] | None = None,
         num_words_M: NDArray[np.integer] | None = None,
     ) -> "NllTotals":
-        """The totals of these tokens; the sum is exact to the last bit of float64.
+        """Return the totals of these tokens; the sum is exact to the last bit of float64.
 
         Raises NonFiniteError where a loss is NaN or infinite (see `finite_mask` for counting
         them instead), UsageError where the columns differ in length.
@@ -70,7 +70,7 @@ class NllTotals:
 
 
 def exact_sum(values_M: NDArray[np.floating]) -> float:
-    """The float64 nearest to the true sum of finite `values_M` (Shewchuk's algorithm, `math.fsum`).
+    """Return the float64 nearest to the true sum of finite `values_M` (Shewchuk: `math.fsum`).
 
     Correctly rounded, so it depends on neither the order of the values nor the processor's vectors.
     """
@@ -94,55 +94,33 @@ class NonFiniteToken:
     token_id: int | None = None
 
     def __str__(self) -> str:
-        parts = [f"{self.value} nats at scored token {self.index}"]
-        for name, part in (
-            ("window", self.window),
-            ("position", self.position),
-            ("token id", self.token_id),
-        ):
-            if part is not None:
-                parts.append(f"{name} {part}")
+        places = {"window": self.window, "position": self.position, "token id": self.token_id}
+        parts = [f"{name} {place}" for name, place in places.items() if place is not None]
+        parts.insert(0, f"{self.value} nats at scored token {self.index}")
         return ", ".join(parts) + (f" (the first of {self.count})" if self.count > 1 else "")
 
 
 def first_non_finite(
-    nll_M: NDArray[np.floating],
-    *,
-    window_M: NDArray[np.integer] | None = None,
-    position_M: NDArray[np.integer] | None = None,
-    token_id_M: NDArray[np.integer] | None = None,
+    nll_M: NDArray[np.floating], **place_M: NDArray[np.integer]
 ) -> NonFiniteToken | None:
-    """The first NaN or infinite loss with its window, position and token; None if there is none."""
+    """Return the first NaN or infinite loss, or None where every loss is finite.
+
+    place_M: columns that say where a token is: `window_M`, `position_M`, `token_id_M`.
+    """
     bad = np.flatnonzero(~np.isfinite(nll_M))
     if len(bad) == 0:
         return None
     first = int(bad[0])
-
-    def at(column: NDArray[np.integer] | None) -> int | None:
-        return None if column is None else int(column[first])
-
-    return NonFiniteToken(
-        index=first,
-        value=float(nll_M[first]),
-        count=len(bad),
-        window=at(window_M),
-        position=at(position_M),
-        token_id=at(token_id_M),
-    )
+    places = {name.removesuffix("_M"): int(column[first]) for name, column in place_M.items()}
+    return NonFiniteToken(index=first, value=float(nll_M[first]), count=len(bad), **places)
 
 
-def require_finite(
-    nll_M: NDArray[np.floating],
-    *,
-    window_M: NDArray[np.integer] | None = None,
-    position_M: NDArray[np.integer] | None = None,
-    token_id_M: NDArray[np.integer] | None = None,
-) -> None:
-    """Nothing, where every loss is finite.
+def require_finite(nll_M: NDArray[np.floating], **place_M: NDArray[np.integer]) -> None:
+    """Check that every loss is finite; `place_M` as in `first_non_finite`.
 
     Raises NonFiniteError that names the first one's window, position and token.
     """
-    found = first_non_finite(nll_M, window_M=window_M, position_M=position_M, token_id_M=token_id_M)
+    found = first_non_finite(nll_M, **place_M)
     if found is not None:
         raise NonFiniteError(
             f"expected a finite loss for every scored token, got {found}. Score in a wider dtype "
@@ -152,14 +130,9 @@ def require_finite(
 
 
 def finite_mask(
-    nll_M: NDArray[np.floating],
-    policy: NonFinitePolicy,
-    *,
-    window_M: NDArray[np.integer] | None = None,
-    position_M: NDArray[np.integer] | None = None,
-    token_id_M: NDArray[np.integer] | None = None,
+    nll_M: NDArray[np.floating], policy: NonFinitePolicy, **place_M: NDArray[np.integer]
 ) -> tuple[NDArray[np.bool_], int]:
-    """Which tokens enter the sums, and how many do not.
+    """Return which tokens enter the sums, and how many do not.
 
     `error`: all of them, or NonFiniteError. `count`: the finite ones; the others leave the
     numerator and every denominator together, and their number is part of the result (as KenLM's
@@ -170,6 +143,6 @@ def finite_mask(
             f"on_non_finite must be 'error' or 'count', got {policy!r}: choose one of the two"
         )
     if policy == "error":
-        require_finite(nll_M, window_M=window_M, position_M=position_M, token_id_M=token_id_M)
+        require_finite(nll_M, **place_M)
     keep = np.isfinite(nll_M)
     return keep, int(len(keep) - np.count_nonzero(keep))

@@ -29,13 +29,13 @@ class Chart:
 
 
 def shown_in(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
-    """The runs that have rows, in the order of the report."""
+    """Return the runs that have rows, in the order of the report."""
     present = {row["run"] for row in rows}
     return [label for label in labels if label in present]
 
 
 def run_colours(shown: Sequence[str], labels: Sequence[str]) -> Spec:
-    """The colours of the runs in a chart: each has its own, the same in every chart and table."""
+    """Return the colours of a chart's runs: a run has the same colour in every chart and table."""
     return {
         "domain": list(shown),
         "range": [f"var(--run{labels.index(label)})" for label in shown],
@@ -50,7 +50,7 @@ def intervals_chart(
     mark_at: float | None = None,
     margins: Sequence[float] = (),
 ) -> str:
-    """A point with its interval for each run, one below the other.
+    """Return a point with its interval for each run, one below the other.
 
     mark_at: where a dashed line stands for no difference. margins: where dotted lines stand.
     """
@@ -133,7 +133,7 @@ def curves_chart(
 
 
 def _decades(values: Sequence[str | float | int | None]) -> list[float]:
-    """The powers of ten around some positive numbers."""
+    """Return the powers of ten around some positive numbers."""
     numbers = [float(value) for value in values if value]
     if not numbers:
         return [1.0]
@@ -186,7 +186,7 @@ def position_chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
         "y": {
             "field": "loss",
             "type": "quantitative",
-            "title": "mean loss, nats a token",
+            "title": "mean loss, nats per token",
             "scale": {"zero": False},
         },
     }
@@ -227,7 +227,7 @@ def agreement_chart(rows: Sequence[Row], labels: Sequence[str], order: Sequence[
 
 
 def trade_off_chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
-    """Quality against memory; the size of a point is its speed."""
+    """Return quality against memory; the size of a point is its speed."""
     x = {"field": "mebibytes", "type": "quantitative", "title": "peak memory, MiB"}
     y = {"field": "value", "type": "quantitative", "title": "perplexity"}
     size = {"field": "speed", "type": "quantitative", "legend": None}

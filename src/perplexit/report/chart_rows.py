@@ -7,7 +7,7 @@ Row = dict[str, str | float | int | None]
 
 
 def change_rows(labelled: LabelledRuns) -> list[Row]:
-    """How much losses change: a curve for each candidate and direction."""
+    """Return how much losses change: a curve for each candidate and direction."""
     return [
         {"run": label, "direction": direction, "change": x, "share": share}
         for label, _, comparison in labelled.candidates
@@ -21,7 +21,7 @@ def change_rows(labelled: LabelledRuns) -> list[Row]:
 
 
 def kl_rows(labelled: LabelledRuns) -> list[Row]:
-    """How far distributions moved, for the candidates whose comparison has a KL."""
+    """Return how far distributions moved, for the candidates whose comparison has a KL."""
     return [
         {"run": label, "kl": x, "share": share}
         for label, _, comparison in labelled.candidates
@@ -31,7 +31,7 @@ def kl_rows(labelled: LabelledRuns) -> list[Row]:
 
 
 def loss_rows(labelled: LabelledRuns) -> list[Row]:
-    """How losses are spread, a curve for each run."""
+    """Return how losses are spread, a curve for each run."""
     return [
         {"run": label, "loss": x, "share": share}
         for label, run in zip(labelled.labels, labelled.runs, strict=True)
@@ -57,7 +57,7 @@ def position_rows(labelled: LabelledRuns) -> list[Row]:
 
 
 def agreement_rows(labelled: LabelledRuns) -> list[Row]:
-    """The share of tokens with the same first choice, by the reference's confidence in its own."""
+    """Return the share of equal first choices, by the reference's confidence in its own."""
     return [
         {
             "run": label,

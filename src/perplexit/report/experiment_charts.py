@@ -14,13 +14,13 @@ _SECONDS = ("labels", "select", "train")
 
 
 def experiment_charts(experiment: Experiment, name: str) -> list[Chart]:
-    """Every chart that the experiment has figures for; `name` is the first part of their names."""
+    """Return the charts that the experiment has figures for; their names begin with `name`."""
     makers = (_curves, _ratios, _costs)
     return [chart for make in makers for chart in make(experiment, name)]
 
 
 def labelling_seconds(experiment: Experiment) -> float | None:
-    """What the learner's labels took, once for all runs; None where it was not recorded."""
+    """Return what the learner's labels took, once for all runs; None where it was not recorded."""
     recorded = experiment.document.get("labelling") or {}
     seconds = recorded.get("seconds") if isinstance(recorded, dict) else None
     return float(seconds) if isinstance(seconds, int | float) else None

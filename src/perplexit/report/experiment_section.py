@@ -37,7 +37,7 @@ class ExperimentSection:
 
 
 def experiment_sections(experiments: Sequence[Experiment]) -> list[ExperimentSection]:
-    """A section for each experiment, in their order.
+    """Return a section for each experiment, in their order.
 
     Raises UsageError for an experiment of more methods than can be told apart.
     """
@@ -66,7 +66,7 @@ def _chapter(experiment: Experiment, name: str) -> ExperimentSection:
 
 
 def headline_of(experiment: Experiment) -> str:
-    """One sentence: which way to select wins over the reference, and by how much."""
+    """Return one sentence: which way to select wins over the reference, and by how much."""
     verdicts = [(row, row.verdict(experiment.confidence)) for row in experiment.comparisons]
     better = [row for row, verdict in verdicts if verdict == "better"]
     reference = experiment.reference
@@ -206,7 +206,7 @@ def _conditions(experiment: Experiment) -> tuple[tuple[str, str], ...]:
 
 
 def _part(document: Any, key: str) -> Mapping[str, Any]:
-    """A part of a document that may lack it."""
+    """Return a part of a document that may lack it."""
     found = document.get(key) if isinstance(document, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 

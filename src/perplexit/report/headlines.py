@@ -19,13 +19,13 @@ class Finding:
 
 
 def ratio_of(comparison: Comparison) -> str:
-    """`1.021 [1.018, 1.024]`."""
+    """Return `1.021 [1.018, 1.024]`."""
     low, high = comparison.ppl_ratio_low, comparison.ppl_ratio_high
     return f"{figure(comparison.ppl_ratio, low, high)} {interval(low, high)}".strip()
 
 
 def findings_of(labelled: LabelledRuns) -> list[Finding]:
-    """One finding for each candidate."""
+    """Return one finding for each candidate."""
     return [
         Finding(
             label,
@@ -39,7 +39,7 @@ def findings_of(labelled: LabelledRuns) -> list[Finding]:
 
 
 def headline(labelled: LabelledRuns) -> str:
-    """The first sentence of the report."""
+    """Return the first sentence of the report."""
     run = labelled.reference
     if not labelled.comparisons and labelled.aligned:
         return _headline_of_bytes(labelled)
@@ -76,7 +76,7 @@ def _headline_of_several(labelled: LabelledRuns) -> str:
 
 
 def _headline_of_bytes(labelled: LabelledRuns) -> str:
-    """Of runs over the same text in other tokens alone."""
+    """Return of runs over the same text in other tokens alone."""
     if len(labelled.aligned) > 1:
         number = len(labelled.aligned)
         return f"{number} runs in other tokens, compared with {labelled.labels[0]} byte by byte."
@@ -90,7 +90,7 @@ def _headline_of_bytes(labelled: LabelledRuns) -> str:
 
 
 def mebibytes(num_bytes: float | None) -> str:
-    """Bytes as MiB or GiB; a dash where unknown."""
+    """Return bytes as MiB or GiB; a dash where unknown."""
     if num_bytes is None:
         return DASH
     size = num_bytes / 2**20
@@ -98,7 +98,7 @@ def mebibytes(num_bytes: float | None) -> str:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    """`2 are worse and 1 inconclusive`."""
+    """Return `2 are worse and 1 inconclusive`."""
     parts = [f"{count} {kind}" for kind, count in counts.items() if count]
     number, _, kind = parts[0].partition(" ")
     parts[0] = f"{number} {'is' if number == '1' else 'are'} {kind}"

@@ -43,7 +43,7 @@ def page_of(
     findings: Sequence[Finding],
     sections: Sequence[ExperimentSection] = (),
 ) -> str:
-    """The whole HTML document: of runs, of experiments, or of both; `labelled` None: no runs."""
+    """Render the whole HTML document: of runs, of experiments (`labelled` is None), or of both."""
     jinja = loaded("jinja2")
     markup = loaded("markupsafe").Markup
     style = asset("report.css")
@@ -75,7 +75,7 @@ def page_of(
 def _of_runs(
     labelled: LabelledRuns, charts: Sequence[Chart], data: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the template says of the runs."""
+    """Return what the template says of the runs."""
     return {
         "facts": _facts(labelled),
         "confidence": f"{100 * labelled.confidence:g} %",
@@ -97,13 +97,13 @@ def _of_runs(
 
 
 def asset(name: str) -> str:
-    """A file of the page, as text."""
+    """Return a file of the page, as text."""
     folder = resources.files("perplexit.report") / "assets"
     return (folder / name).read_text(encoding="utf-8")
 
 
 def policy_of(script: str, style: str) -> str:
-    """The content security policy: this script, this style, and nothing from anywhere."""
+    """Return the content security policy: this script, this style, and nothing from anywhere."""
     return (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
@@ -116,7 +116,7 @@ def _hash(text: str) -> str:
 
 
 def json_block(data: Any) -> str:
-    """JSON in which no character can end the script element that it stands in."""
+    """Return JSON in which no character can end the script element that it stands in."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character, escape in _ESCAPES.items():
         text = text.replace(character, escape)
@@ -124,14 +124,14 @@ def json_block(data: Any) -> str:
 
 
 def _margins(labelled: LabelledRuns) -> str:
-    """The margins of the verdicts in words; runs may have noise floors of their own."""
+    """Return the margins of the verdicts in words; runs may have noise floors of their own."""
     judged = [found.judged for found in labelled.comparisons]
     judged += [found.judged for _, found in labelled.aligned]
     return " or ".join(dict.fromkeys(found.margin_in_words for found in judged)) or "none"
 
 
 def _facts(labelled: LabelledRuns) -> list[str]:
-    """The conditions that a reader needs beside the first sentence."""
+    """Return the conditions that a reader needs beside the first sentence."""
     run = labelled.reference
     protocol = run.input_spec.get("protocol", {})
     windows = f"protocol {run.protocol}"
@@ -145,7 +145,7 @@ def _facts(labelled: LabelledRuns) -> list[str]:
 
 
 def _run_rows(labelled: LabelledRuns) -> list[dict[str, Any]]:
-    """A row a run of the table under the verdict."""
+    """Return a row a run of the table under the verdict."""
     comparisons = (None, *labelled.comparisons)
     rows = []
     for index, (label, run) in enumerate(zip(labelled.labels, labelled.runs, strict=True)):
@@ -183,7 +183,7 @@ def _ratio_cells(comparison: Comparison | None) -> dict[str, str]:
 
 
 def _domain_table(labelled: LabelledRuns) -> list[dict[str, Any]]:
-    """Perplexity by domain, a column a run, with paired ratios; empty without domains."""
+    """Return perplexity by domain, a column a run, with paired ratios; empty without domains."""
     runs = labelled.runs
     rows = []
     for entry in runs[0].domains:
@@ -200,13 +200,13 @@ def _domain_table(labelled: LabelledRuns) -> list[dict[str, Any]]:
 
 
 def _domain_perplexity(own: Mapping[str, Any]) -> str:
-    """A domain's perplexity with its interval, which runs of version 1 do not have."""
+    """Return a domain's perplexity with its interval, which runs of version 1 do not have."""
     low, high = own.get("perplexity_low"), own.get("perplexity_high")
     return f"{figure(own['perplexity'], low, high)} {interval(low, high)}".strip()
 
 
 def _domain_ratio(labelled: LabelledRuns, index: int, entry: dict[str, Any]) -> tuple[str, str]:
-    """(the paired ratio in words, the verdict) of a run in a domain; nothing of the reference."""
+    """Return (the paired ratio as text, the verdict) of a run in a domain; reference: empty."""
     if index == 0:
         return "", ""
     for domain in labelled.comparisons[index - 1].domains:
@@ -218,5 +218,5 @@ def _domain_ratio(labelled: LabelledRuns, index: int, entry: dict[str, Any]) -> 
 
 
 def _changed(labelled: LabelledRuns) -> list[ChangedToken]:
-    """The first candidate's most changed tokens, for readers without the script."""
+    """Return the first candidate's most changed tokens, for readers without the script."""
     return list(labelled.comparisons[0].most_changed) if labelled.comparisons else []

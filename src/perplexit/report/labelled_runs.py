@@ -36,7 +36,7 @@ class LabelledRuns:
         margin: float | str = 0.0,
         num_most_changed: int = 20,
     ) -> "LabelledRuns":
-        """The runs compared with the first of them; over the same text in other tokens, by bytes.
+        """Compare the runs with the first of them; by bytes where the same text has other tokens.
 
         Raises UsageError for no run, too many, or another number of labels; RunError for a run
         that is not complete; FingerprintMismatchError, which says what differs, for runs over
@@ -77,17 +77,17 @@ class LabelledRuns:
 
     @property
     def reference(self) -> Run:
-        """The run that the others are compared with."""
+        """Return the run that the others are compared with."""
         return self.runs[0]
 
     @property
     def candidates(self) -> list[tuple[str, Run, Comparison]]:
-        """(label, run, comparison with the reference) of every other run."""
+        """Return (label, run, comparison with the reference) of every other run."""
         return list(zip(self.labels[1:], self.runs[1:], self.comparisons, strict=True))
 
 
 def labels_of(runs: Sequence[Run]) -> tuple[str, ...]:
-    """A short name for each run, no two alike: its folder's, else its engine and precision."""
+    """Return a unique short name for each run: its folder's, else its engine and precision."""
     names = [_name_of(run) for run in runs]
     repeated = {name for name, count in Counter(names).items() if count > 1}
     if repeated:
@@ -104,7 +104,7 @@ def labels_of(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def precision_of(run: Run) -> str:
-    """`pytorch float32`, `onnxruntime float32 int4`: engine, dtype and quantization."""
+    """Return `pytorch float32`, `onnxruntime float32 int4`: engine, dtype and quantization."""
     quantization = run.session.get("quantization") or {}
     parts = (run.session.get("engine"), run.session.get("dtype"), quantization.get("name"))
     return " ".join(str(part) for part in parts if part)
@@ -117,7 +117,7 @@ def _name_of(run: Run) -> str:
 
 
 def peak_bytes_of(run: Run) -> tuple[int | None, str]:
-    """(peak memory in bytes, where): the accelerator's where one was used, else the process's."""
+    """Return (peak memory in bytes, where): of the accelerator if one was used, else the process."""
     device = run.peak_memory_bytes.get("torch_device")
     if device:
         return device, "device"

@@ -20,18 +20,18 @@ class Condition:
 
     @property
     def differs(self) -> bool:
-        """Whether the runs were made under different values of it."""
+        """Tell whether the runs were made under different values of it."""
         return len(set(self.values)) > 1
 
 
 def conditions_of(labelled: LabelledRuns) -> list[Condition]:
-    """Every condition that a figure depends on."""
+    """Return every condition that a figure depends on."""
     per_run = [_of(run, labelled.confidence) for run in labelled.runs]
     return [Condition(name, tuple(values[name] for values in per_run)) for name in per_run[0]]
 
 
 def notes_of(labelled: LabelledRuns) -> list[str]:
-    """Warnings of the runs and the comparisons, and why a figure is missing; each once."""
+    """Return warnings of the runs and the comparisons, and why a figure is missing; each once."""
     said: dict[str, list[str]] = {}
     for label, run in zip(labelled.labels, labelled.runs, strict=True):
         notes = [*run.warnings]
@@ -47,7 +47,7 @@ def notes_of(labelled: LabelledRuns) -> list[str]:
 
 
 def _missing(reasons: Mapping[str, str]) -> list[str]:
-    """One note for each reason, with every figure or interval that it leaves out."""
+    """Return one note for each reason, with every figure or interval that it leaves out."""
     names: dict[str, list[str]] = {}
     for name, why in reasons.items():
         figure = name.removesuffix("_low").removesuffix("_high")

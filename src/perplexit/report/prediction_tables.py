@@ -52,12 +52,12 @@ class AlignedRow:
 
 
 _FIGURES = (
-    ("mean_kl", "KL", "of the reference from the candidate, nats a token"),
+    ("mean_kl", "KL", "of the reference from the candidate, nats per token"),
     ("mean_kl_high", "KL, at most", "the reference is known in part: KL above is a lower bound"),
     ("p99.9_kl", "KL, 99.9 %", "of the tokens lie below it"),
     ("max_kl", "KL, largest", ""),
-    ("mean_reverse_kl", "reverse KL", "of the candidate from the reference, nats a token"),
-    ("mean_js", "Jensen-Shannon", "nats a token, at most 0.693"),
+    ("mean_reverse_kl", "reverse KL", "of the candidate from the reference, nats per token"),
+    ("mean_js", "Jensen-Shannon", "nats per token, at most 0.693"),
     ("top1_agreement", "same first choice", "share of tokens"),
     ("top10_agreement", "first ten in common", "mean share"),
     ("mean_delta_p", "Δp", "change of the probability of the token that came"),
@@ -68,7 +68,7 @@ _FIGURES = (
 
 
 def prediction_rows(labelled: LabelledRuns) -> list[PredictionRow]:
-    """The divergences of the candidates that have any; empty where none has."""
+    """Return the divergences of the candidates that have any; empty where none has."""
     figures = [_figures(comparison) for comparison in labelled.comparisons]
     return [
         PredictionRow(name, meaning, tuple(_cell(found.get(key)) for found in figures))
@@ -78,7 +78,7 @@ def prediction_rows(labelled: LabelledRuns) -> list[PredictionRow]:
 
 
 def _figures(comparison: Comparison) -> dict[str, Estimate]:
-    """The figures, a KL that is a lower bound with its own interval (gates take the upper one)."""
+    """Return the figures, a KL that is a lower bound with its own interval (gates take the upper one)."""
     figures = comparison.figures()
     if comparison.divergences is not None and "kl" in comparison.divergences.columns:
         figures["mean_kl"] = comparison.divergences.columns["kl"].mean
@@ -86,7 +86,7 @@ def _figures(comparison: Comparison) -> dict[str, Estimate]:
 
 
 def changed_choices(labelled: LabelledRuns) -> list[ChangedChoices]:
-    """For each candidate whose first choices can be told from the reference's."""
+    """Return for each candidate whose first choices can be told from the reference's."""
     return [
         ChangedChoices(label, _flips_in_words(comparison), comparison.flips.listed)
         for label, _, comparison in labelled.candidates
@@ -95,7 +95,7 @@ def changed_choices(labelled: LabelledRuns) -> list[ChangedChoices]:
 
 
 def aligned_rows(labelled: LabelledRuns) -> list[AlignedRow]:
-    """A row a run that could only be compared byte by byte."""
+    """Return a row a run that could only be compared byte by byte."""
     return [_aligned(label, found) for label, found in labelled.aligned]
 
 

@@ -37,7 +37,7 @@ class Report:
     experiments: tuple[Experiment, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The summary as plain JSON values."""
+        """Return the summary as plain JSON values."""
         return {
             "output": str(self.path),
             "num_bytes": self.num_bytes,
@@ -106,7 +106,7 @@ def write_report(
     max_alternatives: int = MAX_ALTERNATIVES,
     force: bool = False,
 ) -> Report:
-    """The report of runs over one text, written as one HTML file; the first is the reference.
+    """Write the report of runs over one text as one HTML file; the first run is the reference.
 
     runs:      runs, or their folders; every other one is compared with the first. An experiment
         (`perplexit igf experiment`), or its folder, gets a section; a report may be of those alone.
@@ -173,7 +173,7 @@ def write_report(
 def _opened(
     paths: Sequence[Run | Experiment | str | Path],
 ) -> tuple[list[Run], list[Experiment]]:
-    """The runs and the experiments among them, each in their order."""
+    """Return the runs and the experiments among them, each in their order."""
     runs: list[Run] = []
     experiments: list[Experiment] = []
     for found in paths:

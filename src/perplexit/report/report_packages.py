@@ -7,7 +7,7 @@ from perplexit.errors import MissingPackageError
 
 
 def loaded(module: str) -> Any:
-    """A module of the extra `report`; raises MissingPackageError with the command to install it."""
+    """Import a module of the extra `report`. Raises MissingPackageError with what to install."""
     try:
         return import_module(module)
     except ImportError as error:

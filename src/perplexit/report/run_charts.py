@@ -19,7 +19,7 @@ from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of
 
 
 def charts_of(labelled: LabelledRuns) -> list[Chart]:
-    """Every chart that the runs have figures for."""
+    """Return every chart that the runs have figures for."""
     makers = (_perplexities, _ratios, _divergences, _changes, _losses, _agreement, _positions)
     return [chart for make in (*makers, _trade_off) for chart in make(labelled)]
 
@@ -215,7 +215,7 @@ def _trade_off(labelled: LabelledRuns) -> Iterator[Chart]:
 
 
 def _sampled(rows: Sequence[Row], keys: tuple[str, ...], x: str) -> tuple[tuple[str, ...], ...]:
-    """Every sixth point of each curve: enough to read, for those who read tables."""
+    """Return every sixth point of each curve: enough to read, for those who read tables."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(str(row[key]) for key in keys), []).append(row)

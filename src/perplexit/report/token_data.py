@@ -30,7 +30,7 @@ def token_data(
     max_tokens: int,
     max_alternatives: int,
 ) -> Packed:
-    """Everything that the text view shows, for the first `max_tokens` tokens in reading order.
+    """Return what the text view shows, for the first `max_tokens` tokens in reading order.
 
     tokens: the runs' input, which fills in what was not scored.
     Raises FingerprintMismatchError where `tokens` or `tokenizer` are others than the runs'.
@@ -72,7 +72,7 @@ def token_data(
 
 
 def _affordable(labelled: LabelledRuns, num_shown: int) -> int:
-    """How many alternatives a token fit into their share of the page: at least one."""
+    """Return how many alternatives a token fit into their share of the page: at least one."""
     largest_id = max(int(run.model.get("vocab_size") or 0) for run in labelled.runs)
     id_bytes = 2 if largest_id <= np.iinfo(np.uint16).max else 4
     bytes_each = (id_bytes + 2) * 4 / 3  # in base64
@@ -80,7 +80,7 @@ def _affordable(labelled: LabelledRuns, num_shown: int) -> int:
 
 
 def packed(values: NDArray[Any], scale: float | None = None) -> Packed:
-    """Numbers as base64 in the smallest little-endian type that holds them.
+    """Return numbers as base64 in the smallest little-endian type that holds them.
 
     Integers as they are; floats as float32, or with `scale` as integers of 1 / scale (NaN: the
     type's largest value, which the script reads as NaN).
@@ -107,7 +107,7 @@ def _base64(values: NDArray[Any]) -> str:
 
 
 def _run_columns(run: Run, rows_M: NDArray[np.int64], max_alternatives: int) -> Packed:
-    """One run's columns; `alternatives` are the ids that it names, to be spelled."""
+    """Return one run's columns; `alternatives` are the ids that it names, to be spelled."""
     rows = run.tokens
     columns: Packed = {
         "nll": packed(_taken(rows.nll, rows_M)),
@@ -132,7 +132,7 @@ def _run_columns(run: Run, rows_M: NDArray[np.int64], max_alternatives: int) -> 
 
 
 def _kl_column(comparison: Comparison | None, rows_M: NDArray[np.int64]) -> Packed | None:
-    """The KL of a candidate's comparison; None for the reference, and where it was refused."""
+    """Return the KL of a candidate's comparison; None for the reference and without a valid KL."""
     kl_R = None
     if comparison is not None and comparison.tokens is not None:
         kl_R = comparison.tokens.kl_of_rows()
@@ -140,7 +140,7 @@ def _kl_column(comparison: Comparison | None, rows_M: NDArray[np.int64]) -> Pack
 
 
 def _taken(column: NDArray[Any], rows_M: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A column in reading order, NaN where a token was not scored."""
+    """Return a column in reading order, NaN where a token was not scored."""
     taken: NDArray[np.float64] = np.where(rows_M < 0, np.nan, column[rows_M].astype(np.float64))
     return taken
 
@@ -149,7 +149,7 @@ PLAIN, CONTINUATION, GAP, NUMBER = range(4)
 
 
 def _pieces(text: RunText, num_shown: int) -> tuple[list[str], NDArray[np.int64]]:
-    """(the text of each token, its kind).
+    """Return (the text of each token, its kind).
 
     A character belongs to the token that holds its first byte; a token that holds only later bytes
     of a character is a CONTINUATION with no text. A GAP stands for text that is not at hand, a
@@ -174,7 +174,7 @@ def _pieces(text: RunText, num_shown: int) -> tuple[list[str], NDArray[np.int64]
 
 
 def _next_character(at: NDArray[np.int64], later: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Each byte offset moved on to where the next character begins (at most 3 bytes)."""
+    """Return each byte offset moved on to where the next character begins (at most 3 bytes)."""
     moved = at.copy()
     padded = np.concatenate((later, [False]))
     for _ in range(3):
@@ -183,7 +183,7 @@ def _next_character(at: NDArray[np.int64], later: NDArray[np.bool_]) -> NDArray[
 
 
 def _domains(labelled: LabelledRuns, text: RunText, num_shown: int) -> Packed | None:
-    """The domain's name of each document that has one."""
+    """Return the domain's name of each document that has one."""
     rows = labelled.reference.tokens
     if not rows.domains or num_shown == 0:
         return None

@@ -14,7 +14,7 @@ Spec = dict[str, Any]
 
 
 def drawn(spec: Spec) -> str:
-    """A Vega-Lite chart as an SVG element that scales with the page.
+    """Return a Vega-Lite chart as an SVG element that scales with the page.
 
     Raises MissingPackageError without the extra `report`.
     """
@@ -30,7 +30,7 @@ def drawn(spec: Spec) -> str:
 
 
 def _drawable(value: Any) -> Any:
-    """The same with characters that XML or the drawing's script cannot hold written out."""
+    """Return the same with characters that XML or the drawing's script cannot hold written out."""
     if isinstance(value, str):
         return _NOT_DRAWABLE.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", value)
     if isinstance(value, dict):

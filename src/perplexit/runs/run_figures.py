@@ -24,7 +24,6 @@ from perplexit.metrics.intervals import (
     clusters_within,
     ratio_interval,
 )
-from perplexit.metrics.text_units import mean_loss, unit_estimates
 from perplexit.metrics.totals import NllTotals, finite_mask
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import RunTokens
@@ -110,7 +109,15 @@ class _Figures:
         self, tokens: RunTokens, totals: NllTotals, clusters: Clusters, confidence: float
     ) -> None:
         """Enter the figures for each token, byte and word."""
-        for name, found in unit_estimates(tokens, totals, clusters, confidence).items():
+        estimates = likelihood.unit_estimates(
+            tokens.nll,
+            tokens.num_bytes,
+            tokens.num_words,
+            totals=totals,
+            clusters=clusters,
+            confidence=confidence,
+        )
+        for name, found in estimates.items():
             without_text = tokens.token_bytes is None and name != "perplexity"
             self.set(name, NO_TEXT if without_text else found)
 
@@ -190,7 +197,7 @@ def _add_domains(
         part = scored.take(rows)
         own = clusters_within(clusters, rows, scored.window)
         totals.append(NllTotals.of(part.nll, part.num_bytes, part.num_words))
-        means.append(mean_loss(part, own, confidence))
+        means.append(likelihood.mean_loss(part.nll, own, confidence))
         units = _Figures()
         units.set_units(part, totals[-1], own, confidence)
         figures.record["domains"].append(
