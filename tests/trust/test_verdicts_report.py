@@ -10,9 +10,8 @@ import pytest
 
 import perplexit as px
 from perplexit.report import chart_drawings as charts
-from perplexit.report.chart_rows import agreement_rows, kl_rows
 from perplexit.report.labelled_runs import LabelledRuns
-from perplexit.report.run_charts import charts_of
+from perplexit.report.run_charts import agreement_rows, charts_of, kl_rows
 from perplexit.report.token_data import token_data
 from perplexit.runs.run import Run
 from tests.report_runs import toy_runs, with_kl

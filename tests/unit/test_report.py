@@ -19,14 +19,13 @@ import perplexit as px
 from perplexit.comparison.compared_tokens import exceedance
 from perplexit.errors import FingerprintMismatchError, MissingPackageError, RunError, UsageError
 from perplexit.metrics.number_format import decimals, figure, interval, quantity
-from perplexit.report import report_packages
+from perplexit.report import page_assets
 from perplexit.report import token_data as token_data_module
-from perplexit.report.chart_rows import agreement_rows
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.html_page import json_block
 from perplexit.report.labelled_runs import LabelledRuns, labels_of
 from perplexit.report.measurement_table import conditions_of, notes_of
-from perplexit.report.run_charts import charts_of
+from perplexit.report.run_charts import agreement_rows, charts_of
 from perplexit.report.token_data import CONTINUATION, GAP, PLAIN, packed, token_data
 from perplexit.runs.run import Run
 from tests.report_runs import toy_runs, with_kl
@@ -302,9 +301,9 @@ def test_without_the_extra_the_message_is_the_command(monkeypatch: pytest.Monkey
     def missing(module: str) -> Any:
         raise ImportError(f"No module named {module!r}")
 
-    monkeypatch.setattr(report_packages, "import_module", missing)
+    monkeypatch.setattr(page_assets, "import_module", missing)
     with pytest.raises(MissingPackageError, match=r"pip install 'perplexit\[report\]'"):
-        report_packages.loaded("vl_convert")
+        page_assets.loaded("vl_convert")
 
 
 def test_alternatives_are_spelled_by_the_tokenizer_and_no_other(

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from perplexit.cli.output import in_mib, with_interval
-from perplexit.metrics.estimate import counted
+from perplexit.metrics.estimate import counted, missing_figures
 
 MOST_DOMAINS = 20  # rows for people; the record has them all
 
@@ -153,21 +153,11 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if record["num_non_finite"]:
         rows.append(("tokens left out (not finite)", _count(record["num_non_finite"])))
     rows += [("warning", warning) for warning in record["warnings"]]
-    return rows + _missing(record["reasons"])
-
-
-def _missing(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return one row for each reason, with every figure that it leaves out."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        figure = name.removesuffix("_low").removesuffix("_high")
-        said = figure if figure in reasons else f"interval of {figure}"
-        if reason != reasons.get("perplexity_low") and said not in names.setdefault(reason, []):
-            names[reason].append(said)
-    return [
+    reasons = record["reasons"]
+    return rows + [
         (f"no {', '.join(said).replace('_', ' ')}", reason)
-        for reason, said in names.items()
-        if said
+        for reason, said in missing_figures(reasons).items()
+        if reason != reasons.get("perplexity_low")
     ]
 
 

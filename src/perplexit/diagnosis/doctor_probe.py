@@ -160,7 +160,7 @@ def make_probe(
 
 
 def packaged_text() -> str:
-    """Return the start of the State of the Union address of 1928: 14,000 characters, public domain."""
+    """Return 14,000 characters of the State of the Union address of 1928 (public domain)."""
     return resources.files("perplexit.diagnosis").joinpath("probe.txt").read_text(encoding="utf-8")
 
 

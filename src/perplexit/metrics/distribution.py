@@ -75,7 +75,7 @@ class Bucket:
 
 
 def mean_by(
-    values_M: NDArray[np.floating], key_M: NDArray[np.floating], edges: tuple[float, ...]
+    values_M: NDArray[np.floating], key_M: NDArray[np.number], edges: tuple[float, ...]
 ) -> tuple[Bucket, ...]:
     """Return the mean of a per-token figure in buckets of another: KL by confidence, say.
 

@@ -1,7 +1,7 @@
 """Estimate: a figure with its confidence interval, or with the reason why it has none."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 
@@ -9,6 +9,20 @@ def counted(count: int | None, unit: str) -> str:
     """Return `1 cluster`, `24 clusters`; a dash for the number where it is unknown."""
     number = "-" if count is None else f"{count:,}"
     return f"{number} {unit}{'' if count == 1 else 's'}"
+
+
+def missing_figures(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return, for each reason, the figures that it leaves out: `bits_per_byte`, `interval of …`.
+
+    reasons: as in `run.json`, by the name of a figure or of an end of its interval.
+    """
+    missing: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        figure = name.removesuffix("_low").removesuffix("_high")
+        said = figure if figure in reasons else f"interval of {figure}"
+        if said not in missing.setdefault(reason, []):
+            missing[reason].append(said)
+    return missing
 
 
 @dataclass(frozen=True, slots=True)

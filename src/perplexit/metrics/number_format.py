@@ -20,6 +20,13 @@ def interval(low: float | None, high: float | None) -> str:
     return f"[{low:,.{places}f}, {high:,.{places}f}]"
 
 
+def figure_with_interval(
+    value: float | None, low: float | None = None, high: float | None = None
+) -> str:
+    """Return `18.30 [17.12, 19.57]`, or the figure alone where there is no interval."""
+    return f"{figure(value, low, high)} {interval(low, high)}".rstrip()
+
+
 def decimals(value: float, low: float | None, high: float | None) -> int:
     """Return how many places a figure is given to: two digits of its interval's width, or four."""
     size = math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
@@ -59,3 +66,11 @@ def change(nats: float) -> str:
     if nats < math.log(2):
         return f"{percent(math.expm1(nats))} higher"
     return f"{math.exp(nats):.2g} times as high" if nats < 700 else "infinitely higher"
+
+
+def mebibytes(num_bytes: float | None) -> str:
+    """Return bytes as MiB or GiB; a dash where unknown."""
+    if num_bytes is None:
+        return DASH
+    size = num_bytes / 2**20
+    return f"{size:,.0f} MiB" if size < 10_000 else f"{size / 1024:,.1f} GiB"

@@ -3,11 +3,20 @@
 from collections.abc import Iterator, Sequence
 
 from perplexit.igf.experiment_file import Experiment, MethodOutcome
-from perplexit.metrics.number_format import DASH, figure, interval
-from perplexit.report import chart_drawings as charts
-from perplexit.report.chart_drawings import Chart
-from perplexit.report.chart_rows import Row
-from perplexit.report.vega_svg import Spec, drawn
+from perplexit.metrics.number_format import DASH, figure_with_interval
+from perplexit.report.chart_drawings import (
+    SAID,
+    Chart,
+    Row,
+    Spec,
+    by_run,
+    drawn,
+    intervals_chart,
+    nominal,
+    plot,
+    point_mark,
+    quantitative,
+)
 
 LARGEST_NUMBER_OF_METHODS = 8  # as many as there are colours that can be told apart
 _SECONDS = ("labels", "select", "train")
@@ -41,7 +50,7 @@ def _curves(experiment: Experiment, name: str) -> Iterator[Chart]:
                 "value": median,
                 "low": low,
                 "high": high,
-                "said": f"{method.name}, step {step}: {_with_interval(median, low, high)}",
+                "said": f"{method.name}, step {step}: {figure_with_interval(median, low, high)}",
             }
             for step, median, low, high in points
         ]
@@ -57,39 +66,23 @@ def _curves(experiment: Experiment, name: str) -> Iterator[Chart]:
 
 
 def _curves_spec(rows: Sequence[Row], names: Sequence[str]) -> Spec:
-    x = {"field": "step", "type": "quantitative", "title": "optimizer steps"}
-    scale = {"zero": False, "nice": True}
-    y = {"type": "quantitative", "title": "test perplexity", "scale": scale}
-    by_method = charts.by_run(rows, names, dashes=True)
+    x = quantitative("step", "optimizer steps")
+    y: Spec = {"title": "test perplexity", "scale": {"zero": False, "nice": True}}
+    by_method = by_run(rows, names, dashes=True)
     colour = {**by_method["color"], "legend": None}
+    band = {"x": x, "y": quantitative("low", **y), "y2": {"field": "high"}, "color": colour}
+    median = {"x": x, "y": quantitative("value", **y)}
     layers: list[Spec] = [
-        {
-            "mark": {"type": "area", "opacity": 0.16, "aria": False},
-            "encoding": {
-                "x": x,
-                "y": {"field": "low", **y},
-                "y2": {"field": "high"},
-                "color": colour,
-            },
-        },
+        {"mark": {"type": "area", "opacity": 0.16, "aria": False}, "encoding": band},
         {
             "mark": {"type": "line", "strokeWidth": 2, "aria": False},
-            "encoding": {"x": x, "y": {"field": "value", **y}, **by_method},
+            "encoding": {**median, **by_method},
         },
-        {
-            "mark": {"type": "point", "filled": True, "size": 26, "opacity": 1},
-            "encoding": {
-                "x": x,
-                "y": {"field": "value", **y},
-                "color": colour,
-                "description": {"field": "said", "type": "nominal"},
-            },
-        },
+        {**point_mark(26), "encoding": {**median, "color": colour, "description": SAID}},
     ]
-    plot: Spec = {"width": charts.WIDTH, "height": 240, "data": {"values": list(rows)}}
     # each layer its own legend, that the lines' be drawn as lines; two of the three have none
     resolve = {"legend": {"color": "independent", "strokeDash": "independent"}}
-    return {**plot, "layer": layers, "resolve": resolve}
+    return plot(rows, height=240, layer=layers, resolve=resolve)
 
 
 def _ratios(experiment: Experiment, name: str) -> Iterator[Chart]:
@@ -101,7 +94,7 @@ def _ratios(experiment: Experiment, name: str) -> Iterator[Chart]:
             "value": row.ratio,
             "low": row.low,
             "high": row.high,
-            "said": f"{row.method}: {_with_interval(row.ratio, row.low, row.high)}",
+            "said": f"{row.method}: {figure_with_interval(row.ratio, row.low, row.high)}",
         }
         for row in experiment.comparisons
     ]
@@ -110,12 +103,12 @@ def _ratios(experiment: Experiment, name: str) -> Iterator[Chart]:
         f"Final perplexity over {experiment.reference}'s",
         "Paired by seed: both have drawn the same candidates. The dashed line is no difference; "
         "left of it is better.",
-        charts.intervals_chart(rows, _names(experiment), title="perplexity ratio", mark_at=1.0),
+        intervals_chart(rows, _names(experiment), title="perplexity ratio", mark_at=1.0),
         ("method", "ratio", "verdict"),
         tuple(
             (
                 row.method,
-                _with_interval(row.ratio, row.low, row.high),
+                figure_with_interval(row.ratio, row.low, row.high),
                 row.verdict(experiment.confidence),
             )
             for row in experiment.comparisons
@@ -157,34 +150,19 @@ def _seconds(method: MethodOutcome, labels: float | None) -> Iterator[str]:
 
 def _costs_spec(rows: Sequence[Row], names: Sequence[str]) -> Spec:
     axis = {"ticks": False, "domain": False, "labelColor": "var(--ink)", "labelPadding": 8}
-    colours = ["var(--run5)", "var(--run6)", "var(--run0)"]
-    return {
-        "width": charts.WIDTH,
-        "height": {"step": 30},
-        "data": {"values": list(rows)},
-        "transform": [{"filter": "datum.seconds > 0"}],
-        "mark": {"type": "bar", "height": {"band": 0.6}},
-        "encoding": {
-            "y": {
-                "field": "run",
-                "type": "nominal",
-                "sort": list(names),
-                "title": None,
-                "axis": axis,
-                "scale": {"domain": list(names)},
-            },
-            "x": {"field": "seconds", "type": "quantitative", "title": "seconds"},
-            "color": {
-                "field": "part",
-                "type": "nominal",
-                "scale": {"domain": list(_SECONDS), "range": colours},
-                "legend": {"symbolType": "square", "symbolStrokeWidth": 0},
-            },
-            "order": {"field": "part", "type": "nominal"},
-            "description": {"field": "said", "type": "nominal"},
+    scale = {"domain": list(_SECONDS), "range": ["var(--run5)", "var(--run6)", "var(--run0)"]}
+    legend = {"symbolType": "square", "symbolStrokeWidth": 0}
+    domain = {"domain": list(names)}
+    return plot(
+        rows,
+        height={"step": 30},
+        transform=[{"filter": "datum.seconds > 0"}],
+        mark={"type": "bar", "height": {"band": 0.6}},
+        encoding={
+            "y": nominal("run", sort=list(names), title=None, axis=axis, scale=domain),
+            "x": quantitative("seconds", "seconds"),
+            "color": nominal("part", scale=scale, legend=legend),
+            "order": nominal("part"),
+            "description": SAID,
         },
-    }
-
-
-def _with_interval(value: float, low: float | None, high: float | None) -> str:
-    return f"{figure(value, low, high)} {interval(low, high)}".rstrip()
+    )

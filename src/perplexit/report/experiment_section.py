@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from perplexit.errors import UsageError
-from perplexit.igf.experiment_file import Experiment, MethodOutcome, PairedOutcome
+from perplexit.igf.experiment_file import Experiment, MethodOutcome
 from perplexit.igf.learner_scores import doubt_about
-from perplexit.metrics.number_format import DASH, figure, interval
+from perplexit.metrics.number_format import DASH, figure, figure_with_interval, interval
 from perplexit.report.chart_drawings import Chart
 from perplexit.report.experiment_charts import (
     LARGEST_NUMBER_OF_METHODS,
@@ -72,8 +72,9 @@ def headline_of(experiment: Experiment) -> str:
     reference = experiment.reference
     if better:
         best = min(better, key=lambda row: row.ratio)
+        ratio = figure_with_interval(best.ratio, best.low, best.high)
         return (
-            f"Selecting by {best.method} ends at {_ratio(best)} of the test perplexity that "
+            f"Selecting by {best.method} ends at {ratio} of the test perplexity that "
             f"{reference} ends at."
         )
     if not verdicts:
@@ -82,10 +83,6 @@ def headline_of(experiment: Experiment) -> str:
         every = "the other method is" if len(verdicts) == 1 else "all other methods are"
         return f"Nothing beats {reference}: {every} worse."
     return f"No method beats {reference}."
-
-
-def _ratio(row: PairedOutcome) -> str:
-    return f"{figure(row.ratio, row.low, row.high)} {interval(row.low, row.high)}"
 
 
 def _facts(experiment: Experiment) -> tuple[str, ...]:

@@ -1,15 +1,16 @@
 """Figures and verdicts in words, with as many digits as their intervals carry."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from perplexit.comparison import VERDICTS, Comparison
-from perplexit.metrics.number_format import DASH, figure, interval
+from perplexit.metrics.number_format import figure_with_interval
 from perplexit.report.labelled_runs import LabelledRuns
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One candidate's verdict. `kind` is the comparison's verdict, for colour and sign."""
+class CandidateVerdict:
+    """One candidate's verdict in words. `kind` is the verdict itself, for colour and sign."""
 
     label: str
     kind: str
@@ -20,14 +21,15 @@ class Finding:
 
 def ratio_of(comparison: Comparison) -> str:
     """Return `1.021 [1.018, 1.024]`."""
-    low, high = comparison.ppl_ratio_low, comparison.ppl_ratio_high
-    return f"{figure(comparison.ppl_ratio, low, high)} {interval(low, high)}".strip()
+    return figure_with_interval(
+        comparison.ppl_ratio, comparison.ppl_ratio_low, comparison.ppl_ratio_high
+    )
 
 
-def findings_of(labelled: LabelledRuns) -> list[Finding]:
+def findings_of(labelled: LabelledRuns) -> list[CandidateVerdict]:
     """Return one finding for each candidate."""
     return [
-        Finding(
+        CandidateVerdict(
             label,
             comparison.verdict,
             comparison.judged.predicate(labelled.labels[0]),
@@ -44,9 +46,8 @@ def headline(labelled: LabelledRuns) -> str:
     if not labelled.comparisons and labelled.aligned:
         return _headline_of_bytes(labelled)
     if not labelled.comparisons:
-        shown = figure(run.perplexity, run.perplexity_low, run.perplexity_high)
-        span = interval(run.perplexity_low, run.perplexity_high)
-        return f"{labelled.labels[0]} has a perplexity of {shown} {span}".rstrip() + "."
+        shown = figure_with_interval(run.perplexity, run.perplexity_low, run.perplexity_high)
+        return f"{labelled.labels[0]} has a perplexity of {shown}."
     if len(labelled.comparisons) == 1:
         finding = findings_of(labelled)[0]
         return f"{finding.label} {finding.says}: perplexity ratio {finding.ratio}."
@@ -54,9 +55,8 @@ def headline(labelled: LabelledRuns) -> str:
 
 
 def _headline_of_several(labelled: LabelledRuns) -> str:
-    counts: dict[str, int] = dict.fromkeys(VERDICTS, 0)
-    for comparison in labelled.comparisons:
-        counts[comparison.verdict] += 1
+    found = Counter(comparison.verdict for comparison in labelled.comparisons)
+    counts: dict[str, int] = {verdict: found[verdict] for verdict in VERDICTS}
     number, reference = len(labelled.comparisons), labelled.labels[0]
     every = "Both" if number == 2 else f"All {number}"
     if counts["inconclusive"] == number:
@@ -81,20 +81,11 @@ def _headline_of_bytes(labelled: LabelledRuns) -> str:
         number = len(labelled.aligned)
         return f"{number} runs in other tokens, compared with {labelled.labels[0]} byte by byte."
     label, found = labelled.aligned[0]
-    bits = found.figures()["bits_per_byte_difference"]
-    shown = figure(bits.value, bits.low, bits.high)
-    span = interval(bits.low, bits.high)
+    bits = found.estimate("bits_per_byte_difference")
+    shown = figure_with_interval(bits.value, bits.low, bits.high)
     sign = "+" if bits.value > 0 else ""
     says = found.judged.predicate(labelled.labels[0])
-    return f"Byte by byte, {label} {says}: {sign}{shown} {span}".rstrip() + " bits per byte."
-
-
-def mebibytes(num_bytes: float | None) -> str:
-    """Return bytes as MiB or GiB; a dash where unknown."""
-    if num_bytes is None:
-        return DASH
-    size = num_bytes / 2**20
-    return f"{size:,.0f} MiB" if size < 10_000 else f"{size / 1024:,.1f} GiB"
+    return f"Byte by byte, {label} {says}: {sign}{shown} bits per byte."
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -8,21 +8,20 @@ style run, by their hashes, and lets nothing be fetched.
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from typing import Any
 
 from perplexit import __version__
-from perplexit.comparison import ChangedToken, Comparison
+from perplexit.comparison.verdict_record import precision_name
 from perplexit.metrics.estimate import counted
-from perplexit.metrics.number_format import DASH, figure, interval
-from perplexit.report.chart_drawings import Chart
+from perplexit.metrics.number_format import figure, figure_with_interval, interval, mebibytes
 from perplexit.report.experiment_section import ExperimentSection
-from perplexit.report.headlines import Finding, headline, mebibytes
-from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of, precision_of
+from perplexit.report.headlines import findings_of, headline
+from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of
 from perplexit.report.measurement_table import conditions_of, notes_of
+from perplexit.report.page_assets import asset, loaded
 from perplexit.report.prediction_tables import aligned_rows, changed_choices, prediction_rows
-from perplexit.report.report_packages import loaded
+from perplexit.report.run_charts import charts_of
 
 SCRIPTS = ("columns.js", "tokens.js", "details.js", "list.js", "page.js", "start.js")
 _ESCAPES = {
@@ -38,9 +37,7 @@ _SIGNS = {"worse": "▲", "better": "▼", "equivalent": "=", "inconclusive": "?
 
 def page_of(
     labelled: LabelledRuns | None,
-    charts: Sequence[Chart],
     data: dict[str, Any],
-    findings: Sequence[Finding],
     sections: Sequence[ExperimentSection] = (),
 ) -> str:
     """Render the whole HTML document: of runs, of experiments (`labelled` is None), or of both."""
@@ -61,20 +58,22 @@ def page_of(
         style=markup(style),
         script=markup(script),
         drawing=markup,
+        figure=figure,
+        figure_with_interval=figure_with_interval,
+        interval=interval,
+        mebibytes=mebibytes,
         headline=sections[0].headline if labelled is None else headline(labelled),
-        findings=findings,
+        findings=[] if labelled is None else findings_of(labelled),
         signs=_SIGNS,
         sections=sections,
         version=__version__,
-        **({"runs": []} if labelled is None else _of_runs(labelled, charts, data)),
+        **({"runs": []} if labelled is None else _of_runs(labelled, data)),
         data=markup(json_block(data)),
     )
     return rendered
 
 
-def _of_runs(
-    labelled: LabelledRuns, charts: Sequence[Chart], data: dict[str, Any]
-) -> dict[str, Any]:
+def _of_runs(labelled: LabelledRuns, data: dict[str, Any]) -> dict[str, Any]:
     """Return what the template says of the runs."""
     return {
         "facts": _facts(labelled),
@@ -83,23 +82,17 @@ def _of_runs(
         "is_comparison": bool(labelled.comparisons),
         "margin": _margins(labelled),
         "reference_label": labelled.labels[0],
-        "charts": charts,
+        "charts": charts_of(labelled),
         "domains": _domain_table(labelled),
         "predictions": prediction_rows(labelled),
         "choices": changed_choices(labelled),
         "aligned": aligned_rows(labelled),
-        "changed": _changed(labelled),
+        "changed": labelled.comparisons[0].most_changed if labelled.comparisons else (),
         "shown": data["numShown"],
         "total": data["numTokens"],
         "conditions": conditions_of(labelled),
         "notes": notes_of(labelled),
     }
-
-
-def asset(name: str) -> str:
-    """Return a file of the page, as text."""
-    folder = resources.files("perplexit.report") / "assets"
-    return (folder / name).read_text(encoding="utf-8")
 
 
 def policy_of(script: str, style: str) -> str:
@@ -145,78 +138,35 @@ def _facts(labelled: LabelledRuns) -> list[str]:
 
 
 def _run_rows(labelled: LabelledRuns) -> list[dict[str, Any]]:
-    """Return a row a run of the table under the verdict."""
-    comparisons = (None, *labelled.comparisons)
-    rows = []
-    for index, (label, run) in enumerate(zip(labelled.labels, labelled.runs, strict=True)):
-        comparison = comparisons[index]
-        memory, where = peak_bytes_of(run)
-        speed, load = run.tokens_per_second, run.seconds.get("load")
-        low, high = run.bits_per_byte_low, run.bits_per_byte_high
-        rows.append(
-            {
-                "index": index,
-                "label": label,
-                "precision": precision_of(run),
-                "address": str(run.model.get("address", "")),
-                "perplexity": figure(run.perplexity, run.perplexity_low, run.perplexity_high),
-                "perplexity_interval": interval(run.perplexity_low, run.perplexity_high),
-                "bits": figure(run.bits_per_byte, low, high),
-                "bits_interval": interval(low, high),
-                **_ratio_cells(comparison),
-                "verdict": None if comparison is None else comparison.verdict,
-                "memory": mebibytes(memory),
-                "memory_where": where if memory is not None else "",
-                "speed": DASH if speed is None else f"{speed:,.0f}",
-                "load": DASH if load is None else f"{load:.1f}",
-            }
-        )
-    return rows
-
-
-def _ratio_cells(comparison: Comparison | None) -> dict[str, str]:
-    if comparison is None:
-        return {"ratio": "1", "ratio_interval": ""}
-    low, high = comparison.ppl_ratio_low, comparison.ppl_ratio_high
-    ratio = figure(comparison.ppl_ratio, low, high)
-    return {"ratio": ratio, "ratio_interval": interval(low, high)}
+    """Return one row per run for the table under the verdict; the template formats the figures."""
+    rows = zip(labelled.labels, labelled.runs, (None, *labelled.comparisons), strict=True)
+    return [
+        {
+            "index": index,
+            "label": label,
+            "precision": precision_name(run.session),
+            "address": str(run.model.get("address", "")),
+            "run": run,
+            "comparison": comparison,
+            "memory": peak_bytes_of(run),
+        }
+        for index, (label, run, comparison) in enumerate(rows)
+    ]
 
 
 def _domain_table(labelled: LabelledRuns) -> list[dict[str, Any]]:
-    """Return perplexity by domain, a column a run, with paired ratios; empty without domains."""
-    runs = labelled.runs
+    """Return one row per domain with (each run's perplexity, its paired ratio) as cells.
+
+    The reference has no ratio, and a run without the domain has nothing.
+    """
     rows = []
-    for entry in runs[0].domains:
-        cells = []
-        for index, run in enumerate(runs):
-            own = next((d for d in run.domains if d["domain"] == entry["domain"]), None)
-            shown = _domain_perplexity(own) if own else DASH
-            ratio, verdict = _domain_ratio(labelled, index, entry)
-            cells.append({"perplexity": shown, "ratio": ratio, "verdict": verdict})
-        rows.append(
-            {"domain": entry["domain"], "tokens": f"{entry['num_tokens']:,}", "cells": cells}
-        )
+    for entry in labelled.reference.domains:
+        name = entry["domain"]
+        own = [next((d for d in run.domains if d["domain"] == name), None) for run in labelled.runs]
+        ratios = [
+            next((d for d in comparison.domains if d.domain == name), None)
+            for comparison in labelled.comparisons
+        ]
+        cells = list(zip(own, (None, *ratios), strict=True))
+        rows.append({"domain": name, "num_tokens": entry["num_tokens"], "cells": cells})
     return rows
-
-
-def _domain_perplexity(own: Mapping[str, Any]) -> str:
-    """Return a domain's perplexity with its interval, which runs of version 1 do not have."""
-    low, high = own.get("perplexity_low"), own.get("perplexity_high")
-    return f"{figure(own['perplexity'], low, high)} {interval(low, high)}".strip()
-
-
-def _domain_ratio(labelled: LabelledRuns, index: int, entry: dict[str, Any]) -> tuple[str, str]:
-    """Return (the paired ratio as text, the verdict) of a run in a domain; reference: empty."""
-    if index == 0:
-        return "", ""
-    for domain in labelled.comparisons[index - 1].domains:
-        if domain.domain == entry["domain"]:
-            low, high = domain.ppl_ratio_low, domain.ppl_ratio_high
-            shown = f"× {figure(domain.ppl_ratio, low, high)} {interval(low, high)}".strip()
-            return shown, domain.verdict
-    return "", ""
-
-
-def _changed(labelled: LabelledRuns) -> list[ChangedToken]:
-    """Return the first candidate's most changed tokens, for readers without the script."""
-    return list(labelled.comparisons[0].most_changed) if labelled.comparisons else []

@@ -9,6 +9,7 @@ from perplexit.comparison import Comparison, compare
 from perplexit.comparison.byte_comparison import ByteComparison
 from perplexit.comparison.compare_by_byte import compare_bytes
 from perplexit.comparison.pairing import only_by_bytes
+from perplexit.comparison.verdict_record import precision_name
 from perplexit.errors import UsageError
 from perplexit.runs.run import Run
 
@@ -92,7 +93,7 @@ def labels_of(runs: Sequence[Run]) -> tuple[str, ...]:
     repeated = {name for name, count in Counter(names).items() if count > 1}
     if repeated:
         names = [
-            f"{name} ({precision_of(run)})" if name in repeated else name
+            f"{name} ({precision_name(run.session)})" if name in repeated else name
             for name, run in zip(names, runs, strict=True)
         ]
     seen: Counter[str] = Counter()
@@ -103,21 +104,14 @@ def labels_of(runs: Sequence[Run]) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def precision_of(run: Run) -> str:
-    """Return `pytorch float32`, `onnxruntime float32 int4`: engine, dtype and quantization."""
-    quantization = run.session.get("quantization") or {}
-    parts = (run.session.get("engine"), run.session.get("dtype"), quantization.get("name"))
-    return " ".join(str(part) for part in parts if part)
-
-
 def _name_of(run: Run) -> str:
     if run.folder is not None:
         return run.folder.resolve().name
-    return precision_of(run) or str(run.model.get("address", "run"))
+    return precision_name(run.session) or str(run.model.get("address", "run"))
 
 
 def peak_bytes_of(run: Run) -> tuple[int | None, str]:
-    """Return (peak memory in bytes, where): of the accelerator if one was used, else the process."""
+    """Return (peak memory in bytes, where): of the accelerator if it was used, else the process."""
     device = run.peak_memory_bytes.get("torch_device")
     if device:
         return device, "device"

@@ -1,12 +1,10 @@
 """The conditions of each run as a table, and what a reader must be told about them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perplexit.metrics.estimate import counted
-from perplexit.metrics.number_format import DASH
-from perplexit.report.headlines import mebibytes
+from perplexit.metrics.estimate import counted, missing_figures
+from perplexit.metrics.number_format import DASH, mebibytes
 from perplexit.report.labelled_runs import LabelledRuns
 from perplexit.runs.run import Run
 
@@ -34,8 +32,9 @@ def notes_of(labelled: LabelledRuns) -> list[str]:
     """Return warnings of the runs and the comparisons, and why a figure is missing; each once."""
     said: dict[str, list[str]] = {}
     for label, run in zip(labelled.labels, labelled.runs, strict=True):
+        missing = missing_figures(run.reasons)
         notes = [*run.warnings]
-        notes += _missing(run.reasons)
+        notes += [f"missing: {', '.join(names)} ({why})" for why, names in missing.items()]
         if run.num_non_finite:
             notes.append(f"{run.num_non_finite} tokens had no finite loss and are left out")
         for note in notes:
@@ -44,17 +43,6 @@ def notes_of(labelled: LabelledRuns) -> list[str]:
         for note in comparison.warnings:
             said.setdefault(note, []).append(label)
     return [f"{', '.join(dict.fromkeys(labels))}: {note}" for note, labels in said.items()]
-
-
-def _missing(reasons: Mapping[str, str]) -> list[str]:
-    """Return one note for each reason, with every figure or interval that it leaves out."""
-    names: dict[str, list[str]] = {}
-    for name, why in reasons.items():
-        figure = name.removesuffix("_low").removesuffix("_high")
-        said = figure if figure in reasons else f"the interval of {figure}"
-        if said not in names.setdefault(why, []):
-            names[why].append(said)
-    return [f"missing: {', '.join(said)} ({why})" for why, said in names.items()]
 
 
 def _interval(run: Run, confidence: float) -> str:

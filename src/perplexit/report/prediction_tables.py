@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from perplexit.comparison import Comparison
-from perplexit.comparison.byte_comparison import ByteComparison, ChangedSegment
+from perplexit.comparison.byte_comparison import ChangedSegment
 from perplexit.comparison.flips import Flip, Flips
+from perplexit.comparison.verdict_record import range_text
 from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.number_format import DASH, figure, interval
 from perplexit.report.labelled_runs import LabelledRuns
@@ -69,7 +69,7 @@ _FIGURES = (
 
 def prediction_rows(labelled: LabelledRuns) -> list[PredictionRow]:
     """Return the divergences of the candidates that have any; empty where none has."""
-    figures = [_figures(comparison) for comparison in labelled.comparisons]
+    figures = [comparison.measured_figures() for comparison in labelled.comparisons]
     return [
         PredictionRow(name, meaning, tuple(_cell(found.get(key)) for found in figures))
         for key, name, meaning in _FIGURES
@@ -77,18 +77,10 @@ def prediction_rows(labelled: LabelledRuns) -> list[PredictionRow]:
     ]
 
 
-def _figures(comparison: Comparison) -> dict[str, Estimate]:
-    """Return the figures, a KL that is a lower bound with its own interval (gates take the upper one)."""
-    figures = comparison.figures()
-    if comparison.divergences is not None and "kl" in comparison.divergences.columns:
-        figures["mean_kl"] = comparison.divergences.columns["kl"].mean
-    return figures
-
-
 def changed_choices(labelled: LabelledRuns) -> list[ChangedChoices]:
     """Return for each candidate whose first choices can be told from the reference's."""
     return [
-        ChangedChoices(label, _flips_in_words(comparison), comparison.flips.listed)
+        ChangedChoices(label, _flips_in_words(comparison.flips), comparison.flips.listed)
         for label, _, comparison in labelled.candidates
         if comparison.flips is not None and comparison.flips.count
     ]
@@ -96,61 +88,48 @@ def changed_choices(labelled: LabelledRuns) -> list[ChangedChoices]:
 
 def aligned_rows(labelled: LabelledRuns) -> list[AlignedRow]:
     """Return a row a run that could only be compared byte by byte."""
-    return [_aligned(label, found) for label, found in labelled.aligned]
-
-
-def _aligned(label: str, found: ByteComparison) -> AlignedRow:
-    bits = found.figures()["bits_per_byte_difference"]
-    share = found.num_bytes / max(1, found.num_bytes + found.num_unaligned_bytes_candidate)
-    return AlignedRow(
-        label=label,
-        verdict=found.verdict,
-        bits=figure(found.bits_per_byte_candidate),
-        bits_interval=f"reference {figure(found.bits_per_byte_reference)}",
-        difference=_signed(bits),
-        difference_interval=interval(bits.low, bits.high),
-        aligned=f"{found.num_bytes:,} bytes ({100 * share:.3g} % of what it scored)",
-        notes=found.warnings,
-        changed=found.most_changed[:8],
-    )
-
-
-def _signed(found: Estimate) -> str:
-    return ("+" if found.value > 0 else "") + figure(found.value, found.low, found.high)
+    rows = []
+    for label, found in labelled.aligned:
+        bits = found.estimate("bits_per_byte_difference")
+        sign = "+" if bits.value > 0 else ""
+        share = found.num_bytes / max(1, found.num_bytes + found.num_unaligned_bytes_candidate)
+        rows.append(
+            AlignedRow(
+                label=label,
+                verdict=found.verdict,
+                bits=figure(found.bits_per_byte_candidate),
+                bits_interval=f"reference {figure(found.bits_per_byte_reference)}",
+                difference=sign + figure(bits.value, bits.low, bits.high),
+                difference_interval=interval(bits.low, bits.high),
+                aligned=f"{found.num_bytes:,} bytes ({100 * share:.3g} % of what it scored)",
+                notes=found.warnings,
+                changed=found.most_changed[:8],
+            )
+        )
+    return rows
 
 
 def _cell(found: Estimate | None) -> Measured:
     if found is None:
         return Measured(DASH)
     if 0 < abs(found.value) < 1e-3:
-        return Measured(f"{found.value:.2e}", _small_interval(found))
-    shown = interval(found.low, found.high) if found.low is not None else ""
-    return Measured(figure(found.value, found.low, found.high), shown)
+        return Measured(f"{found.value:.2e}", range_text(found.low, found.high, ".2e"))
+    return Measured(figure(found.value, found.low, found.high), interval(found.low, found.high))
 
 
-def _small_interval(found: Estimate) -> str:
-    if found.low is None or found.high is None:
-        return ""
-    return f"[{found.low:.2e}, {found.high:.2e}]"
-
-
-def _flips_in_words(comparison: Comparison) -> str:
-    flips = comparison.flips
-    if flips is None:
-        return ""
+def _flips_in_words(flips: Flips) -> str:
     least = "" if flips.complete else "at least "
     order = (
         ", where the reference was surest first"
         if flips.listed and flips.listed[0].reference_p is not None
         else ""
     )
+    unknown = (
+        ""
+        if all(flip.reference_top1 and flip.candidate_top1 for flip in flips.listed)
+        else " A choice that was not recorded is a dash: eval --top-k 1 records it."
+    )
     return (
         f"{least}{flips.count:,} of {flips.num_tokens:,} tokens "
-        f"({100 * flips.count / flips.num_tokens:.2g} %){order}.{_unknown_in_words(flips)}"
+        f"({100 * flips.count / flips.num_tokens:.2g} %){order}.{unknown}"
     )
-
-
-def _unknown_in_words(flips: Flips) -> str:
-    if all(flip.reference_top1 and flip.candidate_top1 for flip in flips.listed):
-        return ""
-    return " A choice that was not recorded is a dash: eval --top-k 1 records it."

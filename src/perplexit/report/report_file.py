@@ -9,11 +9,10 @@ from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, holds_experiment
 from perplexit.inputs.token_file import TokenFile
 from perplexit.protected_outputs import Kind, OutputFile, begins_with_mark, paths_among
-from perplexit.report.experiment_section import ExperimentSection, experiment_sections
-from perplexit.report.headlines import findings_of, headline
+from perplexit.report.experiment_section import experiment_sections
+from perplexit.report.headlines import headline
 from perplexit.report.html_page import page_of
 from perplexit.report.labelled_runs import LabelledRuns
-from perplexit.report.run_charts import charts_of
 from perplexit.report.token_data import token_data
 from perplexit.runs.run import Run
 from perplexit.runs.words import input_of
@@ -157,8 +156,9 @@ def write_report(
             "expected runs for the labels, input or tokenizer given, got experiments alone; "
             "an experiment is called by its --title"
         )
-    page = _page(labelled, data, sections)
-    file.write(lambda temporary: _write(temporary, page))
+    # a name may hold half a surrogate pair
+    page = page_of(labelled, data, sections).encode("utf-8", "replace")
+    file.write_text(page.decode())
     return Report(
         path=file.path,
         num_bytes=len(page),
@@ -186,17 +186,3 @@ def _opened(
         else:
             runs.append(Run.open(found))
     return runs, experiments
-
-
-def _page(
-    labelled: LabelledRuns | None, data: dict[str, Any], sections: Sequence[ExperimentSection]
-) -> bytes:
-    if labelled is None:
-        page = page_of(None, (), data, (), sections)
-    else:
-        page = page_of(labelled, charts_of(labelled), data, findings_of(labelled), sections)
-    return page.encode("utf-8", "replace")  # a name may hold half a surrogate pair
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

@@ -1,9 +1,14 @@
-"""The one door to the packages that only a report needs."""
+"""What the page is made with: its own files, and the packages that only a report needs."""
 
-from importlib import import_module
+from importlib import import_module, resources
 from typing import Any
 
 from perplexit.errors import MissingPackageError
+
+
+def asset(name: str) -> str:
+    """Return a file of the page as text."""
+    return (resources.files("perplexit.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def loaded(module: str) -> Any:
