@@ -43,7 +43,7 @@ def documents(corpus: Any, keys: Keys, *, stream: bool = False) -> Iterator[Docu
         yield from _path_documents(Path(corpus), keys, stream)
     elif isinstance(corpus, Mapping):
         splits = ", ".join(map(str, corpus))
-        raise UsageError(f"Expected one split, as dataset['test'], got all of them: {splits}.")
+        raise UsageError(f"Expected one split of a dataset, as dataset['test'], got {splits}.")
     elif hasattr(corpus, "column_names") and hasattr(corpus, "select_columns"):
         yield from _dataset_documents(corpus, keys)
     elif isinstance(corpus, Iterable):
@@ -143,8 +143,8 @@ def _file_documents(path: Path, keys: Keys, stream: bool) -> Iterator[Document]:
 def _text_document(path: Path, keys: Keys, stream: bool) -> Document:
     if keys.beside_text:
         raise UsageError(
-            f"{path} is a text file without columns, so it has no {keys.beside_text!r}. Use a "
-            "table (JSON Lines, CSV, Parquet) for domains, prompts and columns to keep."
+            f"{path} is a text file, one document without columns, so no {keys.beside_text!r}. Use "
+            "a table (JSON Lines, CSV, Parquet) for domains, prompts and columns to keep."
         )
     file = open_bytes(path)
     data = file.read(LONG_CHARACTERS + 1 if stream else -1)
@@ -176,7 +176,9 @@ def _item_documents(items: Iterable[Any], keys: Keys, stream: bool) -> Iterator[
             yield Document(item, origin, source_row=number)
         elif isinstance(item, str):
             rows = f"[{{'text': …, {keys.beside_text!r}: …}}]"
-            raise UsageError(f"{origin} is a text without {keys.beside_text!r}. Give rows: {rows}.")
+            raise UsageError(
+                f"{origin} is a text; texts have no {keys.beside_text!r}. Give rows: {rows}."
+            )
         else:
             raise UsageError(f"{origin} is a {type(item).__name__}, expected a text, row or Path.")
 
