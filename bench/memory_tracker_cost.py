@@ -1,7 +1,6 @@
 """What MemoryTracker's two costly figures cost: traced Python objects, counted torch operations."""
 
-import time
-from collections.abc import Callable
+from timeit import repeat
 
 import torch
 
@@ -11,40 +10,31 @@ NUM_OBJECTS = 200_000
 NUM_OPERATIONS = 20_000
 
 
-def make_objects() -> None:
-    [str(number) for number in range(NUM_OBJECTS)]
+def small_objects_seconds() -> float:
+    """Return the seconds of the fastest of five rounds of making small objects."""
+    return min(repeat(lambda: [str(number) for number in range(NUM_OBJECTS)], number=1))
 
 
-def run_operations() -> None:
-    total = torch.ones(64)
-    for _ in range(NUM_OPERATIONS):
-        total = total + 1
+def operation_micros() -> float:
+    """Return the microseconds of one torch operation, of the fastest of five rounds."""
 
+    def work() -> None:
+        total = torch.ones(64)
+        for _ in range(NUM_OPERATIONS):
+            total = total + 1
 
-def fastest(work: Callable[[], None], rounds: int = 5) -> float:
-    """Seconds of the fastest of `rounds` rounds."""
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    plain_objects, plain_operations = fastest(make_objects), fastest(run_operations)
-    with px.MemoryTracker(torch_cpu=False):
-        traced = fastest(make_objects)
-    with px.MemoryTracker(python=False):
-        counted = fastest(run_operations)
-    with px.MemoryTracker():
-        both = fastest(run_operations)
-    micro = 1e6 / NUM_OPERATIONS
-    print(f"small objects: {traced / plain_objects:.1f} times slower while traced")
-    print(f"torch operations: + {(counted - plain_operations) * micro:.0f} µs each while counted")
-    print(f"torch operations: + {(both - plain_operations) * micro:.0f} µs each with both")
+    return 1e6 / NUM_OPERATIONS * min(repeat(work, number=1))
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    objects, plain = small_objects_seconds(), operation_micros()
+    with px.MemoryTracker(torch_cpu=False):
+        traced = small_objects_seconds()
+    with px.MemoryTracker(python=False):
+        counted = operation_micros()
+    with px.MemoryTracker():
+        both = operation_micros()
+    print(f"small objects: {traced / objects:.1f} times slower while traced")
+    print(f"torch operations: + {counted - plain:.0f} µs each while counted")
+    print(f"torch operations: + {both - plain:.0f} µs each with both")

@@ -7,20 +7,22 @@
 column is from float64 KL of whole logits, over every sixth window.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import typer
 from transformers import AutoModelForCausalLM
 
 import perplexit as px
 
 LAYER, SHARE = 12, 0.5
 EVERY = 6
+app = typer.Typer()
 
 
+@app.command()
 def damage(model: Path, output: Path) -> None:
     """Add noise of half its standard deviation to one layer's down projection."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -31,15 +33,15 @@ def damage(model: Path, output: Path) -> None:
     network.save_pretrained(output)
 
 
-def check(tokens: px.TokenFile, models: list[Path], runs: list[Path]) -> None:
+@app.command()
+def check(tokens: Path, model: Path, candidate: Path, runs: list[Path]) -> None:
     """Print the largest and the mean difference of each run's KL column."""
-    networks: list[Any] = [
-        AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in models
-    ]
+    file, load = px.TokenFile.open(tokens), AutoModelForCausalLM.from_pretrained
+    networks: list[Any] = [load(path, dtype=torch.float32) for path in (model, candidate)]
     columns = [px.Run.open(run).tokens for run in runs]
     errors: list[list[np.ndarray]] = [[] for _ in runs]
-    for index in range(0, tokens.num_windows, EVERY):
-        window = tokens.window_ids(index)
+    for index in range(0, file.num_windows, EVERY):
+        window = file.window_ids(index)
         with torch.no_grad():
             ids = torch.tensor([window.ids_T.tolist()])
             logits = [m(ids).logits[0][window.targets_N - 1].double() for m in networks]
@@ -53,23 +55,5 @@ def check(tokens: px.TokenFile, models: list[Path], runs: list[Path]) -> None:
         print(f"{run}: {len(error):,} tokens, largest {error.max():.1e}, mean {error.mean():.1e}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("damage")
-    making.add_argument("model", type=Path)
-    making.add_argument("output", type=Path)
-    checking = commands.add_parser("check")
-    checking.add_argument("input", type=Path)
-    checking.add_argument("model", type=Path)
-    checking.add_argument("candidate", type=Path)
-    checking.add_argument("runs", type=Path, nargs="+")
-    asked = parser.parse_args()
-    if asked.command == "damage":
-        damage(asked.model, asked.output)
-    else:
-        check(px.TokenFile.open(asked.input), [asked.model, asked.candidate], asked.runs)
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -1,33 +1,30 @@
 """Perplexit and its peers side by side, in turns: `make bench`.
 
-    python bench/run.py                     every section; a second call goes on where it was
+    python bench/run.py                     every section; a second call continues where it stopped
     python bench/run.py --only fp32-1024    sections whose name holds that
+    python bench/run.py --only growth       how time and memory grow; measured only when named
     python bench/run.py --quick             less of everything (3 minutes; 7 where all is new)
-    python bench/run.py --list              the sections' names
+    python bench/run.py --list              the sections' names and questions
 
-Each section is a JSON in `build/bench/`. Where all were asked for, the generated part of
-docs/benchmarks.md is written too.
+Each section is a JSON file in `build/bench/`. `--page docs/benchmarks.md` writes its generated
+parts: the tables, and, where every point was measured, the growth.
 """
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sidebyside.aims import aims_table
-from sidebyside.machine import machine
-from sidebyside.measuring import Alternation, Bench, in_own_process
-from sidebyside.pages import write_part
-from sidebyside.pool import Pool, WorkerError, worker_environment
-from sidebyside.scripts import Job, run_script
-from sidebyside.sections import IDS_A_TURN, SCRIPTS, Script, Section, section_order, sections
-from sidebyside.tables import big_table, machine_lines, script_lines
-from sidebyside.telling import Telling
-from sidebyside.texts import ids_of_speeches
+from sidebyside.alternation import Alternation, Bench, say
+from sidebyside.growth import draw_growth, growth_axes, growth_table
+from sidebyside.records import Record
+from sidebyside.report import machine, report, write_part
+from sidebyside.sections import FUNCTIONS, IDS_PER_TURN, Section, alternations, growth_sections
+from sidebyside.workers import WorkerError, in_own_process
 
 from perplexit.resources.cores import num_cores
 
@@ -35,19 +32,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where every section that was asked for has its record."""
+    """Return 0 where every section that was asked for has its record."""
     options = _options(arguments)
     plan = list(_plan(options))
     if options.list:
-        print(*(item.name for item in plan), sep="\n")
+        print(*(f"{item.name:28}{item.question}" for item in plan), sep="\n")
         return 0
-    os.environ.update(worker_environment(options.threads))
-    with Telling(len(plan)) as told:
-        failed = _measure(plan, options, told)
-    if options.page:  # a section that failed is missing there, and is named above
-        write_part(options.page, "measured", report(*_records(options.output)))
-    for line in report(*_records(options.output)):
-        print(line)
+    options.output.mkdir(parents=True, exist_ok=True)
+    failed = measure(plan, options)
+    write_report(options.output, options.page)
     return 1 if failed else 0
 
 
@@ -62,134 +55,98 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=None, help="5, or 3 with --quick")
     parser.add_argument("--windows", type=int, nargs="+", default=None, help="window lengths")
     parser.add_argument(
-        "--ids", type=int, help="in a turn, and a window a thread: 2048 (quick: 1024)"
+        "--ids", type=int, help="in a turn, and a window per thread: 2048 (quick: 1024)"
     )
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER of your own")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true", help="measure what is there already")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--page", type=Path, help="write the tables between its two marks")
+    parser.add_argument("--page", type=Path, help="write its generated parts between their marks")
     found = parser.parse_args(arguments)
     found.rounds = found.rounds or (3 if found.quick else 5)
-    found.ids = found.ids or (IDS_A_TURN // 2 if found.quick else IDS_A_TURN)
+    found.ids = found.ids or (IDS_PER_TURN // 2 if found.quick else IDS_PER_TURN)
     found.windows = tuple(found.windows or ((512,) if found.quick else (512, 1024, 2048)))
     return found
 
 
-def _plan(options: argparse.Namespace) -> Iterator[Section | Script]:
+def _plan(options: argparse.Namespace) -> Iterator[Section]:
     names = [text.partition("=")[0] for text in options.model]
     models = names or (["demo"] if options.quick else ["demo", "gpt2"])
-    wanted = options.contenders and options.contenders.split(",")
-    paths = dict.fromkeys(models, Path())
-    for section in sections(paths, options.windows, options.ids, options.threads):
-        if _is_wanted(section.name, options.only):
-            yield _narrowed(section, wanted)
-    for script in SCRIPTS:
-        asked = any(part in script.name for part in options.only)
-        if asked or not (options.only or script.opt_in or (options.quick and script.name == "igf")):
-            yield script
+    usual = alternations(models, options.windows, options.ids, options.threads)
+    for section in (*usual, *growth_sections(), *FUNCTIONS):
+        left_out = section.opt_in or (options.quick and section.name == "igf")
+        named = any(part in section.name for part in options.only)
+        if named or not (options.only or left_out):
+            wanted = options.contenders.split(",") if options.contenders else section.contenders
+            kept = tuple(name for name in section.contenders if name in wanted)
+            yield replace(section, contenders=kept)
 
 
-def _narrowed(section: Section, wanted: Sequence[str] | None) -> Section:
-    if not wanted:
-        return section
-    kept = tuple(name for name in section.contenders if name in wanted)
-    return Section(**{**_fields(section), "contenders": kept})
-
-
-def _fields(section: Section) -> dict[str, Any]:
-    return {name: getattr(section, name) for name in section.__slots__}
-
-
-def _is_wanted(name: str, parts: Sequence[str]) -> bool:
-    return not parts or any(part in name for part in parts)
-
-
-def _measure(plan: Sequence[Section | Script], options: argparse.Namespace, told: Telling) -> int:
-    """How many items of the plan could not be measured."""
-    bench = _bench(options, plan, told)
+def measure(plan: Sequence[Section], options: argparse.Namespace) -> int:
+    """Write the record of each section that has none; return how many could not be measured."""
+    models = {name: Path(path) for name, _, path in (t.partition("=") for t in options.model)}
+    amounts = options.threads, options.rounds, options.quick
+    bench = Bench(options.output, *amounts, models, first=next(iter(models), "demo"))
     failed = 0
-    with Pool(bench.folder / "logs") as pool:
-        for item in plan:
-            path = bench.folder / f"{item.name}.json"
-            conditions = _conditions(item, options)
-            if not options.again and _known(path, conditions):
-                told.done(f"{item.name}: kept")
-                continue
-            try:
-                record = _record(item, bench, pool, options)
-            except WorkerError as error:
-                told(f"{item.name}: {error}")
-                failed += 1
-                continue
-            record |= {"conditions": conditions, "machine": machine(), "date": f"{date.today()}"}
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            told.done(f"{item.name}: measured")
-    shutil.rmtree(bench.folder / "scratch", ignore_errors=True)
+    for section in plan:
+        path = options.output / f"{section.name}.json"
+        conditions = _conditions(section, options)
+        if not options.again and path.exists() and _read(path)["conditions"] == conditions:
+            say(f"{section.name}: kept")
+            continue
+        say(section.name)
+        try:
+            record = (
+                in_own_process(bench.threads, section.function, bench)
+                if section.function
+                else Alternation(bench, section).measure()
+            )
+        except WorkerError as error:
+            say(f"{section.name}: {error}")
+            failed += 1
+            continue
+        write_record(bench, section, record, conditions)
+        say(f"{section.name}: measured")
+    shutil.rmtree(options.output / "scratch", ignore_errors=True)
     return failed
 
 
-def _record(
-    item: Section | Script, bench: Bench, pool: Pool, options: argparse.Namespace
-) -> dict[str, Any]:
-    if isinstance(item, Section):
-        return Alternation(bench, item, pool).measure()
-    pool.close()
-    bench.told(item.name)
-    name = next(iter(bench.models))
-    paths = str(bench.folder), str(bench.models[name]), str(bench.ids[name])
-    return run_script(item.module, Job(*paths, bench.threads, bench.rounds, options.quick))
+def write_record(
+    bench: Bench, section: Section, record: dict[str, Any], conditions: Mapping[str, Any]
+) -> None:
+    """Write a section's record with what it was measured under."""
+    record |= {"conditions": conditions, "machine": machine(), "date": f"{date.today()}"}
+    text = json.dumps(record, indent=1) + "\n"
+    (bench.folder / f"{section.name}.json").write_text(text, encoding="utf-8")
 
 
-def _bench(options: argparse.Namespace, plan: Sequence[Section | Script], told: Telling) -> Bench:
-    folder: Path = options.output
-    folder.mkdir(parents=True, exist_ok=True)
-    models = {name: Path(path) for name, _, path in (t.partition("=") for t in options.model)}
-    needed = {item.model for item in plan if isinstance(item, Section)}
-    if not models:
-        models["demo"] = in_own_process("sidebyside.building:demo_model")
-        if "gpt2" in needed:
-            random = folder / "models" / "gpt2-124m"
-            models["gpt2"] = in_own_process("sidebyside.building:random_gpt2", random)
-    first = next(iter(models))
-    ids = folder / f"{first}-ids.npy"
-    ids_of_speeches(models[first], ids)
-    # GPT-2's vocabulary is the larger, so the demo model's ids are ids of both.
-    return Bench(folder, models, dict.fromkeys(models, ids), options.threads, options.rounds, told)
-
-
-def _conditions(item: Section | Script, options: argparse.Namespace) -> dict[str, Any]:
-    """What a kept record must have been measured under."""
+def _conditions(section: Section, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a kept record must have been measured under."""
     found = {"threads": options.threads, "rounds": options.rounds, "quick": options.quick}
-    if isinstance(item, Section):
-        found |= {"windows": item.windows, "contenders": list(item.contenders)}
+    if section.contenders:
+        found |= {"windows": section.windows, "contenders": list(section.contenders)}
     return found
 
 
-def _known(path: Path, conditions: Mapping[str, Any]) -> bool:
-    return path.exists() and json.loads(path.read_text("utf-8")).get("conditions") == conditions
+def _read(path: Path) -> Record:
+    record: Record = json.loads(path.read_text("utf-8"))
+    return record
 
 
-def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(alternations, scripts) that were measured, by name: shorter windows first."""
-    records = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
-    known = [script.name for script in SCRIPTS]
-    alternations = [name for name, record in records.items() if "contenders" in record]
-    return (
-        {name: records[name] for name in sorted(alternations, key=section_order)},
-        {name: records[name] for name in known if name in records},
-    )
-
-
-def report(records: Mapping[str, Any], scripts: Mapping[str, Any]) -> Iterator[str]:
-    """The tables of all records, as Markdown lines."""
-    newest = [*records.values(), *scripts.values()]
-    if not newest:
-        return
-    last = max(newest, key=lambda record: str(record["date"]))
-    yield from machine_lines(last["machine"], last["conditions"], last["date"])
-    yield from ("", *aims_table(records, scripts), "", *big_table(records), "")
-    yield from script_lines(scripts)
+def write_report(folder: Path, page: Path | None = None) -> str:
+    """Print and return the tables of all records; write them to the page where one is given."""
+    records = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
+    axes = growth_axes(records)
+    growth = [] if axes is None else growth_table(axes)
+    text = "\n".join([*report(records), *growth])
+    print(text)
+    usual = {n: r for n, r in records.items() if not n.startswith(("growth-", "1gb"))}
+    if page is not None and usual:
+        write_part(page, "measured", report(usual))
+    if page is not None and axes is not None:
+        write_part(page, "growth", growth)
+        print(*draw_growth(axes, page.parent / "images"), sep="\n")
+    return text
 
 
 if __name__ == "__main__":

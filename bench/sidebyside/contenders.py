@@ -1,35 +1,38 @@
-"""Who takes turns: a name, what opens it, and what a turn gives back."""
+"""The contenders: how each one is opened, and what one of its turns gives back."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Protocol
+from typing import Any
 
+from sidebyside.paired_ratios import ForwardFlops
 from sidebyside.workloads import Workload
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a contender is opened with: a checkpoint folder, a dtype, threads, a scratch folder.
+    """What a contender is opened with.
 
+    model:   a checkpoint folder.
     program: a compiled program of the same checkpoint, for the engines that want one.
     """
 
     model: str
     dtype: str
     threads: int
-    scratch: str
     program: str | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What a turn gives.
+    """What a turn gives back.
 
-    nll_sum:    nats; None where the turn has no loss (a bare product of matrices).
+    nll_sum: nats; None where the turn has no loss (a bare product of matrices).
     own_perplexity: the tool's own aggregate, where it is not exp(nll_sum / num_tokens).
-    seconds:    of the part that counts, where that is not the whole turn.
-    nll:        of each token, in the text's order, where the contender gives them.
+    seconds: of the part that counts, where that is not the whole turn.
+    nll:     of each token, in the text's order, where the contender gives them.
+    flops:   of one forward pass over the workload; given by the ceiling alone.
     """
 
     nll_sum: float | None
@@ -37,53 +40,68 @@ class Scored:
     own_perplexity: float | None = None
     seconds: float | None = None
     nll: list[float] | None = None
+    flops: ForwardFlops | None = None
 
 
-class Contender(Protocol):
-    """One loaded model, and one way to score with it."""
-
-    def prepare(self, workload: Workload) -> Callable[[], Scored]:
-        """A turn: all that is neither model nor loss is done before it is called."""
-        ...
+Turn = Callable[[], Scored]
+# All that is neither model nor loss is done here, before the turn is called.
+Prepare = Callable[[Workload], Turn]
 
 
-class _Home(Protocol):
-    def __call__(self, setting: Setting) -> Contender: ...
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A way to score.
+
+    opener:  `module:function` of this package; the function takes a Setting and returns a Prepare.
+        It is imported in the worker process alone, because each one brings its own libraries.
+    options: keyword arguments of the function.
+    program: (engine, quantization) that `perplexit compile` is given first; None: no program.
+    """
+
+    opener: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    program: tuple[str, str | None] | None = None
 
 
+EVALUATION = "perplexit_contenders:evaluation"
+FLOAT32, BFLOAT16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
 CEILING = "gemm"
-# name → module:function. Imported in the worker alone: each brings its own libraries.
+ON_CUDA_TOO = {
+    "liger": {"head": "liger"},
+    "cce": {"head": "cce"},
+    "compiled-layers": {"compile_mode": "default", "head": "compiled"},
+    "graphs": {"compile_mode": "reduce-overhead", "head": "compiled"},
+}
 CONTENDERS = {
-    "perplexit": "sidebyside.perplexit_ways:evaluating",
-    "perplexit nll": "sidebyside.perplexit_ways:losses_alone",
-    "perplexit cached, 128 a call": "sidebyside.perplexit_ways:chunked_prefill",
-    "perplexit bf16": "sidebyside.perplexit_ways:evaluating_bfloat16",
-    "openvino fp32": "sidebyside.perplexit_ways:openvino_float32",
-    "openvino bf16": "sidebyside.perplexit_ways:openvino_bfloat16",
-    "openvino int8": "sidebyside.perplexit_ways:openvino_float32",
-    "openvino int8 bf16": "sidebyside.perplexit_ways:openvino_bfloat16",
-    "plain loop": "sidebyside.transformers_loops:plain_loop",
-    "hf evaluate": "sidebyside.transformers_loops:hf_evaluate",
-    "hf guide": "sidebyside.transformers_loops:hf_guide",
-    "mlc's hf loop": "sidebyside.transformers_loops:mlc_hf_loop",
-    "lm-eval": "sidebyside.lm_eval_peer:rolling_loglikelihood",
-    "llama.cpp": "sidebyside.llama_cpp_peer:python_binding",
-    "one token a call": "sidebyside.decoding:one_token_a_call",
-    "perplexit cached, 64 windows": "sidebyside.decoding:windows_together",
-    CEILING: "sidebyside.gemm:GemmCeiling",
-}
-# program → the quantization that `perplexit compile` is given for it.
-PROGRAMS = {
-    "openvino fp32": ("openvino", None),
-    "openvino bf16": ("openvino", None),
-    "openvino int8": ("openvino", "int8"),
-    "openvino int8 bf16": ("openvino", "int8"),
-    "llama.cpp": ("gguf", None),
+    "perplexit": Contender(EVALUATION),
+    "perplexit nll": Contender("perplexit_contenders:losses_alone"),
+    "perplexit bf16": Contender(EVALUATION, BFLOAT16),
+    "perplexit cached, 128 a call": Contender("perplexit_contenders:chunked_prefill"),
+    "perplexit cached, 64 windows": Contender("decoding:windows_together"),
+    "perplexit, compiled head": Contender(EVALUATION, {"head": "compiled"}),
+    **{
+        f"perplexit, {name}": Contender(EVALUATION, options)
+        for name, options in ON_CUDA_TOO.items()
+    },
+    "openvino fp32": Contender(EVALUATION, FLOAT32, ("openvino", None)),
+    "openvino bf16": Contender(EVALUATION, BFLOAT16, ("openvino", None)),
+    "openvino int8": Contender(EVALUATION, FLOAT32, ("openvino", "int8")),
+    "openvino int8 bf16": Contender(EVALUATION, BFLOAT16, ("openvino", "int8")),
+    "plain loop": Contender("transformers_loops:plain_loop"),
+    "hf evaluate": Contender("transformers_loops:hf_evaluate"),
+    "hf guide": Contender("transformers_loops:hf_guide"),
+    "mlc's hf loop": Contender("transformers_loops:mlc_hf_loop"),
+    "lm-eval": Contender("lm_eval_peer:rolling_loglikelihood"),
+    "lm-eval's algorithm": Contender("transformers_loops:lm_eval_algorithm"),
+    "llama.cpp": Contender("llama_cpp_peer:python_binding", program=("gguf", None)),
+    "one token a call": Contender("decoding:one_token_a_call"),
+    CEILING: Contender("gemm:ceiling"),
 }
 
 
-def open_contender(name: str, setting: Setting) -> Contender:
-    """The contender, loaded. Raises KeyError for a name that CONTENDERS does not have."""
-    module, _, function = CONTENDERS[name].partition(":")
-    home: _Home = getattr(import_module(module), function)
-    return home(setting)
+def open_contender(name: str, setting: Setting) -> Prepare:
+    """Load the contender. Raises KeyError for a name that CONTENDERS does not have."""
+    contender = CONTENDERS[name]
+    module, _, function = contender.opener.partition(":")
+    opener: Callable[..., Prepare] = getattr(import_module(f"sidebyside.{module}"), function)
+    return opener(setting, **contender.options)

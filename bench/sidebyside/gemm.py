@@ -10,62 +10,70 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidebyside.contenders import Scored, Setting
-from sidebyside.figures import ForwardFlops, attention_flops, product_flops
+from perplexit.resources.devices import synchronize
+from sidebyside.contenders import Prepare, Scored, Setting, Turn
+from sidebyside.paired_ratios import ForwardFlops, attention_flops, product_flops
 from sidebyside.transformers_loops import load_transformers
 from sidebyside.workloads import Workload
 
-HEAD_ROWS = 512  # the head's product in pieces, as any scorer can do it
+HEAD_ROWS = {"cpu": 512, "cuda": 1024}  # the head's product in pieces, as any scorer can do it
+
+
+def ceiling(setting: Setting) -> Prepare:
+    """Open the checkpoint's weight products alone."""
+    return GemmCeiling(setting).prepare
 
 
 class GemmCeiling:
     """The checkpoint's weight products alone, in its dtype, with outputs allocated before.
 
-    The weights are the loaded model's, each used once a pass, so that the caches meet what a
-    forward pass gives them. Of two ways, window by window and all of the turn's rows at once, the
-    one that was faster when the turns were prepared takes them.
+    The weights are the loaded model's, each used once in a pass, so that the caches meet what a
+    forward pass gives them. Two ways are tried, window by window and, on the CPU, all of the turn's
+    rows at once; the faster one takes the turns.
     """
 
     def __init__(self, setting: Setting) -> None:
         self.model = load_transformers(setting)
         head = self.model.get_output_embeddings()
-        self.head = matrix_of(head)
+        self.head = _matrix_of(head)
         self.body = [
-            matrix_of(module)
+            _matrix_of(module)
             for module in self.model.modules()
-            if module is not head and is_product(module)
+            if module is not head and _is_product(module)
         ]
 
-    def prepare(self, workload: Workload) -> Callable[[], Scored]:
-        """The way that was faster when each was tried."""
-        fed, targets = workload.fed_lengths(), workload.num_targets
+    def prepare(self, workload: Workload) -> Turn:
+        """Try the ways, and return the faster one."""
+        fed = [len(window.ids_T) - 1 for window in workload.windows()]  # the last is not fed
+        targets = workload.tokens.num_targets
+        flops = self._flops(fed, targets)
         ways = [self._pass(fed, targets)]
-        if len(fed) > 1:
+        if len(fed) > 1 and self.model.device.type == "cpu":
             ways.append(self._pass([sum(fed)], targets))
         with torch.no_grad():
             fastest = min(ways, key=lambda way: min(_seconds(way), _seconds(way)))
 
         @torch.no_grad()
         def turn() -> Scored:
-            return Scored(None, targets, seconds=_seconds(fastest))
+            return Scored(None, targets, seconds=_seconds(fastest), flops=flops)
 
         return turn
 
-    def flops(self, workload: Workload) -> ForwardFlops:
-        """What a forward pass over the workload must do."""
-        fed = workload.fed_lengths()
+    def _flops(self, fed: Sequence[int], targets: int) -> ForwardFlops:
+        """Count what a forward pass over windows of so many ids must do."""
         body = [(m.shape[0], m.shape[1]) for m in self.body]
         head = [(self.head.shape[0], self.head.shape[1])]
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         return ForwardFlops(
-            product_flops(body, sum(fed)) + product_flops(head, workload.num_targets),
+            product_flops(body, sum(fed)) + product_flops(head, targets),
             attention_flops(fed, num_layers=config.num_hidden_layers, width=width),
         )
 
     def _pass(self, row_counts: Sequence[int], head_rows: int) -> Callable[[], None]:
-        pieces = [min(HEAD_ROWS, head_rows - start) for start in range(0, head_rows, HEAD_ROWS)]
+        most = HEAD_ROWS[self.model.device.type]
+        pieces = [min(most, head_rows - start) for start in range(0, head_rows, most)]
         products = [(rows, w_IO) for rows in row_counts for w_IO in self.body]
         products += [(rows, self.head) for rows in pieces]
         inputs = {(m, w.shape[0]): self._random(m, w.shape[0]) for m, w in products}
@@ -79,21 +87,23 @@ class GemmCeiling:
         return run
 
     def _random(self, rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns).to(self.head.dtype)
+        return torch.randn(rows, columns, device=self.head.device).to(self.head.dtype)
 
 
 def _seconds(run: Callable[[], None]) -> float:
+    synchronize()
     began = time.perf_counter()
     run()
+    synchronize()
     return time.perf_counter() - began
 
 
-def is_product(module: nn.Module) -> bool:
-    """Whether the module multiplies by a weight matrix: `nn.Linear`, or GPT-2's `Conv1D`."""
+def _is_product(module: nn.Module) -> bool:
+    """Return whether the module multiplies by a weight matrix: `nn.Linear`, GPT-2's `Conv1D`."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def matrix_of(module: Any) -> Tensor:
-    """The weight as (in, out), in the memory where the model has it."""
+def _matrix_of(module: Any) -> Tensor:
+    """Return the weight as (in, out), in the memory where the model has it."""
     weight: Tensor = module.weight.detach()
     return weight if type(module).__name__ == "Conv1D" else weight.t()

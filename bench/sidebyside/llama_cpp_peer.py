@@ -1,34 +1,33 @@
 """llama.cpp through its Python binding, as the binding's own documentation has it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llama_cpp import Llama
 
-from sidebyside.contenders import Contender, Scored, Setting
+from sidebyside.contenders import Prepare, Scored, Setting, Turn
 from sidebyside.workloads import Workload
 
 _FLOAT32 = 0  # ggml's number; the default, float16 keys and values, is another computation
 
 
-@dataclass(frozen=True)
-class PythonBinding:
-    """A GGUF file and `Llama(logits_all=True)`."""
+def python_binding(setting: Setting) -> Prepare:
+    """Open the program's GGUF file, float32 weights, with `Llama(logits_all=True)`.
 
-    file: Path
-    threads: int
+    A turn is `eval` of each window's ids, then the binding's own log-softmax over `scores`.
+    """
+    if setting.program is None:
+        raise ValueError("llama.cpp needs a GGUF file, and none was compiled")
+    file = Path(setting.program) / "model.gguf"
 
-    def prepare(self, workload: Workload) -> Callable[[], Scored]:
-        """`eval` of each window's ids, then the binding's own log-softmax over `scores`."""
-        windows = workload.windows()
+    def prepare(workload: Workload) -> Turn:
+        windows = [window.ids_T for window in workload.windows()]
         engine: Any = Llama(
-            str(self.file),
+            str(file),
             n_ctx=workload.max_length,
-            n_threads=self.threads,
-            n_threads_batch=self.threads,
+            n_threads=setting.threads,
+            n_threads_batch=setting.threads,
             type_k=_FLOAT32,
             type_v=_FLOAT32,
             logits_all=True,
@@ -44,13 +43,8 @@ class PythonBinding:
                 logprobs = Llama.logits_to_logprobs(engine.scores[: len(window) - 1])
                 picked = logprobs[np.arange(len(window) - 1), window[1:]]
                 nll_sum -= float(picked.sum(dtype=np.float64))
-            return Scored(nll_sum, workload.num_targets)
+            return Scored(nll_sum, workload.tokens.num_targets)
 
         return turn
 
-
-def python_binding(setting: Setting) -> Contender:
-    """The program's GGUF file, float32 weights."""
-    if setting.program is None:
-        raise ValueError("llama.cpp needs a GGUF file, and none was compiled")
-    return PythonBinding(Path(setting.program) / "model.gguf", setting.threads)
+    return prepare

@@ -1,23 +1,22 @@
 """What an evaluation costs beside its model: records, statistics, progress, the run's folder.
 
 One evaluation of 20,000 tokens with the real model says how long the model takes. Then the same
-evaluation runs again on a session that hands out the results it was given, so that all that is left
-is what is not the model.
+evaluation runs again on a session that gives the same results from memory, so that only what is not
+the model is left.
 """
 
 import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import perplexit as px
-from perplexit.evaluation.scorer import ProgressUpdate
 from perplexit.inputs.windows import WindowIds
-from perplexit.token_columns import TokenDetails
-from sidebyside.scripts import Job, printed
-from sidebyside.workloads import Workload, token_file_of
+from perplexit.scoring import ProgressUpdate
+from perplexit.sessions.base import TokenDetails
+from sidebyside.alternation import Bench
+from sidebyside.workloads import ids_of_speeches, write_workload
 
 NUM_TOKENS, WINDOW = 20_000, 1024
 
@@ -30,32 +29,33 @@ class Replaying(px.PytorchInferenceSession):
         self.known: dict[int, TokenDetails] = {}
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """The model's results, or those that it gave before."""
+        """Return the model's results, or those that it gave before."""
         if not all(window.index in self.known for window in windows):
             found = super().token_details(windows, top_k=top_k)
             self.known |= {w.index: d for w, d in zip(windows, found, strict=True)}
         return [self.known[window.index] for window in windows]
 
 
-def measure(job: Job, scratch: Path) -> dict[str, Any]:
-    """Seconds of the model's evaluation, in the session and beside it, and of the replays."""
-    count = NUM_TOKENS // 10 if job.quick else NUM_TOKENS
-    window = min(WINDOW, count // 4)
-    workload = Workload.of_windows(Path(job.ids), count // (window - 1), window)
-    tokens = token_file_of(workload, scratch / "overhead.safetensors")
-    session = Replaying(job.model, job.threads)
+def measure(bench: Bench) -> dict[str, Any]:
+    """Return seconds of the model's evaluation, in the session and beside it, and of replays."""
+    count = NUM_TOKENS // 10 if bench.quick else NUM_TOKENS
+    window, scratch = min(WINDOW, count // 4), bench.subfolder("scratch")
+    model, folder = bench.model(bench.first), scratch / "overhead-run"
+    ids = ids_of_speeches(model)
+    tokens = write_workload(scratch, ids, count // (window - 1), window).tokens
+    session = Replaying(str(model), bench.threads)
     updates: list[ProgressUpdate] = []
 
     def evaluated() -> tuple[px.Run, float]:
-        shutil.rmtree(scratch / "overhead-run", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         began = time.perf_counter()
-        run = px.evaluate(session, tokens, run=scratch / "overhead-run", progress=updates.append)
+        run = px.evaluate(session, tokens, run=folder, progress=updates.append)
         return run, time.perf_counter() - began
 
     session.model.weights_fingerprint  # noqa: B018 - part of loading, computed when first asked for
     real, total = evaluated()
     in_session = sum(real.seconds[phase] or 0.0 for phase in ("prefill", "decode"))
-    replays = [evaluated()[1] for _ in range(job.rounds)]
+    replays = [evaluated()[1] for _ in range(bench.rounds)]
     return {
         "num_tokens": real.num_tokens,
         "window": window,
@@ -66,7 +66,3 @@ def measure(job: Job, scratch: Path) -> dict[str, Any]:
         "replay_seconds": replays,
         "replay_share": statistics.median(replays) / (in_session + statistics.median(replays)),
     }
-
-
-if __name__ == "__main__":
-    printed(measure)

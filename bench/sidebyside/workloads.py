@@ -1,92 +1,78 @@
-"""What is scored in a turn: ids, and how they are cut; the same for every contender."""
+"""What is scored in a turn: windows of ids in a token file, the same for every contender."""
 
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
-from perplexit.inputs.encoded_batch import EncodedBatch
+from perplexit.cli.demo_story import TEXT_FILE, TEXT_PACKAGE
+from perplexit.cli.packaged import packaged_file
+from perplexit.inputs.encoding import EncodedBatch
 from perplexit.inputs.protocols import resolve_protocol
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TokenFileWriter
+from perplexit.inputs.windows import WindowIds
+
+NUM_NEWEST = 4  # addresses: some 40,000 ids; the first is newer than the demo's model
+NUM_RANDOM, ABOVE_RANDOM = 2**17 + 1, 4096  # ids below 4096 are ids of every model here
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Ids of one text, cut into windows of `max_length` ids, the last target included.
+    """A token file of one text's windows, each of `max_length` ids, the last target included.
 
-    stride None: windows share one id with the one before, so that every id but the text's first is
-    scored once, with the context that lm-evaluation-harness gives it. Else: windows advance by
-    `stride` and score what is new, as the guide of Hugging Face does.
+    strided:    windows advance by half a window and score what is new, as the guide of Hugging Face
+        does. Else windows share one id with the one before, so that every id but the text's first
+        is scored once, with the context that lm-evaluation-harness gives it.
+    batch_size: windows per call, for those contenders that can be told; None: their own default.
     """
 
-    ids_file: str  # .npy, int32
-    num_ids: int  # of the file's first
+    path: Path
     max_length: int
-    stride: int | None = None
-
-    @classmethod
-    def of_windows(cls, ids_file: Path, num_windows: int, max_length: int) -> "Workload":
-        """That many full windows."""
-        return cls(str(ids_file), num_windows * (max_length - 1) + 1, max_length)
+    strided: bool = False
+    batch_size: int | None = None
 
     @property
-    def num_targets(self) -> int:
-        """Every id but the first."""
-        return self.num_ids - 1
+    def tokens(self) -> TokenFile:
+        """Return the token file, opened."""
+        return TokenFile.open(self.path)
 
-    @property
-    def text_ids(self) -> NDArray[np.int32]:
-        """The text."""
-        ids: NDArray[np.int32] = np.load(self.ids_file)
-        if len(ids) < self.num_ids:
-            raise ValueError(f"expected {self.num_ids} ids in {self.ids_file}, got {len(ids)}")
-        return ids[: self.num_ids]
-
-    def windows(self) -> list[NDArray[np.int32]]:
-        """The ids of each window where no stride is given."""
-        if self.stride is not None:
-            raise ValueError(f"expected a workload without a stride, got {self}")
-        ids, step = self.text_ids, self.max_length - 1
-        return [ids[start : start + step + 1] for start in range(0, self.num_targets, step)]
-
-    def fed_lengths(self) -> list[int]:
-        """Ids that predictions of the targets need, a window: the last target is not fed."""
-        if self.stride is None:
-            return [len(window) - 1 for window in self.windows()]
-        return [end - begin - 1 for begin, end, _ in self.strided()]
-
-    def strided(self) -> list[tuple[int, int, int]]:
-        """(begin, end, ids that are new) of each window where a stride is given."""
-        if self.stride is None:
-            raise ValueError(f"expected a workload with a stride, got {self}")
-        found, previous = [], 0
-        for begin in range(0, self.num_ids, self.stride):
-            end = min(begin + self.max_length, self.num_ids)
-            found.append((begin, end, end - previous))
-            previous = end
-            if end == self.num_ids:
-                break
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields, as a worker is sent them."""
-        return asdict(self)
+    def windows(self) -> list[WindowIds]:
+        """Return the ids of each window and the positions in it that are scored."""
+        tokens = self.tokens
+        return [tokens.window_ids(index) for index in range(tokens.num_windows)]
 
 
-def token_file_of(workload: Workload, path: Path) -> TokenFile:
-    """The workload as Perplexit's own input, written to `path`."""
-    if workload.stride is None:
-        protocol = resolve_protocol("document", bos="none")
-        lengths = [len(window) for window in workload.windows()]
-        ids = np.concatenate(workload.windows())
-    else:
+def write_workload(
+    folder: Path,
+    ids: NDArray[np.int32],
+    num_windows: int,
+    max_length: int,
+    *,
+    strided: bool = False,
+    batch_size: int | None = None,
+) -> Workload:
+    """Write the workload of that many full windows (strided: of that many windows' ids).
+
+    Raises ValueError where there are fewer ids.
+    """
+    num_ids = num_windows * max_length if strided else num_windows * (max_length - 1) + 1
+    if len(ids) < num_ids:
+        raise ValueError(f"expected {num_ids} ids, got {len(ids)}")
+    if strided:
         protocol = resolve_protocol(
-            "hf-guide", max_length=workload.max_length, stride=workload.stride, bos="none"
+            "hf-guide", max_length=max_length, stride=max_length // 2, bos="none"
         )
-        lengths, ids = [workload.num_ids], workload.text_ids
+        lengths, ids = [num_ids], ids[:num_ids]
+    else:
+        protocol = resolve_protocol("document", bos="none")
+        lengths = [max_length] * num_windows
+        starts = range(0, num_ids - 1, max_length - 1)
+        ids = np.concatenate([ids[start : start + max_length] for start in starts])
+    path = Path(tempfile.mkdtemp(dir=folder)) / "input.safetensors"
     with TokenFileWriter(path, masked=False, has_text=False) as writer:
         writer.append(
             EncodedBatch.without_text(ids, lengths),
@@ -99,4 +85,25 @@ def token_file_of(workload: Workload, path: Path) -> TokenFile:
             "domains": [],
             "corpus": {"num_read": len(lengths), "skipped": {}},
         }
-        return writer.finish(spec, tokenizer_fingerprint="")
+        writer.finish(spec, tokenizer_fingerprint="")
+    return Workload(path, max_length, strided, batch_size)
+
+
+def speeches(count: int) -> list[str]:
+    """Return the newest State of the Union addresses, newest first."""
+    folder = packaged_file(TEXT_PACKAGE, TEXT_FILE).parent
+    files = sorted(folder.glob("*.txt"), reverse=True)[:count]
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def ids_of_speeches(tokenizer_folder: Path) -> NDArray[np.int32]:
+    """Return the ids of the newest addresses, one after the other."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    text = "\n\n".join(speeches(NUM_NEWEST))
+    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+
+def random_ids() -> NDArray[np.int32]:
+    """Return random ids, the same in each call."""
+    ids = np.random.default_rng(0).integers(0, ABOVE_RANDOM, NUM_RANDOM)
+    return ids.astype(np.int32)

@@ -1,4 +1,4 @@
-"""Pure arithmetic of the comparison: turns, medians, ratios, shares of the ceiling, exponents."""
+"""Pure arithmetic of the comparison: turns, medians, paired ratios, shares, exponents."""
 
 import math
 import statistics
@@ -16,7 +16,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of at least one value. Raises ValueError without one."""
+        """Return the spread of at least one value. Raises ValueError without one."""
         if not values:
             raise ValueError("expected at least one value to take the median of, got none")
         return cls(statistics.median(values), min(values), max(values))
@@ -28,7 +28,7 @@ class Spread:
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """(round, name) of every turn: A B C A B C …, so that a slow minute hits all alike."""
+    """Yield (round, name) of every turn: A B C A B C …, so that a slow minute hits all alike."""
     return ((number, name) for number in range(rounds) for name in names)
 
 
@@ -39,23 +39,23 @@ def times_faster(
     base_tokens: int = 1,
     tokens: int = 1,
 ) -> Spread:
-    """How many times the base's rate this one's is: the spread of the ratios round by round.
+    """Return how many times the base's rate this one's is: the ratios round by round.
 
-    Each ratio is of two turns of one round, minutes of drift apart from no other pair. Tokens count
-    where the two did not score equally many in a turn.
+    Each ratio is of two turns of one round. Tokens count where the two did not score equally many
+    in a turn.
     """
     rate = tokens / base_tokens
     return Spread.of([rate * b / s for b, s in zip(base_seconds, seconds, strict=True)])
 
 
 def tokens_per_second(seconds: Sequence[float], num_tokens: int) -> Spread:
-    """The rate of each turn."""
+    """Return the rate of each turn."""
     return Spread.of([num_tokens / s for s in seconds])
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardFlops:
-    """Floating-point operations of one turn, two a multiply-add.
+    """Floating-point operations of one turn; a multiply-add counts as two.
 
     products:  of the weight matrices, the head on scored rows alone.
     attention: of queries with keys and of weights with values, the causal half alone.
@@ -66,19 +66,22 @@ class ForwardFlops:
 
 
 def attention_flops(lengths: Sequence[int], *, num_layers: int, width: int) -> float:
-    """`Σ 2 · layers · width · T (T + 1)` over windows of T fed ids; width = heads · head size."""
+    """Return `Σ 2 · layers · width · T (T + 1)` over windows of T fed ids.
+
+    width: heads · head size.
+    """
     return float(sum(2 * num_layers * width * t * (t + 1) for t in lengths))
 
 
 def product_flops(shapes: Sequence[tuple[int, int]], num_rows: int) -> float:
-    """`Σ 2 · rows · in · out` over weight matrices of these (in, out)."""
+    """Return `Σ 2 · rows · in · out` over weight matrices of these (in, out)."""
     return float(sum(2 * num_rows * a * b for a, b in shapes))
 
 
 def share_of_ceiling(
     gemm_seconds: Sequence[float], seconds: Sequence[float], flops: ForwardFlops
 ) -> tuple[Spread, Spread]:
-    """(weight products alone, with attention counted as work) as shares of the GEMM's own rate.
+    """Return two shares of the GEMM's own rate: weight products alone, and with attention.
 
     The first is the time of `torch.mm` over the same products in the same round, divided by the
     turn's; the second counts the attention's operations at that same rate.
@@ -89,7 +92,7 @@ def share_of_ceiling(
 
 
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """k of `cost = c · size^k`, by least squares of the logarithms."""
+    """Return k of `cost = c · size^k`, by least squares of the logarithms."""
     if len(sizes) < 2:
         raise ValueError(f"expected at least two sizes for an exponent, got {len(sizes)}")
     x = [math.log(size) for size in sizes]
