@@ -15,11 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from perplexit.cli.demo_story import TEXT_FILE, TEXT_PACKAGE
-from perplexit.cli.packaged import packaged_file
+from perplexit.cli.demo_files import TEXT_FILE, TEXT_PACKAGE, packaged_file
 from perplexit.igf.articles import Articles, read_articles
+from perplexit.igf.language_model import load_model
 from perplexit.igf.losses import context_losses
-from perplexit.igf.models import load_model
 
 OBJECTIVE_YEARS = (2000, 2012)
 TEST_YEARS = (2013, 2026)
@@ -50,11 +49,16 @@ def small_gpt2(folder: Path, last_year: int) -> Path:
         return target
     if last_year == 1899:
         tokenizer = _train_tokenizer(speeches_of(1790, last_year))
-        sizes = {"vocab_size": VOCAB_SIZE, "n_positions": 256, "n_embd": 128, "n_layer": 4}
-        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        ends = {"bos_token_id": 0, "eos_token_id": 0}
+        sizes: dict[str, Any] = {
+            "vocab_size": VOCAB_SIZE,
+            "n_positions": 256,
+            "n_embd": 128,
+            "n_layer": 4,
+        }
+        sizes |= {"n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+        sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         torch.manual_seed(0)
-        model: Any = GPT2LMHeadModel(GPT2Config(n_head=4, **sizes, **no_dropout, **ends))
+        model: Any = GPT2LMHeadModel(GPT2Config(**sizes))
         steps, rate = 1000, 2e-3
     else:
         start = small_gpt2(folder, 1899)

@@ -12,9 +12,8 @@ Objective 2000-2012, test 2013-2026 throughout. A killed call continues where it
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -73,11 +72,10 @@ SETTINGS = {
         finetune=igf.FinetuneSettings(steps=30, batch_size=4, eval_interval=15, learning_rate=5e-5),
     ),
 }
-Name = StrEnum("Name", {name: name for name in SETTINGS})
 
 
 def main(
-    setting: Name,
+    setting: Literal["shift", "same-domain", "longer", "demo"],
     folder: Path = Path("build/igf"),
     seconds_limit: float | None = None,
     threads: int = 2,
@@ -85,7 +83,7 @@ def main(
 ) -> None:
     """Make labels, both learners, the experiment and its figure, below FOLDER / SETTING."""
     torch.set_num_threads(threads)
-    asked, out = SETTINGS[setting.value], folder / setting.value
+    asked, out = SETTINGS[setting], folder / setting
     out.mkdir(parents=True, exist_ok=True)
     path = demo_model() if asked.model_years is None else small_gpt2(folder, asked.model_years)
     model, train = igf.load_model(path), articles_of(*POOL, path)

@@ -13,9 +13,8 @@ import copy
 import json
 import statistics
 import time
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import typer
@@ -27,13 +26,12 @@ from sidebyside.paired_ratios import turns
 from torch import Tensor, nn
 
 import perplexit.igf as igf
-from perplexit.igf.gains import GainMeasure
-from perplexit.igf.losses import measured_losses
-from perplexit.resources.memory import MemoryTracker
+from perplexit.igf.gain_measures import GainMeasure
+from perplexit.igf.losses import ContextScorer
+from perplexit.resources.memory_tracker import MemoryTracker
 
 MODES = ("exact", "first-order", "directional")
 SGD = igf.StepRule("sgd", clip_norm=None)
-Part = StrEnum("Part", {name: name for name in ("speed", "fidelity", "memory")})
 
 
 def tensors(size: int, count: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -173,7 +171,7 @@ def memory() -> dict[str, Any]:
     """
     model, objective, candidates = tensors(34, 4)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    measured_losses(model, objective)
+    ContextScorer(model).losses(objective)
     found: dict[str, Any] = {"weights_bytes": weights}
     for name in (*MODES, "original"):
         peaks = []
@@ -192,7 +190,7 @@ def memory() -> dict[str, Any]:
 
 
 def main(
-    part: Part,
+    part: Literal["speed", "fidelity", "memory"],
     folder: Path = Path("build/igf"),
     threads: int = 2,
     rounds: int = 3,
@@ -202,12 +200,12 @@ def main(
     """Measure one part, print it, and write it below FOLDER."""
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
-    if part.value == "speed":
+    if part == "speed":
         found = speed(rounds)
     else:
-        found = fidelity(contexts, objective, folder) if part.value == "fidelity" else memory()
+        found = fidelity(contexts, objective, folder) if part == "fidelity" else memory()
     text = json.dumps(found, indent=1)
-    (folder / f"labels-{part.value}.json").write_text(text, encoding="utf-8")
+    (folder / f"labels-{part}.json").write_text(text, encoding="utf-8")
     print("\n" + text)
 
 

@@ -65,7 +65,7 @@ class Alternation:
         # GPT-2's vocabulary is the larger, so the demo model's ids are ids of both.
         first = None if section.random_ids else self._bench.model(self._bench.first)
         ids = random_ids() if first is None else ids_of_speeches(first)
-        size = {"strided": section.strided, "batch_size": section.batch_size}
+        size: dict[str, Any] = {"strided": section.strided, "batch_size": section.batch_size}
         write = partial(write_workload, self._bench.subfolder("scratch"), ids)
         workload = write(section.windows, section.max_length, **size)
         warm_up = write(1, WARM_UP_IDS, strided=section.strided)
@@ -88,17 +88,17 @@ class Alternation:
         }
 
     def _start(self, stack: ExitStack, warm_up: Workload, name: str) -> dict[str, Any]:
-        section, bench, folder = self._section, self._bench, None
+        section, bench = self._section, self._bench
         model, program = bench.model(section.model), CONTENDERS[name].program
+        folder = None
         if program is not None:
             folder = bench.folder / "programs" / "-".join(filter(None, (section.model, *program)))
             if not folder.exists():
                 arguments = "sidebyside.checkpoints:compiled", model, folder, *program
                 in_own_process(bench.threads, *arguments)
         threads = section.threads or bench.threads
-        setting = Setting(
-            str(model), section.dtype, threads, folder and str(folder), section.device
-        )
+        path = None if folder is None else str(folder)
+        setting = Setting(str(model), section.dtype, threads, path, section.device)
         log = bench.subfolder("logs") / (name.replace(" ", "-").replace("'", "") + ".log")
         self._processes[name] = OwnProcess(threads, log)
         stack.callback(self._processes[name].close)

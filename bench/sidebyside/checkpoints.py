@@ -7,9 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 import perplexit as px
-from perplexit.checkpoints.gguf import dequantized_folder
-from perplexit.cli.demo_story import MODEL_FILE, MODEL_PACKAGE
-from perplexit.cli.packaged import packaged_file
+from perplexit.checkpoints.gguf_dequantized import dequantized_folder
+from perplexit.cli.demo_files import MODEL_FILE, MODEL_PACKAGE, packaged_file
 
 
 def demo_model(folder: Path | None = None) -> Path:

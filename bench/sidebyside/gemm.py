@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perplexit.resources.devices import synchronize
+from perplexit.resources.loaded_torch import synchronize
 from sidebyside.contenders import Prepare, Scored, Setting, Turn
 from sidebyside.paired_ratios import ForwardFlops, attention_flops, product_flops
 from sidebyside.transformers_loops import load_transformers

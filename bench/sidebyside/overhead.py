@@ -14,7 +14,7 @@ from typing import Any
 import perplexit as px
 from perplexit.inputs.windows import WindowIds
 from perplexit.scoring import ProgressUpdate
-from perplexit.sessions.base import TokenDetails
+from perplexit.token_columns import TokenDetails
 from sidebyside.alternation import Bench
 from sidebyside.workloads import ids_of_speeches, write_workload
 

@@ -27,10 +27,10 @@ def evaluation_in(session: InferenceSession, **options: Any) -> Prepare:
     """Return `perplexit.evaluate` of an open session, with these options of it."""
 
     def prepare(workload: Workload) -> Turn:
-        tokens, size = workload.tokens, workload.batch_size or "auto"
+        tokens = workload.tokens
 
         def turn() -> Scored:
-            run = px.evaluate(session, tokens, batch_size=size, **options)
+            run = px.evaluate(session, tokens, batch_size=workload.batch_size or "auto", **options)
             nll = run.tokens.nll.tolist()
             return Scored(run.nll_sum, len(nll), run.protocol_perplexity, nll=nll)
 
@@ -62,11 +62,10 @@ def losses_alone(setting: Setting) -> Prepare:
     return prepare
 
 
-def open_session(setting: Setting, **options: Any) -> InferenceSession:
+def open_session(setting: Setting, **changes: Any) -> InferenceSession:
     """Open the setting's program, or else its checkpoint in PyTorch."""
+    options: dict[str, Any] = {"dtype": setting.dtype, "threads": setting.threads} | changes
     if setting.device != "cpu":
         options["device"] = setting.device
     address = f"hf:{setting.model}" if setting.program is None else setting.program
-    return px.load_session(
-        address, **{"dtype": setting.dtype, "threads": setting.threads} | options
-    )
+    return px.load_session(address, **options)

@@ -158,7 +158,7 @@ def _largest_difference(record: Record, name: str, base: str) -> float | None:
 def _prepare_ratio(record: Record, name: str, base: str) -> float:
     del name, base
     pairs = zip(record["seconds"]["prepare"], record["seconds"]["encode"], strict=True)
-    return statistics.median_high(ours / raw for ours, raw in pairs)
+    return float(statistics.median_high(ours / raw for ours, raw in pairs))
 
 
 MEASURES = {

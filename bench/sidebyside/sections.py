@@ -50,8 +50,8 @@ class Section:
     def of(self, model: str, max_length: int, windows: int, **changes: Any) -> "Section":
         """Return the section of a model and a window length; its name says both."""
         name = f"{model}-{self.name}-{max_length}"
-        sizes = {"name": name, "model": model, "max_length": max_length, "windows": windows}
-        return replace(self, **(sizes | changes))
+        sized = replace(self, name=name, model=model, max_length=max_length, windows=windows)
+        return replace(sized, **changes)
 
 
 @dataclass(frozen=True, slots=True)

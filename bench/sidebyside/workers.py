@@ -13,9 +13,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from perplexit.resources.devices import synchronize
 from perplexit.resources.freed_memory import return_freed_memory
-from perplexit.resources.memory import MemoryTracker
+from perplexit.resources.loaded_torch import synchronize
+from perplexit.resources.memory_tracker import MemoryTracker
 from sidebyside.contenders import Scored, Setting, Turn, open_contender
 from sidebyside.workloads import Workload
 

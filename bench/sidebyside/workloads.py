@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from perplexit.cli.demo_story import TEXT_FILE, TEXT_PACKAGE
-from perplexit.cli.packaged import packaged_file
-from perplexit.inputs.encoding import EncodedBatch
+from perplexit.cli.demo_files import TEXT_FILE, TEXT_PACKAGE, packaged_file
+from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.protocols import resolve_protocol
 from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TokenFileWriter

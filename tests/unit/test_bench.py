@@ -7,29 +7,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from perplexit.resources.host_memory import HostMemory
 from tests.resident import mapped
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import run as bench_run  # noqa: E402 - scripts beside the package
-from sidebyside import (  # noqa: E402
-    aims,
-    contenders,
-    growth,
-    growth_plot,
-    pages,
-    sections,
-    tables,
-    worker,
-)
-from sidebyside.contenders import Scored, Setting  # noqa: E402
-from sidebyside.figures import (  # noqa: E402
+from sidebyside import contenders, growth, records, report, sections, workers  # noqa: E402
+from sidebyside.contenders import Prepare, Scored, Setting  # noqa: E402
+from sidebyside.paired_ratios import (  # noqa: E402
     ForwardFlops,
     Spread,
     attention_flops,
@@ -40,7 +29,7 @@ from sidebyside.figures import (  # noqa: E402
     tokens_per_second,
     turns,
 )
-from sidebyside.workloads import Workload, token_file_of  # noqa: E402
+from sidebyside.workloads import Workload, write_workload  # noqa: E402
 
 WINDOW, NUM_WINDOWS = 40, 3
 
@@ -93,59 +82,64 @@ def test_growth_exponent(exponent: float) -> None:
 # --- what is scored ----------------------------------------------------------------------------
 
 
+IDS = np.random.default_rng(0).integers(2, 320, 400).astype(np.int32)
+
+
 @pytest.fixture(scope="module")
-def ids_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bench") / "ids.npy"
-    np.save(path, np.random.default_rng(0).integers(2, 320, 400).astype(np.int32))
-    return path
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
 
 
-def test_windows_share_one_id_and_score_each_id_once(ids_file: Path, tmp_path: Path) -> None:
-    workload = Workload.of_windows(ids_file, NUM_WINDOWS, WINDOW)
+@pytest.fixture(scope="module")
+def workload(scratch: Path) -> Workload:
+    return write_workload(scratch, IDS, NUM_WINDOWS, WINDOW)
+
+
+def test_windows_share_one_id_and_score_each_id_once(workload: Workload) -> None:
     windows = workload.windows()
-    assert [len(window) for window in windows] == [WINDOW] * NUM_WINDOWS
-    targets = np.concatenate([window[1:] for window in windows])
-    assert targets.tolist() == workload.text_ids[1:].tolist()
-    tokens = token_file_of(workload, tmp_path / "in.safetensors")
-    assert tokens.num_targets == workload.num_targets == NUM_WINDOWS * (WINDOW - 1)
-    assert workload.fed_lengths() == [WINDOW - 1] * NUM_WINDOWS
+    assert [len(window.ids_T) for window in windows] == [WINDOW] * NUM_WINDOWS
+    targets = np.concatenate([window.ids_T[window.targets_N] for window in windows])
+    assert targets.tolist() == IDS[1 : NUM_WINDOWS * (WINDOW - 1) + 1].tolist()
+    assert [window.ids_T[0] for window in windows[1:]] == [w.ids_T[-1] for w in windows[:-1]]
+    assert workload.tokens.num_targets == NUM_WINDOWS * (WINDOW - 1)
 
 
-def test_strided_windows_are_those_of_the_protocol(ids_file: Path, tmp_path: Path) -> None:
-    workload = Workload(str(ids_file), 100, WINDOW, WINDOW // 2)
-    tokens = token_file_of(workload, tmp_path / "in.safetensors")
-    expected = [(w.start, w.stop, w.stop - w.target_start) for w in tokens.windows]
-    found = workload.strided()
-    assert [(b, e) for b, e, _ in found] == [(b, e) for b, e, _ in expected]
-    assert [new for _, _, new in found[1:]] == [new for _, _, new in expected[1:]]
-    assert sum(new for _, _, new in found) - 1 == tokens.num_targets == 99
+def test_strided_windows_are_those_of_the_protocol(scratch: Path) -> None:
+    workload = write_workload(scratch, IDS, NUM_WINDOWS, WINDOW, strided=True)
+    assert [(w.start, w.stop) for w in workload.tokens.windows] == [
+        (start, start + WINDOW)
+        for start in range(0, NUM_WINDOWS * WINDOW - WINDOW // 2, WINDOW // 2)
+    ]
+    scored = [len(window.targets_N) for window in workload.windows()]
+    assert scored == [WINDOW - 1, *[WINDOW // 2] * 4]
+    assert sum(scored) == workload.tokens.num_targets == NUM_WINDOWS * WINDOW - 1
+
+
+def test_a_workload_needs_its_ids(scratch: Path) -> None:
+    with pytest.raises(ValueError, match="expected 401 ids, got 400"):
+        write_workload(scratch, IDS, 8, 51)
 
 
 # --- every contender on one tiny model ---------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def opened(
-    tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], contenders.Contender]:
-    scratch = str(tmp_path_factory.mktemp("scratch"))
-
-    def of(name: str) -> contenders.Contender:
+def opened(tiny_llama_dir: Path, scratch: Path) -> Callable[[str], Prepare]:
+    def of(name: str) -> Prepare:
         program = None
         if name == "llama.cpp":
             pytest.importorskip("llama_cpp")
-            from sidebyside.building import compiled  # noqa: PLC0415 - imports torch
+            from sidebyside.checkpoints import compiled  # noqa: PLC0415 - imports torch
 
-            program = str(compiled(tiny_llama_dir, Path(scratch) / "gguf", "gguf", None))
-        setting = Setting(str(tiny_llama_dir), "float32", 1, scratch, program)
-        return contenders.open_contender(name, setting)
+            program = str(compiled(tiny_llama_dir, scratch / "gguf", "gguf", None))
+        return contenders.open_contender(name, Setting(str(tiny_llama_dir), "float32", 1, program))
 
     return of
 
 
 @pytest.fixture(scope="module")
-def ours(opened: Callable[[str], contenders.Contender], ids_file: Path) -> Scored:
-    return opened("perplexit").prepare(Workload.of_windows(ids_file, NUM_WINDOWS, WINDOW))()
+def ours(opened: Callable[[str], Prepare], workload: Workload) -> Scored:
+    return opened("perplexit")(workload)()
 
 
 @pytest.mark.parametrize(
@@ -158,26 +152,27 @@ def ours(opened: Callable[[str], contenders.Contender], ids_file: Path) -> Score
         "hf evaluate",
         "mlc's hf loop",
         "lm-eval",
+        "lm-eval's algorithm",
+        "perplexit, compiled head",
         "llama.cpp",
         "one token a call",
     ],
 )
 def test_contenders_score_the_same(
-    name: str, opened: Callable[[str], contenders.Contender], ids_file: Path, ours: Scored
+    name: str, opened: Callable[[str], Prepare], workload: Workload, ours: Scored
 ) -> None:
-    workload = Workload.of_windows(ids_file, NUM_WINDOWS, WINDOW)
-    found = opened(name).prepare(workload)()
-    assert found.num_tokens == ours.num_tokens == workload.num_targets
+    found = opened(name)(workload)()
+    assert found.num_tokens == ours.num_tokens == workload.tokens.num_targets
     assert found.nll_sum == pytest.approx(ours.nll_sum, rel=1e-5)
     if found.nll is not None and ours.nll is not None:
         assert found.nll == pytest.approx(ours.nll, abs=1e-4)
 
 
 def test_the_guides_loop_gives_the_guides_number(
-    opened: Callable[[str], contenders.Contender], ids_file: Path
+    opened: Callable[[str], Prepare], scratch: Path
 ) -> None:
-    workload = Workload(str(ids_file), 100, WINDOW, WINDOW // 2)
-    theirs, mine = (opened(name).prepare(workload)() for name in ("hf guide", "perplexit"))
+    workload = write_workload(scratch, IDS, NUM_WINDOWS, WINDOW, strided=True)
+    theirs, mine = (opened(name)(workload)() for name in ("hf guide", "perplexit"))
     assert theirs.nll_sum == pytest.approx(mine.nll_sum, rel=1e-5)
     assert theirs.own_perplexity == pytest.approx(mine.own_perplexity, rel=1e-5)
     assert theirs.own_perplexity != pytest.approx(
@@ -186,11 +181,11 @@ def test_the_guides_loop_gives_the_guides_number(
 
 
 def test_long_windows_are_decoded_at_sampled_positions(
-    opened: Callable[[str], contenders.Contender], ids_file: Path
+    opened: Callable[[str], Prepare], scratch: Path
 ) -> None:
-    workload = Workload(str(ids_file), 300, 257)
-    loop = opened("one token a call").prepare(workload)()
-    together = opened("perplexit cached, 64 windows").prepare(workload)()
+    workload = write_workload(scratch, IDS, 1, 257)
+    loop = opened("one token a call")(workload)()
+    together = opened("perplexit cached, 64 windows")(workload)()
     assert together.num_tokens == 64 * loop.num_tokens
     assert (loop.seconds or 0) > 0
     assert (together.seconds or 0) > 0
@@ -198,14 +193,13 @@ def test_long_windows_are_decoded_at_sampled_positions(
 
 @pytest.mark.parametrize("family", ["tiny_llama_dir", "tiny_gpt2_dir"])
 def test_the_ceiling_is_all_the_models_products(
-    family: str, ids_file: Path, request: pytest.FixtureRequest
+    family: str, scratch: Path, request: pytest.FixtureRequest
 ) -> None:
     """Two operations a weight and row, counted from the checkpoint without embeddings."""
     from sidebyside.gemm import GemmCeiling  # noqa: PLC0415 - imports torch
 
     folder = request.getfixturevalue(family)
-    ceiling = GemmCeiling(Setting(str(folder), "float32", 1, ""))
-    workload = Workload.of_windows(ids_file, 2, WINDOW)
+    ceiling = GemmCeiling(Setting(str(folder), "float32", 1))
     matrices = {
         name: parameter.numel()
         for name, parameter in ceiling.model.named_parameters()
@@ -214,8 +208,9 @@ def test_the_ceiling_is_all_the_models_products(
     head = 320 * 32
     body = sum(matrices.values()) - matrices.get("lm_head.weight", 0)
     rows = 2 * (WINDOW - 1)
-    assert ceiling.flops(workload).products == 2 * rows * (body + head)
-    scored = ceiling.prepare(workload)()
+    scored = ceiling.prepare(write_workload(scratch, IDS, 2, WINDOW))()
+    assert scored.flops is not None
+    assert scored.flops.products == 2 * rows * (body + head)
     assert scored.nll_sum is None
     assert (scored.seconds or 0) > 0
 
@@ -224,7 +219,7 @@ def test_the_ceiling_is_all_the_models_products(
 
 
 def test_sections_have_known_contenders_and_their_base() -> None:
-    found = list(sections.sections({"demo": Path(), "gpt2": Path()}, (512, 1024, 2048)))
+    found = list(sections.alternations(("demo", "gpt2"), (512, 1024, 2048)))
     names = [section.name for section in found]
     assert len(set(names)) == len(names)
     assert "gpt2-fp32-2048" not in names  # it has 1024 positions
@@ -234,6 +229,20 @@ def test_sections_have_known_contenders_and_their_base() -> None:
         assert {section.base, section.reference} <= set(section.contenders)
     ordered = sorted(names, key=sections.section_order)
     assert ordered[:4] == ["demo-fp32-512", "demo-fp32-1024", "demo-fp32-2048", "demo-bf16-512"]
+
+
+def test_every_aim_is_about_contenders_of_its_section() -> None:
+    for kind in sections.KINDS.values():
+        for aim in kind.aims:
+            assert aim.measure in records.MEASURES
+            assert {aim.name, aim.base} <= {*kind.contenders, "", records.BEST}
+
+
+def test_growth_is_a_section_for_each_point() -> None:
+    names = [section.name for section in sections.growth_sections()]
+    assert names[0] == "growth-window-256"
+    assert names[-1] == "growth-batch-32"
+    assert len(set(names)) == len(names) == 17
 
 
 RECORD: dict[str, Any] = {
@@ -257,7 +266,8 @@ RECORD: dict[str, Any] = {
 
 
 def test_aims_are_held_against_what_was_measured() -> None:
-    found = {f.what: f for f in aims.findings({"demo-fp32-512": RECORD}, {})}
+    aims = sections.aims_of("demo-fp32-512")
+    found = {f.what: f for f in records.findings("demo-fp32-512", RECORD, aims)}
     assert found["perplexit × plain loop"].found == pytest.approx(1.2)
     assert found["perplexit × plain loop"].met
     assert found["share of the GEMM ceiling"].found == pytest.approx(0.65)
@@ -279,11 +289,12 @@ def test_the_best_is_the_fastest_with_the_same_perplexity() -> None:
             "openvino int8": entry(1.0, 3.01),
         }
     }
-    assert aims.best_within(record, "lm-eval", 1e-3) == "openvino bf16"
+    assert records.best_within(record, "lm-eval", 1e-3) == "openvino bf16"
 
 
 def test_the_table_has_a_row_a_contender() -> None:
-    rows = tables.big_table({"demo-fp32-512": RECORD})[2:]
+    cells = list(report.contender_rows("demo-fp32-512", RECORD))
+    rows = report.table(report.CONTENDERS_HEADER, cells)[2:]
     assert len(rows) == 4
     assert "1.20" in rows[0]
     assert "failed: no such / thing" in rows[2]
@@ -295,30 +306,30 @@ def test_the_report_says_where_it_was_measured() -> None:
     machine |= {"instructions": ["avx2"], "versions": {"torch": "2", "openvino": None}}
     record = RECORD | {"machine": machine, "date": "2026-01-01"}
     record["conditions"] = {"threads": 2, "rounds": 5}
-    lines = list(bench_run.report({"demo-fp32-512": record}, {}))
+    lines = list(report.report({"demo-fp32-512": record}))
     assert lines[0].startswith("2026-01-01, P, P cores (avx2)")
     assert "torch 2" in lines[0]
     assert "openvino" not in lines[0]
     assert "2 threads, 5 rounds" in lines[0]
     assert any(line.startswith("| perplexit × plain loop |") for line in lines)
-    assert list(bench_run.report({}, {})) == []
+    assert list(report.report({})) == []
 
 
 def test_the_page_keeps_its_prose(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    pages.write_part(page, "measured", ["new", "lines"])
+    report.write_part(page, "measured", ["new", "lines"])
     assert page.read_text() == f"before\n{begin}\n\nnew\nlines\n\n{end}\nafter\n"
     with pytest.raises(ValueError, match="expected the lines <!-- growth"):
-        pages.write_part(page, "growth", [])
+        report.write_part(page, "growth", [])
 
 
 @pytest.mark.parametrize("part", ["measured", "growth"])
 def test_the_benchmark_page_has_the_marks(part: str, tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text("utf-8"), "utf-8")
-    pages.write_part(page, part, ["found"])
+    report.write_part(page, part, ["found"])
     assert "\nfound\n" in page.read_text()
 
 
@@ -332,41 +343,63 @@ def test_growth_is_drawn_with_its_exponents(tmp_path: Path) -> None:
     assert found["linear"]["seconds"] == pytest.approx(1)
     assert found["linear"]["peak_bytes"] == pytest.approx(0)
     assert found["square"]["seconds_at_the_end"] == pytest.approx(2)
-    axis = {"label": "ids", "points": points, "exponents": found}
+    axis = {"label": "ids", "points": points}
     names = ("window", "vocabulary", "batch", "documents")
-    document = {"threads": 1, "axes": dict.fromkeys(names, axis)}
-    pictures = growth_plot.draw_growth(document, tmp_path)
+    axes = dict.fromkeys(names, axis)
+    pictures = growth.draw_growth(axes, tmp_path)
     assert [picture.name for picture in pictures] == ["scaling-time.png", "scaling-memory.png"]
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
-    assert growth_plot.growth_table(document)[3] == (
+    assert growth.growth_table(axes)[3] == (
         "| window: 128 to 512 | square | 2.00 | 2.00 | 1.00 | 1.00 | 26.21 s, 5 MiB |"
     )
 
 
-def test_a_worker_measures_a_turn(tiny_llama_dir: Path, ids_file: Path, tmp_path: Path) -> None:
-    setting = Setting(str(tiny_llama_dir), "float32", 1, str(tmp_path))
-    answering = worker.Answering("plain loop", setting)
+def test_growth_is_read_from_the_records_of_all_points() -> None:
+    entry = {"cpu_seconds": [3.0, 1.0, 2.0], "memory": {"peak_bytes": 7}}
+    taken = {"contenders": {"perplexit nll": entry, "plain loop": entry}}
+    found = {section.name: taken for section in sections.growth_sections()}
+    assert growth.growth_axes(found) is None
+    found["growth-documents"] = {"label": "documents", "points": {}}
+    axes = growth.growth_axes(found)
+    assert axes is not None
+    assert list(axes) == ["window", "vocabulary", "batch", "documents"]
+    first = axes["window"]["points"]["plain loop"][0]
+    assert first == {"size": 256, "seconds": 1.0, "peak_bytes": 7}
+    assert (
+        growth.growth_axes(found | {"growth-batch-1": {"contenders": {"": {"error": ""}}}}) is None
+    )
+
+
+def test_a_worker_measures_a_turn(tiny_llama_dir: Path, workload: Workload) -> None:
+    setting = Setting(str(tiny_llama_dir), "float32", 1)
+    opened = workers.OpenContender("plain loop", setting, workload)
     with pytest.raises(ValueError, match="a workload before a turn"):
-        answering.answer({"do": "turn"})
-    workload = Workload.of_windows(ids_file, NUM_WINDOWS, WINDOW).to_json()
-    answering.answer({"do": "prepare", "workload": workload})
-    timed, measured = (answering.answer({"do": what}) for what in ("turn", "memory"))
+        opened.turn()
+    opened.prepare(workload)
+    timed, measured = opened.turn(), opened.memory()
     assert timed["num_tokens"] == measured["num_tokens"] == NUM_WINDOWS * (WINDOW - 1)
     assert timed["nll_sum"] == pytest.approx(measured["nll_sum"])
     assert timed["seconds"] > 0
     assert measured["loaded_bytes"] > measured["peak_bytes"] >= 0
-    with pytest.raises(ValueError, match="expected prepare, turn"):
-        answering.answer({"do": "dance"})
+
+
+def test_a_process_says_what_went_wrong(tmp_path: Path) -> None:
+    process = workers.OwnProcess(1, tmp_path / "log")
+    with pytest.raises(workers.WorkerError, match="ValueError: invalid literal"):
+        process.start(int, "x")()
+    with pytest.raises(workers.WorkerError, match=r"ended early; see .*log"):
+        process.start(os._exit, 3)()
+    process.close()
+    assert "invalid literal" in (tmp_path / "log").read_text()
 
 
 def test_memory_is_the_turns_own_peak() -> None:
     """An earlier, larger peak of the process does not count."""
 
     def held(megabytes: int) -> int:
-        worker.reset_high_water_mark()
-        with HostMemory() as memory:
+        with workers.PeakMemory() as memory:
             mapped(megabytes * 2**20)
-        return memory.peak_bytes - memory.start_bytes
+        return memory.host_rss_peak_bytes
 
     assert 190 * 2**20 < held(200) < 260 * 2**20
     assert 40 * 2**20 < held(50) < 110 * 2**20
@@ -395,7 +428,6 @@ def test_one_section_from_end_to_end(
     assert "| tiny-fp32-64 | perplexit |" in done.stdout
 
     capsys.readouterr()
-    with patch.dict(os.environ):  # it sets threads for the processes that it starts
-        assert bench_run.main(command[2:]) == 0
+    assert bench_run.main(command[2:]) == 0
     assert "kept" in capsys.readouterr().err
     assert json.loads((tmp_path / "tiny-fp32-64.json").read_text()) == record
