@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import perplexit as px
+from perplexit.evaluation.scorer import ProgressUpdate
 from perplexit.inputs.windows import WindowIds
-from perplexit.scoring import ProgressUpdate
 from perplexit.token_columns import TokenDetails
 from sidebyside.alternation import Bench
 from sidebyside.workloads import ids_of_speeches, write_workload

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 import perplexit as px
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.host_memory import rss_bytes
-from perplexit.sessions.base import ModelDescription, SessionDescription
+from perplexit.session_descriptions import ModelDescription, SessionDescription
 from sidebyside.alternation import Bench
 from sidebyside.paired_ratios import turns
 from sidebyside.workers import PeakMemory, in_own_process

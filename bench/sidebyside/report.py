@@ -60,9 +60,8 @@ def report(records: Mapping[str, Record]) -> Iterator[str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return a Markdown table; an empty cell is one blank."""
-    lines = [header, *rows]
-    text = ["".join(f"| {cell} " for cell in line).replace("|  ", "| ") + "|" for line in lines]
+    """Return a Markdown table."""
+    text = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
     return [text[0], "|" + "---|" * len(header), *text[1:]]
 
 

@@ -13,8 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from perplexit.resources.freed_memory import return_freed_memory
 from perplexit.resources.loaded_torch import synchronize
+from perplexit.resources.memory_advice import return_freed_memory
 from perplexit.resources.memory_tracker import MemoryTracker
 from sidebyside.contenders import Scored, Setting, Turn, open_contender
 from sidebyside.workloads import Workload
