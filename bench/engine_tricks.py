@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from sidebyside.building import demo_model
-from sidebyside.texts import ids_of_speeches
+from sidebyside.checkpoints import demo_model
+from sidebyside.workloads import ids_of_speeches
 
 import perplexit as px
 from perplexit.inputs.windows import WindowIds
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = os.environ["TVM_NUM_THREADS"] = str(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        windows = _windows(Path(folder), options)
+        windows = _windows(options)
         if options.once:
             _session(Path(folder), options).token_nll(windows)
             print(lifetime_peak_bytes())
@@ -61,8 +61,8 @@ def main() -> None:
     print(json.dumps(vars(options) | {name: round(x, 3) for name, x in figures.items()}))
 
 
-def _windows(folder: Path, options: argparse.Namespace) -> list[WindowIds]:
-    ids = np.load(ids_of_speeches(demo_model(), folder / "ids.npy"))
+def _windows(options: argparse.Namespace) -> list[WindowIds]:
+    ids = ids_of_speeches(demo_model())
     parts = ids[: options.threads * options.window].reshape(options.threads, -1)
     targets_N = np.arange(1, options.window)
     return [WindowIds(index, part, targets_N) for index, part in enumerate(parts)]
