@@ -8,6 +8,7 @@ import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
+from perplexit.cli.comparison_options import Confidence, Margin, NoiseFloor
 from perplexit.cli.gate_files import MarkdownSummary, junit_output
 from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell, tell_wrapped
 from perplexit.errors import GateError, UsageError
@@ -35,23 +36,9 @@ def compare(
     candidates: Annotated[
         list[Path], typer.Argument(metavar="CANDIDATE", help="Folders of the runs in question.")
     ],
-    confidence: Annotated[float, typer.Option(help="Coverage of the interval, in (0, 1).")] = 0.95,
-    noise_floor: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            help="Nats within which runs of one model are known to vary: per token, or per byte "
-            "where runs are compared byte by byte.",
-        ),
-    ] = 0.0,
-    margin: Annotated[
-        str,
-        typer.Option(
-            metavar="SHARE",
-            help="The change of the perplexity that does not matter, 1% or 0.01: runs that differ "
-            "by less are equivalent, and worse or better must differ by more.",
-        ),
-    ] = "0",
+    confidence: Confidence = 0.95,
+    noise_floor: NoiseFloor = 0.0,
+    margin: Margin = "0",
     most_changed: Annotated[
         int, typer.Option(min=0, help="How many of the most changed tokens to show.")
     ] = 5,

@@ -11,7 +11,7 @@ import typer
 import perplexit as px
 from perplexit.cli.command_group import examples
 from perplexit.cli.engine_options import takes_options
-from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
+from perplexit.cli.output import AsJson, people, print_json, stdout_kept_clean, tell
 from perplexit.sessions.options import EngineOptions
 
 EXAMPLES = examples(
@@ -47,7 +47,7 @@ def doctor(
             help="Ids of the longest window to try \\[default: INPUT's, or 1024].",
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    json: AsJson = False,
     **options: Unpack[EngineOptions],
 ) -> None:
     """Check a model on its engine before anyone trusts a number of it.

@@ -7,7 +7,7 @@ import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
-from perplexit.cli.output import print_json, stdout_kept_clean, tell
+from perplexit.cli.output import AsJson, print_json, stdout_kept_clean, tell
 
 EXAMPLES = examples(
     "perplexit explain runs/mine runs/theirs",
@@ -42,7 +42,7 @@ def explain(
             "nats each difference contributes."
         ),
     ] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Name every difference between two runs, and how many nats each contributes.
 

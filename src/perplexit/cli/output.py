@@ -18,6 +18,7 @@ Force = Annotated[
         help="Replace what is at the output, if Perplexit made it. Anything else stays.",
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 PLAIN_WIDTH = 100_000  # a pipe or a log file gives no width, so that no line is broken there
 
 

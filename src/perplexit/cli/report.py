@@ -7,6 +7,7 @@ import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
+from perplexit.cli.comparison_options import Confidence, Margin, NoiseFloor
 from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell
 
 EXAMPLES = examples(
@@ -44,21 +45,9 @@ def report(
         str | None,
         typer.Option(help="Spells the alternatives, where the models' folders are not at hand."),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Coverage of the intervals, in (0, 1).")] = 0.95,
-    noise_floor: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            help="Nats within which runs of one model are known to vary: per token, or per byte "
-            "where runs are compared byte by byte.",
-        ),
-    ] = 0.0,
-    margin: Annotated[
-        str,
-        typer.Option(
-            metavar="SHARE", help="The change of the perplexity that does not matter: 1% or 0.01."
-        ),
-    ] = "0",
+    confidence: Confidence = 0.95,
+    noise_floor: NoiseFloor = 0.0,
+    margin: Margin = "0",
     max_tokens: Annotated[
         int, typer.Option(min=0, help="How many tokens of text the page holds.")
     ] = 100_000,

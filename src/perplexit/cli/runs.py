@@ -7,14 +7,13 @@ import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
-from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
+from perplexit.cli.output import AsJson, Force, people, print_json, stdout_kept_clean, tell
 from perplexit.cli.record_tables import run_table, runs_table
 from perplexit.errors import RunError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="List, show, verify and export runs.")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 @app.command("list", epilog=examples("perplexit runs list", "perplexit runs list runs/ --json"))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Unpack
 
 from perplexit.diagnosis import (
-    doctor_decode,
     doctor_identity,
     doctor_losses,
     doctor_repeats,
@@ -52,7 +51,7 @@ CHECKS = (
     Check("batch", doctor_repeats.batch, ("dropout",)),
     Check("padding", doctor_repeats.padding, ("batch",)),
     Check("alignment", doctor_repeats.alignment, ("dropout",)),
-    Check("decode", doctor_decode.decode, ("dropout", "alignment")),
+    Check("decode", doctor_repeats.decode, ("dropout", "alignment")),
     Check("probabilities", doctor_losses.probabilities, ("dropout", "alignment")),
     Check("bos", doctor_tokenizer.bos, ("dropout",), computes=False),
     Check("position", doctor_losses.position, ("dropout", "alignment")),

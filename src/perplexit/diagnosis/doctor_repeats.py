@@ -1,4 +1,4 @@
-"""The doctor's checks of sameness: what must not change a loss must not change it.
+"""The doctor's checks that what must not change a loss does not change it: batch, cache, decode.
 
 Shape suffix: N = targets of one window.
 """
@@ -15,12 +15,21 @@ from perplexit.diagnosis.doctor_findings import (
     within_limit,
 )
 from perplexit.diagnosis.doctor_probe import ExaminedModel, Losses
-from perplexit.errors import ModelError
+from perplexit.errors import CacheMismatchError, CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds
+from perplexit.sessions.base import CachingSession
+from perplexit.sessions.prefill_decode import cached_session
 
 _RANDOM = 1e-3  # nats; sums in another order differ by less
 _EXACT = 2e-3  # nats per token, in float32: what engines of one model may differ by
 _ROUNDED = 0.5  # nats per token, in fewer bits
+# prompt_len, decode_chunk: token by token from the start, and in blocks after a prefill
+_WAYS = ((1, 1), (12, 7))
+_PLACES = (2, 3)  # of the short windows: decoding is slow
+_ADVICE = "the cache is wrong (positions, mask, or an offset): score with --mode full"
+_OTHER_KINDS = (
+    "a model that keeps a state of another kind, as Mamba does, has nothing wrong with it"
+)
 
 
 def tolerance(examined: ExaminedModel) -> float:
@@ -149,6 +158,38 @@ def alignment(examined: ExaminedModel) -> Finding:
             advice=advice,
         )
     return finding
+
+
+def decode(examined: ExaminedModel) -> Finding:
+    """Tell whether prefill and decode give the losses of the whole forward pass."""
+    session = examined.session
+    if not isinstance(session, CachingSession):
+        return skipped("this engine, or this program, scores whole windows and keeps no cache")
+    try:
+        session.caching()  # the engine's own probe of its cache
+    except CacheMismatchError as error:
+        return failed(str(error), advice=f"{_ADVICE} ({_OTHER_KINDS})")
+    except CapabilityError as error:
+        return skipped(str(error))
+    windows = [examined.probe.short_windows[place] for place in _PLACES]
+    whole = [examined.repeated[0][place] for place in _PLACES]
+    figure = 0.0
+    for prompt_len, decode_chunk in _WAYS:
+        cached = cached_session(session, prompt_len=prompt_len, decode_chunk=decode_chunk)
+        decoded = cached.token_nll(windows)
+        figure = max(figure, largest_difference(whole, decoded))
+        if not figure <= tolerance(examined):
+            far_N = ~(np.abs(whole[0] - decoded[0]) <= tolerance(examined))
+            first = int(windows[0].targets_N[np.argmax(far_N)])
+            return failed(
+                f"a prefill of {prompt_len} and a decode of {decode_chunk} ids a call differ from "
+                f"the whole forward pass by up to {figure:.3g} nats, from position {first} on",
+                figure,
+                tolerance(examined),
+                advice=_ADVICE,
+            )
+    sentence = f"prefill and decode differ from the whole forward pass by up to {figure:.3g} nats"
+    return passed(sentence, figure, tolerance(examined))
 
 
 def largest_difference(first: Losses, second: Losses) -> float:
