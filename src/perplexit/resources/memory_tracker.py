@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from importlib import import_module
-from types import TracebackType
 from typing import Any, Self
 
 from perplexit.errors import MemoryBoundError, UsageError
@@ -79,9 +78,8 @@ class MemoryTracker:
             self._cuda = _CUDA.open()
             stack.callback(_CUDA.close, self._cuda)
             if self._wants_torch_cpu and loaded_torch() is not None:
-                module = import_module(
-                    "perplexit.resources.cpu_tensor_bytes"
-                )  # torch is loaded already
+                # not imported above: it imports torch, which the program has loaded itself
+                module = import_module("perplexit.resources.cpu_tensor_bytes")
                 self._cpu = stack.enter_context(module.CpuTensorBytes())
             if self._wants_python:
                 self._python = _PYTHON.open()
@@ -90,12 +88,7 @@ class MemoryTracker:
         self._running = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._timer.__exit__(kind, error, traceback)
         self._stack.close()
         self._running = False

@@ -2,7 +2,6 @@
 
 from contextlib import ContextDecorator
 from time import perf_counter
-from types import TracebackType
 from typing import Self
 
 from perplexit.resources.loaded_torch import synchronize
@@ -41,12 +40,7 @@ class Timer(ContextDecorator):
         self._started = perf_counter()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:  # after an error, a failing device must not take the error's place
             synchronize()
         self._seconds = self.seconds

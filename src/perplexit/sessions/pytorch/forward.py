@@ -67,39 +67,32 @@ class WholeForward:
     kind = "whole forward"
     keeps_logits = True
     alone = False
+    _field = "logits"  # of the module's output
 
-    def __init__(self, model: nn.Module) -> None:
-        self._call = ModuleCall(model)
+    def __init__(self, module: nn.Module) -> None:
+        self._call = ModuleCall(module)
         self.takes_mask, self.takes_cache = self._call.takes_mask, self._call.takes_cache
 
     def rows(
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
-        """Return the logits of every position."""
-        return field_of(self._call(ids_BT, mask_BT, cache), "logits")
+        """Return the logits, or the final hidden state, of every position."""
+        return field_of(self._call(ids_BT, mask_BT, cache), self._field)
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """Return the rows themselves."""
         return rows_NX
 
 
-class ChunkedForward:
+class ChunkedForward(WholeForward):
     """The layers give hidden states; a head gives logits for those that are wanted."""
 
     keeps_logits = False
-    alone = False
+    _field = "last_hidden_state"
 
     def __init__(self, body: nn.Module, head: Callable[[Tensor], Tensor], kind: str) -> None:
-        self._call = ModuleCall(body)
-        self.head = head
-        self.kind = kind
-        self.takes_mask, self.takes_cache = self._call.takes_mask, self._call.takes_cache
-
-    def rows(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
-    ) -> Tensor:
-        """Return the final hidden state of every position."""
-        return field_of(self._call(ids_BT, mask_BT, cache), "last_hidden_state")
+        super().__init__(body)
+        self.kind, self.head = kind, head  # type: ignore[assignment]
 
 
 class LinearHead:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -128,17 +128,10 @@ class OpenedModule:
 
     def describe_quantization(self) -> QuantizationDescription | None:
         """Describe what was quantized; None where nothing was."""
-        done = self.quantization
-        if done is None:
+        if self.quantization is None:
             return None
-        return QuantizationDescription(
-            name=done.name,
-            library=done.library,
-            num_modules=done.num_modules,
-            num_bytes=done.num_bytes,
-            effective_bits=done.effective_bits,
-            unquantized=done.unquantized,
-        )
+        names = [each.name for each in fields(QuantizationDescription)]
+        return QuantizationDescription(*(getattr(self.quantization, name) for name in names))
 
     def _adapter_description(self) -> AdapterDescription | None:
         if self.adapter is None:
