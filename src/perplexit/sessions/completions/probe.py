@@ -28,7 +28,7 @@ _ENOUGH_KNOWN, _KNOWN_A_POSITION = 4, 2
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class WorkingStyle:
     """How to ask a server, with the first question that it answered right and its answer."""
 
     style: Style
@@ -36,7 +36,7 @@ class Checked:
     answer: PromptAnswer
 
 
-def working_style(client: CompletionsClient, ids: Sequence[int]) -> Checked:
+def working_style(client: CompletionsClient, ids: Sequence[int]) -> WorkingStyle:
     """Find the first way of asking whose answers are right for `ids` (the input's own first ids).
 
     Raises CapabilityError that says what is wrong with each way.
@@ -50,7 +50,7 @@ def working_style(client: CompletionsClient, ids: Sequence[int]) -> Checked:
     for style in STYLES:
         try:
             answer = _check(client, list(ids[:_TEXTS_LENGTH]), style)
-            return Checked(style, list(ids[:PROBE_LENGTH]), answer)
+            return WorkingStyle(style, list(ids[:PROBE_LENGTH]), answer)
         except PromptAnswerError as problem:
             problems.append(f"{style}: {problem}")
     raise CapabilityError(

@@ -28,7 +28,7 @@ from perplexit.sessions.completions.answers import (
 )
 from perplexit.sessions.completions.client import CompletionsClient
 from perplexit.sessions.completions.probe import (
-    Checked,
+    WorkingStyle,
     check_alternatives,
     check_still_the_same,
     working_style,
@@ -74,7 +74,7 @@ class CompletionsInferenceSession(ClosedByWith):
             url, name or None, attempts=attempts, seconds=seconds, concurrency=concurrency
         )
         self._concurrency = concurrency
-        self._checked: Checked | None = None
+        self._checked: WorkingStyle | None = None
         self._texts = KnownTexts()
         self._checked_top_k = 0
         self._tells_ranks = False
@@ -137,7 +137,7 @@ class CompletionsInferenceSession(ClosedByWith):
         """Close the connections."""
         self._client.close()
 
-    def _probed(self, ids: list[int]) -> Checked:
+    def _probed(self, ids: list[int]) -> WorkingStyle:
         """Return how to ask, found out with these ids the first time."""
         if self._checked is None:
             self._checked = working_style(self._client, ids)
