@@ -95,7 +95,7 @@ def prepare(
     from_ids: Annotated[
         bool,
         typer.Option(
-            "--from-ids", help="CORPUS is one file of ids: a window a line, blanks between."
+            "--from-ids", help="CORPUS is one file of ids: one window per line, blanks between."
         ),
     ] = False,
     export_ids: Annotated[

@@ -1,4 +1,4 @@
-"""Rows of tables → documents: which columns are read, and what may stand in them."""
+"""Document and Keys: one document as it was found, and the columns that a row is read by."""
 
 import math
 from collections.abc import Iterable, Mapping

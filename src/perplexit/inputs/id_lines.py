@@ -1,4 +1,4 @@
-"""The plain form: one window a line, its ids separated by blanks.
+"""The plain form: one window per line, its ids separated by blanks.
 
 It says what is fed forward, not what is scored: a line read back scores all its ids but the first,
 and is a document of its own.
@@ -37,7 +37,7 @@ def id_lines_output(path: str | Path) -> OutputFile:
 
 
 def export_id_lines(token_file: TokenFile, path: str | Path) -> int:
-    """Write the ids that each window feeds forward, a line a window; the number of lines.
+    """Write the ids that each window feeds forward, one line per window; return how many.
 
     Which of them are targets is lost where windows overlap or prompts are not scored.
     Raises OutputError where there is a file already.

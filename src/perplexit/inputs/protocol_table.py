@@ -98,7 +98,7 @@ _OWN = (
     ),
     Protocol(
         name="document",
-        summary="one window a document",
+        summary="one window per document",
         generate=document_windows,
         max_length=None,
     ),

@@ -1,4 +1,4 @@
-"""Whether a tokenizer gives the ids that a prepared input holds."""
+"""Tokenise the text of a prepared input again: does a tokenizer give the ids that it holds?"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _SAME_VOCABULARY = 0.9  # of the tokens: tokenizers that change text spell a few
 
 @dataclass(frozen=True, slots=True)
 class TokenizerMatch:
-    """What came of holding an input against a tokenizer.
+    """How a tokenizer agrees with an input.
 
     by: "fingerprint", "ids" (of the input's own text, tokenised again), or "nothing": the input
         has no text, so that it cannot be told.
@@ -34,7 +34,7 @@ class TokenizerMatch:
 
 
 def match_tokenizer(tokens: TokenFile, own: Tokenizer) -> TokenizerMatch:
-    """Hold `tokens` against a tokenizer by what decides ids, not by the bytes of its files.
+    """Compare an input with a tokenizer by the ids of its text, not by the tokenizer's files.
 
     Two files of one tokenizer may differ: another version of the library, other metadata, special
     tokens appended. What counts is that the input's text becomes the input's ids.

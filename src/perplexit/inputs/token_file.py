@@ -56,7 +56,7 @@ def tensor_identity(dtype: str, shape: tuple[int, ...], sha256: str) -> str:
 
 
 def is_token_file(path: str | Path) -> bool:
-    """Whether a path is meant as a token file: by its suffix, or by how the file begins."""
+    """Return whether a path is meant as a token file: by its suffix, or by how the file begins."""
     if "\n" in str(path) or len(str(path)) > _LONGEST_PATH:
         return False
     path = Path(path)

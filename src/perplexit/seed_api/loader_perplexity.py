@@ -52,7 +52,7 @@ def calculate_perplexity(  # noqa: PLR0917 - the seed's parameters in the seed's
         keeps a cache and model_type is not "torch", which scores whole windows. The same targets
         are scored for every prompt_len, those inside the prompt too.
     model_type: "torch", "onnx", "openvino", "gguf", "tvm" or "pt2": the session's engine.
-    batch_size: rows a call.
+    batch_size: rows per call.
     log_file: written anew, in the place of an older log (OutputError for another file): a line for
         each sample, then the conditions and the figures; None for no log.
 
@@ -92,7 +92,7 @@ def torch_perplexity(  # noqa: PLR0917 - as in calculate_perplexity
 ) -> list[NDArray[np.float32]]:
     """Return the losses of each row's targets, nats, one array per row.
 
-    The arguments are those of `calculate_perplexity`; a line a row is appended to `log_file`.
+    The arguments are those of `calculate_perplexity`; one line per row is appended to `log_file`.
     """
     _check_arguments(ctx_len, prompt_len, "torch")
     losses = []
