@@ -1,17 +1,13 @@
 """Every difference between two runs, by name: text, tokenizer, windows, scored tokens, engine."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.diagnosis.text_differences import (
-    documents_of_run,
-    first_difference,
-    text_aspects,
-)
+from perplexit.diagnosis.text_differences import documents_of_run, first_difference, text_aspects
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText
@@ -52,8 +48,9 @@ def differences(first: Run, second: Run, inputs: Inputs) -> list[Difference]:
     """Return everything in which two runs differ, inputs before sessions."""
     found = [*_of_text(first, second, inputs), *_of_tokenizer(first, second)]
     same_ids = not found
-    found += _of_protocol(first, second)
-    found += _of_scored_tokens(first, second, same_ids)
+    found += _of_table(_OF_PROTOCOL, first, second)
+    if same_ids and first.input_fingerprint != second.input_fingerprint:
+        found += _of_scored_sets(first, second)
     if not found and first.input_fingerprint != second.input_fingerprint:
         ours, theirs = first.input_fingerprint, second.input_fingerprint
         sentence = "the inputs differ in what they record of the corpus (domains, what was skipped)"
@@ -117,43 +114,47 @@ def _of_tokenizer(first: Run, second: Run) -> Iterator[Difference]:
         )
 
 
-def _of_protocol(first: Run, second: Run) -> Iterator[Difference]:
-    ours, theirs = first.input_spec["protocol"], second.input_spec["protocol"]
-    names = [f"{p['name']} (version {p['version']})" for p in (ours, theirs)]
-    if names[0] != names[1]:
-        yield plain("the protocols differ", "protocol", *names)
-    if (ours["bos"], ours["prefix_id"]) != (theirs["bos"], theirs["prefix_id"]):
-        shown = [
-            _POLICIES[p["bos"]] + (f" (id {p['prefix_id']})" if p["bos"] != "none" else "")
-            for p in (ours, theirs)
-        ]
-        yield plain("what stands before the text", "bos", *shown)
-    if ours["max_length"] != theirs["max_length"]:
-        yield plain(
-            "ids fed in one window, at most", "max_length", ours["max_length"], theirs["max_length"]
-        )
-    if ours["stride"] != theirs["stride"]:
-        yield plain("ids from window to window", "stride", ours["stride"], theirs["stride"])
+def _protocol(run: Run) -> str:
+    protocol = run.input_spec["protocol"]
+    return f"{protocol['name']} (version {protocol['version']})"
 
 
-def _of_scored_tokens(first: Run, second: Run, same_ids: bool) -> Iterator[Difference]:
-    ours, theirs = (run.input_spec["protocol"]["aggregate"] for run in (first, second))
-    if ours != theirs:
-        yield plain(
-            "the tools' own perplexities average differently",
-            "denominator",
-            _AGGREGATES[ours],
-            _AGGREGATES[theirs],
-        )
-    if first.num_non_finite != second.num_non_finite:
-        yield plain(
-            "tokens left out because their loss was not finite",
-            "denominator",
-            first.num_non_finite,
-            second.num_non_finite,
-        )
-    if same_ids and first.input_fingerprint != second.input_fingerprint:
-        yield from _of_scored_sets(first, second)
+def _bos(run: Run) -> str:
+    protocol = run.input_spec["protocol"]
+    policy = _POLICIES[protocol["bos"]]
+    return policy if protocol["bos"] == "none" else f"{policy} (id {protocol['prefix_id']})"
+
+
+# sentence, aspect, and the value of a run that is compared and shown
+_Row = tuple[str, str, Callable[[Run], Any]]
+_OF_PROTOCOL: tuple[_Row, ...] = (
+    ("the protocols differ", "protocol", _protocol),
+    ("what stands before the text", "bos", _bos),
+    (
+        "ids fed in one window, at most",
+        "max_length",
+        lambda run: run.input_spec["protocol"]["max_length"],
+    ),
+    ("ids from window to window", "stride", lambda run: run.input_spec["protocol"]["stride"]),
+    (
+        "the tools' own perplexities average differently",
+        "denominator",
+        lambda run: _AGGREGATES[run.input_spec["protocol"]["aggregate"]],
+    ),
+    (
+        "tokens left out because their loss was not finite",
+        "denominator",
+        lambda run: run.num_non_finite,
+    ),
+)
+
+
+def _of_table(table: Iterable[_Row], first: Run, second: Run) -> Iterator[Difference]:
+    """Yield a difference for each row whose value is not the same in both runs."""
+    for sentence, aspect, value in table:
+        one, other = value(first), value(second)
+        if one != other:
+            yield plain(sentence, aspect, one, other)
 
 
 def _of_scored_sets(first: Run, second: Run) -> Iterator[Difference]:
@@ -214,21 +215,17 @@ def _of_model(first: Run, second: Run) -> Iterator[Difference]:
             for run, p in zip((first, second), (ours, theirs), strict=True)
         ]
         yield plain("the weights or their configuration differ", "weights", *names)
-    sentences = {
-        "engine": "the engines differ",
-        "version": "the engine's versions differ",
-        "dtype": "the precisions differ",
-        "device": "the devices differ",
-    }
-    for key, sentence in sentences.items():
-        one, other = first.session.get(key), second.session.get(key)
-        same_engine = first.session.get("engine") == second.session.get("engine")
-        if one != other and (key != "version" or same_engine):
-            yield plain(sentence, "engine version" if key == "version" else key, one, other)
-    shown = [_quantization(run.session.get("quantization")) for run in (first, second)]
-    if shown[0] != shown[1]:
-        yield plain("the quantizations differ", "quantization", *shown)
-    yield from _of_settings(first, second)
+    same_engine = first.session.get("engine") == second.session.get("engine")
+    for row in _OF_SESSION:
+        if row[1] != "engine version" or same_engine:
+            yield from _of_table([row], first, second)
+    if same_engine:
+        ours, theirs = _settings(first), _settings(second)
+        for name in sorted(ours | theirs):
+            one, other = ours.get(name), theirs.get(name)
+            if one != other:
+                yield plain(f"the engine's setting {name}", "settings", one, other)
+    yield from _of_table(_AS_RECORDED, first, second)
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -237,32 +234,24 @@ def _settings(run: Run) -> dict[str, Any]:
     return {**(run.session.get("settings") or {}), **mode, **how}
 
 
-def _of_settings(first: Run, second: Run) -> Iterator[Difference]:
-    if first.session.get("engine") == second.session.get("engine"):
-        ours, theirs = _settings(first), _settings(second)
-        for name in sorted(ours | theirs):
-            if ours.get(name) != theirs.get(name):
-                yield plain(
-                    f"the engine's setting {name}", "settings", ours.get(name), theirs.get(name)
-                )
-    pairs = {
-        "threads": (first.threads, second.threads),
-        "batch size": (_batch_size(first), _batch_size(second)),
-        "perplexit version": (first.perplexit_version, second.perplexit_version),
-    }
-    for aspect, (one, other) in pairs.items():
-        if one != other:
-            yield plain(f"{aspect}, as recorded", aspect, one, other)
-
-
-def _batch_size(run: Run) -> Any:
-    plan: Mapping[str, Any] = run.batch_plan or {}
-    return plan.get("batch_size")
-
-
-def _quantization(entry: Mapping[str, Any] | None) -> str:
+def _quantization(run: Run) -> str:
+    entry = run.session.get("quantization")
     if not entry:
         return "none"
     bits = entry.get("effective_bits")
     size = "" if bits is None else f" ({bits:.3g} bits per parameter)"
     return f"{entry.get('name')} by {entry.get('library')}{size}"
+
+
+_OF_SESSION: tuple[_Row, ...] = (
+    ("the engines differ", "engine", lambda run: run.session.get("engine")),
+    ("the engine's versions differ", "engine version", lambda run: run.session.get("version")),
+    ("the precisions differ", "dtype", lambda run: run.session.get("dtype")),
+    ("the devices differ", "device", lambda run: run.session.get("device")),
+    ("the quantizations differ", "quantization", _quantization),
+)
+_AS_RECORDED: tuple[_Row, ...] = (
+    ("threads, as recorded", "threads", lambda run: run.threads),
+    ("batch size, as recorded", "batch size", lambda run: run.batch_plan.get("batch_size")),
+    ("perplexit version, as recorded", "perplexit version", lambda run: run.perplexit_version),
+)
