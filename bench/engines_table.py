@@ -118,7 +118,7 @@ def _ran(arguments: tuple[str, ...]) -> bool:
 
 
 def _table(done: dict[Row, Path | None]) -> str:
-    """One line a row: perplexity and ratio with intervals, largest token difference, cost."""
+    """Return one line per row: perplexity and ratio with intervals, largest difference, cost."""
     first = done[ROWS[0]]
     if first is None:
         raise SystemExit(f"{ROWS[0].name}, which the others are held against, failed")
@@ -140,20 +140,29 @@ def _table(done: dict[Row, Path | None]) -> str:
 
 
 def _line(row: Row, run: px.Run, reference: px.Run | None) -> str:
+    """Return the row's line. An interval that a text is too short for is left out."""
     ratio, verdict, largest = "1", "", ""
     if reference is not None:
-        comparison = px.compare(reference, run).to_json()
-        low, high = comparison["ppl_ratio_low"], comparison["ppl_ratio_high"]
-        ratio = f"{comparison['ppl_ratio']:.5f} [{low:.5f}, {high:.5f}]"
-        verdict = comparison["verdict"]
-        largest = f"{comparison['max_abs_nll_difference']:.1e}"
+        found = px.compare(reference, run).to_json()
+        ends = found["ppl_ratio_low"], found["ppl_ratio_high"]
+        ratio = _with_interval(found["ppl_ratio"], *ends, 5, 5)
+        verdict = found["verdict"]
+        largest = f"{found['max_abs_nll_difference']:.1e}"
     quantization = run.session.get("quantization")
     bits = f"{quantization['effective_bits']:.1f}" if quantization else ""
     peak = (run.peak_memory_bytes.get("host_rss") or 0) / MIB
-    perplexity = f"{run.perplexity:.3f} [{run.perplexity_low:.2f}, {run.perplexity_high:.2f}]"
-    speed = f"{run.tokens_per_second:,.0f}"
+    ends = run.perplexity_low, run.perplexity_high
+    perplexity = _with_interval(run.perplexity, *ends, 3, 2)
+    speed = f"{run.tokens_per_second or 0:,.0f}"
     cells = (row.name, perplexity, ratio, verdict, largest, bits, f"{peak:,.0f}", speed)
     return f"| {' | '.join(cells)} |"
+
+
+def _with_interval(
+    value: float | None, low: float | None, high: float | None, decimals: int, ends: int
+) -> str:
+    text = "" if value is None else f"{value:.{decimals}f}"
+    return text if low is None or high is None else f"{text} [{low:.{ends}f}, {high:.{ends}f}]"
 
 
 if __name__ == "__main__":
