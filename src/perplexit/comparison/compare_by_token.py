@@ -54,10 +54,11 @@ def compare(
     absolute = mean_interval(np.abs(delta_M), pairs.clusters, confidence).clamped(lowest=0)
     divergences, warnings = divergences_of(reference_run, candidate_run, pairs, confidence)
     choices = first_choices(reference_run, candidate_run, pairs)
+    flips = flips_of(
+        reference_run, candidate_run, pairs, choices, limit=num_most_changed, confidence=confidence
+    )
     reasons = {} if interval.reason is None else {"ppl_ratio_low": interval.reason}
-    if pairs.num_unpaired:
-        unpaired = f"{pairs.num_unpaired} tokens with a loss that is not finite in a run"
-        warnings.insert(0, f"{unpaired} are left out")
+    warnings = [*_unpaired(pairs.num_unpaired), *warnings]
     return Comparison(
         **verdict_fields(interval, allowed),
         perplexity_reference=_perplexity(pairs.reference, "perplexity_reference", reasons),
@@ -74,14 +75,7 @@ def compare(
         candidate=run_conditions(candidate_run),
         domains=_domain_ratios(pairs, confidence, allowed.nats),
         most_changed=_most_changed(pairs, delta_M, num_most_changed),
-        flips=flips_of(
-            reference_run,
-            candidate_run,
-            pairs,
-            choices,
-            limit=num_most_changed,
-            confidence=confidence,
-        ),
+        flips=flips,
         divergences=divergences,
         buckets=buckets_of(candidate_run, pairs, divergences),
         reasons=reasons,
@@ -90,6 +84,11 @@ def compare(
             candidate_run, pairs, divergences=divergences, choices=choices, confidence=confidence
         ),
     )
+
+
+def _unpaired(count: int) -> list[str]:
+    left_out = f"{count} tokens with a loss that is not finite in a run are left out"
+    return [left_out] if count else []
 
 
 def _bootstrap(pairs: Pairs, interval: Estimate) -> Bootstrap | None:

@@ -122,11 +122,7 @@ def write_report(
     different inputs, or another input or tokenizer than theirs; RunError for a run that is not
     complete; MissingPackageError without the extra `report`; UsageError.
     """
-    if max_tokens < 0 or max_alternatives < 0:
-        raise UsageError(
-            f"max_tokens and max_alternatives must be 0 or more, got {max_tokens} and "
-            f"{max_alternatives}; 0 leaves the text or the alternatives out"
-        )
+    _check_limits(max_tokens, max_alternatives)
     file = OutputFile(Path(output), REPORT, paths_among(*runs, tokens, tokenizer), force)
     measured, experiments = _opened(runs)
     sections = experiment_sections(experiments)
@@ -134,19 +130,11 @@ def write_report(
     data: dict[str, Any] = {"numTokens": 0, "numShown": 0}
     if measured or not experiments:
         labelled = LabelledRuns.of(
-            measured,
-            labels=labels,
-            confidence=confidence,
-            noise_floor=noise_floor,
-            margin=margin,
+            measured, labels=labels, confidence=confidence, noise_floor=noise_floor, margin=margin
         )
-        if tokens is None:
-            tokens = input_of(labelled.reference)
-        elif not isinstance(tokens, TokenFile):
-            tokens = TokenFile.open(tokens)
         data = token_data(
             labelled,
-            tokens=tokens,
+            tokens=input_of(labelled.reference) if tokens is None else _token_file(tokens),
             tokenizer=tokenizer,
             max_tokens=max_tokens,
             max_alternatives=max_alternatives,
@@ -159,15 +147,21 @@ def write_report(
     # a name may hold half a surrogate pair
     page = page_of(labelled, data, sections).encode("utf-8", "replace")
     file.write_text(page.decode())
-    return Report(
-        path=file.path,
-        num_bytes=len(page),
-        headline=sections[0].headline if labelled is None else headline(labelled),
-        runs=labelled,
-        num_tokens=data["numTokens"],
-        num_tokens_shown=data["numShown"],
-        experiments=tuple(experiments),
-    )
+    says = sections[0].headline if labelled is None else headline(labelled)
+    shown = (data["numTokens"], data["numShown"])
+    return Report(file.path, len(page), says, labelled, *shown, tuple(experiments))
+
+
+def _check_limits(max_tokens: int, max_alternatives: int) -> None:
+    if max_tokens < 0 or max_alternatives < 0:
+        raise UsageError(
+            f"max_tokens and max_alternatives must be 0 or more, got {max_tokens} and "
+            f"{max_alternatives}; 0 leaves the text or the alternatives out"
+        )
+
+
+def _token_file(tokens: TokenFile | str | Path) -> TokenFile:
+    return tokens if isinstance(tokens, TokenFile) else TokenFile.open(tokens)
 
 
 def _opened(
