@@ -127,7 +127,7 @@ def _table(done: dict[Row, Path | None]) -> str:
         f"{reference.num_tokens:,} tokens scored, {reference.threads} threads",
         "",
         "| | perplexity | ratio to the first | verdict | largest difference (nats) "
-        "| bits a weight | peak memory (MiB) | tokens/s |",
+        "| bits per weight | peak memory (MiB) | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row, folder in done.items():
