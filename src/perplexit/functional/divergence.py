@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from perplexit.functional.nll import TokenStatistics
+from perplexit.functional.nll import TokenStatistics, slices_of_rows
 
 _BLOCK_ELEMENTS = 1 << 18  # 2 MiB of float64
 
@@ -33,17 +33,19 @@ def token_divergences(
     Each term of a KL sum is taken as p·(e^d - 1 - d) with d = log q - log p, which is the same sum
     (both distributions add up to 1), has no negative term, and is exactly 0 for equal logits.
     """
+    parts = [
+        _block_divergences(
+            reference_NV[rows].double(), candidate_NV[rows].double(), targets_N[rows, None], top_k
+        )
+        for rows in blocks_of(reference_NV)
+    ]
+    return TokenStatistics.joined(parts)
 
-    def block(rows: slice) -> TokenStatistics:
-        reference, candidate = reference_NV[rows].double(), candidate_NV[rows].double()
-        return _block_divergences(reference, candidate, targets_N[rows, None], top_k)
 
-    return TokenStatistics.by_rows(len(targets_N), rows_of_blocks(reference_NV), block)
-
-
-def rows_of_blocks(logits_NV: Tensor) -> int:
-    """Return how many rows of float64 logits make a block of 2 MiB, at least one."""
-    return max(1, _BLOCK_ELEMENTS // logits_NV.shape[-1])
+def blocks_of(logits_NV: Tensor) -> list[slice]:
+    """Return slices of rows, each of at most 2 MiB of float64 logits, or one row."""
+    size = max(1, _BLOCK_ELEMENTS // logits_NV.shape[-1])
+    return slices_of_rows(len(logits_NV), size)
 
 
 def _block_divergences(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from perplexit.errors import CapabilityError, MissingPackageError
 from perplexit.functional.linear_nll import HeadRequest
-from perplexit.functional.nll import TokenStatistics
+from perplexit.functional.nll import TokenStatistics, slices_of_rows
 
 # (weight, hidden, targets, bias) → nll; logits exist for some rows, or tiles, at a time.
 LinearNll = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -152,11 +152,11 @@ class CompiledHead:
         self, hidden_ND: Tensor, targets_N: Tensor, request: HeadRequest
     ) -> TokenStatistics:
         """Return nll, entropy and rank by chunks; all three are computed: the bits are the same."""
-
-        def chunk(rows: slice) -> TokenStatistics:
-            return self._chunk(hidden_ND[rows], targets_N[rows, None], request)
-
-        return TokenStatistics.by_rows(len(hidden_ND), request.chunk_rows, chunk)
+        parts = [
+            self._chunk(hidden_ND[rows], targets_N[rows, None], request)
+            for rows in slices_of_rows(len(hidden_ND), request.chunk_rows)
+        ]
+        return TokenStatistics.joined(parts)
 
     def _chunk(
         self, hidden_ND: Tensor, targets_N1: Tensor, request: HeadRequest

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from perplexit.functional.nll import TokenStatistics, statistics_in_place
+from perplexit.functional.nll import TokenStatistics, slices_of_rows, statistics_in_place
 
 DEFAULT_LOGITS_BYTES = 64 * 2**20
 
@@ -69,13 +69,13 @@ def statistics_by_chunks(
     head: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor, request: HeadRequest
 ) -> TokenStatistics:
     """Return the results from the head's logits, whatever else the head can do."""
-
-    def chunk(rows: slice) -> TokenStatistics:
-        return statistics_in_place(
+    parts = [
+        statistics_in_place(
             head(hidden_ND[rows]),
             targets_N[rows],
             with_details=request.with_details,
             top_k=request.top_k,
         )
-
-    return TokenStatistics.by_rows(len(hidden_ND), request.chunk_rows, chunk)
+        for rows in slices_of_rows(len(hidden_ND), request.chunk_rows)
+    ]
+    return TokenStatistics.joined(parts)

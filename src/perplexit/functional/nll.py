@@ -40,14 +40,6 @@ class TokenStatistics(ColumnSet[Tensor]):
         names = parts[0].columns
         return cls({name: torch.cat([part.columns[name] for part in parts]) for name in names})
 
-    @classmethod
-    def by_rows(
-        cls, num_rows: int, size: int, work: "Callable[[slice], TokenStatistics]"
-    ) -> "TokenStatistics":
-        """Return the statistics of all rows, `size` at a time; `work` gives those of a slice."""
-        starts = range(0, max(1, num_rows), size)
-        return cls.joined([work(slice(start, start + size)) for start in starts])
-
     def each(self, change: Callable[[Tensor], Tensor]) -> "TokenStatistics":
         """Return the statistics with every column changed."""
         return TokenStatistics({name: change(column) for name, column in self.columns.items()})
@@ -60,6 +52,11 @@ class TokenStatistics(ColumnSet[Tensor]):
                 for name, column in self.columns.items()
             }
         )
+
+
+def slices_of_rows(num_rows: int, size: int) -> list[slice]:
+    """Return the slices of `size` rows that cover all rows in order; at least one, maybe empty."""
+    return [slice(start, start + size) for start in range(0, max(1, num_rows), size)]
 
 
 def token_statistics(

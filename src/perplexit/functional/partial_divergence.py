@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perplexit.functional.divergence import kl_of_logs, rows_of_blocks
+from perplexit.functional.divergence import blocks_of, kl_of_logs
 from perplexit.functional.nll import TokenStatistics
 
 SMALLEST_TAIL = 1e-12  # float32 log-probabilities may add up to a little above 1
@@ -56,12 +56,16 @@ def partial_divergences(
     The top-k agreement is None where fewer than `top_k` tokens are known. The known part and the
     tail are scaled to a sum of 1.
     """
-
-    def block(rows: slice) -> TokenStatistics:
-        logq_NV = candidate_NV[rows].double().log_softmax(-1)
-        return _block(reference.part(rows), logq_NV, targets_N[rows, None], top_k)
-
-    return TokenStatistics.by_rows(len(targets_N), rows_of_blocks(candidate_NV), block)
+    parts = [
+        _block(
+            reference.part(rows),
+            candidate_NV[rows].double().log_softmax(-1),
+            targets_N[rows, None],
+            top_k,
+        )
+        for rows in blocks_of(candidate_NV)
+    ]
+    return TokenStatistics.joined(parts)
 
 
 def _block(

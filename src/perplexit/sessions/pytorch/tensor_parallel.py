@@ -103,7 +103,7 @@ class ProcessGroup:
 
     @contextmanager
     def step(self, step: int, *numbers: int) -> Iterator[None]:
-        """Announce a step and take it within; raises `failure` where it fails."""
+        """Tell the followers of a step that is taken within; raise `failure` where it fails."""
         self.in_step = True
         try:
             self.announce(step, *numbers)
