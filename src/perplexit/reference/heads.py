@@ -8,8 +8,8 @@ Shape suffixes: N = targets of one window, D = hidden size, V = vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
 from perplexit.functional.nll import TokenStatistics, token_statistics
 from perplexit.reference.states import ReferenceStates
 from perplexit.runs.run import Run
-from perplexit.runs.run_tokens import RunTokens
 from perplexit.sessions.base import HiddenStateSession, InferenceSession
 from perplexit.sessions.registry import load_session
+from perplexit.token_columns import TokenDetails
 
 # Nats a token by which the mean of |loss - recorded loss| may exceed what was measured on saving.
 _SLACK = {"float32": 1e-4, "float64": 1e-4}
@@ -36,30 +36,6 @@ class Head(Protocol):
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits of hidden states, (N, V), float32."""
         ...
-
-
-@dataclass(frozen=True)
-class RecordedLosses:
-    """What is known of a window's targets: their ids, losses and, where recorded, the rest."""
-
-    targets_N: NDArray[np.int64]
-    nll_N: NDArray[np.float32]
-    entropy_N: NDArray[np.float32] | None
-    rank_N: NDArray[np.int32] | None
-
-    @classmethod
-    def of_window(cls, tokens: RunTokens, window: int) -> "RecordedLosses":
-        """Return the recorded losses of a window of a run."""
-        rows = slice(
-            int(np.searchsorted(tokens.window, window)),
-            int(np.searchsorted(tokens.window, window, side="right")),
-        )
-        return cls(
-            tokens.token_id[rows].astype(np.int64),
-            tokens.nll[rows],
-            None if tokens.entropy is None else tokens.entropy[rows],
-            None if tokens.rank is None else tokens.rank[rows],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,37 +52,42 @@ class HeadProof:
     entropy_mean: float = 0.0
     ranks: float = 1.0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the proof as plain JSON values."""
-        return asdict(self)
-
 
 def proof_of(
-    head: Head, window: int, states_ND: NDArray[np.float32], recorded: RecordedLosses
+    head: Head,
+    window: int,
+    states_ND: NDArray[np.float32],
+    targets_N: NDArray[np.int64],
+    recorded: TokenDetails,
 ) -> HeadProof:
-    """Return the head's results on a window's states, held against what was recorded.
+    """Compare the head's results on a window's states with those that were recorded.
 
+    recorded: `nll` of each target and, where recorded, `entropy` and `rank`.
     Raises RunError where states and results are not of the same targets, or not of this head.
     """
-    num_targets = len(recorded.targets_N)
-    if len(states_ND) != num_targets:
+    if len(states_ND) != len(targets_N):
         raise RunError(
-            f"expected the states of {num_targets} targets in window {window}, got "
+            f"expected the states of {len(targets_N)} targets in window {window}, got "
             f"{len(states_ND)}; evaluate the reference again with --save-reference"
         )
     finite_N = np.isfinite(recorded.nll_N)
     if not finite_N.any():
         return HeadProof(window, 0)
-    found = _statistics(head, states_ND, recorded.targets_N)
-    nll_N = np.abs(_array(found.nll_N) - recorded.nll_N)[finite_N]
-    proof = {"nll_mean": float(nll_N.mean()), "nll_max": float(nll_N.max())}
-    if recorded.entropy_N is not None and found.entropy_N is not None:
-        entropy_N = np.abs(_array(found.entropy_N) - recorded.entropy_N)[finite_N]
-        proof["entropy_mean"] = float(entropy_N.mean())
-    if recorded.rank_N is not None and found.rank_N is not None:
-        rank_N = recorded.rank_N[finite_N].astype(np.float64)
-        near_N = np.abs(_array(found.rank_N)[finite_N] - rank_N) <= np.maximum(1, 0.05 * rank_N)
-        proof["ranks"] = float(near_N.mean())
+    found = _statistics(head, states_ND, targets_N).to_numpy()
+    difference = {
+        name: np.abs(found.columns[name].astype(np.float64) - column)[finite_N]
+        for name, column in recorded.columns.items()
+        if name in found.columns
+    }
+    proof = {
+        "nll_mean": float(difference["nll"].mean()),
+        "nll_max": float(difference["nll"].max()),
+    }
+    if "entropy" in difference:
+        proof["entropy_mean"] = float(difference["entropy"].mean())
+    if "rank" in difference:
+        near_N = np.maximum(1, 0.05 * recorded.columns["rank"][finite_N])
+        proof["ranks"] = float((difference["rank"] <= near_N).mean())
     return HeadProof(window, int(finite_N.sum()), **proof)
 
 
@@ -152,9 +133,11 @@ def _require_proof(run: Run, states: ReferenceStates, head: Head, which: str) ->
     window = int(measured["window"]) if "window" in measured else _longest_window(run, states)
     if window is None:
         return  # nothing was scored
-    recorded = RecordedLosses.of_window(run.tokens, window)
+    rows = run.tokens.take(run.tokens.window == window)
+    targets_N = rows.token_id.astype(np.int64)
+    recorded = TokenDetails({"nll": rows.nll, "entropy": rows.entropy, "rank": rows.rank})
     try:
-        proof = proof_of(head, window, states.of_window(window), recorded)
+        proof = proof_of(head, window, states.of_window(window), targets_N, recorded)
     except RuntimeError as error:  # a head of another size
         raise _unproven(run, which, str(error).splitlines()[0]) from error
     precisions = {str(run.session.get("dtype")), str(states.record.get("dtype"))}
@@ -164,7 +147,7 @@ def _require_proof(run: Run, states: ReferenceStates, head: Head, which: str) ->
         if not found <= allowed:
             what = "losses" if name == "nll" else "entropies"
             rounding = f"(rounding explains {allowed:.1g})"
-            reason = f"on window {window} {what} differ by {found:.3g} nats per token {rounding}"
+            reason = f"on window {window} {what} differ by {found:.3g} nats a token {rounding}"
             raise _unproven(run, which, reason)
     if proof.ranks < _SHARE_OF_RANKS * float(measured.get("ranks", 1.0)):
         raise _unproven(run, which, f"on window {window} {proof.ranks:.0%} of the ranks agree")
@@ -224,8 +207,3 @@ def _device_of(run: Run) -> torch.device:
     if name.startswith("cuda") and torch.cuda.is_available():
         return torch.device(name)
     return torch.device("cpu")
-
-
-def _array(tensor: torch.Tensor) -> NDArray[np.float64]:
-    array: NDArray[np.float64] = tensor.cpu().numpy().astype(np.float64)
-    return array

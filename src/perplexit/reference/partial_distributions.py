@@ -1,6 +1,6 @@
 """References of which a part is known: the K most likely tokens and a tail, or a clamped file.
 
-Shape suffixes: N = targets of one window, K = alternatives a target, V = vocabulary.
+Shape suffixes: N = targets of one window, K = alternatives per target, V = vocabulary.
 """
 
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ class KlBaseReference:
 
 
 def floor_of_file(file: KlBaseFile) -> tuple[float, float]:
-    """Return (mean, largest) nats a token that the file's rounding can make of a KL with itself.
+    """Return (mean, largest) nats per token that the file's rounding can make of a KL with itself.
 
     From up to 8 chunks, spread evenly over the file.
     """

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from safetensors.torch import save_file
 
-from perplexit.atomic_files import write_atomically
+from perplexit.atomic_files import write_atomically, write_bytes
 from perplexit.errors import RunError
 from perplexit.fingerprints import canonical_json, sha256_of_file
 from perplexit.functional.output_head import OutputHead
@@ -71,7 +71,7 @@ class StatesWriter:
         data = bytes(save(tensors))
         name = f"states-{hashlib.sha256(data).hexdigest()[:24]}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / name, lambda path: _write_bytes(path, data))
+        write_bytes(self.folder / name, data)
 
     def keep_measured(self, measured: Mapping[str, Any]) -> None:
         """Keep what was measured of the states beside them, for a run that is resumed at its end.
@@ -79,7 +79,7 @@ class StatesWriter:
         measured: the self-KL (`self_kl_mean`, `self_kl_max`) and the head's `proof`.
         """
         text = json.dumps(measured)
-        write_atomically(self.folder / MEASURED, lambda path: _write_bytes(path, text.encode()))
+        write_bytes(self.folder / MEASURED, text.encode())
 
     def measured(self) -> dict[str, Any] | None:
         """Return what an earlier process of this run kept so; None where it is not there whole."""
@@ -99,7 +99,7 @@ class StatesWriter:
         """Write the record that makes the states a reference."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"dtype": self.dtype, **record}, indent=2, allow_nan=False) + "\n"
-        write_atomically(self.folder / RECORD, lambda path: _write_bytes(path, text.encode()))
+        write_bytes(self.folder / RECORD, text.encode())
 
 
 class ReferenceStates:
@@ -180,7 +180,3 @@ def _check_states(path: Path, name: str, states: Any, known: Mapping[int, Path])
         _STATES.refuse(path, f"states of the window {name!r} twice, or of none")
     if states.get_dtype() not in ("F32", "F16") or len(states.get_shape()) != 2:
         _STATES.refuse(path, f"states of {states.get_dtype()} {states.get_shape()}")
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -4,6 +4,7 @@ Shape suffixes: N = targets of one window, D = hidden size, V = vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +18,7 @@ from perplexit.functional.nll import TokenStatistics, token_statistics
 from perplexit.functional.output_head import OutputHead
 from perplexit.functional.partial_divergence import partial_divergences
 from perplexit.inputs.windows import WindowIds
-from perplexit.reference.heads import Head, RecordedLosses, proof_of
+from perplexit.reference.heads import Head, proof_of
 from perplexit.reference.partial_distributions import PartialReference
 from perplexit.reference.states import ReferenceStates, StatesWriter
 from perplexit.sessions.base import (
@@ -235,9 +236,10 @@ class SavingScoring:
         place = int(np.argmax([len(states_ND) for states_ND in states]))
         window, details = windows[place], results[place]
         targets_N = window.ids_T[window.targets_N].astype(np.int64)
-        recorded = RecordedLosses(targets_N, details.nll_N, details.entropy_N, details.rank_N)
-        stored_ND = self._stored(states[place])
-        return proof_of(self.head or self._session, window.index, stored_ND, recorded).to_json()
+        kept = {name: details.columns.get(name) for name in ("nll", "entropy", "rank")}
+        stored_ND, head = self._stored(states[place]), self.head or self._session
+        proof = proof_of(head, window.index, stored_ND, targets_N, TokenDetails(kept))
+        return asdict(proof)
 
     def _window_details(
         self, window: WindowIds, states_ND: NDArray[np.float32], top_k: int
