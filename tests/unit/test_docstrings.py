@@ -7,17 +7,7 @@ from pathlib import Path
 import perplexit
 
 SOURCES = Path(perplexit.__file__).parent
-VERBS = frozenset(
-    """
-Abort Add Allocate Begin Bring Call Change Check Choose Close Collect Commit Compare Compile
-Complete Compute Convert Copy Count Cut Describe Divide Do Download Draw Drop End Enter Estimate
-Export Feed Fill Find Fine-tune Fold Forbid Free Give Go Group Hide Hold Import Keep Label
-Launch Leave Let List Load Lock Make Map Mean Measure Move Name Note Open Overwrite Pack Pad
-Parse Prepare Print Put Quantize Raise Read Record Refuse Release Remember Remove Rename Render
-Replace Reset Reshape Restore Return Round Run Save Say Score See Send Serve Set Share Show Skip
-Spell Split Start Stop Switch Take Tell Tokenise Trace Train Turn Use Wait Warn Wrap Write Yield
-""".split()
-)
+VERBS = frozenset((Path(__file__).parent.parent / "docstring_verbs.txt").read_text().split())
 
 
 def _first_words() -> Iterator[tuple[str, str]]:
