@@ -43,7 +43,7 @@ _HOME_OF = {
     "export_id_lines": "perplexit.inputs.id_lines",
     "check_id_lines_output": "perplexit.inputs.preparing",
     "import_id_lines": "perplexit.inputs.id_lines",
-    "compile": "perplexit.compilation.compile_model",
+    "compile": "perplexit.compilation.targets",
     "Timer": "perplexit.resources.timer",
     "MemoryTracker": "perplexit.resources.memory_tracker",
     "PytorchInferenceSession": "perplexit.sessions.pytorch",

@@ -5,7 +5,7 @@ from perplexit.comparison import compare as compare
 from perplexit.comparison import compare_runs as compare_runs
 from perplexit.comparison.byte_comparison import ByteComparison as ByteComparison
 from perplexit.comparison.compare_by_byte import compare_bytes as compare_bytes
-from perplexit.compilation.compile_model import compile as compile
+from perplexit.compilation.targets import compile as compile
 from perplexit.diagnosis import Diagnosis as Diagnosis
 from perplexit.diagnosis import Explanation as Explanation
 from perplexit.diagnosis import doctor as doctor

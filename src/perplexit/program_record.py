@@ -8,8 +8,7 @@ from typing import Any
 from perplexit.atomic_files import write_json
 from perplexit.errors import ModelError
 from perplexit.fingerprints import sha256_of_file
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import FileName, read_json, typed
+from perplexit.untrusted_files import Expected, FileName, read_json, typed
 
 FORMAT_VERSION = 1
 PROGRAM_FILE = "program.json"

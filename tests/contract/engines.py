@@ -134,7 +134,7 @@ def _onnx(**options: object) -> Callable[[Path], InferenceSession]:
 
     def open_program(folder: Path) -> InferenceSession:
         onnx = pytest.importorskip("perplexit.sessions.onnx")
-        from perplexit.compilation.compile_model import compile  # noqa: PLC0415
+        from perplexit.compilation.targets import compile  # noqa: PLC0415
 
         program = compile(folder, to="onnx", output=Path(tempfile.mkdtemp()), **options)
         return onnx.OnnxInferenceSession(program.folder, threads=1)
@@ -147,7 +147,7 @@ def _program(engine: str, class_name: str, **options: object) -> Callable[[Path]
 
     def open_program(folder: Path) -> InferenceSession:
         module = pytest.importorskip(f"perplexit.sessions.{engine}")
-        from perplexit.compilation.compile_model import compile  # noqa: PLC0415
+        from perplexit.compilation.targets import compile  # noqa: PLC0415
 
         program = compile(folder, to=engine, output=Path(tempfile.mkdtemp()), **options)
         return getattr(module, class_name)(program.folder, threads=1)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.program_record import PROGRAM_FILE
 from perplexit.sessions.base import CachingSession

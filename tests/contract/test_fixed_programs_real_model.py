@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.sessions.registry import load_session
 from tests.oracles import oracle_details, window_of
 

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.sessions.onnx import OnnxInferenceSession
 from perplexit.sessions.prefill_decode import cached_session
 from tests.oracles import oracle_details, window_of

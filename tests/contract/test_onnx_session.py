@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError, UsageError
 from perplexit.sessions.base import DetailedSession, InferenceSession
 from perplexit.sessions.onnx.session import OnnxCachingSession, OnnxInferenceSession

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.errors import CapabilityError
 from perplexit.sessions.registry import load_session
 from tests.contract.test_onnx_real_model import MEASURE

@@ -15,7 +15,7 @@ from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import CorpusError, ResumeError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.finetune_curve import FinetuneSettings
+from perplexit.igf.finetune_checkpoints import FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.optimizer_step import StepRule
 from perplexit.igf.pairs import Pairs

@@ -17,7 +17,7 @@ from torch import nn
 from perplexit.errors import ResumeError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.finetune_curve import FinetuneSettings
+from perplexit.igf.finetune_checkpoints import FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.language_model import with_lora
 from perplexit.igf.learners import RidgeLearner

@@ -8,8 +8,14 @@ from typing import Any, TypedDict
 import pytest
 
 from perplexit.errors import RunError
-from perplexit.untrusted_files import Expected, check_regular, open_regular, stated
-from perplexit.untrusted_json import parse_json, read_json
+from perplexit.untrusted_files import (
+    Expected,
+    check_regular,
+    open_regular,
+    parse_json,
+    read_json,
+    stated,
+)
 
 EXPECTED = Expected("a record", RunError, "make it again")
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.errors import CapabilityError, CompilationError, ModelError
 from perplexit.igf.losses import ContextScorer, context_losses
 from perplexit.inputs.windows import WindowIds

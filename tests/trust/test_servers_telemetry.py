@@ -132,7 +132,7 @@ def test_e2_sibling_a_figure_leaves_matplotlibs_font_list_in_perplexits_cache(
 ) -> None:
     pytest.importorskip("matplotlib")
     code = (
-        "from perplexit.igf.experiment_plot import _figure_class\n"
+        "from perplexit.igf.experiment_summary import _figure_class\n"
         "_figure_class()()\n"
         "import matplotlib, matplotlib.font_manager, os\n"
         "print(matplotlib.get_cachedir(), 'MPLCONFIGDIR' in os.environ)"

@@ -25,9 +25,8 @@ from perplexit.comparison.compare_by_byte import compare_bytes
 from perplexit.comparison.verdict_sentences import Judged, changed_predictions
 from perplexit.comparison.verdicts import Margin, margin_of, resolution_of, share_of, verdict_of
 from perplexit.errors import UsageError
-from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.estimate import Estimate, quantity
 from perplexit.metrics.intervals import clusters_for, mean_interval
-from perplexit.metrics.number_format import quantity
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.labelled_runs import LabelledRuns
 from perplexit.runs.run import Run

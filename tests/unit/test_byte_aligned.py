@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import perplexit as px
-from perplexit.comparison.byte_segments import ScoredBytes, common_segments
+from perplexit.comparison.byte_comparison import ScoredBytes, common_segments
 from perplexit.comparison.compare_by_byte import compare_bytes
 from perplexit.errors import EmptyScoreError, FingerprintMismatchError, UsageError
 from perplexit.inputs.token_file import TokenFile

@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 import perplexit as px
 from perplexit.cli.app import app
 from perplexit.cli.demo_files import packaged_file
-from perplexit.cli.progress import running_figures
-from perplexit.compilation.compile_model import CompiledProgram
+from perplexit.cli.output import running_figures
+from perplexit.compilation.targets import CompiledProgram
 from perplexit.errors import GateError, MissingPackageError, ModelError, UsageError
 from perplexit.program_record import (
     ProgramFile,

@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.errors import CapabilityError, ModelError, QuantizationError, UsageError
 from perplexit.sessions.base import DetailedSession, LogitsSession
 from perplexit.sessions.registry import load_session

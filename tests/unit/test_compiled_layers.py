@@ -7,8 +7,7 @@ import torch
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional import fused_head
 from perplexit.functional.fused_head import CompiledHead
-from perplexit.functional.linear_nll import HeadRequest, head_statistics
-from perplexit.functional.nll import token_statistics
+from perplexit.functional.nll import HeadRequest, head_statistics, token_statistics
 from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.pytorch.compiled import CompiledForward, bucket

@@ -18,7 +18,7 @@ def programs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The tiny Llama as a checkpoint, an ONNX program and a GGUF program."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("llama_cpp")
-    from perplexit.compilation.compile_model import compile  # noqa: PLC0415 - imports torch
+    from perplexit.compilation.targets import compile  # noqa: PLC0415 - imports torch
 
     root = tmp_path_factory.mktemp("sound")
     made = {to: compile(tiny_llama_dir, to=to, output=root / to).folder for to in ("onnx", "gguf")}

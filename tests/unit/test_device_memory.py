@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import perplexit as px
-from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES
-from perplexit.functional.nll import token_statistics
+from perplexit.functional.nll import DEFAULT_LOGITS_BYTES, token_statistics
 from perplexit.resources.shared_peak import SharedPeak
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.pytorch import cuda as pytorch_cuda

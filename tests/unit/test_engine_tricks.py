@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.errors import UsageError
 from perplexit.resources import memory_advice
 from perplexit.resources.engine_tricks import ENGINE_TRICKS, ENVIRONMENT, is_on, left_out

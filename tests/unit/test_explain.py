@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 import perplexit as px
 from perplexit.cli.app import app
 from perplexit.diagnosis import Explanation
-from perplexit.diagnosis.input_steps import rewindowed
-from perplexit.diagnosis.text_differences import first_difference, text_aspects
+from perplexit.diagnosis.input_steps import first_difference, rewindowed, text_aspects
 from perplexit.errors import FingerprintMismatchError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run import Run

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perplexit.functional.linear_nll import HeadRequest, head_statistics, rows_within
-from perplexit.functional.nll import token_statistics
+from perplexit.functional.nll import HeadRequest, head_statistics, rows_within, token_statistics
 
 
 def reference(logits_NV, targets_N):

@@ -16,7 +16,7 @@ from torch import nn
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
 from perplexit.functional import fused_head
 from perplexit.functional.fused_head import fused_kernel
-from perplexit.functional.linear_nll import HeadRequest, head_statistics
+from perplexit.functional.nll import HeadRequest, head_statistics
 from perplexit.sessions.base import DetailedSession
 from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession

@@ -11,10 +11,9 @@ import torch
 from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import CorpusError, ResumeError, UsageError, VocabularyError
 from perplexit.igf.articles import Articles
-from perplexit.igf.experiment_plot import draw_experiment
-from perplexit.igf.experiment_summary import holm, median_interval, summarise
+from perplexit.igf.experiment_summary import draw_experiment, holm, median_interval, summarise
 from perplexit.igf.experiments import ExperimentPlan, run_experiment
-from perplexit.igf.finetune_curve import FinetuneSettings
+from perplexit.igf.finetune_checkpoints import FinetuneSettings
 from perplexit.igf.finetuning import (
     finetune_model,
     last_context_gradient,

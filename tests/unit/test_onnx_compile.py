@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import perplexit.compilation.onnx_build as onnx_build
 from perplexit.compilation.body_and_head import rows_at_a_time
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.errors import (
     CapabilityError,
     CompilationError,

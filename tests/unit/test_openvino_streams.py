@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.errors import EngineOutOfMemoryError
 from perplexit.quantization import openvino_engine
 from perplexit.resources.cores import num_cores

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import perplexit as px
 from perplexit.errors import FingerprintMismatchError, ModelError, RunError, VocabularyError
-from perplexit.functional.partial_divergence import PartialDistributions, partial_divergences
+from perplexit.functional.divergence import PartialDistributions, partial_divergences
 from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.token_file import TokenFile
 from tests.tiny_models import save_tiny_model

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import perplexit as px
 from perplexit.comparison.compared_tokens import exceedance
 from perplexit.errors import FingerprintMismatchError, MissingPackageError, RunError, UsageError
-from perplexit.metrics.number_format import decimals, figure, interval, quantity
+from perplexit.metrics.estimate import decimals, figure, interval, quantity
 from perplexit.report import page_assets
 from perplexit.report import token_data as token_data_module
 from perplexit.report.headlines import findings_of, headline

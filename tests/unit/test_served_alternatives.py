@@ -20,8 +20,8 @@ from perplexit.errors import CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.base import AlternativesSession
 from perplexit.sessions.completions import CompletionsInferenceSession
+from perplexit.sessions.logit_rows import contradiction, most_likely_first
 from perplexit.sessions.loss_file import RecordedInferenceSession
-from perplexit.sessions.top_k_checks import contradiction, most_likely_first
 from perplexit.token_columns import TokenDetails
 from tests.markov_server import ALTERNATIVES_FAULTS, VOCAB_SIZE, MarkovServer, chain, serving
 

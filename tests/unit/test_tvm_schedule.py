@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from perplexit.compilation.compile_model import compile
+from perplexit.compilation.targets import compile
 from perplexit.errors import CapabilityError
 from perplexit.sessions.registry import load_session
 
 tvm = pytest.importorskip("tvm")
 from tvm import te  # noqa: E402
 
-from perplexit.compilation.tvm_schedule import cpu_target, scheduled  # noqa: E402
+from perplexit.compilation.tvm_build import cpu_target, scheduled  # noqa: E402
 from perplexit.quantization import tvm_engine  # noqa: E402
 
 

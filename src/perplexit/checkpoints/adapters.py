@@ -12,8 +12,7 @@ from perplexit.checkpoints.identity import file_digest
 from perplexit.checkpoints.widened import widened
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError
 from perplexit.fingerprints import json_fingerprint
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import read_json, typed
+from perplexit.untrusted_files import Expected, read_json, typed
 from perplexit.untrusted_tensors import opened_tensors
 
 _EXPECTED = Expected("a PEFT configuration", ModelError, "save the adapter again")

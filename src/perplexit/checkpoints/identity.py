@@ -10,8 +10,7 @@ from perplexit.atomic_files import cache_folder, write_bytes
 from perplexit.errors import ModelError
 from perplexit.fingerprints import canonical_json as canonical_text
 from perplexit.fingerprints import json_fingerprint, sha256_of_file
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import LARGEST_TABLE, FileName, read_json
+from perplexit.untrusted_files import LARGEST_TABLE, Expected, FileName, read_json
 
 _CONFIG = Expected("JSON of a model's configuration", ModelError, "is the download complete?")
 _INDEX = Expected(

@@ -11,8 +11,7 @@ import typer
 import perplexit as px
 from perplexit.cli.command_group import continued_by, examples
 from perplexit.cli.engine_options import takes_options
-from perplexit.cli.output import people, print_json, stdout_kept_clean, tell
-from perplexit.cli.progress import scoring_progress
+from perplexit.cli.output import people, print_json, scoring_progress, stdout_kept_clean, tell
 from perplexit.cli.record_tables import run_table
 from perplexit.errors import UsageError
 from perplexit.sessions.options import ScoringOptions

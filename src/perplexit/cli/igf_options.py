@@ -10,8 +10,7 @@ import typer
 
 from perplexit import igf
 from perplexit.cli.command_group import continued_by
-from perplexit.cli.output import stdout_kept_clean, tell
-from perplexit.cli.progress import Draw, progress_bar
+from perplexit.cli.output import Draw, progress_bar, stdout_kept_clean, tell
 from perplexit.errors import UsageError
 
 Corpus = Annotated[

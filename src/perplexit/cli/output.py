@@ -1,15 +1,17 @@
 """Where a command's words go: people read stderr, programs read one JSON document on stdout."""
 
 import json
+import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 Force = Annotated[
     bool,
@@ -102,3 +104,57 @@ def with_interval(value: float | None, low: float | None, high: float | None) ->
 def in_mib(num_bytes: float | None) -> str:
     """Return bytes as MiB, rounded to a whole one; a dash where unknown."""
     return "-" if num_bytes is None else f"{num_bytes / 2**20:,.0f} MiB"
+
+
+Draw = Callable[[int, int, str], None]
+
+
+@contextmanager
+def progress_bar(label: str, note: str = "") -> Iterator[Draw | None]:
+    """Yield a callable (done, total, note) that draws a bar; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=people(), transient=True) as bar:
+        task = bar.add_task(label, total=None, note=note)
+        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+
+
+@contextmanager
+def scoring_progress(label: str) -> Iterator[Callable[[Any], None] | None]:
+    """Yield a callable that draws ProgressUpdates, or None where stderr is no terminal."""
+    with progress_bar(label, "loading the model") as draw:
+        yield draw and (lambda u: draw(u.num_tokens, u.total_tokens, running_figures(u)))
+
+
+@contextmanager
+def preparing_progress() -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a callable that shows how much is prepared, or None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with people().status("Preparing") as status:
+        yield lambda documents, tokens: status.update(
+            f"Preparing: {documents:,} documents, {tokens:,} tokens"
+        )
+
+
+def running_figures(update: Any) -> str:
+    """Return `430 tokens/s  perplexity 18.31`: this process's speed, the perplexity so far.
+
+    What an earlier process scored counts in the perplexity but not in the speed.
+    """
+    parts = []
+    if update.seconds > 0:
+        speed = (update.num_tokens - update.num_tokens_resumed) / update.seconds
+        parts.append(f"{speed:,.0f} tokens/s")
+    if update.num_tokens and update.nll_sum / update.num_tokens < math.log(sys.float_info.max):
+        parts.append(f"perplexity {math.exp(update.nll_sum / update.num_tokens):.4g}")
+    return "  ".join(parts)

@@ -7,8 +7,14 @@ import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
-from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
-from perplexit.cli.progress import preparing_progress
+from perplexit.cli.output import (
+    Force,
+    people,
+    preparing_progress,
+    print_json,
+    stdout_kept_clean,
+    tell,
+)
 from perplexit.cli.record_tables import input_record, input_table
 from perplexit.errors import UsageError
 from perplexit.protected_outputs import Kind, check_place

@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.comparison.byte_comparison import ByteComparison, ChangedSegment
-from perplexit.comparison.byte_segments import Segments, common_segments, scored_bytes
+from perplexit.comparison.byte_comparison import (
+    ByteComparison,
+    ChangedSegment,
+    Segments,
+    common_segments,
+    scored_bytes,
+)
 from perplexit.comparison.pairing import opened
 from perplexit.comparison.verdict_record import run_conditions, verdict_fields, with_ends
 from perplexit.comparison.verdicts import margin_of

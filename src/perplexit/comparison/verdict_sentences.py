@@ -12,8 +12,8 @@ from perplexit.comparison.verdicts import (
     resolution_of,
     verdict_of,
 )
-from perplexit.metrics.estimate import Estimate
-from perplexit.metrics.number_format import (
+from perplexit.metrics.estimate import (
+    Estimate,
     change,
     exact_percent,
     figure,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.diagnosis.text_differences import documents_of_run, first_difference, text_aspects
+from perplexit.diagnosis.input_steps import documents_of_run, first_difference, text_aspects
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run import Run
 from perplexit.runs.run_text import RunText

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from perplexit.errors import CapabilityError, MissingPackageError
-from perplexit.functional.linear_nll import HeadRequest
-from perplexit.functional.nll import TokenStatistics, slices_of_rows
+from perplexit.functional.nll import HeadRequest, TokenStatistics, slices_of_rows
 
 # (weight, hidden, targets, bias) → nll; logits exist for some rows, or tiles, at a time.
 LinearNll = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -13,8 +13,7 @@ from perplexit.errors import RunError
 from perplexit.igf.resume_conditions import CONDITIONS_FILE
 from perplexit.igf.tensors_with_record import json_kind
 from perplexit.protected_outputs import Kind, OutputFile, OutputFolder, paths_among
-from perplexit.untrusted_files import Expected, stated
-from perplexit.untrusted_json import read_json
+from perplexit.untrusted_files import Expected, read_json, stated
 
 SCHEMA_VERSION = 1
 EXPERIMENT_KIND = "igf-experiment"

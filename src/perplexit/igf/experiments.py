@@ -33,7 +33,7 @@ from perplexit.igf.experiment_file import (
     check_experiment_output,
 )
 from perplexit.igf.experiment_summary import summarise
-from perplexit.igf.finetune_curve import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_checkpoints import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.language_model import weights_restored
 from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerprint
@@ -49,8 +49,7 @@ from perplexit.igf.selection import (
     selection_named,
 )
 from perplexit.runs.measurement import measurement_fingerprint, plain_json
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import read_json
+from perplexit.untrusted_files import Expected, read_json
 
 _FINISHED = Expected(
     "the record of a finished fine-tuning", ResumeError, "remove it: the fine-tuning is run again"

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 
 from perplexit.errors import NonFiniteError, UsageError
 from perplexit.igf.articles import Articles
-from perplexit.igf.finetune_checkpoints import FinetuneCheckpoints
-from perplexit.igf.finetune_curve import FinetuneCurve, FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_checkpoints import (
+    FinetuneCheckpoints,
+    FinetuneCurve,
+    FinetuneProgress,
+    FinetuneSettings,
+)
 from perplexit.igf.learners import learner_fingerprint
 from perplexit.igf.losses import ContextScorer, context_losses, ids_on_device
 from perplexit.igf.model_identity import measurement_of_model

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.errors import NonFiniteError, UsageError
-from perplexit.functional.linear_nll import (
+from perplexit.functional.nll import (
     DEFAULT_LOGITS_BYTES,
     HeadRequest,
     head_statistics,

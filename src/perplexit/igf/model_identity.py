@@ -11,7 +11,7 @@ from perplexit.checkpoints.module_identity import module_fingerprint, settings_o
 from perplexit.fingerprints import json_fingerprint
 from perplexit.igf.resume_conditions import FINGERPRINT_VERSION, identifies_its_model
 from perplexit.runs.measurement import measurement_differences, measurement_of
-from perplexit.sessions.pytorch.module_facts import dtype_name
+from perplexit.sessions.pytorch.module_call import dtype_name
 
 
 def measurement_of_model(model: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from perplexit.errors import UsageError
 from perplexit.igf.articles import Articles, read_articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.finetune_curve import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_checkpoints import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.gain_measures import Mode
 from perplexit.igf.language_model import load_gpt2, model_output, recopy_gpt2, save_model

@@ -7,8 +7,7 @@ from typing import Any
 from perplexit.atomic_files import write_json
 from perplexit.errors import ResumeError
 from perplexit.runs.measurement import measurement_differences, plain_json
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import read_json
+from perplexit.untrusted_files import Expected, read_json
 
 CONDITIONS_FILE = "conditions.json"
 FINGERPRINT_VERSION = 2  # of a model in memory; version 1 was of its tensors alone

@@ -15,8 +15,7 @@ from safetensors.numpy import save_file
 from perplexit.errors import PerplexitError
 from perplexit.fingerprints import canonical_json
 from perplexit.protected_outputs import Kind, OutputFile, header_has_mark
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import parse_json, read_json
+from perplexit.untrusted_files import Expected, parse_json, read_json
 from perplexit.untrusted_tensors import read_tensors
 
 PICKLE_SUFFIXES = (".jbl", ".joblib", ".pkl", ".pickle", ".pt", ".bin")

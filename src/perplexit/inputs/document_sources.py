@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from perplexit.fingerprints import canonical_json
 from perplexit.inputs.corpus_document import Document
 from perplexit.inputs.token_file_checks import EXPECTED
-from perplexit.untrusted_json import parse_json
+from perplexit.untrusted_files import parse_json
 
 _RUN_COLUMNS = (
     "document window position token_index byte_start num_bytes num_words domain token_id nll "

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from perplexit.atomic_files import new_temporary_folder
 from perplexit.errors import TokenFileError
 from perplexit.fingerprints import canonical_json
-from perplexit.untrusted_files import Expected, check_regular, stated
-from perplexit.untrusted_json import parse_json
+from perplexit.untrusted_files import Expected, check_regular, parse_json, stated
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),

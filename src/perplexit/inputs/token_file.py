@@ -27,7 +27,7 @@ from perplexit.inputs.document_sources import (
 from perplexit.inputs.tensor_container import DTYPES, content_hashes, read_container
 from perplexit.inputs.token_file_checks import EXPECTED, SenseChecks
 from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowIds, WindowTable
-from perplexit.untrusted_json import parse_json
+from perplexit.untrusted_files import parse_json
 
 FORMAT = "perplexit-token-file"
 FORMAT_VERSION = "1"

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from perplexit.errors import TokenFileError
 from perplexit.inputs.protocol_table import PROTOCOLS, Aggregate
 from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowArray
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import parse_json
+from perplexit.untrusted_files import Expected, parse_json
 
 EXPECTED = Expected("a token file", TokenFileError, "prepare the input again")
 _LARGEST_VOCABULARY = 1 << 31

@@ -20,8 +20,15 @@ from perplexit.inputs.tokenizer_backends import (
     HuggingFaceBackend,
     SentencePieceBackend,
 )
-from perplexit.untrusted_files import Expected, open_regular, read_bytes, stated
-from perplexit.untrusted_json import LARGEST_TABLE, read_json, typed
+from perplexit.untrusted_files import (
+    LARGEST_TABLE,
+    Expected,
+    open_regular,
+    read_bytes,
+    read_json,
+    stated,
+    typed,
+)
 
 _EXPECTED = Expected(
     "a tokenizer that `tokenizers` or SentencePiece can read",

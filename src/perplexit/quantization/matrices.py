@@ -1,12 +1,23 @@
 """The weight matrices of a loaded PyTorch model: which are quantized, and which are left alone."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from perplexit.errors import QuantizationError
+from perplexit.quantization.group_quantization import dequantize_groups, quantize_groups
+from perplexit.quantization.mx_formats import (
+    FP6_E2M3,
+    FP6_E3M2,
+    INT8,
+    ElementFormat,
+    mx_num_bytes,
+    mx_round_trip,
+)
 
 # A matrix with less of the model's parameters than this is not worth naming when it is left alone.
 _SHARE_WORTH_NAMING = 0.005
@@ -104,3 +115,51 @@ def large_matrices(parameters: dict[str, Tensor], num_parameters: int) -> tuple[
         if tensor.ndim >= 2 and tensor.numel() >= _SHARE_WORTH_NAMING * num_parameters
     }
     return tuple(sorted(large, key=lambda name: (-large[name], name)))
+
+
+# A matrix in float32 → the values after a round trip through the format, and the format's bytes.
+RoundTrip = Callable[[Tensor], tuple[Tensor, int]]
+
+
+def group_round_trip(weight_NK: Tensor) -> tuple[Tensor, int]:
+    """Return q4f16_0's values of the matrix, and its bytes."""
+    quantized = quantize_groups(weight_NK.cpu().numpy())
+    return torch.from_numpy(dequantize_groups(quantized)), quantized.num_bytes
+
+
+def _mx(element: ElementFormat) -> RoundTrip:
+    def round_trip(weight_NK: Tensor) -> tuple[Tensor, int]:
+        return mx_round_trip(weight_NK, element), mx_num_bytes(weight_NK, element.bits)
+
+    return round_trip
+
+
+ROUND_TRIPS: Mapping[str, RoundTrip] = {
+    "mxfp6": _mx(FP6_E2M3),
+    "mxfp6_e3m2": _mx(FP6_E3M2),
+    "mxint8": _mx(INT8),
+    "q4f16_0": group_round_trip,
+    "q4f16_2": group_round_trip,
+}
+
+
+def quantize_matrices(model: nn.Module, matrices: list[Matrix], precision: str) -> dict[str, int]:
+    """Change the weights in place; return each matrix's bytes in the format, by module name."""
+    del model
+    return round_trip_matrices(matrices, ROUND_TRIPS[precision])
+
+
+def round_trip_matrices(matrices: list[Matrix], round_trip: RoundTrip) -> dict[str, int]:
+    """Change each weight, also one that two modules share, once; see `quantize_matrices`."""
+    num_bytes: dict[str, int] = {}
+    done: dict[int, int] = {}
+    for matrix in matrices:
+        key = id(matrix.module.weight)
+        if key not in done:
+            weight_NK = matrix.inputs_last
+            values_NK, done[key] = round_trip(weight_NK.float().contiguous())
+            weight_NK.copy_(values_NK)
+            num_bytes[matrix.name] = done[key]
+        else:
+            num_bytes[matrix.name] = 0  # its bytes are counted with the module it shares them with
+    return num_bytes

@@ -24,7 +24,7 @@ _WITH_HEAD = ":head"
 _HOMES = {
     "bitsandbytes": "perplexit.quantization.bitsandbytes_weights",
     "torchao": "perplexit.quantization.torchao_weights",
-    "perplexit": "perplexit.quantization.weight_formats",
+    "perplexit": "perplexit.quantization.matrices",
 }
 _WHOLE_MODEL = ("q4f16_0",)  # MLC-LLM quantizes embedding and head too; its q4f16_2 does not
 _ACTIVATIONS = {

@@ -18,9 +18,8 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerGroup
 
 from perplexit.errors import QuantizationError
-from perplexit.quantization.matrices import Matrix, as_linear
+from perplexit.quantization.matrices import Matrix, RoundTrip, as_linear, round_trip_matrices
 from perplexit.quantization.mx_formats import BLOCK_SIZE, mx_num_bytes, padded_to_blocks
-from perplexit.quantization.weight_formats import RoundTrip, round_trip_matrices
 
 _GROUP_SIZE = 32
 _INT4: Any = getattr(torch, "int4")  # noqa: B009 - torch defines it where type checkers do not look

@@ -16,8 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, FingerprintMismatchError, RunError
-from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
-from perplexit.functional.nll import TokenStatistics, token_statistics
+from perplexit.functional.nll import (
+    DEFAULT_LOGITS_BYTES,
+    TokenStatistics,
+    rows_within,
+    token_statistics,
+)
 from perplexit.reference.states import ReferenceStates
 from perplexit.runs.run import Run
 from perplexit.sessions.base import HiddenStateSession, InferenceSession

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from perplexit.errors import UsageError, VocabularyError
-from perplexit.functional.partial_divergence import PartialDistributions
+from perplexit.functional.divergence import PartialDistributions
 from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.windows import WindowIds
 from perplexit.runs.run import Run

@@ -29,8 +29,7 @@ from perplexit.atomic_files import write_atomically, write_bytes
 from perplexit.errors import RunError
 from perplexit.fingerprints import canonical_json, sha256_of_file
 from perplexit.functional.output_head import OutputHead
-from perplexit.untrusted_files import Expected, check_regular, open_regular, stated
-from perplexit.untrusted_json import read_json
+from perplexit.untrusted_files import Expected, check_regular, open_regular, read_json, stated
 from perplexit.untrusted_tensors import opened_tensors
 
 FOLDER = "reference"

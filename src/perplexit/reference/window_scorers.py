@@ -12,11 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, RunError, VocabularyError
-from perplexit.functional.divergence import token_divergences
-from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
-from perplexit.functional.nll import TokenStatistics, token_statistics
+from perplexit.functional.divergence import partial_divergences, token_divergences
+from perplexit.functional.nll import (
+    DEFAULT_LOGITS_BYTES,
+    TokenStatistics,
+    rows_within,
+    token_statistics,
+)
 from perplexit.functional.output_head import OutputHead
-from perplexit.functional.partial_divergence import partial_divergences
 from perplexit.inputs.windows import WindowIds
 from perplexit.reference.heads import Head, proof_of
 from perplexit.reference.partial_distributions import PartialReference

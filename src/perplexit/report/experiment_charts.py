@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from perplexit.igf.experiment_file import Experiment, MethodOutcome
-from perplexit.metrics.number_format import DASH, figure_with_interval
+from perplexit.metrics.estimate import DASH, figure_with_interval
 from perplexit.report.chart_drawings import (
     SAID,
     Chart,

@@ -10,7 +10,7 @@ from typing import Any
 from perplexit.errors import UsageError
 from perplexit.igf.experiment_file import Experiment, MethodOutcome
 from perplexit.igf.learner_scores import doubt_about
-from perplexit.metrics.number_format import DASH, figure, figure_with_interval, interval
+from perplexit.metrics.estimate import DASH, figure, figure_with_interval, interval
 from perplexit.report.chart_drawings import Chart
 from perplexit.report.experiment_charts import (
     LARGEST_NUMBER_OF_METHODS,

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from perplexit.comparison import VERDICTS, Comparison
-from perplexit.metrics.number_format import figure_with_interval
+from perplexit.metrics.estimate import figure_with_interval
 from perplexit.report.labelled_runs import LabelledRuns
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from perplexit import __version__
 from perplexit.comparison.verdict_record import precision_name
-from perplexit.metrics.estimate import counted
-from perplexit.metrics.number_format import figure, figure_with_interval, interval, mebibytes
+from perplexit.metrics.estimate import counted, figure, figure_with_interval, interval, mebibytes
 from perplexit.report.experiment_section import ExperimentSection
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of

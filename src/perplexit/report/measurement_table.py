@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from perplexit.metrics.estimate import counted, missing_figures
-from perplexit.metrics.number_format import DASH, mebibytes
+from perplexit.metrics.estimate import DASH, counted, mebibytes, missing_figures
 from perplexit.report.labelled_runs import LabelledRuns
 from perplexit.runs.run import Run
 

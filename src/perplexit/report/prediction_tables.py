@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from perplexit.comparison.byte_comparison import ChangedSegment
 from perplexit.comparison.flips import Flip, Flips
 from perplexit.comparison.verdict_record import range_text
-from perplexit.metrics.estimate import Estimate
-from perplexit.metrics.number_format import DASH, figure, interval
+from perplexit.metrics.estimate import DASH, Estimate, figure, interval
 from perplexit.report.labelled_runs import LabelledRuns
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from perplexit.comparison.compared_tokens import losses_above
-from perplexit.metrics.number_format import DASH, exact_percent, figure, interval, quantity
+from perplexit.metrics.estimate import DASH, exact_percent, figure, interval, quantity
 from perplexit.report import chart_drawings as draw
 from perplexit.report.chart_drawings import Chart, Row
 from perplexit.report.headlines import ratio_of

@@ -17,8 +17,7 @@ from perplexit.runs.measurement import (
 )
 from perplexit.runs.record_types import NESTED, CompleteRun
 from perplexit.runs.run_tokens import RunTokens
-from perplexit.untrusted_files import Expected, stated
-from perplexit.untrusted_json import read_json, typed
+from perplexit.untrusted_files import Expected, read_json, stated, typed
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, SCHEMA_VERSION)

@@ -35,8 +35,7 @@ from perplexit.runs.parts_folder import LOCK_FILE, PartsFolder, lock_folder
 from perplexit.runs.run import RUN_FILE, TOKENS_FILE, Run
 from perplexit.runs.run_tokens import RunTokens
 from perplexit.token_columns import TokenDetails
-from perplexit.untrusted_files import Expected, stated
-from perplexit.untrusted_json import parse_json
+from perplexit.untrusted_files import Expected, parse_json, stated
 
 PART = Expected("a committed part of a run", RunError, "remove the file: it is scored again")
 _KNOWN = "known."  # before a column's name: which of its rows are known, where not all are

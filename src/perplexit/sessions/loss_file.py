@@ -30,8 +30,8 @@ from perplexit.inputs.kl_base_file import KlBaseFile
 from perplexit.inputs.windows import WindowIds
 from perplexit.session_descriptions import ModelDescription, SessionDescription
 from perplexit.sessions.base import ClosedByWith
+from perplexit.sessions.logit_rows import contradiction, most_likely_first
 from perplexit.sessions.loss_file_formats import RecordedWindow, base_file_identity, read_recording
-from perplexit.sessions.top_k_checks import contradiction, most_likely_first
 from perplexit.token_columns import TokenDetails
 
 _ANY_ID = np.iinfo(np.int32).max

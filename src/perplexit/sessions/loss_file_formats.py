@@ -19,8 +19,15 @@ from numpy.typing import NDArray
 
 from perplexit.errors import ModelError
 from perplexit.inputs.kl_base_file import KlBaseFile, is_kl_base_file
-from perplexit.untrusted_files import Expected, check_regular, open_regular, stated
-from perplexit.untrusted_json import parse_json, read_json, typed
+from perplexit.untrusted_files import (
+    Expected,
+    check_regular,
+    open_regular,
+    parse_json,
+    read_json,
+    stated,
+    typed,
+)
 from perplexit.untrusted_tensors import read_parquet
 
 NO_ID = -1  # pads the alternatives of a position that lists fewer than another

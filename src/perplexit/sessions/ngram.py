@@ -20,8 +20,7 @@ from perplexit.errors import CapabilityError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
 from perplexit.session_descriptions import ModelDescription, SessionDescription
 from perplexit.sessions.base import ClosedByWith
-from perplexit.untrusted_files import Expected, check_regular, read_bytes, stated
-from perplexit.untrusted_json import LARGEST_TABLE
+from perplexit.untrusted_files import LARGEST_TABLE, Expected, check_regular, read_bytes, stated
 
 _EXPECTED = Expected("an ARPA or KenLM binary model", ModelError, "write it again")
 _VOCABULARY = Expected("one word on each line", ModelError, "write the vocabulary again")

@@ -21,8 +21,7 @@ from perplexit.program_record import PROGRAM_FILE
 from perplexit.quantization.precisions import canonical_dtype, require_known_precision
 from perplexit.sessions.base import InferenceSession, OpenSession
 from perplexit.sessions.options import EngineOptions, given_options
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import read_json
+from perplexit.untrusted_files import Expected, read_json
 
 _PROGRAM = Expected("a compiled program's record", ModelError, "compile the checkpoint again")
 

@@ -7,8 +7,7 @@ from typing import Literal
 import msgspec
 
 from perplexit.errors import ModelError
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import parse_json
+from perplexit.untrusted_files import Expected, parse_json
 
 # `prompt_logprobs` names ids and is looked up; `echo` names strings and is counted.
 Style = Literal["prompt_logprobs", "echo"]

@@ -33,7 +33,7 @@ from perplexit.sessions.completions.probe import (
     check_still_the_same,
     working_style,
 )
-from perplexit.sessions.top_k_checks import contradiction, most_likely_first
+from perplexit.sessions.logit_rows import contradiction, most_likely_first
 from perplexit.token_columns import TokenDetails
 
 _ANY_ID = np.iinfo(np.int32).max

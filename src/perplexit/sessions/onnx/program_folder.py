@@ -23,8 +23,7 @@ from perplexit.program_record import (
     ProgramVerification,
 )
 from perplexit.sessions.onnx.ports import takes_cache
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import read_json
+from perplexit.untrusted_files import Expected, read_json
 
 OUR_FILE = "model.onnx"
 # Where exporters put the graph, best first: one file for prefill and decode before one for either.

@@ -15,7 +15,7 @@ from perplexit.errors import EngineOutOfMemoryError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch.cuda import to_device
 from perplexit.sessions.pytorch.device_choice import is_out_of_memory
-from perplexit.sessions.pytorch.module_facts import config_integer
+from perplexit.sessions.pytorch.module_call import config_integer
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional.fused_head import CompiledHead, FusedHead, cannot_compile
 from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
-from perplexit.sessions.pytorch.module_call import CachePlace
-from perplexit.sessions.pytorch.module_facts import plain_output
+from perplexit.sessions.pytorch.module_call import CachePlace, plain_output
 
 COMPILE_MODES = ("default", "reduce-overhead")
 HEADS = ("chunked", "compiled", "liger", "cce")

@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perplexit.functional.linear_nll import DEFAULT_LOGITS_BYTES, rows_within
-from perplexit.functional.nll import TokenStatistics
+from perplexit.functional.nll import DEFAULT_LOGITS_BYTES, TokenStatistics, rows_within
 from perplexit.resources.memory_tracker import CUDA_PEAKS
 from perplexit.sessions.pytorch.device_choice import total_bytes
 

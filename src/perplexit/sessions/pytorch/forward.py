@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.functional.blocked_nll import BLOCKED_COLUMNS, blocked_statistics
-from perplexit.functional.linear_nll import HeadRequest, statistics_by_chunks
-from perplexit.functional.nll import TokenStatistics
+from perplexit.functional.nll import HeadRequest, TokenStatistics, statistics_by_chunks
 from perplexit.sessions.pytorch.module_call import CachePlace, ModuleCall, field_of
 from perplexit.token_columns import Needs, columns_that_need
 

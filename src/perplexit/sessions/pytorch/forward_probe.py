@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
+from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.errors import ModelError
 from perplexit.sessions.pytorch.forward import (
     ChunkedForward,
@@ -25,9 +25,62 @@ from perplexit.sessions.pytorch.forward import (
     LinearHead,
     WholeForward,
 )
-from perplexit.sessions.pytorch.independence import NOT_REPEATABLE, depends_on_others
-from perplexit.sessions.pytorch.module_call import field_of
-from perplexit.sessions.pytorch.module_facts import plain_output, position_limit
+from perplexit.sessions.pytorch.module_call import field_of, plain_output, position_limit
+
+_IDS = 24  # of a row: more than a tiny index or window holds, and quick
+# Of the largest value. Rounding in another order stays below; a nll must be right within 1e-4.
+_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4}
+_TOLERANCE_16_BITS = 0.2
+NOT_REPEATABLE = (
+    "expected a model that gives the same for the same ids, but its predictions change from call "
+    "to call (something in it is drawn at random, or it remembers earlier calls); its perplexity "
+    "is no fixed number, so it is not scored"
+)
+
+
+def depends_on_others(
+    forward: Any,
+    id_limit: int,
+    *,
+    longest: int | None,
+    device: torch.device,
+    rope: LengthDependentRope | None,
+) -> bool:
+    """Return whether rows change with what else is in the batch, with padding, or with length.
+
+    forward: a ForwardPass; longest: the model's positions, None for any.
+    Raises ModelError where the same call gives something else the second time.
+    """
+    length = min(_IDS, longest or _IDS)
+    generator = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(id_limit, (2, length), generator=generator).to(device)
+    part = max(1, 2 * length // 3)
+    with held_at(rope, length):
+        first_BTX = forward.rows(ids_BT[:1], None)
+        again_BTX = forward.rows(ids_BT[:1], None)
+        if not _equal(first_BTX, again_BTX):
+            raise ModelError(NOT_REPEATABLE)
+        both_BTX = forward.rows(ids_BT, None)
+        short_BTX = forward.rows(ids_BT[:1, :part], None)
+        changes = [(first_BTX, both_BTX[:1]), (first_BTX[:, :part], short_BTX)]
+        if forward.takes_mask:
+            mask_BT = torch.ones_like(ids_BT)
+            mask_BT[0, part:] = 0
+            padded_BTX = forward.rows(ids_BT, mask_BT)
+            changes.append((first_BTX[:, :part], padded_BTX[:1, :part]))
+    return not all(_equal(one, other) for one, other in changes)
+
+
+def _equal(expected: Tensor, got: Tensor) -> bool:
+    """Return whether both are equal up to rounding in another order; NaN equals NaN."""
+    if expected.shape != got.shape:
+        return False
+    tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE_16_BITS)
+    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) or 1.0
+    return torch.allclose(
+        expected, got.to(expected), rtol=0, atol=tolerance * scale, equal_nan=True
+    )
+
 
 _PROBE_LENGTH = 8
 

@@ -27,7 +27,7 @@ from perplexit.session_descriptions import (
     QuantizationDescription,
 )
 from perplexit.sessions.pytorch.device_choice import chosen_device, chosen_threads, scoring_settings
-from perplexit.sessions.pytorch.module_facts import (
+from perplexit.sessions.pytorch.module_call import (
     config_integer,
     dtype_name,
     rounded_activations,

@@ -19,7 +19,7 @@ from perplexit.sessions.pytorch.cuda import chunk_rows_for
 from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
 from perplexit.sessions.pytorch.forward_probe import find_forward
 from perplexit.sessions.pytorch.loading import ModuleChanges, OpenedModule, open_module
-from perplexit.sessions.pytorch.module_facts import dtype_name, num_embeddings
+from perplexit.sessions.pytorch.module_call import dtype_name, num_embeddings
 from perplexit.sessions.pytorch.placement import (
     GatheredForward,
     Placement,

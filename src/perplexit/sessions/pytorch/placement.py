@@ -13,8 +13,7 @@ from perplexit.errors import CapabilityError, MissingPackageError, UsageError
 from perplexit.sessions.pytorch.device_choice import chosen_device
 from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
 from perplexit.sessions.pytorch.module_call import CachePlace
-from perplexit.untrusted_files import Expected
-from perplexit.untrusted_json import read_json
+from perplexit.untrusted_files import Expected, read_json
 
 _MAP = Expected(
     "module names and devices in JSON",

@@ -37,7 +37,7 @@ from perplexit.sessions.pytorch.key_value_cache import (
     cached_windows_for,
 )
 from perplexit.sessions.pytorch.model_setup import ready_model
-from perplexit.sessions.pytorch.module_facts import (
+from perplexit.sessions.pytorch.module_call import (
     activation_bytes_per_id,
     dtype_name,
     position_limit,

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
-from perplexit.sessions.pytorch.module_call import CachePlace
-from perplexit.sessions.pytorch.module_facts import config_integer
+from perplexit.sessions.pytorch.module_call import CachePlace, config_integer
 
 _STOP, _ROWS, _HEAD = range(3)
 _HEADER_LENGTH = 4  # step, two sizes, whether there is a mask

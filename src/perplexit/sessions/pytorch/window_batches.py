@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
-from perplexit.functional.linear_nll import HeadRequest, head_statistics
+from perplexit.functional.nll import HeadRequest, head_statistics
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch.batch import PaddedBatch, batches_of
 from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads

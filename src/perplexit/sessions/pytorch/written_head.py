@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from perplexit.errors import CapabilityError
 from perplexit.functional.output_head import FinalNorm, OutputHead
 from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
-from perplexit.sessions.pytorch.module_facts import num_embeddings, plain_output
+from perplexit.sessions.pytorch.module_call import num_embeddings, plain_output
 
 _PROBE_SHAPE = (4, 32)
 _IDENTITY_ROWS = 256

@@ -27,8 +27,12 @@ from perplexit.sessions.pytorch.cpu_kernels.packed_linear import (
 )
 from perplexit.sessions.pytorch.cpu_kernels.window_threads import ForwardTrace
 from perplexit.sessions.pytorch.loading import OpenedModule
-from perplexit.sessions.pytorch.module_call import ModuleCall, field_of
-from perplexit.sessions.pytorch.module_facts import config_integer, num_embeddings
+from perplexit.sessions.pytorch.module_call import (
+    ModuleCall,
+    config_integer,
+    field_of,
+    num_embeddings,
+)
 
 KERNELS = ("packed", "plain")
 _ENVIRONMENT = "PERPLEXIT_KERNELS"
