@@ -21,7 +21,7 @@ from perplexit.compilation.body_and_head import (
     rows_at_a_time,
 )
 from perplexit.compilation.compiler_errors import stated_by
-from perplexit.compilation.onnx_build import cached_graph
+from perplexit.compilation.onnx_graph_cache import cached_graph
 from perplexit.compilation.onnx_key_values import (
     PAST,
     PRESENT,
