@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
-from perplexit.compilation.body_and_head import describe_model, memory_of
-from perplexit.compilation.float16_body import halve_body
+from perplexit.compilation.body_and_head import describe_model, halve_body, memory_of
 from perplexit.compilation.loss_check import (
     TOLERANCE,
     check_changed,
