@@ -5,7 +5,7 @@ A program takes `input_ids` (B, T), padded on the right; with the head inside al
 Without, it gives logits (B, T, V). No id sees one after it, so the padding needs no mask; programs
 of other exporters take an `attention_mask` (B, T) of 1 for a window's own ids.
 
-Shape suffixes: B = windows, T = ids a window (padded), N = targets over all windows, V =
+Shape suffixes: B = windows, T = ids per window (padded), N = targets over all windows, V =
 vocabulary.
 """
 

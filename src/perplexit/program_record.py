@@ -103,7 +103,7 @@ class ProgramFile:
 class ProgramMetadata:
     """Everything a session must know of a program before it runs.
 
-    perplexity: True: ids and targets in, one nll a target out. False: ids in, logits out.
+    perplexity: True: ids and targets in, one nll per target out. False: ids in, logits out.
     head_rows:  rows of logits alive at a time inside a perplexity program.
     head_columns: columns of logits alive at a time; None: the whole vocabulary.
     request:    what `compile` was asked for; None: not recorded.

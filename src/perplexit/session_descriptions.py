@@ -54,4 +54,4 @@ class SessionDescription:
     settings: Mapping[str, Any] = field(default_factory=dict)  # engine's own effective settings
     mode: str = "full"  # windows whole; "cached": prefill, then decode
     prompt_len: int | None = None  # ids of the prefill
-    decode_chunk: int | None = None  # ids a call of the decode
+    decode_chunk: int | None = None  # ids per call of the decode

@@ -462,7 +462,7 @@ def test_an_error_of_the_engine_is_a_finding(trained_dir: Path) -> None:
 
     diagnosis = px.doctor(Short(trained_dir))
     assert diagnosis.named("fail") == ("batch",)
-    assert "losses a window as before" in diagnosis["batch"].sentence
+    assert "losses per window as before" in diagnosis["batch"].sentence
 
 
 def test_a_lower_precision_warns_and_passes_with_wider_limits(trained_dir: Path) -> None:

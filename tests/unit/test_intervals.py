@@ -227,7 +227,7 @@ def test_wrong_arguments_are_said() -> None:
         mean_interval(np.ones(9), clusters)
     with pytest.raises(UsageError, match="the same tokens twice"):
         paired_interval(np.ones(10), np.ones(9), clusters)
-    with pytest.raises(UsageError, match="one entry a token"):
+    with pytest.raises(UsageError, match="one entry per token"):
         clusters_for(np.ones(2, dtype=int), np.ones(3, dtype=int))
     with pytest.raises(NonFiniteError):
         mean_interval(np.full(10, np.nan), clusters)

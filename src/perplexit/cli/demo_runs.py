@@ -104,7 +104,7 @@ def _step(*words: str) -> None:
 
 
 def table(scored: list[Scored]) -> Table:
-    """Return one line a run; perplexity and ratio with their 95 % intervals."""
+    """Return one line per run; perplexity and ratio with their 95 % intervals."""
     reference = scored[0].run
     title = f"{reference.num_tokens:,} scored tokens of the State of the Union address of 2026"
     result = Table(title=title, box=None, padding=(0, 1, 1, 0), pad_edge=False)

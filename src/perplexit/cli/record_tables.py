@@ -64,7 +64,7 @@ def program_table(record: Mapping[str, Any]) -> Table:
     fixed = [
         f"{name.replace('_', ' ')} {size}" for name, size in shapes.items() if size is not None
     ]
-    gives = "one loss a target" if record["perplexity"] else "logits"
+    gives = "one loss per target" if record["perplexity"] else "logits"
     table = _pairs()
     table.add_row("engine", str(record["engine"]))
     table.add_row("model", escape(f"{record['model']['address']}"))
@@ -83,7 +83,7 @@ def program_table(record: Mapping[str, Any]) -> Table:
 
 
 def runs_table(records: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> Table:
-    """Return one line a run."""
+    """Return one line per run."""
     table = Table(box=None, pad_edge=False)
     for name in ("run", "status", "model", "engine", "dtype", "quantization"):
         table.add_column(name, overflow="fold")

@@ -108,10 +108,10 @@ def export(
     force: Force = False,
     json: AsJson = False,
 ) -> None:
-    """Write a run's scored tokens, a row a token, in the format that the file's name ends in.
+    """Write a run's scored tokens, one row per token, in the format that the file's name ends in.
 
     Each row has the document's source file, row and the columns that `prepare --keep` named.
-    With --words a row a word: the losses of tokens summed over the words that they spell.
+    With --words one row per word: the losses of tokens summed over the words that they spell.
     """
     if input_file is not None and not words:
         raise UsageError("--input is for --words: tokens are exported from the run alone")

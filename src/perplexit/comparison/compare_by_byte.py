@@ -140,7 +140,7 @@ def _warnings(runs: list[Run], segments: Segments) -> tuple[str, ...]:
     reference, candidate = runs
     if reference.tokenizer_fingerprint != candidate.tokenizer_fingerprint:
         warnings = [
-            "the runs' perplexities a token count different tokens and cannot be compared; bits "
+            "the runs' perplexities per token count different tokens and cannot be compared; bits "
             "per byte and this ratio can"
         ]
     else:

@@ -1,6 +1,6 @@
 """A transformers model as body and head, so that a program can work on the head in chunks.
 
-Shape suffixes: B = windows, T = ids a window, D = hidden size, V = vocabulary, C = rows of logits
+Shape suffixes: B = windows, T = ids per window, D = hidden size, V = vocabulary, C = rows of logits
 alive at a time.
 """
 

@@ -1,7 +1,7 @@
 """A checkpoint as a module of fixed sizes: explicit masks and positions, the head in chunks.
 
 For compilers that want every size: what depends on them alone becomes a constant.
-Shape suffixes: B = windows, T = ids a window, N = targets of a call (B · (T − 1)), C = rows of
+Shape suffixes: B = windows, T = ids per window, N = targets of a call (B · (T − 1)), C = rows of
 logits alive at a time, V = vocabulary.
 """
 

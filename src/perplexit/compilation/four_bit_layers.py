@@ -1,6 +1,6 @@
 """Linear layers whose weights stay packed inside the program: MLC-LLM's q4f16 groups of 32.
 
-Shape suffixes: N = outputs, K = inputs, S = packed bytes a row, G = groups a row.
+Shape suffixes: N = outputs, K = inputs, S = packed bytes per row, G = groups per row.
 """
 
 from typing import Any

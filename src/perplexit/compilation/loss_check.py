@@ -1,6 +1,6 @@
 """A finished program's losses against the checkpoint's, on a few windows of random ids.
 
-Shape suffixes: T = ids a window, N = targets, V = vocabulary.
+Shape suffixes: T = ids per window, N = targets, V = vocabulary.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """A checkpoint's module → an ONNX graph, with the perplexity head inside or with logits.
 
-Shape suffixes: B = windows, T = ids a window, N = targets over all windows, D = hidden size,
+Shape suffixes: B = windows, T = ids per window, N = targets over all windows, D = hidden size,
 V = vocabulary, C = rows of logits alive at a time.
 """
 

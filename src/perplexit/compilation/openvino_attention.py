@@ -4,7 +4,7 @@ The engine multiplies every query with every key and masks afterwards: half of t
 nothing, which at 2048 ids is a fifth of the time. Here the queries are cut into blocks, each of
 which sees only the keys up to its own end.
 
-Shape suffixes: B = windows, H = heads, T = ids a window, A = size of a head.
+Shape suffixes: B = windows, H = heads, T = ids per window, A = size of a head.
 """
 
 from typing import Any

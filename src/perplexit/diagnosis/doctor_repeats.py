@@ -182,8 +182,8 @@ def decode(examined: ExaminedModel) -> Finding:
             far_N = ~(np.abs(whole[0] - decoded[0]) <= tolerance(examined))
             first = int(windows[0].targets_N[np.argmax(far_N)])
             return failed(
-                f"a prefill of {prompt_len} and a decode of {decode_chunk} ids a call differ from "
-                f"the whole forward pass by up to {figure:.3g} nats, from position {first} on",
+                f"a prefill of {prompt_len} and a decode of {decode_chunk} ids per call differ "
+                f"from the whole forward pass by up to {figure:.3g} nats, from position {first} on",
                 figure,
                 tolerance(examined),
                 advice=_ADVICE,
@@ -202,7 +202,7 @@ def largest_difference(first: Losses, second: Losses) -> float:
 def _check_lengths(first: Losses, second: Losses) -> None:
     counts = [[len(nll_N) for nll_N in losses] for losses in (first, second)]
     if counts[0] != counts[1]:
-        raise ModelError(f"expected {counts[0]} losses a window as before, got {counts[1]}")
+        raise ModelError(f"expected {counts[0]} losses per window as before, got {counts[1]}")
 
 
 def _alone(examined: ExaminedModel, windows: Sequence[WindowIds]) -> Losses:

@@ -22,8 +22,8 @@ class Explanation:
 
     differences: everything that differs, by name; empty for two runs under the same conditions.
     steps:  one change after another from the first run to the second; their `nats` add up to
-            `total_nats`, the difference of the mean nll a token. One step where they cannot be told
-            apart, and `notes` says why; what a step contributes can depend on the order.
+            `total_nats`, the difference of the mean nll per token. One step where they cannot be
+            told apart, and `notes` says why; what a step contributes can depend on the order.
     """
 
     first: dict[str, Any]

@@ -110,7 +110,7 @@ def _of_tokenizer(first: Run, second: Run) -> Iterator[Difference]:
             ours,
             theirs,
             f"the tokenizers differ ({ours[:12]}… with {sizes[0]} ids, {theirs[:12]}… with "
-            f"{sizes[1]}): perplexities a token count different tokens, compare bits per byte",
+            f"{sizes[1]}): perplexities per token count different tokens, compare bits per byte",
         )
 
 

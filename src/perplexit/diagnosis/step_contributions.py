@@ -19,7 +19,7 @@ from perplexit.sessions.base import InferenceSession
 class Step:
     """One change on the way from the first run to the second, everything else held still.
 
-    nats: how much the mean nll a token changed (above 0: worse); the steps' sum is the whole
+    nats: how much the mean nll per token changed (above 0: worse); the steps' sum is the whole
     difference. Where the tokenizer changed, tokens are other tokens, and bits per byte tell more.
     """
 

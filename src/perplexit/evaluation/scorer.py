@@ -98,7 +98,7 @@ class ScoreWindows(Protocol):
     """How the windows of a batch are scored."""
 
     def __call__(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
-        """Return one record a window."""
+        """Return one record per window."""
         ...
 
 

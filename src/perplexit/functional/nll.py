@@ -1,6 +1,6 @@
 """Logits in, per-token nll, entropy, rank and alternatives out.
 
-Shape suffixes: N = targets, V = vocabulary, K = alternatives a target.
+Shape suffixes: N = targets, V = vocabulary, K = alternatives per target.
 
 The naive equivalent of everything here is a float64 log-softmax:
 

@@ -136,10 +136,10 @@ def bytes_from_spans(
 ) -> NDArray[np.int64]:
     """Return how many bytes of `text` each token stands for, from character spans: int64 [n].
 
-    own_lengths: the bytes a token spells by itself, -1 where unknown. Tokens that share characters
-    (byte fallback, byte-level pieces of one character) split them so, where that adds up; where it
-    does not (one character expanded to several tokens) the first takes all and the rest get none.
-    The sum over tokens is `len(text.encode())`.
+    own_lengths: the bytes that a token spells by itself, -1 where unknown. Tokens that share
+    characters (byte fallback, byte-level pieces of one character) split them so, where that
+    adds up; where it does not (one character expanded to several tokens) the first takes all
+    and the rest get none. The sum over tokens is `len(text.encode())`.
     """
     byte_at = char_to_byte(text)
     begins = byte_at[begin_chars]

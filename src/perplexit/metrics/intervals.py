@@ -52,7 +52,7 @@ def clusters_for(document_M: NDArray[np.integer], window_M: NDArray[np.integer])
     """
     if len(document_M) != len(window_M):
         raise UsageError(
-            f"document and window must have one entry a token, got {len(document_M)} and "
+            f"document and window must have one entry per token, got {len(document_M)} and "
             f"{len(window_M)}: give columns of the same tokens"
         )
     document_index = _dense(document_M)

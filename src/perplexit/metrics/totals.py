@@ -57,8 +57,8 @@ class NllTotals:
         for name, column in (("num_bytes", num_bytes_M), ("num_words", num_words_M)):
             if column is not None and len(column) != len(nll_M):
                 raise UsageError(
-                    f"{name} must have one entry a scored token ({len(nll_M)}), got {len(column)}: "
-                    "give both columns for the same tokens"
+                    f"{name} must have one entry per scored token ({len(nll_M)}), got "
+                    f"{len(column)}: give both columns for the same tokens"
                 )
         require_finite(nll_M)
         return cls(

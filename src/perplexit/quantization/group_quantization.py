@@ -31,7 +31,7 @@ _SHIFTS = np.arange(_CODES_A_WORD, dtype=np.uint32) * _BITS
 class GroupQuantized:
     """A matrix in 4 bits.
 
-    packed_NS:  uint32, 4 · G words a row; scales_NG: float16; num_inputs: K.
+    packed_NS:  uint32, 4 · G words per row; scales_NG: float16; num_inputs: K.
     """
 
     packed_NS: NDArray[np.uint32]

@@ -66,7 +66,7 @@ def _of(run: Run, confidence: float) -> dict[str, str]:
         "device": str(session.get("device", DASH)),
         "engine settings": _settings(session.get("settings")),
         "threads": DASH if run.threads is None else str(run.threads),
-        "windows a batch": str(run.batch_plan.get("batch_size", DASH)),
+        "windows per batch": str(run.batch_plan.get("batch_size", DASH)),
         "load / score / total": " / ".join(
             _seconds(seconds.get(name)) for name in ("load", "prefill", "total")
         ),

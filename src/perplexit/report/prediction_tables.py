@@ -86,7 +86,7 @@ def changed_choices(labelled: LabelledRuns) -> list[ChangedChoices]:
 
 
 def aligned_rows(labelled: LabelledRuns) -> list[AlignedRow]:
-    """Return a row a run that could only be compared byte by byte."""
+    """Return one row per run that could only be compared byte by byte."""
     rows = []
     for label, found in labelled.aligned:
         bits = found.estimate("bits_per_byte_difference")

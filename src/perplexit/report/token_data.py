@@ -1,6 +1,6 @@
 """The token text as compact columns for the page's script: numbers as base64, text as one string.
 
-Shape suffixes: M = tokens in reading order; K = alternatives a token.
+Shape suffixes: M = tokens in reading order; K = alternatives per token.
 """
 
 import base64
@@ -72,7 +72,7 @@ def token_data(
 
 
 def _affordable(labelled: LabelledRuns, num_shown: int) -> int:
-    """Return how many alternatives a token fit into their share of the page: at least one."""
+    """Return how many alternatives per token fit into their share of the page: at least one."""
     largest_id = max(int(run.model.get("vocab_size") or 0) for run in labelled.runs)
     id_bytes = 2 if largest_id <= np.iinfo(np.uint16).max else 4
     bytes_each = (id_bytes + 2) * 4 / 3  # in base64

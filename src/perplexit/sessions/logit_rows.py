@@ -1,6 +1,6 @@
 """Rows of logits in, per-token details out, in NumPy: for engines that hand over host arrays.
 
-Shape suffixes: R = rows (one a target), V = vocabulary, K = alternatives a row. The naive
+Shape suffixes: R = rows (one per target), V = vocabulary, K = alternatives per row. The naive
 equivalent, in float64:
 
     logprobs_RV = logits_RV - logsumexp(logits_RV, axis=-1)

@@ -5,7 +5,7 @@ Four forms of one record, where `position` counts a window's fed ids from 0:
 - JSONL: `{"window": 0, "ids": [5, 7, 9], "logprobs": [null, -1.5, -0.2]}` a line; `logprobs[i]`
   is that of `ids[i]`, null where there is none (at position 0, and at context).
 - llama.cpp's `--kl-divergence-base` file: the reference's own losses, to compare candidates with.
-- Parquet and CSV: the columns `window, position, token_id, logprob`, a row a scored token.
+- Parquet and CSV: the columns `window, position, token_id, logprob`, one row per scored token.
 
 JSONL and Parquet may list the most likely tokens too: `top_ids` and `top_logprobs`, a list a
 position (null where there is none), in any order.
@@ -13,7 +13,7 @@ position (null where there is none), in any order.
 What the recording is of may stand in `FILE.json` beside it, in Parquet's `perplexit` metadata, or
 in a first JSONL line `{"model": {…}, "session": {…}, "log_base": 2}`.
 
-Shape suffixes: N = targets of one window, K = alternatives a target.
+Shape suffixes: N = targets of one window, K = alternatives per target.
 """
 
 import math

@@ -1,6 +1,6 @@
 """A recording's file (JSONL, Parquet, CSV, llama.cpp's base file) → what it says, and its windows.
 
-Shape suffixes: P = recorded positions of one window, K = alternatives a position.
+Shape suffixes: P = recorded positions of one window, K = alternatives per position.
 """
 
 import math

@@ -4,7 +4,7 @@ Nothing is scored before the server has given the right answer to a known questi
 `probe`), and every later answer is checked for its length and, where the server gives
 ids, for each id.
 
-Shape suffixes: T = ids of a window, N = its targets, K = alternatives a target.
+Shape suffixes: T = ids of a window, N = its targets, K = alternatives per target.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """ONNX Runtime: a program that `perplexit compile --to onnx` or another exporter made.
 
-Shape suffixes: B = windows, T = ids a window (padded), N = targets over all windows, V =
+Shape suffixes: B = windows, T = ids per window (padded), N = targets over all windows, V =
 vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""Windows as one padded batch, and per-target tensors back as one record a window.
+"""Windows as one padded batch, and per-target tensors back as one record per window.
 
 Shape suffixes: B = windows, T = longest fed length, N = targets of all windows of the batch.
 """
@@ -26,7 +26,7 @@ class PaddedBatch:
                needs, and its padding repeats its own last id: no foreign embedding is touched.
     mask_BT:   int64, 0 where padded; None where nothing is, since a mask costs time.
     rows_N, positions_N: where the prediction of each target stands; targets_N: the targets' ids.
-    counts:    targets a window.
+    counts:    targets per window.
     """
 
     ids_BT: Tensor
