@@ -17,6 +17,7 @@ from perplexit.evaluation.input_fit import (
 )
 from perplexit.evaluation.request import Request, check_asked_conditions
 from perplexit.evaluation.run_in_progress import Progress, RunInProgress
+from perplexit.inputs.text_inputs import PreparingOptions
 from perplexit.inputs.token_file import TokenFile
 from perplexit.reference.request import requested_reference
 from perplexit.resources.host_memory import HostMemory
@@ -147,30 +148,18 @@ def perplexity(
     model: Model,
     texts: str | Path | Iterable[str | Path],
     tokenizer: str | Path | object | None = None,
-    *,
-    protocol: str = "sliding",
-    max_length: int | None = None,
-    stride: int | None = None,
-    bos: str = "auto",
     **options: Any,
 ) -> Run:
     """Return the run of a model over texts: `evaluate`, with the texts prepared for the model.
 
-    model, options: see `evaluate`.
     texts:      a str, the path of a text (or JSONL, Parquet, CSV file or folder), or several.
     tokenizer:  anything that `prepare` takes; None takes the one that comes with the model.
-    protocol, max_length, stride, bos: see `prepare`.
+    options:    those of `prepare` that decide what is made of a text (see PreparingOptions:
+        protocol, max_length, stride, bos, text_key, …) and those of `evaluate`.
     Raises what `prepare` and `evaluate` raise; UsageError where the model comes without a
     tokenizer and none is given.
     """
     plain, own = model_and_tokenizer(model, texts)
-    tokens = text_input(
-        texts,
-        plain,
-        own if tokenizer is None else tokenizer,
-        protocol=protocol,
-        max_length=max_length,
-        stride=stride,
-        bos=bos,
-    )
+    prepared = {n: options.pop(n) for n in PreparingOptions.__annotations__ if n in options}
+    tokens = text_input(texts, plain, own if tokenizer is None else tokenizer, **prepared)
     return evaluate(plain, tokens, **options)

@@ -160,13 +160,13 @@ def token_file_of(
 
 
 def text_input(
-    texts: Texts, model: LoadableModel, tokenizer: object | None, **protocol: Any
+    texts: Texts, model: LoadableModel, tokenizer: object | None, **options: Any
 ) -> TokenFile:
     """Return the token file of some texts, prepared with the given or the model's own tokenizer.
 
     Raises UsageError where there is no tokenizer.
     """
-    return prepared_texts(texts, tokenizer or _tokenizer_of(model), **protocol)
+    return prepared_texts(texts, tokenizer or _tokenizer_of(model), **options)
 
 
 def _tokenizer_of(model: LoadableModel) -> object:

@@ -14,6 +14,8 @@ from typing import Any
 
 from perplexit.fingerprints import canonical_json
 
+_SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_PROTOCOL_PARTS = (("len", "max_length"), ("stride", "stride"), ("bos", "bos"))
 MOST_NAMED = 6  # differences in one message
 _SHA256 = re.compile("[0-9a-f]{64}")
 # Of a session's description: where it computes by how many threads, and what memory it keeps.
@@ -141,3 +143,27 @@ def _short(value: Any) -> str:
     if isinstance(value, str) and _SHA256.fullmatch(value):
         return f"{value[:12]}…"
     return repr(value)
+
+
+def signature_of(run: Any) -> str:
+    """Return one line that says what a run measured; parts that do not apply are left out."""
+    protocol, session = run.input_spec.get("protocol", {}), run.session
+    dtype = session.get("dtype")
+    named = [(name, protocol.get(key)) for name, key in _PROTOCOL_PARTS]
+    parts = [
+        "ppl",
+        f"{run.protocol}.v{protocol.get('version', 1)}",
+        *(f"{name}:{value}" for name, value in named if value is not None),
+        f"tok:{run.tokenizer_fingerprint[:6]}",
+        f"text:{run.text_fingerprint[:6]}",
+        _SHORT_DTYPES.get(str(dtype), dtype),
+        (session.get("quantization") or {}).get("name"),
+        f"{session.get('engine')}-{_minor(session.get('version'))}",
+        f"px-{_minor(run.perplexit_version)}",
+    ]
+    return "|".join(str(part) for part in parts if part is not None)
+
+
+def _minor(version: Any) -> str:
+    """Return major and minor of a version."""
+    return ".".join(str(version).split("+")[0].split(".")[:2])

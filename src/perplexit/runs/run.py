@@ -14,6 +14,7 @@ from perplexit.runs.measurement import (
     measurement_fingerprint,
     measurement_of,
     plain_json,
+    signature_of,
 )
 from perplexit.runs.record_types import NESTED, CompleteRun
 from perplexit.runs.run_tokens import RunTokens
@@ -25,7 +26,6 @@ _EXPECTED = Expected("a run's record", RunError, "evaluate again")
 _LARGEST = 64 << 20  # bytes: an input with hundreds of thousands of domains
 RUN_FILE = "run.json"
 TOKENS_FILE = "tokens.parquet"
-_SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -222,23 +222,7 @@ class Run:
     @property
     def signature(self) -> str:
         """Return one line that says what was measured: protocol, input, precision and engine."""
-        protocol = self.input_spec.get("protocol", {})
-        quantization = (self.session.get("quantization") or {}).get("name")
-        parts = [
-            "ppl",
-            f"{self.protocol}.v{protocol.get('version', 1)}",
-            f"len:{protocol.get('max_length')}",
-            f"stride:{protocol.get('stride')}",
-            f"bos:{protocol.get('bos')}",
-            f"tok:{self.tokenizer_fingerprint[:6]}",
-            f"text:{self.text_fingerprint[:6]}",
-            _SHORT_DTYPES.get(str(self.session.get("dtype")), self.session.get("dtype")),
-            quantization,
-            f"{self.session.get('engine')}-{_minor(self.session.get('version'))}",
-            f"px-{_minor(self.perplexit_version)}",
-        ]
-        absent = ("len:None", "stride:None", "bos:None")
-        return "|".join(str(part) for part in parts if part is not None and part not in absent)
+        return signature_of(self)
 
     def to_pandas(self, level: str = "token", *, tokens: Any = None) -> Any:
         """Return a DataFrame of one row per "token", "word", "window" or "document".
@@ -281,11 +265,6 @@ class Run:
         notes = [self.signature, *self.warnings]
         title = f"{self.model.get('address')}: {counted or self.status}"
         return html_table(title, rows, header=("figure", "value", "interval"), notes=notes)
-
-
-def _minor(version: Any) -> str:
-    """Return major and minor of a version."""
-    return ".".join(str(version).split("+")[0].split(".")[:2])
 
 
 @cache
