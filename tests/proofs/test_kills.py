@@ -68,7 +68,8 @@ def evaluation(*options: str) -> Command:
     )
 
 
-IGF = ["--context-length", "12", "--min-length", "40"]
+# One thread: what other tests have run in this process may have left threads, which no fork has.
+IGF = ["--context-length", "12", "--min-length", "40", "--threads", "1"]
 COMMANDS = {
     "eval": evaluation(),
     "eval --save-reference": evaluation("--save-reference"),
