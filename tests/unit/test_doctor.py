@@ -476,7 +476,7 @@ def test_a_lower_precision_warns_and_passes_with_wider_limits(trained_dir: Path)
 
 def test_a_precision_that_is_not_in_effect_fails(trained_dir: Path, monkeypatch) -> None:
     monkeypatch.setattr(
-        "perplexit.diagnosis.doctor_checks.load_session",
+        "perplexit.sessions.registry.load_session",
         lambda model, **_: PytorchInferenceSession(model, dtype="bf16"),
     )
     diagnosis = px.doctor(trained_dir, dtype="float32")

@@ -29,7 +29,7 @@ _NAMES_IN = {
     "learner_training": ("train_learner",),
     "learner_scores": ("doubt_about",),
     "selection": ("METHODS", "selection_named"),
-    "finetune_curve": ("FinetuneSettings",),
+    "finetune_checkpoints": ("FinetuneSettings",),
     "finetuning": ("finetune_model",),
     "language_model": (
         "load_gpt2",
@@ -43,7 +43,7 @@ _NAMES_IN = {
     "model_identity": ("unlike_pairs",),
     "experiment_file": ("Experiment", "check_experiment_output"),
     "experiments": ("ExperimentPlan", "calibrated_selection", "run_experiment"),
-    "experiment_plot": ("draw_experiment",),
+    "experiment_summary": ("draw_experiment",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
