@@ -79,8 +79,9 @@ def whole_config(path: Path) -> Any:
     Raises ModelError by the name of what transformers would lose.
     """
     given = _ModelKeys(GGUFReader(path), path)
-    source = {"gguf_file": path.name, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(str(path.parent), **source)
+    config = AutoConfig.from_pretrained(
+        str(path.parent), gguf_file=path.name, trust_remote_code=False
+    )
     if not any(given.keys):
         return config
     try:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, UsageError
-from perplexit.igf.pairs import read_pickle
+from perplexit.igf.pickles import read_pickle
 from perplexit.igf.tensors_with_record import (
     PICKLE_SUFFIXES,
     read_stored,

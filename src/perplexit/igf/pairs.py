@@ -4,7 +4,6 @@ Shape suffixes: N = pairs, T = ids of a context.
 """
 
 import hashlib
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.atomic_files import write_json
-from perplexit.errors import MissingPackageError, OutputError, TrustWarning, UsageError
+from perplexit.errors import OutputError, UsageError
+from perplexit.igf.pickles import read_pickle
 from perplexit.igf.resume_conditions import CONDITIONS_FILE
 from perplexit.igf.tensors_with_record import (
     PICKLE_SUFFIXES,
@@ -29,36 +29,6 @@ from perplexit.igf.tensors_with_record import (
 from perplexit.protected_outputs import OutputFile, paths_among
 from perplexit.runs.parts_folder import LOCK_FILE, PartsFolder
 from perplexit.untrusted_files import stated
-
-RIGHTS = "the code in the file is run with your full rights: it can read, change and send any file"
-
-
-def read_pickle(path: str | Path, *, allowed: bool) -> Any:
-    """Return what a joblib or pickle file holds, after a warning that its code is run.
-
-    Raises UsageError where it is not allowed, StoredFileError where it cannot be read.
-    """
-    if not allowed:
-        raise UsageError(
-            f"expected text or a .safetensors file, got {path}, a pickle. When a pickle is read, "
-            f"{RIGHTS}. If you trust whoever made it, allow it with --allow-pickle "
-            "(allow_pickle=True)"
-        )
-    try:
-        import joblib  # noqa: PLC0415 - an optional package's door
-    except ImportError:
-        raise MissingPackageError(
-            f"reading {path} needs joblib: pip install 'perplexit[igf]'"
-        ) from None
-    warnings.warn(f"{path} is a pickle and was allowed: {RIGHTS}", TrustWarning, stacklevel=2)
-    try:
-        return joblib.load(path)
-    except Exception as error:
-        raise StoredFileError(
-            f"expected a file written by joblib or pickle in {path}, could not read it "
-            f"({type(error).__name__}: {error}); make it again, or convert it to .safetensors"
-        ) from None
-
 
 KIND = "information gain pairs"
 # The names of the columns in a file, with those of their fields.
