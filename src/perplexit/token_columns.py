@@ -50,12 +50,12 @@ class TokenColumn:
 
     @property
     def optional(self) -> bool:
-        """Whether a table may lack the column: it is there only where it was asked for."""
+        """Return whether a table has the column only where it was asked for."""
         return self.needs in (Needs.ALTERNATIVES, Needs.REFERENCE)
 
     @property
     def is_list(self) -> bool:
-        """Whether each token has K values."""
+        """Return whether each token has K values."""
         return self.needs is Needs.ALTERNATIVES
 
 
