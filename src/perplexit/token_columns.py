@@ -198,8 +198,10 @@ class TokenDetails(ColumnSet[NDArray[Any]]):
     @classmethod
     def joined(cls, parts: Sequence["TokenDetails"]) -> "TokenDetails":
         """Return the results of consecutive targets as one; `parts` holds at least one."""
-        whole = cls({}, {})
         parts = [part for part in parts if len(part)] or parts[:1]
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls({}, {})
         starts = np.cumsum([0, *(len(part) for part in parts)])
         for start, stop, part in zip(starts, starts[1:], parts, strict=False):
             whole.put(slice(start, stop), part, num_targets=int(starts[-1]))

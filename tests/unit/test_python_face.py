@@ -154,3 +154,12 @@ def test_a_run_names_itself_in_one_line(run: px.Run) -> None:
 def test_errors_are_public() -> None:
     assert issubclass(px.UsageError, px.PerplexitError)
     assert issubclass(px.ResumeError, px.RunError)
+
+
+def test_an_option_of_none_is_the_engine_s_default(tiny_llama_dir: Path) -> None:
+    """Also for options whose default is not None, on an engine that has no such option."""
+    nothing = dict.fromkeys(("dtype", "merge_adapter", "mode", "prompt_len", "reference_dtype"))
+    run = px.evaluate(tiny_llama_dir, TEXT, **nothing)
+    assert (run.session["mode"], run.session["dtype"]) == ("full", "float32")
+    with px.load_session(tiny_llama_dir) as session:
+        px.evaluate(session, TEXT, **nothing)

@@ -24,15 +24,11 @@ def takes_options(kind: type[EngineOptions]) -> Callable[[Command], Command]:
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         added = [_parameter(n, hint, option) for n, (hint, option) in declared(kind).items()]
 
-        names = declared(kind)
-
         def called(**given: Any) -> None:
-            command(
-                **{
-                    n: str(x) if n in names and isinstance(x, StrEnum) else x
-                    for n, x in given.items()
-                }
-            )
+            for parameter in added:
+                if isinstance(given[parameter.name], StrEnum):  # the library takes plain text
+                    given[parameter.name] = str(given[parameter.name])
+            command(**given)
 
         called.__doc__, called.__name__ = command.__doc__, command.__name__
         called.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]

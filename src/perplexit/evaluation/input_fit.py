@@ -166,7 +166,8 @@ def text_input(
 
     Raises UsageError where there is no tokenizer.
     """
-    return prepared_texts(texts, tokenizer or _tokenizer_of(model), **options)
+    own = _tokenizer_of(model) if tokenizer is None else tokenizer
+    return prepared_texts(texts, own, **options)
 
 
 def _tokenizer_of(model: LoadableModel) -> object:

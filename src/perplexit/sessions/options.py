@@ -114,12 +114,12 @@ _DEFAULTS = {name: option.default for name, (_, option) in declared(ScoringOptio
 
 
 def given_options(kind: type[EngineOptions], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that differ from their defaults.
+    """Return the options that are not None and differ from their defaults.
 
     Raises UsageError for a name that `kind` does not have.
     """
-    known = declared(kind)
+    known = kind.__annotations__
     for name in options:
         if name not in known:
             raise UsageError(f"expected one of the options {', '.join(known)}; got {name!r:.60}")
-    return {n: value for n, value in options.items() if value != _DEFAULTS[n]}
+    return {n: x for n, x in options.items() if x is not None and x != _DEFAULTS[n]}
