@@ -163,3 +163,9 @@ def test_an_option_of_none_is_the_engine_s_default(tiny_llama_dir: Path) -> None
     assert (run.session["mode"], run.session["dtype"]) == ("full", "float32")
     with px.load_session(tiny_llama_dir) as session:
         px.evaluate(session, TEXT, **nothing)
+
+
+def test_the_table_of_a_run_says_why_it_has_no_interval(tiny_llama_dir: Path) -> None:
+    assert (
+        "too few tokens for an interval" in px.perplexity(tiny_llama_dir, TEXT[:90])._repr_html_()
+    )

@@ -46,7 +46,12 @@ def evaluate(
         ),
     ],
     tokens: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="A token file made by `perplexit prepare`.")
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="A token file made by `perplexit prepare`, or a text, which is prepared with the "
+            "model's own tokenizer.",
+        ),
     ],
     run: Annotated[
         Path | None,
@@ -103,7 +108,7 @@ def evaluate(
     ] = False,
     **options: Unpack[ScoringOptions],
 ) -> None:
-    """Score a token file with a model: perplexity with its interval, losses, memory and time.
+    """Score a token file or a text with a model: perplexity with its interval, losses, memory and time.
 
     A run that was stopped (Ctrl-C, kill, a crash) continues when the same command names its --run.
 

@@ -262,9 +262,12 @@ class Run:
             for low, high in [(getattr(self, f"{name}_low"), getattr(self, f"{name}_high"))]
         ]
         counted = "" if self.num_tokens is None else f"{self.num_tokens:,} tokens"
-        notes = [self.signature, *self.warnings]
+        why_no_interval = self.reasons.get("perplexity_low")
+        notes = [self.signature, *filter(None, [why_no_interval]), *self.warnings]
         title = f"{self.model.get('address')}: {counted or self.status}"
-        return html_table(title, rows, header=("figure", "value", "interval"), notes=notes)
+        return html_table(
+            title, rows, header=("figure", "value", f"{self.confidence:.0%} interval"), notes=notes
+        )
 
 
 @cache
