@@ -108,7 +108,7 @@ def evaluate(
     ] = False,
     **options: Unpack[ScoringOptions],
 ) -> None:
-    """Score a token file or a text with a model: perplexity with its interval, losses, memory and time.
+    """Score a token file or a text: perplexity with its interval, losses, memory and time.
 
     A run that was stopped (Ctrl-C, kill, a crash) continues when the same command names its --run.
 

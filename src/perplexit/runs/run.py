@@ -265,9 +265,8 @@ class Run:
         why_no_interval = self.reasons.get("perplexity_low")
         notes = [self.signature, *filter(None, [why_no_interval]), *self.warnings]
         title = f"{self.model.get('address')}: {counted or self.status}"
-        return html_table(
-            title, rows, header=("figure", "value", f"{self.confidence:.0%} interval"), notes=notes
-        )
+        header = ("figure", "value", f"{100 * self.confidence:g} % interval")
+        return html_table(title, rows, header=header, notes=notes)
 
 
 @cache
