@@ -1,10 +1,11 @@
 """SIGKILL at random moments: the next call ends with the same results and leaves nothing behind.
 
-A child that has the libraries loaded already is forked for each command, so that the moments fall
-into the work and not into the imports.
+A server that has the libraries loaded, and no thread, forks a child for each command, so that the
+moments fall into the work and not into the imports.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -68,8 +69,7 @@ def evaluation(*options: str) -> Command:
     )
 
 
-# One thread: what other tests have run in this process may have left threads, which no fork has.
-IGF = ["--context-length", "12", "--min-length", "40", "--threads", "1"]
+IGF = ["--context-length", "12", "--min-length", "40"]
 COMMANDS = {
     "eval": evaluation(),
     "eval --save-reference": evaluation("--save-reference"),
@@ -108,7 +108,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import perplexit as px  # noqa: PLC0415 - the children are forked with this loaded
+    import perplexit as px  # noqa: PLC0415
     from tests.tiny_models import save_tiny_model  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("kills")
@@ -123,34 +123,37 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def started(words: list[str], temporary: Path) -> int:
-    """Fork a child that runs the command with its own temporary folder; its process id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
-        null = os.open(os.devnull, os.O_WRONLY)
-        log = os.open(temporary.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(null, 1)
-        os.dup2(log, 2)
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-        from perplexit.cli.app import app  # noqa: PLC0415
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["torch", "transformers", "onnx", "perplexit.cli.app", __name__])
 
-        code = app(words, standalone_mode=False)
-        os._exit(code if isinstance(code, int) else 0)
-    except SystemExit as stop:
-        os._exit(stop.code if isinstance(stop.code, int) else 1)
-    except BaseException as error:
-        os.write(2, repr(error).encode())
-        os._exit(1)
+
+def run_command(words: list[str], temporary: Path, cache: Path) -> None:
+    """Run the command in this process, which was forked for it, and leave with its exit code."""
+    os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
+    os.environ["PERPLEXIT_CACHE"] = str(cache)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed with the process
+    sys.stderr = (temporary.parent / "log").open("a")
+    from perplexit.cli.app import app  # noqa: PLC0415 - the child's own
+    from perplexit.runs import store  # noqa: PLC0415
+
+    store.SECONDS_BETWEEN_PARTS = 0.0
+    sys.exit(app(words, standalone_mode=False))
+
+
+def started(words: list[str], temporary: Path) -> multiprocessing.process.BaseProcess:
+    """Return the process that runs the command with its own temporary folder."""
+    cache = temporary.parent.parent / "cache"
+    child = FORKING.Process(target=run_command, args=(words, temporary, cache))
+    child.start()
+    return child
 
 
 def finished(words: list[str], temporary: Path) -> float:
-    """Run the command to its end; seconds it took."""
+    """Run the command to its end and return the seconds it took."""
     began = time.monotonic()
-    _, status = os.waitpid(started(words, temporary), 0)
-    assert status == 0, (temporary.parent / "log").read_text()
+    child = started(words, temporary)
+    child.join()
+    assert child.exitcode == 0, (temporary.parent / "log").read_text()
     return time.monotonic() - began
 
 
@@ -158,8 +161,9 @@ def killed_after(delay: float, words: list[str], temporary: Path) -> bool:
     """Run the command and kill it after `delay` seconds; whether it was still at work then."""
     child = started(words, temporary)
     time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    child.kill()
+    child.join()
+    return child.exitcode == -signal.SIGKILL
 
 
 def contents(folder: Path) -> set[str]:
@@ -174,11 +178,7 @@ def moments() -> list[tuple[str, int]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_a_kill_at_any_moment_loses_nothing_and_leaves_nothing(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PERPLEXIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("perplexit.runs.store.SECONDS_BETWEEN_PARTS", 0.0)
+def test_a_kill_at_any_moment_loses_nothing_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
     whole: dict[str, tuple[float, dict[str, object], set[str]]] = {}
     kept: dict[str, set[str]] = {}  # what an engine itself leaves in the temporary folder
     for name in {name for name, _ in moments()}:

@@ -47,10 +47,13 @@ def read_token_table(path: Path) -> pa.Table:
             EXPECTED.refuse(path, f"the column {name} of type {there}, not {kind}")
     with stated(path, EXPECTED):
         for name, column in TOKEN_COLUMNS.items():
-            if column.needs is Needs.INPUT and column.lowest == 0:
-                counted = table.column(name)
-                if counted.null_count or (pc.min(counted).as_py() or 0) < 0:
-                    EXPECTED.refuse(path, f"the column {name} with a value below 0, or with none")
+            if column.needs not in _IN_EVERY_RUN or column.unknown == "null":
+                continue
+            values = table.column(name)
+            if values.null_count:
+                EXPECTED.refuse(path, f"the column {name} with rows that have no value")
+            if column.needs is Needs.INPUT and (pc.min(values).as_py() or 0) < column.lowest:
+                EXPECTED.refuse(path, f"the column {name} with a value below {column.lowest}")
     return table
 
 

@@ -305,9 +305,9 @@ def _change_parts(folder: Path, random: Random) -> None:
 def _read_parts(folder: Path) -> None:
 
     for part in RunStore(folder / "run").parts():
-        assert len(part.window) == len(part.num_targets)
-        assert all(len(c) == part.num_targets.sum() for c in part.columns.values())
-        assert sum(part.seconds.values()) > -1e300
+        assert len(part.window_W) == len(part.num_targets_W)
+        assert all(len(c) == part.num_targets_W.sum() for c in part.details.columns.values())
+        assert part.seconds + part.decode_seconds > -1e300
 
 
 # ---- references ----------------------------------------------------------------------------
