@@ -20,6 +20,7 @@ from perplexit.inputs.kl_base_file import MAGIC, KlBaseFile
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.program_record import ProgramMetadata
 from perplexit.reference.states import FOLDER, ReferenceStates, StatesWriter
+from perplexit.runs.run_tokens import RunTokens
 from perplexit.sessions.loss_file_formats import read_recording
 from tests.proofs.fuzz.readers import READERS, fresh_copy
 from tests.report_runs import toy_runs
@@ -112,6 +113,19 @@ def test_d6_damaged_tokens_in_export_compare_verify_and_report(runs, tmp_path, h
         assert "Error: " in result.output + result.stderr
         assert "other" in result.output + result.stderr, command
     assert not (tmp_path / "t.csv").exists()
+
+
+@pytest.mark.parametrize("rows", ["every row", "one row"])
+@pytest.mark.parametrize("column", ["document", "window", "byte_start", "token_id", "nll"])
+def test_d6_sibling_a_token_table_whose_rows_lack_a_value(runs, column, rows):
+    path = runs / "other" / "tokens.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index(column)
+    lacking = np.arange(table.num_rows) >= (0 if rows == "every row" else table.num_rows - 1)
+    values = pa.array(table.column(column).to_numpy(), table.schema.field(column).type, lacking)
+    pq.write_table(table.set_column(place, column, values), path)
+    with pytest.raises(RunError, match=f"the column {column} with rows that have no value"):
+        RunTokens.read(path)
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
