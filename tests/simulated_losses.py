@@ -1,6 +1,6 @@
 """Simulated losses of a known mean: skewed, correlated, drifting, in documents of unequal length.
 
-    python tests/simulated_losses.py      prints the coverage that docs/decisions/0005 reports
+    python tests/simulated_losses.py      prints the coverage of docs/coverage.md
 
 Shape suffixes: R = repetitions, M = tokens.
 """

@@ -1,6 +1,6 @@
 """Simulated runs whose true figures are known: documents of unequal length and tokens per byte.
 
-    python tests/proofs/test_coverage.py      prints the tables that docs/decisions/0005 reports
+    python tests/proofs/test_coverage.py      prints the tables of docs/coverage.md
 
 Shape suffixes: D = documents, R = rows (scored tokens).
 """

@@ -1,6 +1,6 @@
 """Coverage of every interval that is printed: how often 95 % intervals hold the true figure.
 
-`make coverage` runs 2,000 trials for each cell and prints the tables of docs/decisions/0005; the
+`make coverage` runs 2,000 trials for each cell and prints the tables of docs/coverage.md; the
 ordinary suite runs a tenth of them, with bounds that are three standard errors wider.
 
 Shape suffixes: D = documents, M = tokens.
@@ -257,7 +257,7 @@ def test_agreement_close_to_one_covers(num_documents: int, share: float) -> None
 def test_heavy_tails_of_kl_cover_less_but_more_than_students_interval(
     num_documents: int, tail: float
 ) -> None:
-    """No interval of a heavy-tailed mean holds what it says; docs/decisions/0005 has the table."""
+    """No interval of a heavy-tailed mean holds what it says; docs/coverage.md has the table."""
     found = coverage(heavy_kl(times(TRIALS), num_documents, tail))
     print(f"{num_documents} documents, tail {tail}", found)
     assert found["mean KL"] >= found["Student's interval"] - 0.005

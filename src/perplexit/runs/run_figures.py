@@ -28,7 +28,7 @@ from perplexit.metrics.totals import NllTotals, finite_mask
 from perplexit.runs.run import Run
 from perplexit.runs.run_tokens import RunTokens
 
-DRIFT = 3.0  # variance of means of real text over that of independent tokens: decision 5
+DRIFT = 3.0  # variance of means of real text over that of independent tokens: docs/coverage.md
 NO_TEXT = "the input holds ids without text (it was imported as plain id lines)"
 
 
@@ -134,7 +134,7 @@ def _too_little_text(
     """Return the sentence for a run whose figures cannot have an interval, with how much would do.
 
     Enough are four windows, and as many tokens as bring the perplexity to ± 10 % if their losses
-    vary as these do, times the drift of real text (docs/decisions/0005).
+    vary as these do, times the drift of real text (docs/coverage.md).
     """
     if clusters.num_clusters >= MIN_CLUSTERS:
         return None
