@@ -64,13 +64,7 @@ class Request:
     def check(self) -> None:
         """Raise UsageError for a value that is out of range, or that another one rules out."""
         sizes = {name: self.options.get(name) for name in ("prompt_len", "decode_chunk")}
-        check_numbers(
-            batch_size=self.batch_size,
-            top_k=self.top_k,
-            threads=self.options.get("threads"),
-            tensor_parallel=self.options.get("tensor_parallel"),
-            **sizes,
-        )
+        check_numbers(batch_size=self.batch_size, top_k=self.top_k)
         if self.batch_size != "auto" and not isinstance(self.batch_size, int):
             raise UsageError(f"batch_size must be 'auto' or at least 1, got {self.batch_size!r}")
         if not 0 < self.confidence < 1:

@@ -9,14 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError, TrustWarning, UsageError
 from perplexit.inputs.windows import WindowIds
-from perplexit.option_ranges import check_numbers
 from perplexit.program_batches import (
     MOST_IDS_A_CALL,
     Feed,
@@ -36,6 +35,7 @@ from perplexit.session_descriptions import (
 )
 from perplexit.sessions.base import ClosedByWith, LogitsChunk
 from perplexit.sessions.logit_rows import ScoresByDetails, details_of_rows
+from perplexit.sessions.options import EngineOptions, Only, engine_options
 from perplexit.token_columns import TokenDetails
 
 
@@ -61,6 +61,7 @@ class ProgramSession(ClosedByWith, ABC):
     """
 
     _engine: ClassVar[str]  # the program's engine, as in its record and in addresses
+    _cpu_only: ClassVar[str] = ""  # the message, where it takes no other device
     _native: ClassVar[bool] = False  # whether the program is machine code, not a graph
     _dtypes: ClassVar[tuple[str, ...]] = ()  # that a program can run in, beside its own
     _most_ids: ClassVar[int] = 2048  # of a batch: beyond, a CPU gains no speed and needs memory
@@ -72,19 +73,13 @@ class ProgramSession(ClosedByWith, ABC):
         return super().__new__(cls._class_for(folder) if "_engine" in vars(cls) else cls)
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        dtype: str | None = None,
-        device: str | None = None,
-        threads: int | None = None,
-        quantization: str | None = None,
-        address: str | None = None,
+        self, folder: str | Path, *, address: str | None = None, **options: Unpack[EngineOptions]
     ) -> None:
+        only = {"device": Only(self._cpu_only, ("cpu",))} if self._cpu_only else {}
+        asked = engine_options(self._engine, options, only=only)
         path = path_of_program(folder, self._engine)
         self._metadata = self._read(path)
-        check_numbers(threads=threads)
-        dtype = self._checked_dtype(dtype, quantization)
+        asked["dtype"] = dtype = self._checked_dtype(asked["dtype"], asked["quantization"])
         if (path / PROGRAM_FILE).is_file():
             self._metadata.check_files(path)
         if self._native:
@@ -99,7 +94,7 @@ class ProgramSession(ClosedByWith, ABC):
             "address": address or f"{self._engine}:{folder}",
         }
         self._model = ModelDescription(**made_from)
-        program = self._open(path, dtype, device, threads)
+        program = self._open(path, asked)
         self._program: RunningProgram | None = program
         self._calls_at_a_time = program.calls_at_a_time
         self._description = self._describe(program, dtype)
@@ -117,10 +112,8 @@ class ProgramSession(ClosedByWith, ABC):
         return ProgramMetadata.read(folder, engine=self._engine)
 
     @abstractmethod
-    def _open(
-        self, folder: Path, dtype: str, device: str | None, threads: int | None
-    ) -> RunningProgram:
-        """Open the program to run as asked; None leaves a setting to the program."""
+    def _open(self, folder: Path, asked: EngineOptions) -> RunningProgram:
+        """Open the program to run as asked, in the dtype given; None leaves a setting to it."""
 
     @property
     def model(self) -> ModelDescription:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import llama_cpp
 import numpy as np
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError
 from perplexit.inputs.windows import WindowIds
-from perplexit.option_ranges import check_numbers
 from perplexit.program_batches import check_vocabulary
 from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
 from perplexit.quantization.gguf_quantizer import requantized_gguf
@@ -40,6 +39,7 @@ from perplexit.sessions.llamacpp_settings import (
     own_token_ids,
 )
 from perplexit.sessions.logit_rows import ScoresByDetails, details_of_rows
+from perplexit.sessions.options import EngineOptions, engine_options
 from perplexit.token_columns import TokenDetails
 
 _KV_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers
@@ -58,21 +58,14 @@ class LlamaCppInferenceSession(ScoresByDetails):
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        dtype: str | None = None,
-        quantization: str | None = None,
-        device: str | None = None,
-        threads: int | None = None,
-        address: str | None = None,
+        self, path: str | Path, *, address: str | None = None, **options: Unpack[EngineOptions]
     ) -> None:
+        asked = engine_options("gguf", options)
         original = model_file(Path(path))
-        self._dtype = canonical_dtype(dtype or "float32")
-        self._device = checked_device(device)
-        check_numbers(threads=threads)
-        self._threads = threads or os.cpu_count() or 1
-        self._path = requantized_gguf(original, quantization, threads=self._threads)
+        self._dtype = canonical_dtype(asked["dtype"] or "float32")
+        self._device = checked_device(asked["device"])
+        self._threads = asked["threads"] or os.cpu_count() or 1
+        self._path = requantized_gguf(original, asked["quantization"], threads=self._threads)
         header = read_gguf_header(self._path)
         self._model = self._load_model()
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)

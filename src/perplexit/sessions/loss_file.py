@@ -19,7 +19,7 @@ Shape suffixes: N = targets of one window, K = alternatives per target.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,12 @@ from perplexit.session_descriptions import ModelDescription, SessionDescription
 from perplexit.sessions.base import ClosedByWith
 from perplexit.sessions.logit_rows import contradiction, most_likely_first
 from perplexit.sessions.loss_file_formats import RecordedWindow, base_file_identity, read_recording
+from perplexit.sessions.options import EngineOptions, engine_options, without_settings
 from perplexit.token_columns import TokenDetails
 
 _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-2  # devices write half precision, or a few digits
+_ONLY = without_settings("a recording", "its numbers were made elsewhere; leave the option out")
 
 
 class RecordedInferenceSession(ClosedByWith):
@@ -47,23 +49,9 @@ class RecordedInferenceSession(ClosedByWith):
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        dtype: str | None = None,
-        quantization: str | None = None,
-        device: str | None = None,
-        threads: int | None = None,
-        address: str | None = None,
+        self, path: str | Path, *, address: str | None = None, **options: Unpack[EngineOptions]
     ) -> None:
-        asked = {"dtype": dtype, "quantization": quantization, "device": device}
-        for name, value in asked.items():
-            if value is not None:
-                raise CapabilityError(
-                    f"expected no --{name} for a recording, got {value!r}: its numbers were made "
-                    "elsewhere; leave the option out"
-                )
-        del threads
+        engine_options("recorded", options, only=_ONLY)
         self._path = Path(path)
         identity, self._windows = read_recording(self._path)
         self._num_alternatives = _fewest_alternatives(self._windows)

@@ -10,16 +10,18 @@ import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Unpack
 
 import kenlm
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.checkpoints.identity import weights_fingerprint
-from perplexit.errors import CapabilityError, ModelError, VocabularyError
+from perplexit.errors import ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
 from perplexit.session_descriptions import ModelDescription, SessionDescription
 from perplexit.sessions.base import ClosedByWith
+from perplexit.sessions.options import EngineOptions, engine_options, without_settings
 from perplexit.untrusted_files import LARGEST_TABLE, Expected, check_regular, read_bytes, stated
 
 _EXPECTED = Expected("an ARPA or KenLM binary model", ModelError, "write it again")
@@ -28,6 +30,11 @@ _LN_10 = math.log(10.0)
 _ANY_ID = np.iinfo(np.int32).max
 _NO_UNKNOWN = -100.0  # KenLM's log10 p(<unk>) for a model without <unk>
 _BOS = "<s>"
+_ONLY = without_settings(
+    "an n-gram model",
+    "it is a table that KenLM looks up on the CPU; leave the option out",
+    values=("cpu", "float32", "fp32"),
+)
 
 
 class NgramInferenceSession(ClosedByWith):
@@ -39,17 +46,9 @@ class NgramInferenceSession(ClosedByWith):
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        dtype: str | None = None,
-        quantization: str | None = None,
-        device: str | None = None,
-        threads: int | None = None,
-        address: str | None = None,
+        self, path: str | Path, *, address: str | None = None, **options: Unpack[EngineOptions]
     ) -> None:
-        del threads  # a look-up a token: KenLM has no threads
-        _refuse_settings(dtype=dtype, quantization=quantization, device=device)
+        engine_options("ngram", options, only=_ONLY)  # a look-up per token: KenLM has no threads
         file = Path(path)
         self._kenlm = _loaded(file)
         self._words, vocabulary_file = _vocabulary(file)
@@ -188,12 +187,3 @@ def _num_ngrams(file: Path) -> int:
             elif line.startswith(b"\\1-grams") or number > 100 or len(line) > 10_000:
                 break
     return total
-
-
-def _refuse_settings(**settings: str | None) -> None:
-    for name, value in settings.items():
-        if value not in (None, "cpu", "float32", "fp32"):
-            raise CapabilityError(
-                f"expected no --{name} for an n-gram model, got {value!r}: it is a table that "
-                "KenLM looks up on the CPU; leave the option out"
-            )

@@ -5,11 +5,11 @@ from typing import Any
 
 import openvino
 
-from perplexit.errors import CapabilityError
 from perplexit.quantization.openvino_engine import open_program
 from perplexit.resources.cores import num_cores
 from perplexit.resources.engine_tricks import is_on
 from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
+from perplexit.sessions.options import EngineOptions
 
 _MODEL_FILE = "model.xml"
 # Calls at a time. A stream's threads wait for each other less; but one window runs on one stream.
@@ -27,19 +27,18 @@ class OpenVinoInferenceSession(ProgramSession):
     """
 
     _engine = "openvino"
+    _cpu_only = (
+        "expected device cpu for OpenVINO, got {got!r}: its other devices do not compute in "
+        "float32; leave it out"
+    )
     _dtypes = ("float32", "bfloat16")
 
-    def _open(
-        self, folder: Path, dtype: str, device: str | None, threads: int | None
-    ) -> RunningProgram:
-        if device not in (None, "cpu"):
-            raise CapabilityError(
-                f"expected device cpu for OpenVINO, got {device!r}: its other devices do not "
-                "compute in float32; leave it out"
-            )
-        threads = threads or num_cores()
+    def _open(self, folder: Path, asked: EngineOptions) -> RunningProgram:
+        threads = asked["threads"] or num_cores()
         streams = min(threads, _MOST_STREAMS) if is_on("openvino_streams") else 1
-        program = open_program(folder / _MODEL_FILE, dtype=dtype, threads=threads, streams=streams)
+        program = open_program(
+            folder / _MODEL_FILE, dtype=str(asked["dtype"]), threads=threads, streams=streams
+        )
         settings: dict[str, Any] = {
             "properties": {graph: dict(says) for graph, says in program.properties.items()},
             "head_dtype": "float32",

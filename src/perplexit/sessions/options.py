@@ -5,12 +5,14 @@ them as keywords, and a session takes those that mean something to it. A new opt
 here, and its use in a session.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
-from perplexit.errors import UsageError
+from perplexit.errors import CapabilityError, UsageError
+from perplexit.option_ranges import check_numbers
 from perplexit.quantization.precisions import precisions_by_engine
 
 DeviceMap = Mapping[str, str | int]
@@ -104,22 +106,76 @@ class ScoringOptions(EngineOptions, total=False):
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Only:
+    """The values of an option that an engine takes, and the message for any other (with {got})."""
+
+    message: str
+    values: tuple[str, ...] = ()
+
+
+TAKEN_BY_MOST = ("dtype", "quantization", "device", "threads")
+_ADAPTER_REMEDY = (
+    "adapters are for hf: (PyTorch). For another engine, merge the adapter into the checkpoint, "
+    "save that, and compile it"
+)
+
+
 def declared(kind: type[EngineOptions]) -> dict[str, tuple[Any, Option]]:
     """Return the type and the entry of each option, by name, in the order of declaration."""
     hints = get_type_hints(kind, include_extras=True)
     return {name: (get_args(hint)[0], get_args(hint)[1]) for name, hint in hints.items()}
 
 
-_DEFAULTS = {name: option.default for name, (_, option) in declared(ScoringOptions).items()}
+_DECLARED = {name: option for name, (_, option) in declared(ScoringOptions).items()}
+_DEFAULTS = {name: _DECLARED[name].default for name in EngineOptions.__annotations__}
 
 
 def given_options(kind: type[EngineOptions], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that are not None and differ from their defaults.
 
-    Raises UsageError for a name that `kind` does not have.
+    Raises UsageError for a name that `kind` does not have, and for a number out of range.
     """
     known = kind.__annotations__
-    for name in options:
+    for name, value in options.items():
         if name not in known:
             raise UsageError(f"expected one of the options {', '.join(known)}; got {name!r:.60}")
-    return {n: x for n, x in options.items() if x is not None and x != _DEFAULTS[n]}
+        if _DECLARED[name].lowest is not None:
+            check_numbers(**{name: value})
+    return {n: x for n, x in options.items() if x is not None and x != _DECLARED[n].default}
+
+
+def without_settings(model: str, reason: str, values: tuple[str, ...] = ()) -> dict[str, Only]:
+    """Return what a kind of model takes that leaves no choice of dtype, quantization, device.
+
+    reason: why, and what to do instead. values: those that change nothing.
+    """
+    return {
+        name: Only(f"expected no --{name} for {model}, got {{got!r}}: {reason}", values)
+        for name in ("dtype", "quantization", "device")
+    }
+
+
+def engine_options(
+    prefix: str,
+    options: Mapping[str, Any],
+    *,
+    only: Mapping[str, Only] = MappingProxyType({}),
+    taken: Sequence[str] = TAKEN_BY_MOST,
+) -> EngineOptions:
+    """Return all options for the engine with this prefix, with defaults for those left out.
+
+    only: options of which the engine takes some values. taken: options that it takes at all.
+    Raises CapabilityError for an option or a value that the engine does not take, and what
+    `given_options` raises.
+    """
+    given = given_options(EngineOptions, options)
+    for name, value in given.items():
+        if name not in taken:
+            remedy = _ADAPTER_REMEDY if "adapter" in name else "leave it out"
+            raise CapabilityError(
+                f"the engine {prefix!r} has no option {name}, got {str(value)!r}; {remedy}"
+            )
+        if name in only and value not in only[name].values:
+            raise CapabilityError(only[name].message.format(got=value))
+    return EngineOptions(**{**_DEFAULTS, **given})  # type: ignore[typeddict-item]

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from perplexit.errors import CapabilityError, ModelError
+from perplexit.errors import ModelError
 from perplexit.program_batches import Feed
 from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
+from perplexit.sessions.options import EngineOptions
 
 _PACKAGE_FILE = "model.pt2"
 
@@ -21,17 +22,12 @@ class Pt2InferenceSession(ProgramSession):
     """
 
     _engine = "pt2"
+    _cpu_only = "the program was compiled for the cpu, got device {got!r}; leave it out"
     _native = True
 
-    def _open(
-        self, folder: Path, dtype: str, device: str | None, threads: int | None
-    ) -> RunningProgram:
-        if device not in (None, "cpu"):
-            raise CapabilityError(
-                f"the program was compiled for the cpu, got device {device!r}; leave it out"
-            )
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def _open(self, folder: Path, asked: EngineOptions) -> RunningProgram:
+        if asked["threads"] is not None:
+            torch.set_num_threads(asked["threads"])
         try:
             program = torch._inductor.aoti_load_package(str(folder / _PACKAGE_FILE))
         except (RuntimeError, OSError) as error:

@@ -7,7 +7,7 @@ This is the one lazy door through which an engine's packages come in. A new engi
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
-from perplexit.option_ranges import check_numbers
 from perplexit.program_record import PROGRAM_FILE
 from perplexit.quantization.precisions import canonical_dtype, require_known_precision
 from perplexit.sessions.base import InferenceSession, OpenSession
-from perplexit.sessions.options import EngineOptions, given_options
+from perplexit.sessions.options import EngineOptions, engine_options, given_options
 from perplexit.untrusted_files import Expected, read_json
 
 _PROGRAM = Expected("a compiled program's record", ModelError, "compile the checkpoint again")
@@ -83,10 +82,6 @@ _ENGINES = {
     ),
 }
 _PREFIX_OF_SUFFIX = {".gguf": "gguf", ".arpa": "ngram"}
-_ADAPTER_REMEDY = (
-    "adapters are for hf: (PyTorch). For another engine, merge the adapter into the checkpoint, "
-    "save that, and compile it"
-)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -100,14 +95,17 @@ def load_session(address: str | Path, **options: Unpack[EngineOptions]) -> OpenS
     """
     prefix, location = split_address(address)
     given = given_options(EngineOptions, options)
-    check_numbers(threads=given.get("threads"), tensor_parallel=given.get("tensor_parallel"))
+    if given.get("merge_adapter") and "adapter" not in given:
+        raise UsageError("expected an adapter to merge, got none; name its folder with --adapter")
     if "dtype" in given:
         canonical_dtype(given["dtype"])
     if "quantization" in given:
         require_known_precision(given["quantization"])
     session_class = _session_class(prefix)
-    _refuse_unknown(session_class, prefix, given)
-    if "address" in inspect.signature(session_class.__init__).parameters:
+    parameters = inspect.signature(session_class.__init__).parameters
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        engine_options(prefix, given, taken=tuple(parameters))
+    if "address" in parameters:
         given["address"] = f"{prefix}:{location}"
     session: OpenSession = session_class(location, **given)
     return session
@@ -229,18 +227,3 @@ def _session_class(prefix: str) -> Any:
             f"the engine {prefix!r} needs the package {error.name}: "
             f"pip install 'perplexit[{engine.extra}]'"
         ) from error
-
-
-def _refuse_unknown(session_class: Any, prefix: str, given: Mapping[str, Any]) -> None:
-    """Raise CapabilityError for an option that the class does not take."""
-    if given.get("merge_adapter") and "adapter" not in given:
-        raise UsageError("expected an adapter to merge, got none; name its folder with --adapter")
-    known = inspect.signature(session_class.__init__).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        return
-    for name, value in given.items():
-        if name not in known:
-            remedy = _ADAPTER_REMEDY if "adapter" in name else "leave it out"
-            raise CapabilityError(
-                f"the engine {prefix!r} has no option {name}, got {str(value)!r}; {remedy}"
-            )

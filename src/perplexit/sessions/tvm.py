@@ -7,6 +7,7 @@ import tvm
 from perplexit.errors import CapabilityError
 from perplexit.quantization.tvm_engine import OpenedLibrary
 from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
+from perplexit.sessions.options import EngineOptions
 
 
 class TvmInferenceSession(ProgramSession):
@@ -19,9 +20,8 @@ class TvmInferenceSession(ProgramSession):
     _engine = "tvm"
     _native = True
 
-    def _open(
-        self, folder: Path, dtype: str, device: str | None, threads: int | None
-    ) -> RunningProgram:
+    def _open(self, folder: Path, asked: EngineOptions) -> RunningProgram:
+        device, threads = asked["device"], asked["threads"]
         target = self._metadata.made_by["target"]
         own = "cpu" if target == "llvm" else target
         if device not in (None, target, own):

@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Unpack
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from perplexit.errors import CapabilityError, ModelError
+from perplexit.errors import ModelError
 from perplexit.inputs.windows import WindowIds
 from perplexit.session_descriptions import ModelDescription, SessionDescription
 from perplexit.sessions.base import ClosedByWith
@@ -34,10 +35,15 @@ from perplexit.sessions.completions.probe import (
     working_style,
 )
 from perplexit.sessions.logit_rows import contradiction, most_likely_first
+from perplexit.sessions.options import EngineOptions, engine_options, without_settings
 from perplexit.token_columns import TokenDetails
 
 _ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-3  # of one answer's own numbers, which are of one computation
+_ONLY = without_settings(
+    "a served model",
+    "the server decides it; start the server with that setting and leave the option out",
+)
 
 
 class CompletionsInferenceSession(ClosedByWith):
@@ -54,21 +60,12 @@ class CompletionsInferenceSession(ClosedByWith):
         self,
         location: str,
         *,
-        dtype: str | None = None,
-        quantization: str | None = None,
-        device: str | None = None,
-        threads: int | None = None,
         concurrency: int = 4,
         attempts: int = 6,
         seconds: float | None = None,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        del threads
-        for name, value in {"dtype": dtype, "quantization": quantization, "device": device}.items():
-            if value is not None:
-                raise CapabilityError(
-                    f"expected no --{name} for a served model, got {value!r}: the server decides "
-                    "it; start the server with that setting and leave the option out"
-                )
+        engine_options("completions", options, only=_ONLY)
         url, _, name = location.removeprefix("completions:").partition("#")
         self._client = CompletionsClient(
             url, name or None, attempts=attempts, seconds=seconds, concurrency=concurrency

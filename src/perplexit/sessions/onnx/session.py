@@ -29,6 +29,7 @@ from perplexit.sessions.onnx.engine import has_shared_arena, open_session, provi
 from perplexit.sessions.onnx.past_key_values import OnnxCache, cache_bytes, with_logits_probed
 from perplexit.sessions.onnx.ports import ports_of
 from perplexit.sessions.onnx.program_folder import find_program
+from perplexit.sessions.options import EngineOptions
 
 _MOST_WINDOWS = 32  # decoded together: beyond, copying caches costs what batching gains
 
@@ -62,10 +63,8 @@ class OnnxInferenceSession(ProgramSession):
         self._found = find_program(folder)
         return self._found.metadata
 
-    def _open(
-        self, folder: Path, dtype: str, device: str | None, threads: int | None
-    ) -> RunningProgram:
-        device, threads = device or "cpu", threads or num_cores()
+    def _open(self, folder: Path, asked: EngineOptions) -> RunningProgram:
+        device, threads = asked["device"] or "cpu", asked["threads"] or num_cores()
         self._session: Any = open_session(self._found.graph, provider_of(device), threads)
         self._ports = ports_of(self._session, program=self._model.address)
         settings: dict[str, Any] = {

@@ -20,7 +20,7 @@ from perplexit.inputs.windows import WindowIds
 from perplexit.resources.memory_advice import return_freed_memory
 from perplexit.session_descriptions import ModelDescription, SessionDescription
 from perplexit.sessions.base import ClosedByWith, LogitsChunk
-from perplexit.sessions.options import EngineOptions, declared, given_options
+from perplexit.sessions.options import EngineOptions, engine_options
 from perplexit.sessions.pytorch.batch import (
     check_windows,
     fed_length,
@@ -70,8 +70,7 @@ class PytorchInferenceSession(ClosedByWith):
         max_logits_bytes: int | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        given = {name: option.default for name, (_, option) in declared(EngineOptions).items()}
-        given |= given_options(EngineOptions, options)
+        given = engine_options("hf", options, taken=tuple(EngineOptions.__annotations__))
         ready = ready_model(model, given, kernels=kernels, max_logits_bytes=max_logits_bytes)
         self._opened, self._windows = ready.opened, ready.windows
         self._module, self._device = ready.opened.module, ready.opened.device
