@@ -58,7 +58,7 @@ _HOME_OF = {
     "calculate_perplexity": "perplexit.seed_api",
     "torch_perplexity": "perplexit.seed_api",
     "compute_perplexity": "perplexit.seed_api",
-    **dict.fromkeys(errors.__all__, "perplexit.errors"),
+    **dict.fromkeys((name for name in dir(errors) if name[0] != "_"), "perplexit.errors"),
 }
 
 __all__ = ["__version__", *_HOME_OF]  # noqa: PLE0604 - strings, from the table above

@@ -103,13 +103,8 @@ def new_temporary_folder(target: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=TEMPORARY, dir=target.parent))
 
 
-def scratch_folder(name: str) -> Path:
-    """Return a new private folder in the system's temporary folder, which the caller removes."""
-    return new_temporary_folder(Path(tempfile.gettempdir()) / f"perplexit-{name}")
-
-
 class TemporaryFolder(tempfile.TemporaryDirectory[str]):
-    """A folder of the system's temporary folder that goes when this object goes."""
+    """A private folder of the system's temporary folder that goes when this object goes."""
 
     def __init__(self, name: str) -> None:
         target = Path(tempfile.gettempdir()) / f"perplexit-{name}"
@@ -144,11 +139,7 @@ def write_atomically(
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Put `data` in place as the content of `path` in one step; see `write_atomically`."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_json(path: Path, value: object) -> None:

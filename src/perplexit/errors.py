@@ -27,32 +27,6 @@ the message alone and exits with `exit_code`; a traceback means a bug in Perplex
     └── GateError                  a comparison outside its stated bound (exit code 3)
 """
 
-__all__ = [
-    "CacheMismatchError",
-    "CapabilityError",
-    "CompilationError",
-    "CorpusError",
-    "EmptyScoreError",
-    "EngineOutOfMemoryError",
-    "FingerprintMismatchError",
-    "GateError",
-    "MemoryBoundError",
-    "MissingPackageError",
-    "ModelError",
-    "NonFiniteError",
-    "OutputError",
-    "PerplexitError",
-    "QuantizationError",
-    "ResumeError",
-    "RunError",
-    "TokenFileError",
-    "TokenizerError",
-    "TrustWarning",
-    "UnknownPrecisionError",
-    "UsageError",
-    "VocabularyError",
-]
-
 
 class PerplexitError(Exception):
     """The root of the tree: catch this to catch everything Perplexit raises on purpose."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from perplexit.atomic_files import replaced_folder, write_atomically
 from perplexit.errors import OutputError
@@ -41,6 +42,7 @@ class _Output(ABC):
     kind: Kind
     inputs: tuple[Path, ...] = ()
     force: bool = False
+    sort: ClassVar[str]  # "file" or "folder", as messages call it
 
     def __post_init__(self) -> None:
         self.check()
@@ -55,16 +57,12 @@ class _Output(ABC):
     def exists(self) -> bool:
         """Return whether something with content is there now."""
 
-    @property
-    @abstractmethod
-    def wrong_type(self) -> str | None:
-        """Return what is there in words where it is no file (no folder) at all, else None."""
-
     def check(self) -> None:
         """Raise OutputError where `path` may not be written, whatever its content will be."""
         check_place(self.path, self.kind, self.inputs)
-        if self.wrong_type is not None:
-            raise self._refused(self.wrong_type)
+        found = "folder" if self.path.is_dir() else "file" if self.path.is_file() else None
+        if self.path.exists() and found != self.sort:
+            raise self._refused(f"a {found}" if found else "which is no ordinary file")
         if self.exists and not self.kind.is_made(self.path):
             raise self._refused(
                 "which holds something else, and nothing of yours is overwritten (not with --force "
@@ -79,10 +77,9 @@ class _Output(ABC):
         )
 
     def _refused(self, what: str, or_else: str = "") -> OutputError:
-        sort = "folder" if isinstance(self, OutputFolder) else "file"
         return OutputError(
             f"expected a new place for {self.kind.noun}, got {self.path}, {what}; name another "
-            f"{sort}{or_else}"
+            f"{self.sort}{or_else}"
         )
 
 
@@ -90,18 +87,12 @@ class _Output(ABC):
 class OutputFile(_Output):
     """A file that is to be written."""
 
+    sort = "file"
+
     @property
     def exists(self) -> bool:
         """Return whether a file with content is there now."""
         return self.path.is_file() and self.path.stat().st_size > 0
-
-    @property
-    def wrong_type(self) -> str | None:
-        """Return what is there in words where it is no ordinary file, else None."""
-        if self.path.is_dir():
-            return "a folder"
-        is_special = self.path.exists() and not self.path.is_file()
-        return "which is no ordinary file" if is_special else None
 
     def check_replaceable(self, candidate: Path) -> None:
         """Raise OutputError where the whole file `candidate` may not be put in place."""
@@ -127,15 +118,12 @@ class OutputFolder(_Output):
     `kind.is_made` must also say no to a folder in which somebody put another file.
     """
 
+    sort = "folder"
+
     @property
     def exists(self) -> bool:
         """Return whether there is a folder with something in it."""
         return self.path.is_dir() and any(self.path.iterdir())
-
-    @property
-    def wrong_type(self) -> str | None:
-        """Return "a file" where one is there, else None."""
-        return "a file" if self.path.exists() and not self.path.is_dir() else None
 
     def check_replaceable(self, is_same: bool) -> None:
         """Raise OutputError where another thing of this kind is there; `is_same`: it is no other.

@@ -59,68 +59,51 @@ class TokenColumn:
         return self.needs is Needs.ALTERNATIVES
 
 
+_INPUT, _LOSS, _DISTRIBUTION, _ALTERNATIVES, _REFERENCE = Needs
 _ENTRIES = (
-    TokenColumn("document", "int32", "", Needs.INPUT, "index of the document in the input", 0),
-    TokenColumn("domain", "text", "", Needs.INPUT, "the document's domain", unknown="null"),
-    TokenColumn("window", "int32", "", Needs.INPUT, "row of the window table", 0),
-    TokenColumn("position", "int32", "", Needs.INPUT, "index in the ids fed to the window", 0),
-    TokenColumn("token_index", "int64", "", Needs.INPUT, "index in the document", 0),
+    TokenColumn("document", "int32", "", _INPUT, "index of the document in the input", 0),
+    TokenColumn("domain", "text", "", _INPUT, "the document's domain", unknown="null"),
+    TokenColumn("window", "int32", "", _INPUT, "row of the window table", 0),
+    TokenColumn("position", "int32", "", _INPUT, "index in the ids fed to the window", 0),
+    TokenColumn("token_index", "int64", "", _INPUT, "index in the document", 0),
     TokenColumn(
-        "byte_start", "int64", "bytes", Needs.INPUT, "offset in the document's UTF-8", unknown="-1"
+        "byte_start", "int64", "bytes", _INPUT, "offset in the document's UTF-8", unknown="-1"
     ),
-    TokenColumn("num_bytes", "int32", "bytes", Needs.INPUT, "length of the token in UTF-8", 0),
-    TokenColumn("num_words", "int32", "", Needs.INPUT, "words that begin in the token", 0),
-    TokenColumn("token_id", "int32", "", Needs.INPUT, "id in the vocabulary"),
-    TokenColumn("token_bytes", "bytes", "", Needs.INPUT, "the token's UTF-8", unknown="null"),
-    TokenColumn("nll", "float32", "nats", Needs.LOSS, "negative log-likelihood", 0),
+    TokenColumn("num_bytes", "int32", "bytes", _INPUT, "length of the token in UTF-8", 0),
+    TokenColumn("num_words", "int32", "", _INPUT, "words that begin in the token", 0),
+    TokenColumn("token_id", "int32", "", _INPUT, "id in the vocabulary"),
+    TokenColumn("token_bytes", "bytes", "", _INPUT, "the token's UTF-8", unknown="null"),
+    TokenColumn("nll", "float32", "nats", _LOSS, "negative log-likelihood", 0),
+    TokenColumn("entropy", "float32", "nats", _DISTRIBUTION, "of the predicted distribution", 0),
+    TokenColumn("rank", "int32", "", _DISTRIBUTION, "1 = no token was more likely", 1),
+    TokenColumn("top_ids", "int32", "", _ALTERNATIVES, "most likely tokens, likeliest first"),
+    TokenColumn("top_logprobs", "float32", "nats", _ALTERNATIVES, "their log-probabilities"),
+    TokenColumn("kl", "float32", "nats", _REFERENCE, "KL(reference ‖ candidate)", 0),
+    TokenColumn("reverse_kl", "float32", "nats", _REFERENCE, "KL(candidate ‖ reference)", 0),
+    TokenColumn("js", "float32", "nats", _REFERENCE, "Jensen–Shannon divergence", 0, math.log(2)),
+    TokenColumn("same_top1", "bool", "share", _REFERENCE, "both find one token most likely", 0, 1),
     TokenColumn(
-        "entropy", "float32", "nats", Needs.DISTRIBUTION, "of the predicted distribution", 0
-    ),
-    TokenColumn("rank", "int32", "", Needs.DISTRIBUTION, "1 = no token was more likely", 1),
-    TokenColumn("top_ids", "int32", "", Needs.ALTERNATIVES, "most likely tokens, likeliest first"),
-    TokenColumn("top_logprobs", "float32", "nats", Needs.ALTERNATIVES, "their log-probabilities"),
-    TokenColumn("kl", "float32", "nats", Needs.REFERENCE, "KL(reference ‖ candidate)", 0),
-    TokenColumn("reverse_kl", "float32", "nats", Needs.REFERENCE, "KL(candidate ‖ reference)", 0),
-    TokenColumn(
-        "js", "float32", "nats", Needs.REFERENCE, "Jensen–Shannon divergence", 0, math.log(2)
-    ),
-    TokenColumn(
-        "same_top1", "bool", "share", Needs.REFERENCE, "both find one token most likely", 0, 1
-    ),
-    TokenColumn(
-        "top_k_agreement",
-        "float32",
-        "share",
-        Needs.REFERENCE,
+        *("top_k_agreement", "float32", "share", _REFERENCE),
         "share of the reference's 10 most likely tokens that the candidate has among its own",
-        0,
-        1,
+        lowest=0,
+        highest=1,
     ),
     TokenColumn(
-        "delta_p",
-        "float32",
-        "probability",
-        Needs.REFERENCE,
+        *("delta_p", "float32", "probability", _REFERENCE),
         "the target's probability under the candidate minus that under the reference",
-        -1,
-        1,
+        lowest=-1,
+        highest=1,
     ),
     TokenColumn(
-        "reference_top_p",
-        "float32",
-        "probability",
-        Needs.REFERENCE,
+        *("reference_top_p", "float32", "probability", _REFERENCE),
         "the reference's probability of its most likely token",
-        0,
-        1,
+        lowest=0,
+        highest=1,
     ),
     TokenColumn(
-        "kl_high",
-        "float32",
-        "nats",
-        Needs.REFERENCE,
+        *("kl_high", "float32", "nats", _REFERENCE),
         "upper bound of the KL where a part of the reference is known (`kl` is then a lower one)",
-        0,
+        lowest=0,
     ),
 )
 TOKEN_COLUMNS = {column.name: column for column in _ENTRIES}

@@ -55,10 +55,10 @@ COLUMN = Trial(
     inserted=(
         (
             f"{SOURCES}/token_columns.py",
-            '    TokenColumn("rank", "int32", "", Needs.DISTRIBUTION, '
+            '    TokenColumn("rank", "int32", "", _DISTRIBUTION, '
             '"1 = no token was more likely", 1),',
             """    TokenColumn(
-        "margin", "float32", "nats", Needs.DISTRIBUTION, "distance to the likeliest token", 0
+        "margin", "float32", "nats", _DISTRIBUTION, "distance to the likeliest token", 0
     ),
 """,
         ),

@@ -20,7 +20,6 @@ from perplexit.atomic_files import (
     kept_folder,
     remove_leftovers,
     replaced_folder,
-    scratch_folder,
     temporary_folder,
     write_atomically,
 )
@@ -138,13 +137,13 @@ def test_d8_sibling_scratch_folders_of_the_system_s_temporary_folder(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    killed_while("scratch_folder('input'); die()", tmp_path)
+    killed_while("f = TemporaryFolder('input'); die()", tmp_path)
     killed_while("f = TemporaryFolder('reference'); die()", tmp_path)
     assert names(tmp_path)
     folder = TemporaryFolder("reference")
     assert names(tmp_path) == [Path(folder.name).name]
     folder.cleanup()
-    scratch_folder("input").rmdir()
+    TemporaryFolder("input").cleanup()
     assert names(tmp_path) == []
 
 
