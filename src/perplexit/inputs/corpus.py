@@ -13,20 +13,14 @@ from perplexit.errors import CorpusError, UsageError
 from perplexit.inputs.compressed_files import is_compressed, open_bytes
 from perplexit.inputs.corpus_document import Document, Keys, check_columns, row_document
 from perplexit.inputs.corpus_tables import (
+    TABLE_READERS,
     check_is_no_utf16,
-    csv_documents,
     decoded,
-    json_documents,
-    jsonl_documents,
-    parquet_documents,
+    table_documents,
 )
 from perplexit.inputs.long_text import LONG_CHARACTERS, decoded_pieces
 
-TEXT_SUFFIXES = frozenset({".txt", ".text", ".md"})
-JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-DELIMITED_SUFFIXES = frozenset({".csv", ".tsv"})
-PARQUET_SUFFIXES = frozenset({".parquet"})
-TABLE_SUFFIXES = JSONL_SUFFIXES | DELIMITED_SUFFIXES | PARQUET_SUFFIXES | {".json"}
+_TEXT_SUFFIXES = frozenset({".txt", ".text", ".md"})
 _LONGEST_PATH = 255
 _NUL_BYTES = 1 << 12  # how far into a text its encoding is looked at
 
@@ -77,14 +71,14 @@ def is_read_in_folder(name: str) -> bool:
     Not so a plain `.json`: most of those in folders are settings.
     """
     kind = _kind(Path(name))
-    return kind in (TEXT_SUFFIXES | TABLE_SUFFIXES) - {".json"} or (
-        kind == ".json" and is_compressed(Path(name))
+    return kind in _TEXT_SUFFIXES or (
+        kind in TABLE_READERS and (kind != ".json" or is_compressed(Path(name)))
     )
 
 
 def is_table(path: Path) -> bool:
     """Return whether a file has columns."""
-    return _kind(path) in TABLE_SUFFIXES
+    return _kind(path) in TABLE_READERS
 
 
 def _path_documents(path: Path, keys: Keys, stream: bool) -> Iterator[Document]:
@@ -123,19 +117,8 @@ def _kind(path: Path) -> str:
 
 def _file_documents(path: Path, keys: Keys, stream: bool) -> Iterator[Document]:
     kind = _kind(path)
-    if kind in JSONL_SUFFIXES:
-        yield from jsonl_documents(path, keys)
-    elif kind == ".json":
-        yield from json_documents(path, keys)
-    elif kind in DELIMITED_SUFFIXES:
-        yield from csv_documents(path, kind, keys)
-    elif kind in PARQUET_SUFFIXES:
-        if is_compressed(path):
-            raise CorpusError(
-                f"{path} is a compressed Parquet file, which is compressed inside already. "
-                "Decompress it first."
-            )
-        yield from parquet_documents(path, keys)
+    if kind in TABLE_READERS:
+        yield from table_documents(path, kind, keys)
     else:
         yield _text_document(path, keys, stream)
 

@@ -6,7 +6,8 @@ One row (of Parquet: one record batch) is in memory at a time.
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,22 +15,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perplexit.errors import CorpusError
-from perplexit.inputs.compressed_files import open_bytes
+from perplexit.inputs.compressed_files import is_compressed, open_bytes
 from perplexit.inputs.corpus_document import Document, Keys, check_columns, row_document
 
+Rows = Iterator[tuple[str, int, Mapping[str, Any]]]  # where a row is, its number, its columns
+
 BOM = b"\xef\xbb\xbf"
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _ROWS_PER_BATCH = 1024
 _BATCH_BYTES = 16 << 20
 _LARGEST_ARRAY = 1 << 30
 
 
-def json_documents(path: Path, keys: Keys) -> Iterator[Document]:
+def table_documents(path: Path, kind: str, keys: Keys) -> Iterator[Document]:
+    """Yield the rows of a table as documents; kind: a key of TABLE_READERS."""
+    for origin, number, row in TABLE_READERS[kind](path, keys):
+        yield row_document(row, keys, origin, source_file=str(path), source_row=number)
+
+
+def _json_rows(path: Path, keys: Keys) -> Rows:
     """Yield the rows of a .json file: of one array, or one object on each line."""
     with open_bytes(path) as file:
         begin = file.peek(1 << 12)[: 1 << 12].removeprefix(BOM).lstrip()
         if begin[:1] != b"[":
-            yield from _lines(path, file, keys)
+            yield from _rows_of_lines(path, file)
             return
         data = file.read(_LARGEST_ARRAY + 1)
     if len(data) > _LARGEST_ARRAY:
@@ -40,31 +48,20 @@ def json_documents(path: Path, keys: Keys) -> Iterator[Document]:
     rows = _parsed(decoded(data.removeprefix(BOM), str(path)), str(path))
     for number, row in enumerate(rows):
         origin = f"{path}, item {number}"
-        yield row_document(
-            _object(row, origin), keys, origin, source_file=str(path), source_row=number
-        )
+        yield origin, number, _object(row, origin)
 
 
-def jsonl_documents(path: Path, keys: Keys) -> Iterator[Document]:
+def _jsonl_rows(path: Path, keys: Keys) -> Rows:
     """Yield the rows of a file with one JSON object on each line; blank lines hold none."""
     with open_bytes(path) as file:
-        yield from _lines(path, file, keys)
+        yield from _rows_of_lines(path, file)
 
 
-def _lines(path: Path, file: BinaryIO, keys: Keys) -> Iterator[Document]:
-    offset = 0
-    for number, line in enumerate(file, start=1):
-        content = line.removeprefix(BOM) if number == 1 else line
-        size = len(line)
-        del line
-        if content.strip():
-            origin = f"{path}, line {number}"
-            text = decoded(content, origin, offset)
-            del content
-            row = _object(_parsed(text, origin), origin)
-            del text
-            yield row_document(row, keys, origin, source_file=str(path), source_row=number - 1)
-        offset += size
+def _rows_of_lines(path: Path, file: BinaryIO) -> Rows:
+    for number, text in enumerate(_decoded_lines(path, file)):
+        if text.strip(" \t\n\v\f\r"):
+            origin = f"{path}, line {number + 1}"
+            yield origin, number, _object(_parsed(text, origin), origin)
 
 
 def _parsed(text: str, origin: str) -> Any:
@@ -82,7 +79,7 @@ def _object(row: Any, origin: str) -> Mapping[str, Any]:
     return row
 
 
-def csv_documents(path: Path, kind: str, keys: Keys) -> Iterator[Document]:
+def _delimited_rows(path: Path, keys: Keys, *, delimiter: str) -> Rows:
     """Yield the rows of a CSV or TSV file, whose first row names the columns.
 
     A field in quotes may hold delimiters, line ends and doubled quotes. An empty field is an empty
@@ -90,27 +87,26 @@ def csv_documents(path: Path, kind: str, keys: Keys) -> Iterator[Document]:
     """
     csv.field_size_limit(sys.maxsize)  # of the csv module as a whole; its default is 128 KiB
     with open_bytes(path) as file:
-        reader = csv.reader(_decoded_lines(path, file), delimiter=_DELIMITERS[kind], strict=True)
-        row_number, line = -1, 1
+        reader = csv.reader(_decoded_lines(path, file), delimiter=delimiter, strict=True)
+        line = 1
         names: list[str] = []
         try:
-            for fields in reader:
+            for row_number, fields in enumerate(reader, start=-1):
                 origin, line = f"{path}, line {line}", reader.line_num + 1
                 if not names:
                     names = _header(fields, keys, origin)
                     continue
-                row_number += 1
                 if fields and len(fields) != len(names):
                     raise CorpusError(
                         f"{origin} has {len(fields)} fields, expected {len(names)}, as many as the "
                         "first line names. Put fields that hold a delimiter in quotes."
                     )
                 values = fields or [""] * len(names)
-                row = dict(zip(names, values, strict=True))
-                yield row_document(row, keys, origin, source_file=str(path), source_row=row_number)
+                yield origin, row_number, dict(zip(names, values, strict=True))
         except csv.Error as error:
+            kind = "TSV" if delimiter == "\t" else "CSV"
             raise CorpusError(
-                f"{path}, line {line}: a row begins that is no {kind[1:].upper()} ({error}). Put "
+                f"{path}, line {line}: a row begins that is no {kind} ({error}). Put "
                 'fields with quotes or line ends in quotes, and write a quote in them as "".'
             ) from error
         if not names:
@@ -133,25 +129,21 @@ def _decoded_lines(path: Path, file: BinaryIO) -> Iterator[str]:
         offset += len(line)
 
 
-def parquet_documents(path: Path, keys: Keys) -> Iterator[Document]:
-    """Yield the rows of a Parquet file."""
+def _parquet_rows(path: Path, keys: Keys) -> Rows:
+    if is_compressed(path):
+        raise CorpusError(
+            f"{path} is a compressed Parquet file, which is compressed inside already. Decompress "
+            "it first."
+        )
     try:
         with pq.ParquetFile(path) as file:
             check_columns(file.schema_arrow.names, keys, str(path))
             row_number = 0
             for batch in file.iter_batches(batch_size=_batch_rows(file), columns=keys.names):
                 for row in batch.to_pylist():
-                    yield row_document(
-                        row,
-                        keys,
-                        f"{path}, row {row_number}",
-                        source_file=str(path),
-                        source_row=row_number,
-                    )
+                    yield f"{path}, row {row_number}", row_number, row
                     row_number += 1
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, CorpusError):
-            raise
         raise CorpusError(f"{path} cannot be read as Parquet: {error}.") from error
 
 
@@ -171,9 +163,10 @@ def decoded(data: bytes, origin: str, offset: int = 0) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        guess = " (UTF-16 begins so)" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise CorpusError(
             f"{origin} is not UTF-8: byte {offset + error.start} (0x{data[error.start]:02X}) "
-            f"cannot be decoded{_guess(data)}. Convert it first, as with iconv -t UTF-8."
+            f"cannot be decoded{guess}. Convert it first, as with iconv -t UTF-8."
         ) from error
 
 
@@ -186,5 +179,11 @@ def check_is_no_utf16(begin: bytes, path: Path) -> None:
         )
 
 
-def _guess(data: bytes) -> str:
-    return " (UTF-16 begins so)" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+TABLE_READERS: dict[str, Callable[[Path, Keys], Rows]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": partial(_delimited_rows, delimiter=","),
+    ".tsv": partial(_delimited_rows, delimiter="\t"),
+    ".parquet": _parquet_rows,
+}

@@ -1,7 +1,6 @@
 """`prepare`: a corpus → a token file, streamed; and where it may be written."""
 
 import hashlib
-import shutil
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from perplexit.atomic_files import scratch_folder
+from perplexit.atomic_files import TemporaryFolder
 from perplexit.errors import OutputError, PerplexitError, TokenizerError, UsageError
 from perplexit.inputs.corpus import (
     documents,
@@ -61,7 +60,9 @@ def prepare(
     token would be scored.
     """
     with ExitStack() as temporary:
-        target = _temporary_target(temporary) if output is None else Path(output)
+        if output is None:
+            output = Path(temporary.enter_context(TemporaryFolder("input"))) / "input.safetensors"
+        target = Path(output)
         check_is_not_read_back(target, paths_of(corpus))
         read = (*files_of(paths_of(corpus)), *paths_among(tokenizer))
         file = OutputFile(target, TOKEN_FILE, read, force)
@@ -128,12 +129,6 @@ def check_is_not_read_back(target: Path, paths: Iterable[Path]) -> None:
                 f"read as a part of {folder}; name a file elsewhere, or one that ends in "
                 ".safetensors"
             )
-
-
-def _temporary_target(removed_with: ExitStack) -> Path:
-    folder = scratch_folder("input")
-    removed_with.callback(shutil.rmtree, folder, ignore_errors=True)
-    return folder / "input.safetensors"
 
 
 def _keys(
