@@ -128,7 +128,7 @@ def broken(change: Any) -> dict[str, Any]:
         ('{"kind": "igf-experiment", "schema_version": 1}', "cannot be understood"),
         (broken(lambda d: d["methods"].clear()), "at least one finished fine-tuning"),
         (broken(lambda d: d["methods"]["standard"]["steps"].pop()), "a figure a step"),
-        (broken(lambda d: d["comparisons"][0].pop("ratio")), "KeyError: 'ratio'"),
+        (broken(lambda d: d["comparisons"][0].pop("ratio")), "missing required field `ratio`"),
         (broken(lambda d: d.update(methods=[1])), "AttributeError"),
         (
             broken(lambda d: d["methods"]["standard"]["median_perplexity"].__setitem__(0, None)),

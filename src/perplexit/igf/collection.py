@@ -21,7 +21,7 @@ from perplexit.igf.model_identity import measurement_of_model
 from perplexit.igf.optimizer_step import StepRule
 from perplexit.igf.pairs import Pairs, pairs_output, parts_folder, write_cost
 from perplexit.igf.random_contexts import Contexts, check_disjoint, derived_seed
-from perplexit.igf.resume_conditions import keep_conditions, require_same
+from perplexit.igf.resumable_work import keep_conditions, require_same
 from perplexit.igf.tensors_with_record import stored_as, tensor_path
 from perplexit.runs.measurement import measurement_fingerprint
 from perplexit.runs.parts_folder import lock_folder

@@ -3,14 +3,15 @@
 Nothing here needs an engine, so that a report can be made without one.
 """
 
-import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from perplexit.errors import RunError
-from perplexit.igf.resume_conditions import CONDITIONS_FILE
+from perplexit.igf.resumable_work import CONDITIONS_FILE
 from perplexit.igf.tensors_with_record import json_kind
 from perplexit.protected_outputs import Kind, OutputFile, OutputFolder, paths_among
 from perplexit.untrusted_files import Expected, read_json, stated
@@ -19,28 +20,42 @@ SCHEMA_VERSION = 1
 EXPERIMENT_KIND = "igf-experiment"
 EXPERIMENT_FILE = "experiment.json"
 _EXPECTED = Expected("a whole experiment", RunError, "experiment again")
+_SECONDS = {"select", "train", "evaluate"}
+Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 
 
-@dataclass(frozen=True, slots=True)
-class MethodOutcome:
+class MethodOutcome(
+    msgspec.Struct,
+    frozen=True,
+    rename={kind: f"{kind}_perplexity" for kind in ("median", "low", "high")},
+):
     """The result of one way to select contexts, over its seeds.
 
     median, low, high: test perplexity at each of `steps`, with the median's interval over seeds;
                 the ends are None with one seed.
     acceptance: ids trained on, over ids that the filter judged.
-    tokens:     ids `trained`, `scored` (a forward pass to be selected) and `judged`, per run.
+    tokens_*:   ids trained on, scored (a forward pass to be selected) and judged, per run.
     seconds:    `select`, `train` and `evaluate`, per run.
     """
 
     name: str
     num_seeds: int
     steps: tuple[int, ...]
-    median: tuple[float, ...]
-    low: tuple[float | None, ...]
-    high: tuple[float | None, ...]
-    acceptance: float
-    tokens: Mapping[str, float]
-    seconds: Mapping[str, float]
+    median: tuple[Finite, ...]
+    low: tuple[Finite | None, ...]
+    high: tuple[Finite | None, ...]
+    acceptance: Finite
+    tokens_trained: Finite
+    tokens_scored: Finite
+    tokens_judged: Finite
+    seconds: dict[str, Finite]
+
+    def __post_init__(self) -> None:
+        for kind in ("median", "low", "high"):
+            if not len(getattr(self, kind)) == len(self.steps) > 0:
+                raise ValueError(f"the {kind} curve does not have a figure a step")
+        if not self.seconds.keys() >= _SECONDS:
+            raise ValueError(f"seconds of {', '.join(self.seconds)} alone")
 
     @property
     def needs_labels(self) -> bool:
@@ -48,8 +63,16 @@ class MethodOutcome:
         return self.name.startswith("igf-")
 
 
-@dataclass(frozen=True, slots=True)
-class PairedOutcome:
+class PairedOutcome(
+    msgspec.Struct,
+    frozen=True,
+    rename={
+        "low": "ratio_low",
+        "high": "ratio_high",
+        "p_t": "p_t_holm",
+        "p_wilcoxon": "p_wilcoxon_holm",
+    },
+):
     """A method's final test perplexity over the reference method's, paired by seed.
 
     p_t, p_wilcoxon: after Holm's correction for the experiment's comparisons; None where not known.
@@ -59,13 +82,13 @@ class PairedOutcome:
 
     method: str
     num_seeds: int
-    ratio: float
-    low: float
-    high: float
+    ratio: Finite
+    low: Finite
+    high: Finite
     seeds_better: int
-    p_t: float | None
-    p_wilcoxon: float | None
-    curve_ratio: float
+    p_t: Finite | None
+    p_wilcoxon: Finite | None
+    curve_ratio: Finite
     steps_to_reference_end: int | None
 
     def verdict(self, confidence: float) -> str:
@@ -75,20 +98,18 @@ class PairedOutcome:
         return "better" if self.ratio < 1 else "worse"
 
 
-@dataclass(frozen=True, slots=True)
-class Experiment:
+class Experiment(msgspec.Struct, frozen=True):
     """An experiment as it was written; `document` is the whole of it."""
 
     title: str
-    folder: Path | None
     status: str
-    reference: str
-    confidence: float
-    num_runs: int
+    confidence: Finite
     total_runs: int
     methods: tuple[MethodOutcome, ...]
     comparisons: tuple[PairedOutcome, ...]
     document: Mapping[str, Any]
+    folder: Path | None
+    reference: str = ""
 
     @classmethod
     def open(cls, path: str | Path) -> "Experiment":
@@ -119,13 +140,28 @@ class Experiment:
                 "experiment again"
             )
         with stated(folder or "an experiment", _EXPECTED):
-            found = _typed(document, folder)
+            plan, methods = document["plan"], document["methods"].items()
+            read = {
+                **document,
+                "title": document.get("title") or document.get("model") or "",
+                "confidence": plan["confidence"],
+                "total_runs": len(plan["methods"]) * len(plan["seeds"]),
+                "methods": [{**row, "name": name} for name, row in methods],
+                "document": document,
+                "folder": folder,
+            }
+            found = msgspec.convert(read, cls)
         if not found.methods:
             raise RunError(
                 f"expected at least one finished fine-tuning{where}, got none; give the same "
                 "`perplexit igf experiment` again, which continues it"
             )
         return found
+
+    @property
+    def num_runs(self) -> int:
+        """Return how many fine-tunings are finished."""
+        return sum(method.num_seeds for method in self.methods)
 
     def comparison(self, method: str) -> PairedOutcome | None:
         """Return a method's comparison with the reference; None for itself, or before 2 seeds."""
@@ -143,69 +179,3 @@ def check_experiment_output(folder: str | Path, *, inputs: object = ()) -> None:
     kind = Kind("an experiment", lambda found: (found / CONDITIONS_FILE).is_file())
     output = OutputFolder(Path(folder), kind, paths_among(inputs))
     OutputFile(output.path / EXPERIMENT_FILE, json_kind("kind"), paths_among(inputs))
-
-
-def _typed(document: Mapping[str, Any], folder: Path | None) -> Experiment:
-    plan = document["plan"]
-    methods = tuple(_method(str(name), row) for name, row in document["methods"].items())
-    return Experiment(
-        title=str(document.get("title") or document.get("model") or ""),
-        folder=folder,
-        status=str(document["status"]),
-        reference=str(document.get("reference", "")),
-        confidence=float(plan["confidence"]),
-        num_runs=sum(method.num_seeds for method in methods),
-        total_runs=len(plan["methods"]) * len(plan["seeds"]),
-        methods=methods,
-        comparisons=tuple(_paired(row) for row in document["comparisons"]),
-        document=document,
-    )
-
-
-def _method(name: str, row: Mapping[str, Any]) -> MethodOutcome:
-    steps = tuple(int(step) for step in row["steps"])
-
-    def curve(kind: str) -> tuple[float | None, ...]:
-        found = tuple(_number_or_none(x) for x in row[f"{kind}_perplexity"])
-        if len(found) != len(steps) or not steps:
-            raise ValueError(f"the {kind} curve of {name} does not have a figure a step")
-        return found
-
-    return MethodOutcome(
-        name=name,
-        num_seeds=int(row["num_seeds"]),
-        steps=steps,
-        median=tuple(_number(x) for x in curve("median")),
-        low=curve("low"),
-        high=curve("high"),
-        acceptance=_number(row["acceptance"]),
-        tokens={k: _number(row[f"tokens_{k}"]) for k in ("trained", "scored", "judged")},
-        seconds={k: _number(row["seconds"][k]) for k in ("select", "train", "evaluate")},
-    )
-
-
-def _paired(row: Mapping[str, Any]) -> PairedOutcome:
-    reached = row["steps_to_reference_end"]
-    return PairedOutcome(
-        method=str(row["method"]),
-        num_seeds=int(row["num_seeds"]),
-        ratio=_number(row["ratio"]),
-        low=_number(row["ratio_low"]),
-        high=_number(row["ratio_high"]),
-        seeds_better=int(row["seeds_better"]),
-        p_t=_number_or_none(row["p_t_holm"]),
-        p_wilcoxon=_number_or_none(row["p_wilcoxon_holm"]),
-        curve_ratio=_number(row["curve_ratio"]),
-        steps_to_reference_end=None if reached is None else int(reached),
-    )
-
-
-def _number_or_none(value: Any) -> float | None:
-    return None if value is None else _number(value)
-
-
-def _number(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not finite")
-    return number

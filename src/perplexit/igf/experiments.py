@@ -40,7 +40,7 @@ from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerpr
 from perplexit.igf.losses import ContextScorer, ids_on_device
 from perplexit.igf.model_identity import measurement_of_model
 from perplexit.igf.random_contexts import Contexts
-from perplexit.igf.resume_conditions import keep_conditions
+from perplexit.igf.resumable_work import keep_conditions
 from perplexit.igf.selection import (
     METHODS,
     NUM_CALIBRATION,

@@ -12,7 +12,7 @@ from perplexit.atomic_files import write_atomically
 from perplexit.errors import ResumeError, UsageError
 from perplexit.fingerprints import canonical_json
 from perplexit.igf.losses import perplexity_of
-from perplexit.igf.resume_conditions import require_same
+from perplexit.igf.resumable_work import require_same
 from perplexit.untrusted_files import Expected, parse_json
 from perplexit.untrusted_tensors import opened_tensors
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from perplexit.atomic_files import write_json
 from perplexit.errors import OutputError, UsageError
 from perplexit.igf.pickles import read_pickle
-from perplexit.igf.resume_conditions import CONDITIONS_FILE
+from perplexit.igf.resumable_work import CONDITIONS_FILE
 from perplexit.igf.tensors_with_record import (
     PICKLE_SUFFIXES,
     StoredFileError,

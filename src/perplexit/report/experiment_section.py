@@ -144,11 +144,10 @@ def _method_row(experiment: Experiment, index: int) -> dict[str, Any]:
 
 def _cost(experiment: Experiment, method: MethodOutcome) -> dict[str, str]:
     labels = labelling_seconds(experiment) if method.needs_labels else None
-    judged = method.tokens["judged"]
-    scored = method.tokens["scored"]
-    under = f"of {judged:,.0f} looked at"
+    scored = method.tokens_scored
+    under = f"of {method.tokens_judged:,.0f} looked at"
     return {
-        "trained": f"{method.tokens['trained']:,.0f}",
+        "trained": f"{method.tokens_trained:,.0f}",
         "judged": under if not scored else f"{under}, {scored:,.0f} forward",
         "seconds": f"{method.seconds['select'] + method.seconds['train']:,.1f}",
         "labels": "" if labels is None else f"+ {labels:,.0f} for labels",
