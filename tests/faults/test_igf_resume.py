@@ -15,12 +15,12 @@ from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import CorpusError, ResumeError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.finetune_checkpoints import FinetuneSettings
+from perplexit.igf.finetune_settings import FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.optimizer_step import StepRule
 from perplexit.igf.pairs import Pairs
 from perplexit.igf.random_contexts import ContextStream, objective_contexts
-from perplexit.igf.selection import RandomSkip
+from perplexit.igf.selection import random_skip
 from perplexit.runs.parts_folder import lock_folder
 from tests.tiny_models import TINY_MODELS
 
@@ -178,13 +178,13 @@ SETTINGS = FinetuneSettings(
 def test_a_cut_finetuning_resumes_to_the_same_weights(tmp_path: Path, dropout: bool) -> None:
     settings = replace(SETTINGS, dropout=dropout)
     whole = TINY_MODELS["gpt2"]()
-    expected = finetune_model(whole, TRAIN, TEST, selection=RandomSkip(0.5), settings=settings)
+    expected = finetune_model(whole, TRAIN, TEST, selection=random_skip(0.5), settings=settings)
 
     def stop(update) -> None:
         if update.step == 5:
             raise KeyboardInterrupt
 
-    options = {"selection": RandomSkip(0.5), "settings": settings, "checkpoint": tmp_path}
+    options = {"selection": random_skip(0.5), "settings": settings, "checkpoint": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         finetune_model(TINY_MODELS["gpt2"](), TRAIN, TEST, progress=stop, **options)
     model = TINY_MODELS["gpt2"]()

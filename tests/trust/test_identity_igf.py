@@ -17,14 +17,14 @@ from torch import nn
 from perplexit.errors import ResumeError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.finetune_checkpoints import FinetuneSettings
+from perplexit.igf.finetune_settings import FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.language_model import with_lora
 from perplexit.igf.learners import RidgeLearner
 from perplexit.igf.model_identity import unlike_pairs
 from perplexit.igf.pairs import Pairs
 from perplexit.igf.random_contexts import Contexts, ContextStream, objective_contexts
-from perplexit.igf.selection import ConstantThreshold, InformationGain, RandomSkip
+from perplexit.igf.selection import ConstantThreshold, Selection, by_predicted_gain, random_skip
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 pytest.importorskip("peft")
@@ -108,15 +108,15 @@ def ridge(seed: int) -> RidgeLearner:
 
 
 def test_a4_sibling_another_learner_or_seed_is_another_selection(tmp_path: Path) -> None:
-    def selected(seed: int) -> InformationGain:
-        return InformationGain(ridge(seed), ConstantThreshold(-5.0), name="igf-constant")
+    def selected(seed: int) -> Selection:
+        return by_predicted_gain(ridge(seed), ConstantThreshold(-5.0), name="igf-constant")
 
     tune(llama(), tmp_path / "learner", selection=selected(0))
     with pytest.raises(ResumeError, match="learner_fingerprint"):
         tune(llama(), tmp_path / "learner", selection=selected(1))
-    tune(llama(), tmp_path / "seed", selection=RandomSkip(0.5, seed=0))
+    tune(llama(), tmp_path / "seed", selection=random_skip(0.5, seed=0))
     with pytest.raises(ResumeError, match=r"selection\.seed \(0 and 1\)"):
-        tune(llama(), tmp_path / "seed", selection=RandomSkip(0.5, seed=1))
+        tune(llama(), tmp_path / "seed", selection=random_skip(0.5, seed=1))
 
 
 def test_a4_sibling_an_older_checkpoint_does_not_say_its_model(tmp_path: Path) -> None:

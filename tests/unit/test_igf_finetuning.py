@@ -13,7 +13,7 @@ from perplexit.errors import CorpusError, ResumeError, UsageError, VocabularyErr
 from perplexit.igf.articles import Articles
 from perplexit.igf.experiment_summary import draw_experiment, holm, median_interval, summarise
 from perplexit.igf.experiments import ExperimentPlan, run_experiment
-from perplexit.igf.finetune_checkpoints import FinetuneSettings
+from perplexit.igf.finetune_settings import FinetuneSettings
 from perplexit.igf.finetuning import (
     finetune_model,
     last_context_gradient,
@@ -25,11 +25,11 @@ from perplexit.igf.losses import context_losses
 from perplexit.igf.random_contexts import objective_contexts
 from perplexit.igf.selection import (
     ConstantThreshold,
-    InformationGain,
-    LossBand,
-    RandomSkip,
     ShiftingThreshold,
+    by_predicted_gain,
+    loss_band,
     quantile_threshold,
+    random_skip,
     selection_named,
     threshold_within_reach,
 )
@@ -138,7 +138,7 @@ def test_a_quantile_accepts_the_share_it_says() -> None:
 
 def test_random_skipping_is_the_same_however_it_is_asked() -> None:
     ids = np.zeros((400, LENGTH), np.int32)
-    skip = RandomSkip(0.5, seed=3)
+    skip = random_skip(0.5, seed=3)
     whole = skip.accepts(ids, 0, 0, None)
     parts = np.concatenate(
         [skip.accepts(ids[:15], 0, 0, None), skip.accepts(ids[15:], 15, 1, None)]
@@ -155,7 +155,7 @@ def test_the_filter_comes_before_the_models_forward_pass() -> None:
         fed.append(rows if length == LENGTH - 1 else 0)
 
     model.transformer.register_forward_pre_hook(count, with_kwargs=True)
-    selection = InformationGain(ridge(), ConstantThreshold(0.5))
+    selection = by_predicted_gain(ridge(), ConstantThreshold(0.5))
     curve = finetune_model(model, TRAIN, TEST, selection=selection, settings=SETTINGS)
     evaluated = 3 * len(TEST)
     assert sum(fed) == evaluated + SETTINGS.steps * SETTINGS.batch_size
@@ -172,7 +172,7 @@ def test_only_accepted_contexts_are_learnt_from(monkeypatch: pytest.MonkeyPatch)
         lambda model, b, m: seen.append(b.numpy()) or mean_gradient(model, b, m),
     )
     learner = ridge()
-    selection = InformationGain(learner, ShiftingThreshold(0.8, -0.8, steps=2))
+    selection = by_predicted_gain(learner, ShiftingThreshold(0.8, -0.8, steps=2))
     finetune_model(TINY_MODELS["gpt2"](), TRAIN, TEST, selection=selection, settings=SETTINGS)
     lowest = [learner.predict(rows.astype(np.int32)).min() for rows in seen]
     assert min(lowest[:2]) >= 0.8
@@ -182,13 +182,13 @@ def test_only_accepted_contexts_are_learnt_from(monkeypatch: pytest.MonkeyPatch)
 
 def test_high_loss_asks_the_model_and_counts_it() -> None:
     curve = finetune_model(
-        TINY_MODELS["gpt2"](), TRAIN, TEST, selection=LossBand(6.0), settings=SETTINGS
+        TINY_MODELS["gpt2"](), TRAIN, TEST, selection=loss_band(6.0), settings=SETTINGS
     )
     assert curve.tokens_scored >= curve.tokens_judged > 0
 
 
 def test_a_filter_that_accepts_nothing_ends_with_advice() -> None:
-    selection = InformationGain(ridge(), ConstantThreshold(99.0))
+    selection = by_predicted_gain(ridge(), ConstantThreshold(99.0))
     settings = replace(SETTINGS, max_candidates=50)
     with pytest.raises(UsageError, match="lower the threshold, or use a quantile"):
         finetune_model(TINY_MODELS["gpt2"](), TRAIN, TEST, selection=selection, settings=settings)

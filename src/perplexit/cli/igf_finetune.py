@@ -1,5 +1,6 @@
 """`perplexit igf finetune`: fine-tune a model on the contexts that a filter accepts."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,7 +117,7 @@ def finetune(
     people().print(_sentence(name, curve, folder))
     if json:
         document = {"method": name, "selection": selection.to_json(), **curve.to_json()}
-        print_json({**document, "settings": settings.to_json(), "output": str(folder)})
+        print_json({**document, "settings": asdict(settings), "output": str(folder)})
 
 
 def _plain(value: Any) -> Any:

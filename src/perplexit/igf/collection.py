@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.gain_measures import GainMeasure, Mode, default_rule, gain_measure
-from perplexit.igf.losses import ids_on_device, perplexity_of
+from perplexit.igf.losses import ids_on_device
 from perplexit.igf.model_identity import measurement_of_model
 from perplexit.igf.optimizer_step import StepRule
 from perplexit.igf.pairs import Pairs, pairs_output, parts_folder, write_cost
 from perplexit.igf.random_contexts import Contexts, check_disjoint, derived_seed
 from perplexit.igf.resumable_work import keep_conditions, require_same
 from perplexit.igf.tensors_with_record import stored_as, tensor_path
+from perplexit.metrics.likelihood import exp_or_inf
 from perplexit.runs.measurement import measurement_fingerprint
 from perplexit.runs.parts_folder import lock_folder
 from perplexit.untrusted_files import stated
@@ -188,8 +189,8 @@ class _Collection:
 
         The pairs' file is written last: where it exists, everything that belongs to it does.
         """
-        before = perplexity_of(self._objective_loss)
-        after = np.array([perplexity_of(self._objective_loss - gain) for gain in self._gains_N])
+        before = exp_or_inf(self._objective_loss)
+        after = np.array([exp_or_inf(self._objective_loss - gain) for gain in self._gains_N])
         record = {
             **self._conditions,
             "objective_loss": self._objective_loss,

@@ -33,7 +33,7 @@ from perplexit.igf.experiment_file import (
     check_experiment_output,
 )
 from perplexit.igf.experiment_summary import summarise
-from perplexit.igf.finetune_checkpoints import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_settings import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.language_model import weights_restored
 from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerprint

@@ -9,28 +9,45 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from perplexit.errors import NonFiniteError, UsageError
+from perplexit.atomic_files import write_atomically
+from perplexit.errors import NonFiniteError, ResumeError, UsageError
+from perplexit.fingerprints import canonical_json
 from perplexit.igf.articles import Articles
-from perplexit.igf.finetune_checkpoints import (
-    FinetuneCheckpoints,
-    FinetuneCurve,
-    FinetuneProgress,
-    FinetuneSettings,
-)
+from perplexit.igf.finetune_settings import FinetuneCurve, FinetuneProgress, FinetuneSettings
 from perplexit.igf.learners import learner_fingerprint
 from perplexit.igf.losses import ContextScorer, context_losses, ids_on_device
 from perplexit.igf.model_identity import measurement_of_model
 from perplexit.igf.optimizer_step import trainable_parameters
 from perplexit.igf.random_contexts import Contexts, ContextStream, check_disjoint, derived_seed
-from perplexit.igf.selection import Everything, Selection
+from perplexit.igf.resumable_work import require_same
+from perplexit.igf.selection import Selection, all_candidates
+from perplexit.untrusted_files import Expected, parse_json
+from perplexit.untrusted_tensors import opened_tensors
+
+_FILE = "checkpoint.safetensors"
+_EXPECTED = Expected("a checkpoint of this model", ResumeError, "remove it, or name another folder")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class _State(TypedDict):
+    step: int
+    candidate: int
+    curve: FinetuneCurve
+
+
+class _Record(TypedDict):
+    conditions: dict[str, Any]
+    state: _State
 
 
 def finetune_model(
@@ -52,18 +69,18 @@ def finetune_model(
     """
     settings = settings or FinetuneSettings()
     check_disjoint(train=train, test=test)
-    tuning = _Tuning(model, train, test, selection or Everything(), settings)
-    kept = FinetuneCheckpoints(checkpoint, tuning.conditions()) if checkpoint is not None else None
-    if kept is not None:
-        tuning.resume(kept)
+    tuning = _Tuning(model, train, test, selection or all_candidates(), settings)
+    folder = None if checkpoint is None else Path(checkpoint)
+    if folder is not None:
+        tuning.resume(folder)
     if not tuning.curve.steps:
         tuning.evaluate(0)
     for step in range(tuning.step, settings.steps):
         train_loss = tuning.take_step(step)
         if (step + 1) % settings.eval_interval == 0 or step + 1 == settings.steps:
             tuning.evaluate(step + 1)
-            if kept is not None:
-                tuning.keep(kept)
+            if folder is not None:
+                tuning.save(folder)
         if progress is not None:
             latest = tuning.curve.perplexities()[-1]
             progress(
@@ -88,12 +105,10 @@ class _Tuning:
         self.candidate = 0
         self.step = 0
         self._model = model
-        self._measurement = measurement_of_model(model)
         self._selection = selection
         self._settings = settings
         self._stream = ContextStream(train, settings.context_length, settings.seed)
-        self._train_fingerprint = train.fingerprints()
-        self._test = test
+        self._articles = train, test
         self._test_NT = ids_on_device(model, test.ids_NT)
         self._parameters = trainable_parameters(model)
         self._scorer = ContextScorer(model)
@@ -101,38 +116,63 @@ class _Tuning:
             self._parameters, lr=settings.learning_rate, weight_decay=0.0
         )
 
-    def conditions(self) -> dict[str, Any]:
-        """Return what must be equal for a checkpoint to be continued."""
+    @cached_property
+    def _conditions(self) -> dict[str, Any]:
+        """Return what must be equal for a checkpoint to be continued; ask before the first step."""
+        train, test = self._articles
+        learner = self._selection.learner
         return {
-            "settings": {k: v for k, v in self._settings.to_json().items() if k != "steps"},
-            "selection": self._selected_by(),
-            "measurement": self._measurement,
-            "test": self._test.fingerprint(),
-            "train": int(np.bitwise_xor.reduce(self._train_fingerprint)),
+            "settings": {k: v for k, v in asdict(self._settings).items() if k != "steps"},
+            "selection": {
+                **self._selection.to_json(),
+                "learner_fingerprint": None if learner is None else learner_fingerprint(learner),
+                "seed": self._selection.seed,
+            },
+            "measurement": measurement_of_model(self._model),
+            "test": test.fingerprint(),
+            "train": int(np.bitwise_xor.reduce(train.fingerprints())),
         }
 
-    def _selected_by(self) -> dict[str, Any]:
-        """Return the selection, the fingerprint of its learner, and the seed that it draws by."""
-        learner = getattr(self._selection, "learner", None)
-        return {
-            **self._selection.to_json(),
-            "learner_fingerprint": None if learner is None else learner_fingerprint(learner),
-            "seed": getattr(self._selection, "seed", None),
-        }
-
-    def resume(self, kept: FinetuneCheckpoints) -> None:
-        """Restore the last checkpoint, where there is one."""
-        found = kept.load(self._model, self._optimizer)
-        if found is None:
-            return
-        self.step, self.candidate = int(found["step"]), int(found["candidate"])
-        self.curve = FinetuneCurve(**found["curve"])
-        self.curve.num_steps_resumed = self.step
-
-    def keep(self, kept: FinetuneCheckpoints) -> None:
-        """Save the present state."""
+    def save(self, folder: Path) -> None:
+        """Replace the checkpoint in `folder`: weights, optimizer and curve, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in _trainable(self._model):
+            moments = self._optimizer.state.get(parameter, {})
+            found = {"weight": parameter} | {k: moments[k] for k in _MOMENTS if k in moments}
+            for kind, tensor in found.items():
+                tensors[f"{kind}.{name}"] = tensor.detach().cpu().contiguous()
         state = {"step": self.step, "candidate": self.candidate, "curve": asdict(self.curve)}
-        kept.save(self._model, self._optimizer, state)
+        record = canonical_json({"conditions": self._conditions, "state": state})
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            folder / _FILE, lambda p: save_file(tensors, p, metadata={"record": record})
+        )
+
+    def resume(self, folder: Path) -> None:
+        """Restore the checkpoint in `folder`, where there is one.
+
+        Raises ResumeError where it was made under other conditions or is damaged.
+        """
+        path, wanted = folder / _FILE, self._conditions
+        if not path.exists():
+            return
+        with opened_tensors(path, _EXPECTED, framework="pt") as file:
+            text = (file.metadata() or {})["record"]
+            record = parse_json(text, _EXPECTED, _Record, place=path)
+            require_same(record["conditions"], wanted, "fine-tuning", path)
+            names = set(file.keys())
+            for name, parameter in _trainable(self._model):
+                parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+                self._optimizer.state[parameter] = {
+                    kind: file.get_tensor(f"{kind}.{name}").to(
+                        "cpu" if kind == "step" else parameter.device
+                    )
+                    for kind in _MOMENTS
+                    if f"{kind}.{name}" in names
+                }
+        state = record["state"]
+        self.step, self.candidate, self.curve = state["step"], state["candidate"], state["curve"]
+        self.curve.num_steps_resumed = self.step
 
     def evaluate(self, step: int) -> None:
         """Add a point to the curve."""
@@ -181,35 +221,41 @@ class _Tuning:
             return mean_gradient(self._model, batch_BT, self._settings.micro_batch)
 
     def _accepted(self, step: int) -> NDArray[np.int32]:
+        """Return the ids of the next accepted candidates, [B, T]."""
         found: list[NDArray[np.int32]] = []
-        first = self.candidate
-        while len(found) < self._settings.batch_size:
-            if self.candidate - first >= self._settings.max_candidates:
+        wanted, first = self._settings.batch_size, self.candidate
+        while wanted > 0:
+            seen = self.candidate - first
+            if seen >= self._settings.max_candidates:
                 raise UsageError(
                     f"expected the filter {self._selection.name} to accept "
-                    f"{self._settings.batch_size} contexts, got {len(found)} of "
-                    f"{self.candidate - first} at step {step}; lower the threshold, or use a "
-                    "quantile"
+                    f"{self._settings.batch_size} contexts, got "
+                    f"{self._settings.batch_size - wanted} of {seen} at step {step}; lower the "
+                    "threshold, or use a quantile"
                 )
-            self._look_at_more(found, step)
-        return np.stack(found)
+            found.append(self._accepted_of_next(step, wanted))
+            wanted -= len(found[-1])
+        return np.concatenate(found)
 
-    def _look_at_more(self, found: list[NDArray[np.int32]], step: int) -> None:
+    def _accepted_of_next(self, step: int, wanted: int) -> NDArray[np.int32]:
+        """Look at the next candidates, and return the ids of at most `wanted` accepted ones."""
         ids_NT = self._stream.take(self.candidate, self._settings.batch_size).ids_NT
         accepts = self._selection.accepts(ids_NT, self.candidate, step, self._losses)
-        used = len(ids_NT)
-        for row in np.flatnonzero(accepts):
-            found.append(ids_NT[row])
-            if len(found) == self._settings.batch_size:
-                used = int(row) + 1  # the next step looks at the rest, with its own threshold
-                break
+        rows = np.flatnonzero(accepts)[:wanted]
+        # After a full batch the next step looks at the rest, with its own threshold.
+        used = len(ids_NT) if len(rows) < wanted else int(rows[-1]) + 1
         self.candidate += used
         self.curve.tokens_judged += used * ids_NT.shape[1]
         if self._selection.costs_forward_pass:
             self.curve.tokens_scored += int(ids_NT.size)
+        return ids_NT[rows]
 
     def _losses(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
         return self._scorer.losses(ids_on_device(self._model, ids_NT))
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def mean_gradient(model: nn.Module, batch_BT: Tensor, micro_batch: int) -> float:

@@ -4,8 +4,6 @@ Shape suffixes: N = contexts, B = contexts of one batch, T = ids of a context.
 A context of T ids has T - 1 targets; the last id predicts nothing and is not given to the model.
 """
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -94,8 +92,3 @@ class ContextScorer:
 
 def _id_limit(model: nn.Module) -> int:
     return len(model.get_input_embeddings().weight)  # type: ignore[operator]
-
-
-def perplexity_of(loss: float) -> float:
-    """Return exp(loss), infinite only where a float64 cannot hold it."""
-    return math.exp(loss) if loss < 709.78 else math.inf

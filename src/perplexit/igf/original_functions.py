@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from perplexit.errors import UsageError
 from perplexit.igf.articles import Articles, read_articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.finetune_checkpoints import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_settings import FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.gain_measures import Mode
 from perplexit.igf.language_model import load_gpt2, model_output, recopy_gpt2, save_model
@@ -30,16 +30,16 @@ from perplexit.igf.learners import (
     learner_output,
     save_learner,
 )
-from perplexit.igf.losses import ContextScorer, ids_on_device, perplexity_of
+from perplexit.igf.losses import ContextScorer, ids_on_device
 from perplexit.igf.pairs import Pairs, pairs_of
 from perplexit.igf.random_contexts import ContextStream, contexts_of, objective_contexts
 from perplexit.igf.selection import (
-    Everything,
-    InformationGain,
-    Selection,
     ShiftingThreshold,
+    all_candidates,
+    by_predicted_gain,
     reachable_threshold,
 )
+from perplexit.metrics.likelihood import exp_or_inf
 
 DATA_FILE = "data/tokenized_stories_train_wikitext103.jbl"
 _SEED = 4
@@ -58,7 +58,7 @@ def compute_perplexity(model: nn.Module, test_data: Any, context_len: int) -> Te
         loss = ContextScorer(model).mean_loss(rows_NT)
     finally:
         model.train(was_training)
-    return torch.tensor(perplexity_of(loss), dtype=torch.float64)
+    return torch.tensor(exp_or_inf(loss), dtype=torch.float64)
 
 
 def generate_datasets(
@@ -261,10 +261,10 @@ def finetune(  # noqa: PLR0917 - the original's
     """
     model_output(finetuned_model_name, force=True)  # fails before the training, not after it
     train = train_dataset if isinstance(train_dataset, Articles) else Articles.of(train_dataset)
-    selection: Selection = Everything()
+    selection = all_candidates()
     if secondary_learner is not None:
         first = reachable_threshold(secondary_learner, threshold, train, context_len)
-        selection = InformationGain(secondary_learner, ShiftingThreshold(first=first))
+        selection = by_predicted_gain(secondary_learner, ShiftingThreshold(first=first))
     settings = FinetuneSettings(
         steps=min(max_steps, last_step),
         batch_size=batch_size,

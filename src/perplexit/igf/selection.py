@@ -1,16 +1,13 @@
-"""Selections: which candidate contexts a fine-tuning step uses. One class per method.
-
-`costs_forward_pass` says whether a method needs a forward pass of the language model; the record of
-a run counts what each method really read.
+"""Selections: which candidate contexts a fine-tuning step uses. One function per method.
 
 Shape suffixes: N = candidates, T = ids of a context.
 """
 
+import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,21 +39,19 @@ METHODS = (
 class ConstantThreshold:
     """The least predicted gain (a z-score) that is accepted, the same at every step."""
 
+    kind: ClassVar[str] = "constant"
     value: float = 1.0
 
     def at(self, step: int) -> float:
         """Return the threshold at a step, counted from 0."""
         return self.value
 
-    def to_json(self) -> dict[str, Any]:
-        """Return kind and parameters as JSON values."""
-        return {"threshold": "constant", **asdict(self)}
-
 
 @dataclass(frozen=True, slots=True)
 class ShiftingThreshold:
     """`first` for `steps` steps, `then` from there on: the paper's +1, then -1 after 10."""
 
+    kind: ClassVar[str] = "shifting"
     first: float = 1.0
     then: float = -1.0
     steps: int = 10
@@ -64,10 +59,6 @@ class ShiftingThreshold:
     def at(self, step: int) -> float:
         """Return the threshold at a step, counted from 0."""
         return self.first if step < self.steps else self.then
-
-    def to_json(self) -> dict[str, Any]:
-        """Return kind and parameters as JSON values."""
-        return {"threshold": "shifting", **asdict(self)}
 
 
 def quantile_threshold(predicted_N: NDArray[np.float64], share: float) -> ConstantThreshold:
@@ -86,104 +77,76 @@ def check_share(share: float) -> None:
         raise UsageError(f"expected a share of contexts to accept in (0, 1], got {share}")
 
 
-class Selection(ABC):
-    """Decides which candidates a step uses. `costs_forward_pass`: whether it asks the model."""
+@dataclass(frozen=True)
+class Selection:
+    """Which candidates the steps of a fine-tuning use.
+
+    accepts: (ids [N, T], number of the first of them in the stream of candidates, step, losses)
+             → which of them the step uses, [N]. `losses` gives the losses of contexts under the
+             model in its present state.
+    parameters: what it decides by, as JSON values.
+    learner: by which it predicts; seed: by which it draws.
+    costs_forward_pass: whether it asks the model; what was really read is counted.
+    """
 
     name: str
-    costs_forward_pass = False
+    accepts: Callable[[Ids, int, int, Losses], Flags]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    learner: Learner | None = None
+    seed: int | None = None
+    costs_forward_pass: bool = False
 
-    @abstractmethod
-    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
-        """Return which candidates step `step` uses, [N].
-
-        first:  the number of the first of them in the stream of candidates.
-        losses: gives the losses of contexts under the model in its present state.
-        """
-
-    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Return name and parameters as JSON values."""
+        return {"name": self.name, **self.parameters}
 
 
-@dataclass(frozen=True)
-class Everything(Selection):
-    """Standard fine-tuning: every candidate is used."""
-
-    name: str = "standard"
-
-    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
-        """See Selection."""
-        return np.ones(len(ids_NT), dtype=np.bool_)
-
-    def to_json(self) -> dict[str, Any]:
-        """See Selection."""
-        return {"name": self.name}
+def all_candidates() -> Selection:
+    """Return standard fine-tuning: every candidate is used."""
+    return Selection("standard", lambda ids_NT, *_: np.ones(len(ids_NT), dtype=np.bool_))
 
 
-@dataclass(frozen=True)
-class InformationGain(Selection):
-    """Uses candidates predicted at or above the threshold, before any forward pass."""
+def by_predicted_gain(
+    learner: Learner,
+    threshold: ConstantThreshold | ShiftingThreshold,
+    name: str = "igf-shifting",
+) -> Selection:
+    """Use candidates predicted at or above the threshold, before any forward pass."""
 
-    learner: Learner
-    threshold: ConstantThreshold | ShiftingThreshold = field(default_factory=ShiftingThreshold)
-    name: str = "igf-shifting"
+    def accepts(ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
+        return np.asarray(learner.predict(ids_NT) >= threshold.at(step))
 
-    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
-        """See Selection."""
-        return np.asarray(self.learner.predict(ids_NT) >= self.threshold.at(step))
-
-    def to_json(self) -> dict[str, Any]:
-        """See Selection."""
-        return {"name": self.name, "learner": self.learner.kind, **self.threshold.to_json()}
+    parameters = {"learner": learner.kind, "threshold": threshold.kind, **asdict(threshold)}
+    return Selection(name, accepts, parameters, learner=learner)
 
 
-@dataclass(frozen=True)
-class RandomSkip(Selection):
-    """Uses a candidate with probability `share`: shows what skipping alone does."""
+def random_skip(share: float = 0.25, seed: int = 0) -> Selection:
+    """Use a candidate with probability `share`: shows what skipping alone does.
 
-    share: float = 0.25
-    seed: int = 0
-    name: str = "random-skip"
+    The random number of a candidate follows from the seed and its number in the stream.
+    """
+    check_share(share)
 
-    def __post_init__(self) -> None:
-        check_share(self.share)
+    def accepts(ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
+        draws = (np.random.default_rng([seed, 1, first + i]).random() for i in range(len(ids_NT)))
+        return np.array([draw < share for draw in draws])
 
-    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
-        """See Selection."""
-        numbers = range(first, first + len(ids_NT))
-        return np.array([self.draw(number) < self.share for number in numbers])
-
-    def draw(self, number: int) -> float:
-        """Return the random number in [0, 1) that belongs to a candidate of the stream."""
-        return float(np.random.default_rng([self.seed, 1, number]).random())
-
-    def to_json(self) -> dict[str, Any]:
-        """See Selection."""
-        return {"name": self.name, "share": self.share}
+    return Selection("random-skip", accepts, {"share": share}, seed=seed)
 
 
-@dataclass(frozen=True)
-class LossBand(Selection):
-    """Uses candidates whose loss under the model being tuned lies between two bounds, in nats.
+def loss_band(low: float, high: float = math.inf, name: str = "high-loss") -> Selection:
+    """Use candidates whose loss under the model being tuned lies between two bounds, in nats.
 
     `high-loss` has no upper bound; `perplexity-band` keeps the middle. Costs one forward pass per
     candidate.
     """
 
-    low: float
-    high: float = float("inf")
-    name: str = "high-loss"
-    costs_forward_pass = True
-
-    def accepts(self, ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
-        """See Selection."""
+    def accepts(ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
         losses_N = losses(ids_NT)
-        return np.asarray((losses_N >= self.low) & (losses_N <= self.high))
+        return np.asarray((losses_N >= low) & (losses_N <= high))
 
-    def to_json(self) -> dict[str, Any]:
-        """See Selection."""
-        high = self.high if np.isfinite(self.high) else None
-        return {"name": self.name, "low_nats": self.low, "high_nats": high}
+    bounds = {"low_nats": low, "high_nats": high if math.isfinite(high) else None}
+    return Selection(name, accepts, bounds, costs_forward_pass=True)
 
 
 def _check_reached(predicted_N: NDArray[np.float64], threshold: float) -> None:
@@ -226,7 +189,7 @@ def calibration_contexts(
     return ContextStream(train, context_length, _CALIBRATION_SEED).take(0, number)
 
 
-def selection_named(  # noqa: PLR0911 - one return per method
+def selection_named(
     name: str,
     *,
     learner: Learner | None = None,
@@ -242,31 +205,28 @@ def selection_named(  # noqa: PLR0911 - one return per method
     calibration_losses: gives the untouched model's losses on them (asked for only where needed).
     Raises UsageError where the method lacks what it needs.
     """
+    if name not in METHODS:
+        raise UsageError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
     if name == "standard":
-        return Everything()
+        return all_candidates()
     if name == "random-skip":
-        return RandomSkip(share, seed)
+        return random_skip(share, seed)
     if name in ("high-loss", "perplexity-band"):
         if calibration_losses is None:
             raise UsageError(f"expected losses to calibrate {name} with, got none")
         found = calibration_losses()
         check_share(share)
-        if name == "high-loss":
-            return LossBand(float(np.quantile(found, 1 - share)))
-        low, high = np.quantile(found, [0.5 - share / 2, 0.5 + share / 2])
-        return LossBand(float(low), float(high), name)
-    if name not in METHODS:
-        raise UsageError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
+        bounds = [1 - share] if name == "high-loss" else [0.5 - share / 2, 0.5 + share / 2]
+        return loss_band(*map(float, np.quantile(found, bounds)), name=name)
     if learner is None:
         raise UsageError(f"expected a secondary learner for {name}; train one first")
-    if calibration_NT is not None and name != "igf-quantile":
+    threshold: ConstantThreshold | ShiftingThreshold = ConstantThreshold(constant)
+    if name == "igf-quantile":
+        if calibration_NT is None:
+            raise UsageError("expected contexts to calibrate the quantile with, got none")
+        threshold = quantile_threshold(learner.predict(calibration_NT), share)
+    elif calibration_NT is not None:
         _check_reached(learner.predict(calibration_NT), constant)
-    if name == "igf-constant":
-        return InformationGain(learner, ConstantThreshold(constant), name)
     if name == "igf-shifting":
-        return InformationGain(learner, ShiftingThreshold(first=constant), name)
-    if calibration_NT is None:
-        raise UsageError("expected contexts to calibrate the quantile with, got none")
-    return InformationGain(
-        learner, quantile_threshold(learner.predict(calibration_NT), share), name
-    )
+        threshold = ShiftingThreshold(first=constant)
+    return by_predicted_gain(learner, threshold, name)
