@@ -13,7 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from perplexit.igf.experiment_file import (
     check_experiment_output,
 )
 from perplexit.igf.experiment_summary import summarise
-from perplexit.igf.finetune_settings import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_settings import FinetuneCurve, FinetuneProgress, FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.language_model import weights_restored
 from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerprint
@@ -84,10 +84,6 @@ class ExperimentPlan:
         if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
             raise UsageError(f"expected at least 2 different seeds, got {list(self.seeds)}")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return dict(plain_json(asdict(self)))
-
 
 @dataclass(frozen=True, slots=True)
 class ExperimentProgress:
@@ -119,28 +115,29 @@ def run_experiment(
     labelling:     what the learner's pairs cost, recorded beside the methods that need them.
     title:         what a plot or a report calls it; empty: the model's name.
     seconds_limit: stop after the run that passes it; the document then says status "interrupted".
-    The model has its own weights again afterwards. Raises ResumeError where `output` holds another
-    experiment.
+    Restores the model's weights. Raises ResumeError where `output` holds another experiment.
     """
     folder = Path(output)
     check_experiment_output(folder)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     conditions = _conditions(model, train, test, plan, learner)
     keep_conditions(folder, conditions, "experiment")
-    length, share = plan.settings.context_length, plan.share
-    select = _selections(model, train, length, learner, share, plan.constant, plan.num_calibration)
+    select = _calibrated(model, train, plan, learner)
     for method in plan.methods:
         select(method, 0)  # raises before anything runs where a method lacks something
-    records, stopped = _run_what_is_missing(
-        model,
-        train,
-        test,
-        plan,
-        select,
-        folder / "runs",
-        seconds_limit=seconds_limit,
-        progress=progress,
-    )
+
+    def finetuned(at: ExperimentProgress) -> FinetuneCurve:
+        with weights_restored(model):
+            return finetune_model(
+                model,
+                train,
+                test,
+                selection=select(at.method, at.seed),
+                settings=replace(plan.settings, seed=at.seed),
+                progress=progress and (lambda update: progress(replace(at, finetune=update))),
+            )
+
+    records, stopped = _run_what_is_missing(plan, finetuned, folder / "runs", seconds_limit)
     document = {
         "schema_version": SCHEMA_VERSION,
         "kind": EXPERIMENT_KIND,
@@ -148,7 +145,7 @@ def run_experiment(
         "title": title or model_name,
         "model": model_name,
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "plan": plan.to_json(),
+        "plan": plain_json(asdict(plan)),
         "conditions": conditions,
         "threads": torch.get_num_threads(),
         "test": {"num_contexts": len(test), "num_articles": len(set(test.article_N.tolist()))},
@@ -165,8 +162,9 @@ def _conditions(
     model: nn.Module, train: Articles, test: Contexts, plan: ExperimentPlan, learner: Learner | None
 ) -> dict[str, Any]:
     measurement = measurement_of_model(model)
+    planned = plain_json(asdict(plan))
     return {
-        "plan": {k: v for k, v in plan.to_json().items() if k not in ("methods", "seeds")},
+        "plan": {k: v for k, v in planned.items() if k not in ("methods", "seeds")},
         "weights_fingerprint": module_fingerprint(model),
         "measurement": measurement,
         "measurement_fingerprint": measurement_fingerprint(measurement),
@@ -176,49 +174,27 @@ def _conditions(
     }
 
 
-def _run_what_is_missing(  # noqa: PLR0917 - one experiment
-    model: nn.Module,
-    train: Articles,
-    test: Contexts,
+def _run_what_is_missing(
     plan: ExperimentPlan,
-    select: Callable[[str, int], Selection],
+    finetuned: Callable[[ExperimentProgress], FinetuneCurve],
     folder: Path,
-    *,
     seconds_limit: float | None,
-    progress: Callable[[ExperimentProgress], None] | None,
 ) -> tuple[dict[str, dict[int, dict[str, Any]]], bool]:
     """Return (records by method and seed, whether the limit stopped it); write each new record."""
-    began = time.perf_counter()
-    total = len(plan.methods) * len(plan.seeds)
+    began, stopped = time.perf_counter(), False
     records: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in plan.methods}
-    stopped = False
-    for number, (seed, method) in enumerate((s, m) for s in plan.seeds for m in plan.methods):
+    runs = [(seed, method) for seed in plan.seeds for method in plan.methods]
+    for number, (seed, method) in enumerate(runs):
         path = folder / f"{method}-{seed}.json"
-        if path.exists():
-            records[method][seed] = read_json(path, _FINISHED, dict[str, Any])
-            continue
-        if stopped or (seconds_limit is not None and time.perf_counter() - began > seconds_limit):
-            stopped = True
-            continue
-        at = ExperimentProgress(method, seed, number, total)
-        with weights_restored(model):
-            curve = finetune_model(
-                model,
-                train,
-                test,
-                selection=select(method, seed),
-                settings=replace(plan.settings, seed=seed),
-                progress=None if progress is None else partial(_tell, progress, at),
-            )
-        records[method][seed] = {"method": method, "seed": seed, **curve.to_json()}
-        write_json(path, records[method][seed])
+        if not path.exists():
+            late = seconds_limit is not None and time.perf_counter() - began > seconds_limit
+            stopped = stopped or late
+            if stopped:
+                continue
+            curve = finetuned(ExperimentProgress(method, seed, number, len(runs)))
+            write_json(path, {"method": method, "seed": seed, **curve.to_json()})
+        records[method][seed] = read_json(path, _FINISHED, dict[str, Any])
     return records, stopped
-
-
-def _tell(
-    progress: Callable[[ExperimentProgress], None], at: ExperimentProgress, update: FinetuneProgress
-) -> None:
-    progress(replace(at, finetune=update))
 
 
 def calibrated_selection(
@@ -237,40 +213,36 @@ def calibrated_selection(
 
     The loss methods use the model's losses on those, before any training; see `selection_named`.
     """
-    make = _selections(model, train, context_length, learner, share, constant, num_calibration)
-    return make(name, seed)
+    plan = ExperimentPlan(
+        settings=FinetuneSettings(context_length=context_length),
+        share=share,
+        constant=constant,
+        num_calibration=num_calibration,
+    )
+    return _calibrated(model, train, plan, learner)(name, seed)
 
 
-def _selections(  # noqa: PLR0917 - what calibrates a selection
-    model: nn.Module,
-    train: Articles,
-    context_length: int,
-    learner: Learner | None,
-    share: float,
-    constant: float,
-    num_calibration: int,
+def _calibrated(
+    model: nn.Module, train: Articles, plan: ExperimentPlan, learner: Learner | None
 ) -> Callable[[str, int], Selection]:
     """Return a function of method and seed; all its selections have the same calibration."""
     if learner is not None:
         check_learner_fits(learner, model)
-    calibration = calibration_contexts(train, context_length, num_calibration)
+    ids_NT = calibration_contexts(train, plan.settings.context_length, plan.num_calibration).ids_NT
 
     @cache
     def losses() -> NDArray[np.float64]:
-        return ContextScorer(model).losses(ids_on_device(model, calibration.ids_NT))
+        return ContextScorer(model).losses(ids_on_device(model, ids_NT))
 
-    def make(method: str, seed: int) -> Selection:
-        return selection_named(
-            method,
-            learner=learner,
-            calibration_NT=calibration.ids_NT,
-            calibration_losses=losses,
-            share=share,
-            constant=constant,
-            seed=seed,
-        )
-
-    return make
+    return lambda method, seed: selection_named(
+        method,
+        learner=learner,
+        calibration_NT=ids_NT,
+        calibration_losses=losses,
+        share=plan.share,
+        constant=plan.constant,
+        seed=seed,
+    )
 
 
 def _fingerprint(articles: Articles) -> str:

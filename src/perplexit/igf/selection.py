@@ -216,8 +216,10 @@ def selection_named(
             raise UsageError(f"expected losses to calibrate {name} with, got none")
         found = calibration_losses()
         check_share(share)
-        bounds = [1 - share] if name == "high-loss" else [0.5 - share / 2, 0.5 + share / 2]
-        return loss_band(*map(float, np.quantile(found, bounds)), name=name)
+        if name == "high-loss":
+            return loss_band(float(np.quantile(found, 1 - share)))
+        low, high = np.quantile(found, [0.5 - share / 2, 0.5 + share / 2])
+        return loss_band(float(low), float(high), name)
     if learner is None:
         raise UsageError(f"expected a secondary learner for {name}; train one first")
     threshold: ConstantThreshold | ShiftingThreshold = ConstantThreshold(constant)
