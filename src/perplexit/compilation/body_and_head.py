@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
 from perplexit.errors import CompilationError
-from perplexit.program_record import ProgramMemory, ProgramModel, ProgramShapes
+from perplexit.program_record import ProgramShapes
 
 _HEAD_LOGITS_BYTES = 16 * 2**20
 _LONGEST = 2**24  # ids: more than any window has
@@ -98,12 +98,12 @@ class Body(nn.Module):
         super().__init__()
         self.body = model.base_model
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Map (B, T) → (B, T, D)."""
-        # a mask of ones: without any, transformers looks for windows packed into one row
-        mask_BT = input_ids.new_ones(input_ids.shape)
-        output = self.body(input_ids=input_ids, attention_mask=mask_BT, use_cache=False)
-        return output.last_hidden_state  # type: ignore[no-any-return]
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **given: Any) -> Tensor:
+        """Map (B, T) → (B, T, D). given: more for the model's own forward."""
+        if attention_mask is None:  # without any, transformers looks for windows packed in one row
+            attention_mask = input_ids.new_ones(input_ids.shape)
+        options = {"attention_mask": attention_mask, "use_cache": False, **given}
+        return self.body(input_ids=input_ids, **options).last_hidden_state  # type: ignore[no-any-return]
 
 
 class LogitsHead(nn.Module):
@@ -118,27 +118,16 @@ class LogitsHead(nn.Module):
         return self.head(inputs_embeds=hidden_BTD, use_cache=False).logits.float()  # type: ignore[no-any-return]
 
 
-def describe_model(model: Any, *, address: str, fingerprint: str) -> ProgramModel:
-    """Describe, for a program's record, the checkpoint that it was made from."""
-    config = model.config.get_text_config()
-    return ProgramModel(
-        address=address,
-        architecture=type(model).__name__,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights_fingerprint=fingerprint,
-        vocab_size=int(config.vocab_size),
-        max_length=getattr(config, "max_position_embeddings", None),
-    )
+class LogitsProgram(nn.Module):
+    """Ids_BT and their mask → logits_BTV: body and head one after the other."""
 
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.body, self.head = Body(model), LogitsHead(model)
 
-def memory_of(model: Any) -> ProgramMemory:
-    """Estimate what a window costs while a float32 program runs."""
-    config = model.config.get_text_config()
-    hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    # a dozen hidden-sized tensors and three of the feed-forward's are alive at a time, and three
-    # copies of the attention scores
-    return ProgramMemory(4 * (12 * hidden + 3 * inner), 4 * 3 * int(config.num_attention_heads))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Map (B, T) and (B, T) → (B, T, V)."""
+        return self.head(self.body(input_ids, attention_mask))  # type: ignore[no-any-return]
 
 
 def halve_body(model: Any) -> None:

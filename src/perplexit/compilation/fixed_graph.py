@@ -8,10 +8,10 @@ logits alive at a time, V = vocabulary.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perplexit.checkpoints.quiet import quiet_transformers
-from perplexit.compilation.body_and_head import LogitsHead, check_rotary, rows_at_a_time
+from perplexit.compilation.body_and_head import LogitsProgram, check_rotary, rows_at_a_time
 from perplexit.compilation.compiler_errors import stated_by
 from perplexit.errors import UsageError
 from perplexit.program_record import ProgramShapes
@@ -20,11 +20,12 @@ DEFAULT_BATCH_SIZE, DEFAULT_LENGTH = 1, 512
 _SUMMED_AT_ONCE = 256
 
 
-def fixed_shapes(asked: ProgramShapes, longest: int | None) -> ProgramShapes:
+def fixed_shapes(asked: ProgramShapes, model: Any) -> ProgramShapes:
     """Return the sizes asked for; one window of 512 ids (or of all that the model takes) otherwise.
 
     Raises UsageError for windows longer than the model was made for.
     """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and (asked.length or 0) > longest:
         raise UsageError(
             f"expected windows of at most {longest} ids, which is what the model was made for, got "
@@ -35,15 +36,14 @@ def fixed_shapes(asked: ProgramShapes, longest: int | None) -> ProgramShapes:
     return ProgramShapes(batch, length, batch * (length - 1))
 
 
-class FixedLogits(nn.Module):
+class FixedLogits(LogitsProgram):
     """Ids_BT → logits_BTV; B and T are the shapes', every window starts at position 0."""
 
     def __init__(self, model: Any, shapes: ProgramShapes) -> None:
-        super().__init__()
+        super().__init__(model)
         model.set_attn_implementation("eager")
         config = model.config.get_text_config()
         batch, length = shapes.batch_size or 1, shapes.length or 2
-        self.body, self.head = model.base_model, LogitsHead(model)
         self.register_buffer("positions_BT", torch.arange(length).expand(batch, length).clone())
         causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
         self.register_buffer("causal", _additive(causal_TT))
@@ -58,15 +58,9 @@ class FixedLogits(nn.Module):
         mask: Any = self.causal
         if self.by_kind:
             mask = {"full_attention": self.causal, "sliding_attention": self.sliding}
-        output = self.body(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=self.positions_BT,
-            use_cache=False,
-        )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return self.body(input_ids, mask, position_ids=self.positions_BT)  # type: ignore[no-any-return]
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
         """Map (B, T) → (B, T, V)."""
         return self.head(self.hidden_states(input_ids))  # type: ignore[no-any-return]
 

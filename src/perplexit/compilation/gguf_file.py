@@ -12,10 +12,9 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from perplexit.checkpoints.loading import Checkpoint
-from perplexit.compilation.body_and_head import describe_model
 from perplexit.compilation.gguf_tensors import architecture_of, gguf_tensors
 from perplexit.compilation.gguf_vocabulary import add_vocabulary
-from perplexit.compilation.loss_check import window_nll
+from perplexit.compilation.program_build import IN_FLOAT32, ProgramBuild, window_nll
 from perplexit.compilation.targets import CompileRequest
 from perplexit.errors import CompilationError, QuantizationError
 from perplexit.program_record import (
@@ -24,7 +23,6 @@ from perplexit.program_record import (
     ProgramQuantization,
     ProgramShapes,
     ProgramVerification,
-    files_of,
 )
 from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
 from perplexit.quantization.gguf_quantizer import quantize_gguf
@@ -87,23 +85,15 @@ def build_gguf_program(
         plain.unlink()
     difference = _check(llamacpp_nll(path, ids), reference, precision)
     header = read_gguf_header(path)
-    return ProgramMetadata(
-        engine="gguf",
-        perplexity=False,
+    logits = replace(request, perplexity=False)
+    record = ProgramBuild("gguf", checkpoint, logits, ProgramShapes(), ()).record(
+        folder,
+        ProgramVerification(IN_FLOAT32, len(ids) - 1, difference),
         dtype=header.matrix_dtype,
-        opset=0,
-        shapes=ProgramShapes(),
-        model=describe_model(model, address=source.address, fingerprint=source.fingerprint),
         memory=ProgramMemory(bytes_per_id=0, bytes_per_id_pair=0),
-        verification=ProgramVerification(
-            reference="the checkpoint in PyTorch float32",
-            num_tokens=len(ids) - 1,
-            max_abs_nll_difference=difference,
-        ),
-        files=files_of(folder),
         quantization=_quantization(header, precision),
-        made_by={"llama-cpp-python": llama_cpp.__version__},
     )
+    return replace(record, made_by={"llama-cpp-python": llama_cpp.__version__})
 
 
 def _write(checkpoint: Checkpoint, path: Path, precision: str) -> Path:

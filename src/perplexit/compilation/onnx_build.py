@@ -11,22 +11,20 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
-from perplexit.compilation.body_and_head import describe_model, halve_body, memory_of
-from perplexit.compilation.loss_check import (
-    TOLERANCE,
-    check_changed,
-    checkpoint_losses,
-    program_losses,
-    verification_windows,
-    verified,
-)
+from perplexit.compilation.body_and_head import halve_body
 from perplexit.compilation.onnx_export import ExportedGraph, export_graph
 from perplexit.compilation.onnx_key_values import CacheShape
+from perplexit.compilation.program_build import (
+    IN_FLOAT32,
+    TOLERANCE,
+    ProgramBuild,
+    check_changed,
+    verified,
+)
 from perplexit.compilation.targets import CompileRequest
 from perplexit.program_batches import Feed, RunProgram
-from perplexit.program_record import ProgramCache, ProgramMetadata, ProgramQuantization, files_of
+from perplexit.program_record import ProgramCache, ProgramMetadata, ProgramQuantization
 from perplexit.quantization.onnx_blocks import (
     ACCURACY_LEVEL,
     QuantizedWeight,
@@ -37,6 +35,7 @@ from perplexit.quantization.onnx_blocks import (
 from perplexit.quantization.precisions import Recipe
 
 MODEL_FILE = "model.onnx"
+_PACKAGES = ("torch", "transformers", "onnxscript", "onnxruntime")
 _LARGE_SHARE = 0.01  # a tensor with at least 1 % of the parameters is large
 # Nats a token. In float16, PyTorch and ONNX Runtime round their sums at other places.
 _TOLERANCES = {"float32": TOLERANCE, "float16": 0.1}
@@ -51,48 +50,36 @@ def build_onnx_program(
     Raises CompilationError where the program's losses are not the checkpoint's, and
     QuantizationError where the recipe changed nothing.
     """
-    recipe, perplexity, shapes = request.recipe, request.perplexity, request.shapes
-    against = "the checkpoint in PyTorch float32"
-    model: Any = checkpoint.model
-    described = describe_model(
-        model, address=checkpoint.source.address, fingerprint=checkpoint.source.fingerprint
-    )
-    windows = verification_windows(described, shapes)
+    recipe, against = request.recipe, IN_FLOAT32
+    build = ProgramBuild("onnx", checkpoint, request, request.shapes, _PACKAGES)
+    model = build.module
     if request.dtype == "float16":
         halve_body(model)
         against = "the checkpoint in PyTorch, its body in float16 and its head in float32"
     graph = export_graph(
         model,
-        perplexity=perplexity,
-        shapes=shapes,
-        weights_fingerprint=described.weights_fingerprint,
+        perplexity=request.perplexity,
+        shapes=build.shapes,
+        weights_fingerprint=build.model.weights_fingerprint,
     )
-    reference = checkpoint_losses(model, windows)
-    quantization, weights = _quantize(graph, recipe, described.num_parameters)
+    reference = build.checkpoint_losses()
+    quantization, weights = _quantize(graph, recipe, build.model.num_parameters)
     path = folder / MODEL_FILE
     ir.save(graph.model, path, external_data=f"{MODEL_FILE}.data")
     if recipe is not None:
         for weight in weights:
             model.get_parameter(weight.name).data.copy_(torch.from_numpy(weight.dequantized()))
-        before, reference = reference, checkpoint_losses(model, windows)
+        before, reference = reference, build.checkpoint_losses()
         check_changed(reference, before, recipe.precision)
         against += f" with the weights that the {recipe.precision} blocks stand for"
-    losses = program_losses(_runner(path), windows, shapes, perplexity=perplexity, masked=True)
-    verification = verified(losses, reference, against, tolerance=_TOLERANCES[request.dtype])
-    return ProgramMetadata(
-        engine="onnx",
-        perplexity=perplexity,
+    losses = build.program_losses(_runner(path), masked=True)
+    return build.record(
+        folder,
+        verified(losses, reference, against, tolerance=_TOLERANCES[request.dtype]),
         dtype=request.dtype,
         opset=graph.model.graph.opset_imports[""],
-        shapes=shapes,
-        model=described,
-        memory=memory_of(model),
-        verification=verification,
-        files=files_of(folder),
         quantization=quantization,
-        head_rows=graph.head_rows,
         cache=_cache_of(graph.cache, request.dtype),
-        made_by=_versions(),
     )
 
 
@@ -156,8 +143,3 @@ def _runner(path: Path) -> RunProgram:
         return np.concatenate(parts, axis=1)
 
     return run
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "onnxscript", "onnxruntime")
-    return {"perplexit": __version__} | {name: metadata.version(name) for name in packages}

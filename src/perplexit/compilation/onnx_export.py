@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
 from perplexit.compilation.body_and_head import (
+    LogitsProgram,
     check_rotary,
     exportable_attention,
-    head_of,
     rows_at_a_time,
 )
 from perplexit.compilation.compiler_errors import stated_by
@@ -40,13 +40,11 @@ class ExportedGraph:
     """An ONNX graph whose initializers bear the checkpoint's own names.
 
     head_weights: the names under which the head's matrix occurs.
-    head_rows:    C, or None for a program that gives logits.
     cache:        of a program that takes and gives keys and values, their shape.
     """
 
     model: ir.Model
     head_weights: frozenset[str]
-    head_rows: int | None
     cache: CacheShape | None = None
 
 
@@ -65,7 +63,7 @@ def export_graph(
     model.eval().requires_grad_(False)
     head_rows = rows_at_a_time(model.config.get_text_config().vocab_size) if perplexity else None
     cache = None if perplexity or shapes.length else cache_shape(model)
-    module: nn.Module = _LossProgram(model, head_rows) if head_rows else _LogitsProgram(model)
+    module: nn.Module = _LossProgram(model, head_rows) if head_rows else LogitsProgram(model)
     signature = _signature(shapes, head_rows)
     if cache is not None:
         module, signature = CachedLogitsProgram(model), _with_cache(signature, cache, shapes, model)
@@ -86,28 +84,10 @@ def export_graph(
         perplexity=perplexity,
         shapes=shapes,
     )
-    return ExportedGraph(graph, _head_weight_names(model), head_rows, cache)
+    return ExportedGraph(graph, _head_weight_names(model), cache)
 
 
-class _LogitsProgram(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.body = model.base_model
-        self.head = head_of(model)
-
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return output.last_hidden_state  # type: ignore[no-any-return]
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        output = self.head(inputs_embeds=hidden_BTD, use_cache=False)
-        return output.logits.float()  # type: ignore[no-any-return]
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.logits(self.hidden_states(input_ids, attention_mask))
-
-
-class _LossProgram(_LogitsProgram):
+class _LossProgram(LogitsProgram):
     def __init__(self, model: Any, head_rows: int) -> None:
         super().__init__(model)
         self.head_rows = head_rows
@@ -115,7 +95,7 @@ class _LossProgram(_LogitsProgram):
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor, target_rows: Tensor, target_ids: Tensor
     ) -> Tensor:
-        hidden_BTD = self.hidden_states(input_ids, attention_mask)
+        hidden_BTD = self.body(input_ids, attention_mask)
         num_targets = target_rows.shape[0]
         num_chunks = (num_targets + self.head_rows - 1) // self.head_rows
         padding = (0, num_chunks * self.head_rows - num_targets)
@@ -128,7 +108,7 @@ class _LossProgram(_LogitsProgram):
 
     def _chunk(self, hidden_ND: Tensor, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         rows_C, ids_C = chunk
-        logits_CV = self.logits(hidden_ND.index_select(0, rows_C)[None])[0]
+        logits_CV = self.head(hidden_ND.index_select(0, rows_C)[None])[0]
         shifted_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
         # Summed in float64: ONNX Runtime's float32 ReduceLogSumExp is 1e-4 nats low at V = 49,152.
         sum_C = shifted_CV.exp().sum(-1, dtype=torch.float64)
@@ -231,10 +211,10 @@ def _hoist_transposes(model: ir.Model) -> None:
 def _restore_names(model: ir.Model, body_prefix: str) -> None:
     """Rename initializers from the program's module tree to the checkpoint's."""
     for value in list(model.graph.initializers.values()):
-        if value.name and value.name.startswith("body."):
-            value.name = f"{body_prefix}.{value.name.removeprefix('body.')}"
-        elif value.name and value.name.startswith("head."):
-            value.name = value.name.removeprefix("head.")
+        if value.name and value.name.startswith("body.body."):
+            value.name = f"{body_prefix}.{value.name.removeprefix('body.body.')}"
+        elif value.name and value.name.startswith("head.head."):
+            value.name = value.name.removeprefix("head.head.")
 
 
 def _head_weight_names(model: Any) -> frozenset[str]:

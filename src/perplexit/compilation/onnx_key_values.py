@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from perplexit.compilation.body_and_head import head_of
+from perplexit.compilation.body_and_head import LogitsProgram
 
 PAST = ("past_key_values.{}.key", "past_key_values.{}.value")
 PRESENT = ("present.{}.key", "present.{}.value")
@@ -53,31 +53,21 @@ def cache_shape(model: Any) -> CacheShape | None:
     return CacheShape(tuple(shapes)) if shapes else None  # type: ignore[arg-type]
 
 
-class CachedLogitsProgram(nn.Module):
+class CachedLogitsProgram(LogitsProgram):
     """input_ids_BT, attention_mask of P + T ids, pasts_BHPD → logits_BTV and presents.
 
     A past of no ids makes it the plain forward pass. Sliding layers keep everything: their mask
     hides what is too far back, so that a block of any length may follow.
     """
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.body = model.base_model
-        self.head = head_of(model)
-
-    def forward(
+    def forward(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor, *pasts: Tensor
     ) -> tuple[Tensor, ...]:
         """Return (logits, present key and value of each layer)."""
         layers = [_holding(*pair) for pair in zip(pasts[::2], pasts[1::2], strict=True)]
-        output = self.body(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=Cache(layers=[*layers]),
-            use_cache=True,
-        )
-        logits = self.head(inputs_embeds=output.last_hidden_state, use_cache=False).logits
-        return logits.float(), *(x for layer in layers for x in (layer.keys, layer.values))
+        cache = Cache(layers=[*layers])
+        hidden_BTD = self.body(input_ids, attention_mask, past_key_values=cache, use_cache=True)
+        return self.head(hidden_BTD), *(x for layer in layers for x in (layer.keys, layer.values))
 
 
 def _holding(keys: Tensor, values: Tensor) -> DynamicLayer:

@@ -45,10 +45,10 @@ def _is_masked_attention(op: Any) -> bool:
 
 def _bounds(mask: Any) -> list[Any]:
     """Return where the blocks begin and end, as nodes; of few ids, some blocks are empty."""
-    ids = ops.gather(ops.shape_of(mask, output_type="i64"), _ints(-1), ops.constant(np.int64(0)))
+    ids = ops.gather(ops.shape_of(mask, output_type="i64"), ints(-1), ops.constant(np.int64(0)))
     parts = range(1, QUERY_BLOCKS)
-    inner = [ops.divide(ops.multiply(ids, _ints(part)), _ints(QUERY_BLOCKS)) for part in parts]
-    return [_ints(0), *inner, ids]
+    inner = [ops.divide(ops.multiply(ids, ints(part)), ints(QUERY_BLOCKS)) for part in parts]
+    return [ints(0), *inner, ids]
 
 
 def _mask_blocks(mask: Any, bounds: list[Any]) -> list[Any]:
@@ -80,8 +80,9 @@ def _in_blocks(op: Any, bounds: list[Any], masks: list[Any]) -> Any:
 
 
 def _sliced(values: Any, start: Any, stop: Any, axis: int) -> Any:
-    return ops.slice(values, start, stop, _ints(1), _ints(axis))
+    return ops.slice(values, start, stop, ints(1), ints(axis))
 
 
-def _ints(*values: int) -> Any:
+def ints(*values: int) -> Any:
+    """Return a constant node of whole numbers."""
     return ops.constant(np.array(values, np.int64))

@@ -4,10 +4,8 @@ Shape suffixes: B = windows, T = ids per window, N = targets over all windows, D
 V = vocabulary.
 """
 
-import warnings
 from typing import Any
 
-import numpy as np
 import openvino as ov
 import torch
 from openvino import opset13 as ops
@@ -19,9 +17,9 @@ from perplexit.compilation.body_and_head import (
     check_rotary,
     exportable_attention,
 )
-from perplexit.compilation.openvino_attention import skip_future_keys
+from perplexit.compilation.compiler_errors import stated_by
+from perplexit.compilation.openvino_attention import ints, skip_future_keys
 from perplexit.compilation.openvino_head import mark_head, nll_of_targets
-from perplexit.errors import CompilationError
 from perplexit.program_record import ProgramShapes
 from perplexit.quantization.openvino_engine import BOUNDARY
 from perplexit.resources.engine_tricks import is_on
@@ -58,18 +56,11 @@ def _converted(module: torch.nn.Module, *inputs: torch.Tensor) -> ov.Model:
     A trace keeps what depended on the example's sizes; the finished program is therefore checked
     on other sizes than these.
     """
-    try:
-        with torch.no_grad(), warnings.catch_warnings(), quiet_transformers():
-            warnings.simplefilter("ignore")
-            trace: Any = torch.jit.trace  # untyped
-            traced = trace(module.eval(), inputs, strict=False, check_trace=False)
-            return ov.convert_model(traced, example_input=inputs)
-    except Exception as error:  # neither's errors have a common root
-        first_line = str(error).strip().partition("\n")[0]
-        raise CompilationError(
-            f"expected a model that OpenVINO can convert; {type(error).__name__}: {first_line}. "
-            "Evaluate the checkpoint with PyTorch instead (hf:…)"
-        ) from error
+    stated = stated_by("OpenVINO can convert", logger="accelerate")
+    with stated, torch.no_grad(), quiet_transformers():
+        trace: Any = torch.jit.trace  # untyped
+        traced = trace(module.eval(), inputs, strict=False, check_trace=False)
+        return ov.convert_model(traced, example_input=inputs)
 
 
 def _with_logits_head(body: ov.Model, head: ov.Model) -> ov.Model:
@@ -90,7 +81,7 @@ def _with_loss_head(model: Any, body: ov.Model) -> ov.Model:
     target_rows_N.output(0).get_tensor().set_names({"target_rows"})
     target_ids_N.output(0).get_tensor().set_names({"target_ids"})
     hidden_size = int(hidden_BTD.get_partial_shape()[2].get_length())
-    hidden_ND = ops.reshape(hidden_BTD, _ints(-1, hidden_size), special_zero=False)
+    hidden_ND = ops.reshape(hidden_BTD, ints(-1, hidden_size), special_zero=False)
     nll_N = nll_of_targets(model, hidden_ND, target_rows_N, target_ids_N, _converted)
     nll_N.output(0).get_tensor().set_names({"nll"})
     inputs = [*_ids_of(body), target_rows_N, target_ids_N]
@@ -116,7 +107,3 @@ def _fix_shapes(graph: ov.Model, shapes: ProgramShapes) -> None:
             {"input_ids": ov.PartialShape([shapes.batch_size or -1, shapes.length or -1])}
         )
     graph.validate_nodes_and_infer_types()
-
-
-def _ints(*values: int) -> Any:
-    return ops.constant(np.array(values, np.int64))

@@ -20,6 +20,7 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from perplexit.compilation.body_and_head import LogitsHead
+from perplexit.compilation.openvino_attention import ints
 from perplexit.errors import CompilationError
 from perplexit.resources.engine_tricks import is_on
 
@@ -61,8 +62,8 @@ def nll_of_targets(
     loop.set_special_body_ports([-1, 0])
     loop.get_iter_value(goes_on.output(0), -1)
     nll_LR = loop.get_concatenated_slices(nll_1R.output(0), 0, 1, 1, -1, 0)
-    flat = ops.reshape(nll_LR, _ints(-1), special_zero=False)
-    return ops.slice(flat, _ints(0), num_targets, _ints(1), _ints(0))
+    flat = ops.reshape(nll_LR, ints(-1), special_zero=False)
+    return ops.slice(flat, ints(0), num_targets, ints(1), ints(0))
 
 
 def mark_head(head: ov.Model) -> None:
@@ -73,9 +74,9 @@ def mark_head(head: ov.Model) -> None:
 
 def _in_turns(values_N: Any, num_targets: Any) -> Any:
     """Reshape (N) to (L, R), filled up with zeros."""
-    missing = ops.floor_mod(ops.negative(num_targets), _ints(ROWS))
-    padded = ops.pad(values_N, _ints(0), missing, "constant", ops.constant(0, ov.Type.i64))
-    return ops.reshape(padded, _ints(-1, ROWS), special_zero=False)
+    missing = ops.floor_mod(ops.negative(num_targets), ints(ROWS))
+    padded = ops.pad(values_N, ints(0), missing, "constant", ops.constant(0, ov.Type.i64))
+    return ops.reshape(padded, ints(-1, ROWS), special_zero=False)
 
 
 def _turn(model: Any, hidden_size: int, convert: Convert) -> ov.Model:
@@ -83,9 +84,9 @@ def _turn(model: Any, hidden_size: int, convert: Convert) -> ov.Model:
     rows_1R = ops.parameter(ov.PartialShape([1, ROWS]), ov.Type.i64)
     ids_1R = ops.parameter(ov.PartialShape([1, ROWS]), ov.Type.i64)
     states_ND = ops.parameter(ov.PartialShape([-1, hidden_size]), ov.Type.f32)
-    hidden_RD = ops.gather(states_ND, ops.squeeze(rows_1R, _ints(0)), _int(0))
-    nll_R = _nll_in_blocks(model, hidden_RD, ops.squeeze(ids_1R, _ints(0)), convert)
-    nll_1R = ops.unsqueeze(nll_R, _ints(0))
+    hidden_RD = ops.gather(states_ND, ops.squeeze(rows_1R, ints(0)), _int(0))
+    nll_R = _nll_in_blocks(model, hidden_RD, ops.squeeze(ids_1R, ints(0)), convert)
+    nll_1R = ops.unsqueeze(nll_R, ints(0))
     goes_on = ops.constant(True, ov.Type.boolean)
     return ov.Model([goes_on.output(0), nll_1R.output(0)], [rows_1R, ids_1R, states_ND], "turn")
 
@@ -98,24 +99,24 @@ def _nll_in_blocks(model: Any, hidden_RD: Any, target_ids_R: Any, convert: Conve
     """
     vocab_size = len(_output_linear(model)[1].weight)
     columns = columns_at_a_time(vocab_size)
-    target_R1 = ops.unsqueeze(target_ids_R, _ints(1))
-    column_R1 = ops.floor_mod(target_R1, _ints(columns))
+    target_R1 = ops.unsqueeze(target_ids_R, ints(1))
+    column_R1 = ops.floor_mod(target_R1, ints(columns))
     largest, sums, own = [], [], []
     for index, logits_RC in enumerate(_block_logits(model, hidden_RD, columns, convert)):
-        largest_R1 = ops.reduce_max(logits_RC, _ints(1), keep_dims=True)
+        largest_R1 = ops.reduce_max(logits_RC, ints(1), keep_dims=True)
         shifted_RC = ops.exp(ops.subtract(logits_RC, largest_R1))
         largest.append(largest_R1)
-        sums.append(ops.reduce_sum(shifted_RC, _ints(1), keep_dims=True))
+        sums.append(ops.reduce_sum(shifted_RC, ints(1), keep_dims=True))
         last = min(columns, vocab_size - index * columns) - 1
-        inside_R1 = ops.minimum(column_R1, _ints(last))  # the last block is narrower
+        inside_R1 = ops.minimum(column_R1, ints(last))  # the last block is narrower
         own.append(ops.gather_elements(logits_RC, inside_R1, axis=1))
     largest_RK, sums_RK, own_RK = (ops.concat(each, axis=1) for each in (largest, sums, own))
-    block_R1 = ops.divide(target_R1, _ints(columns))
+    block_R1 = ops.divide(target_R1, ints(columns))
     own_R1 = ops.gather_elements(own_RK, block_R1, axis=1)
-    top_R1 = ops.reduce_max(largest_RK, _ints(1), keep_dims=True)
+    top_R1 = ops.reduce_max(largest_RK, ints(1), keep_dims=True)
     scaled_RK = ops.multiply(sums_RK, ops.exp(ops.subtract(largest_RK, top_R1)))
-    log_sum_R1 = ops.log(ops.reduce_sum(scaled_RK, _ints(1), keep_dims=True))
-    return ops.squeeze(ops.add(log_sum_R1, ops.subtract(top_R1, own_R1)), _ints(1))
+    log_sum_R1 = ops.log(ops.reduce_sum(scaled_RK, ints(1), keep_dims=True))
+    return ops.squeeze(ops.add(log_sum_R1, ops.subtract(top_R1, own_R1)), ints(1))
 
 
 class _BlocksInTurn(nn.Module):
@@ -193,7 +194,3 @@ def _with_module(module: Any, path: list[str], replacement: nn.Module) -> Any:
 
 def _int(value: int) -> Any:
     return ops.constant(np.int64(value))
-
-
-def _ints(*values: int) -> Any:
-    return ops.constant(np.array(values, np.int64))

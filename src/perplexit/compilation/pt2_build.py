@@ -3,28 +3,20 @@
 import os
 import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor
 
-from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
-from perplexit.compilation.body_and_head import describe_model, memory_of, rows_at_a_time
 from perplexit.compilation.compiler_errors import stated_by
 from perplexit.compilation.fixed_graph import exported_fixed, fixed_shapes
-from perplexit.compilation.loss_check import (
-    checkpoint_losses,
-    program_losses,
-    verification_windows,
-    verified,
-)
+from perplexit.compilation.program_build import ProgramBuild, verified
 from perplexit.compilation.targets import CompileRequest
 from perplexit.errors import CapabilityError
 from perplexit.program_batches import RunProgram
-from perplexit.program_record import ProgramMetadata, files_of
+from perplexit.program_record import ProgramMetadata
 
 PACKAGE_FILE = "model.pt2"
 
@@ -37,36 +29,16 @@ def build_pt2_program(
     Raises CapabilityError where there is no C++ compiler, CompilationError.
     """
     compiler = _compiler()
-    model: Any = checkpoint.model
-    source = checkpoint.source
-    described = describe_model(model, address=source.address, fingerprint=source.fingerprint)
-    shapes = fixed_shapes(request.shapes, described.max_length)
-    windows = verification_windows(described, shapes)
-    reference = checkpoint_losses(model, windows)
-    exported = exported_fixed(model, shapes, perplexity=request.perplexity)
+    shapes = fixed_shapes(request.shapes, checkpoint.model)
+    build = ProgramBuild("pt2", checkpoint, request, shapes, ("torch", "transformers"))
+    reference = build.checkpoint_losses()
+    exported = exported_fixed(build.module, shapes, perplexity=request.perplexity)
     package = folder / PACKAGE_FILE
     with stated_by("AOTInductor can compile", logger="torch._inductor"), torch.no_grad():
         torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
-    losses = program_losses(_runner(package), windows, shapes, perplexity=request.perplexity)
-    return ProgramMetadata(
-        engine="pt2",
-        perplexity=request.perplexity,
-        dtype="float32",
-        opset=0,
-        shapes=shapes,
-        model=described,
-        memory=memory_of(model),
-        verification=verified(losses, reference, "the checkpoint in PyTorch float32"),
-        files=files_of(folder),
-        head_rows=rows_at_a_time(described.vocab_size) if request.perplexity else None,
-        made_by={
-            "perplexit": __version__,
-            "torch": torch.__version__,
-            "transformers": metadata.version("transformers"),
-            "compiler": Path(compiler).name,
-            "processor": platform.machine(),
-        },
-    )
+    losses = build.program_losses(_runner(package))
+    made_by = {"compiler": Path(compiler).name, "processor": platform.machine()}
+    return build.record(folder, verified(losses, reference), made_by=made_by)
 
 
 def _compiler() -> str:

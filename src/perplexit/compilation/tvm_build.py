@@ -1,10 +1,8 @@
 """A checkpoint → a TVM model library (a shared object) of fixed sizes, its parameters beside it."""
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,18 @@ from tvm.ir.transform import Pass, PassContext, Sequential, module_pass
 from tvm.relax.backend.cpu_generic import pipeline
 from tvm.relax.frontend.torch import from_exported_program
 
-from perplexit import __version__
 from perplexit.checkpoints.loading import Checkpoint
-from perplexit.compilation.body_and_head import describe_model, memory_of, rows_at_a_time
+from perplexit.compilation.compiler_errors import stated_by
 from perplexit.compilation.fixed_graph import exported_fixed, fixed_shapes
 from perplexit.compilation.four_bit_layers import pack_model, record_of
-from perplexit.compilation.loss_check import (
-    checkpoint_losses,
-    program_losses,
-    verification_windows,
+from perplexit.compilation.program_build import (
+    IN_FLOAT32,
+    ProgramBuild,
     verified,
     verified_change,
 )
 from perplexit.compilation.targets import CompileRequest
-from perplexit.errors import CompilationError
-from perplexit.program_record import ProgramMetadata, ProgramShapes, files_of
+from perplexit.program_record import ProgramMetadata, ProgramShapes
 from perplexit.quantization.tvm_engine import (
     CPU_TARGETS,
     LIBRARY_FILE,
@@ -44,6 +39,7 @@ from perplexit.resources.engine_tricks import compiled_without, is_on
 
 PRODUCTS = ("matmul", "NT_matmul")
 _FEWEST_MULTIPLICATIONS = 2**16
+_PACKAGES = ("torch", "transformers", "apache-tvm")
 
 
 def cpu_target(processor: Processor) -> Any:
@@ -163,40 +159,24 @@ def build_tvm_program(
     Raises CompilationError, QuantizationError, CapabilityError for a device that TVM lacks.
     """
     device_of(request.device)
-    model: Any = checkpoint.model
-    source = checkpoint.source
-    described = describe_model(model, address=source.address, fingerprint=source.fingerprint)
-    shapes = fixed_shapes(request.shapes, described.max_length)
-    memory = memory_of(model)
-    windows = verification_windows(described, shapes)
-    reference, against = checkpoint_losses(model, windows), "the checkpoint in PyTorch float32"
+    shapes = fixed_shapes(request.shapes, checkpoint.model)
+    build = ProgramBuild("tvm", checkpoint, request, shapes, _PACKAGES)
+    reference, against = build.checkpoint_losses(), IN_FLOAT32
     quantization = None
     if request.recipe is not None:
         name = request.recipe.precision
-        packed = pack_model(model, with_embedding_and_head=name == "q4f16_0")
-        quantization = record_of(model, name, packed, described.num_parameters)
-        full, reference = reference, checkpoint_losses(model, windows)
+        packed = pack_model(build.module, with_embedding_and_head=name == "q4f16_0")
+        quantization = record_of(build.module, name, packed, build.model.num_parameters)
+        full, reference = reference, build.checkpoint_losses()
         verified_change(reference, full, full, name)
         against += f" with the weights that the {name} groups stand for"
     processor = this_processor() if request.device in CPU_TARGETS else None
     level = processor.level if processor else ""
-    _build_library(model, folder, request, shapes, processor)
-    run = OpenedLibrary(folder, request.device, level).run
-    losses = program_losses(run, windows, shapes, perplexity=request.perplexity)
-    return ProgramMetadata(
-        engine="tvm",
-        perplexity=request.perplexity,
-        dtype="float32",
-        opset=0,
-        shapes=shapes,
-        model=described,
-        memory=memory,
-        verification=verified(losses, reference, against),
-        files=files_of(folder),
-        quantization=quantization,
-        head_rows=rows_at_a_time(described.vocab_size) if request.perplexity else None,
-        made_by={**_versions(), "target": request.device, "processor_level": level},
-    )
+    _build_library(build.module, folder, request, shapes, processor)
+    losses = build.program_losses(OpenedLibrary(folder, request.device, level).run)
+    made_by = {**compiled_without(), "target": request.device, "processor_level": level}
+    verification = verified(losses, reference, against)
+    return build.record(folder, verification, quantization=quantization, made_by=made_by)
 
 
 def _build_library(
@@ -207,23 +187,15 @@ def _build_library(
     processor: Processor | None,
 ) -> None:
     exported = exported_fixed(model, shapes, perplexity=request.perplexity)
-    try:
-        with warnings.catch_warnings(), _quiet_stderr():
-            warnings.simplefilter("ignore")
-            module = from_exported_program(
-                exported.run_decompositions(_decompositions()),
-                keep_params_as_input=True,
-                unwrap_unit_return_tuple=True,
-            )
-            module, parameters = relax.frontend.detach_params(module)
-            built = _built(module, request.device, processor)
-            built.export_library(str(folder / LIBRARY_FILE))
-    except Exception as error:  # TVM's errors have no common root
-        first_line = str(error).strip().partition("\n")[0]
-        raise CompilationError(
-            f"expected a model that TVM can compile for {request.device}; {type(error).__name__}: "
-            f"{first_line}. Evaluate the checkpoint with PyTorch instead (hf:…)"
-        ) from error
+    with stated_by(f"TVM can compile for {request.device}", logger="tvm"), _quiet_stderr():
+        module = from_exported_program(
+            exported.run_decompositions(_decompositions()),
+            keep_params_as_input=True,
+            unwrap_unit_return_tuple=True,
+        )
+        module, parameters = relax.frontend.detach_params(module)
+        built = _built(module, request.device, processor)
+        built.export_library(str(folder / LIBRARY_FILE))
     arrays = {f"{i:05d}": x.numpy() for i, x in enumerate(parameters["main"])}
     save_file(arrays, folder / PARAMETERS_FILE)
 
@@ -258,9 +230,3 @@ def _decompositions() -> Any:
 
 def _power(x: Any, exponent: Any) -> Any:
     return x * x if exponent == 2 else NotImplemented
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "apache-tvm")
-    versions = {name: metadata.version(name) for name in packages}
-    return {"perplexit": __version__, **versions, **compiled_without()}
