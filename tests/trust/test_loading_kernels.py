@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from perplexit.checkpoints.widened import widened
+from perplexit.checkpoints.own_logits import widened
 from perplexit.sessions.prefill_decode import cached_session
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from perplexit.sessions.pytorch.cpu_kernels import layout, packed_linear

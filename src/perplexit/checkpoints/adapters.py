@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from perplexit.checkpoints.identity import file_digest
-from perplexit.checkpoints.widened import widened
+from perplexit.checkpoints.own_logits import OwnLogits
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError
 from perplexit.fingerprints import json_fingerprint
 from perplexit.untrusted_files import Expected, read_json, typed
@@ -111,7 +110,7 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
     unmerged: nn.Module = adapted.get_base_model().eval()
     if not merge:
         return unmerged
-    before = _Unmerged.of(unmerged)
+    before = OwnLogits.of(unmerged, _PROBE_SHAPE, tolerance=_TOLERANCE, most_farther=_MOST_FARTHER)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of shared weights it warns; here they are measured
@@ -160,66 +159,3 @@ def _mismatch(adapter: Adapter, model: nn.Module, reason: str) -> str:
         f"expected an adapter for this {type(model).__name__}, but {adapter.folder}{base} does not "
         f"fit: {reason}; name the base model that it was trained on"
     )
-
-
-@dataclass(frozen=True)
-class _Unmerged:
-    """Log-probabilities of a probe with the adapter beside the layers: the merge's measure.
-
-    own:  (rows, ids, vocabulary), in the model's dtype; wide: computed in float32.
-    most: how far, in root mean square, the merged model may be from `wide`, in nats.
-    """
-
-    ids: Tensor
-    dtype: torch.dtype
-    wide: Tensor
-    most: float
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "_Unmerged":
-        """Return what the adapted model gives."""
-        ids = _probe_ids(model)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        own = _logits(model, ids)
-        if dtype in (torch.float32, torch.float64):
-            spread = own - own.mean(-1, keepdim=True)
-            return cls(ids, dtype, own.log_softmax(-1), _TOLERANCE * _rms(spread))
-        with widened(model):
-            wide = _logits(model, ids).log_softmax(-1)
-        return cls(ids, dtype, wide, _MOST_FARTHER * _rms(own.log_softmax(-1) - wide))
-
-    def why_not(self, merged: nn.Module) -> str | None:
-        """Return why a merged model may not replace the adapted one; None: it may."""
-        difference = _logits(merged, self.ids).log_softmax(-1) - self.wide
-        apart = _rms(difference)
-        if apart <= self.most:
-            return None
-        largest = float(difference.abs().max())
-        return (
-            f"log-probabilities of {self.ids.numel()} probe ids come out {apart:.3g} nats apart in "
-            f"the root mean square (at most {self.most:.2g} in "
-            f"{str(self.dtype).removeprefix('torch.')}) and up to {largest:.3g}"
-        )
-
-
-def _probe_ids(model: nn.Module) -> Tensor:
-    config: Any = model.config
-    text = config.get_text_config()
-    rows, length = _PROBE_SHAPE
-    positions = getattr(text, "max_position_embeddings", None)
-    if isinstance(positions, int):
-        length = max(1, min(length, positions))
-    ids = torch.randint(
-        int(text.vocab_size), (rows, length), generator=torch.Generator().manual_seed(0)
-    )
-    return ids.to(next(model.parameters()).device)
-
-
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float()
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())

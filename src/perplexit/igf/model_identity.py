@@ -7,11 +7,11 @@ import torch
 import transformers
 from torch import nn
 
+from perplexit.checkpoints.module_call import dtype_name
 from perplexit.checkpoints.module_identity import module_fingerprint, settings_of
 from perplexit.fingerprints import json_fingerprint
 from perplexit.igf.resumable_work import FINGERPRINT_VERSION, identifies_its_model
 from perplexit.runs.measurement import measurement_differences, measurement_of
-from perplexit.sessions.pytorch.module_call import dtype_name
 
 
 def measurement_of_model(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from perplexit.checkpoints.module_call import input_embedding, output_layer
 from perplexit.errors import QuantizationError
 from perplexit.quantization.group_quantization import dequantize_groups, quantize_groups
 from perplexit.quantization.mx_formats import (
@@ -42,7 +43,7 @@ def matrices_of(model: nn.Module, *, head: bool, embeddings: bool) -> list[Matri
 
     Raises QuantizationError where there is none: its figures would be full-precision ones.
     """
-    output = output_head(model)
+    output = output_layer(model)
     kinds = (nn.Linear, Conv1D, nn.Embedding) if embeddings else (nn.Linear, Conv1D)
     found = [
         Matrix(name, module)
@@ -57,33 +58,17 @@ def matrices_of(model: nn.Module, *, head: bool, embeddings: bool) -> list[Matri
     return found
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the module that makes the logits, where the model says which one that is."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    return head if isinstance(head, nn.Module) else None
-
-
 def head_is_tied(model: nn.Module) -> bool:
     """Return whether the head shares the embedding's weight."""
-    head: Any = output_head(model)
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if get is not None else None
+    head, embedding = output_layer(model), input_embedding(model)
     return head is not None and embedding is not None and head.weight is embedding.weight
 
 
-def untie_head(model: nn.Module) -> bool:
-    """Give the head a weight of its own where it shares the embedding's; whether it did share.
-
-    Quantizing the head then leaves the embedding as it is.
-    """
-    any_model: Any = model
-    head: Any = output_head(model)
-    if not head_is_tied(model):
-        return False
+def untie_head(model: Any) -> None:
+    """Give a tied head a weight of its own: quantizing it then leaves the embedding as it is."""
+    head: Any = output_layer(model)
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    any_model.config.tie_word_embeddings = False
-    return True
+    model.config.tie_word_embeddings = False
 
 
 def as_linear(model: nn.Module, matrix: Matrix) -> Matrix:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
+from perplexit.checkpoints.module_call import config_integer
 from perplexit.errors import EngineOutOfMemoryError, ModelError, VocabularyError
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch.cuda import to_device
 from perplexit.sessions.pytorch.device_choice import is_out_of_memory
-from perplexit.sessions.pytorch.module_call import config_integer
 
 
 @dataclass(frozen=True, slots=True)

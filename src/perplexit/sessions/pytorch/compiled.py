@@ -6,10 +6,10 @@ Shape suffixes: B = rows, T = ids of a row, X = what the forward pass gives a po
 import torch
 from torch import Tensor, nn
 
+from perplexit.checkpoints.module_call import CachePlace, plain_output
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional.fused_head import CompiledHead, FusedHead, cannot_compile
 from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
-from perplexit.sessions.pytorch.module_call import CachePlace, plain_output
 
 COMPILE_MODES = ("default", "reduce-overhead")
 HEADS = ("chunked", "compiled", "liger", "cce")

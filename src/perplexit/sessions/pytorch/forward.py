@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from perplexit.checkpoints.module_call import CachePlace, ModuleCall, field_of
 from perplexit.functional.blocked_nll import BLOCKED_COLUMNS, blocked_statistics
 from perplexit.functional.nll import HeadRequest, TokenStatistics, statistics_by_chunks
-from perplexit.sessions.pytorch.module_call import CachePlace, ModuleCall, field_of
 from perplexit.token_columns import Needs, columns_that_need
 
 _PROBE_LENGTH = 8

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
+from perplexit.checkpoints.module_call import field_of, plain_output, position_limit
 from perplexit.errors import ModelError
 from perplexit.sessions.pytorch.forward import (
     ChunkedForward,
@@ -25,7 +26,6 @@ from perplexit.sessions.pytorch.forward import (
     LinearHead,
     WholeForward,
 )
-from perplexit.sessions.pytorch.module_call import field_of, plain_output, position_limit
 
 _IDS = 24  # of a row: more than a tiny index or window holds, and quick
 # Of the largest value. Rounding in another order stays below; a nll must be right within 1e-4.

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
+from perplexit.checkpoints.module_call import CachePlace, config_integer
 from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.functional.nll import HeadRequest, head_statistics
 from perplexit.sessions.base import MOST_CACHED_IDS, FedRows
 from perplexit.sessions.pytorch.device_choice import free_bytes
 from perplexit.sessions.pytorch.forward import ForwardPass
-from perplexit.sessions.pytorch.module_call import CachePlace, config_integer
 from perplexit.sessions.pytorch.window_batches import WindowBatches
 from perplexit.token_columns import TokenDetails
 

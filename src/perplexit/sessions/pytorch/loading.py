@@ -13,6 +13,11 @@ from torch import nn
 from perplexit.checkpoints.adapters import Adapter, adapted_fingerprint, find_adapter, with_adapter
 from perplexit.checkpoints.loading import Checkpoint, load_checkpoint
 from perplexit.checkpoints.location import CheckpointSource, find_checkpoint
+from perplexit.checkpoints.module_call import (
+    config_integer,
+    dtype_name,
+    rounded_activations,
+)
 from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.quantization.precisions import canonical_dtype
@@ -27,11 +32,6 @@ from perplexit.session_descriptions import (
     QuantizationDescription,
 )
 from perplexit.sessions.pytorch.device_choice import chosen_device, chosen_threads, scoring_settings
-from perplexit.sessions.pytorch.module_call import (
-    config_integer,
-    dtype_name,
-    rounded_activations,
-)
 from perplexit.sessions.pytorch.placement import Placement, head_device
 from perplexit.sessions.pytorch.tensor_parallel import ProcessGroup, check_split
 

@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
+from perplexit.checkpoints.module_call import dtype_name, num_embeddings
 from perplexit.errors import CapabilityError, ModelError
 from perplexit.session_descriptions import SessionDescription
 from perplexit.sessions.pytorch.compiled import CompiledForward, with_head
@@ -19,7 +20,6 @@ from perplexit.sessions.pytorch.cuda import chunk_rows_for
 from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
 from perplexit.sessions.pytorch.forward_probe import find_forward
 from perplexit.sessions.pytorch.loading import ModuleChanges, OpenedModule, open_module
-from perplexit.sessions.pytorch.module_call import dtype_name, num_embeddings
 from perplexit.sessions.pytorch.placement import (
     GatheredForward,
     Placement,

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perplexit.checkpoints.module_call import CachePlace, input_embedding, output_layer
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
 from perplexit.sessions.pytorch.device_choice import chosen_device
 from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
-from perplexit.sessions.pytorch.module_call import CachePlace
 from perplexit.untrusted_files import Expected, read_json
 
 _MAP = Expected(
@@ -118,14 +118,12 @@ def read_device_map(given: DeviceMap | str | Path) -> dict[str, str | int]:
 
 def head_device(module: nn.Module) -> torch.device:
     """Return where the logits come out of a module whose layers may be spread over devices."""
-    get = getattr(module, "get_output_embeddings", None)
-    return _computing_device(get() if get is not None else None, module)
+    return _computing_device(output_layer(module), module)
 
 
 def embedding_device(module: nn.Module) -> torch.device:
     """Return where ids are looked up in a module whose layers may be spread over devices."""
-    get = getattr(module, "get_input_embeddings", None)
-    return _computing_device(get() if get is not None else None, module)
+    return _computing_device(input_embedding(module), module)
 
 
 def _computing_device(part: nn.Module | None, module: nn.Module) -> torch.device:

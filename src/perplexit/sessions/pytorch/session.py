@@ -14,6 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from perplexit.checkpoints.module_call import (
+    activation_bytes_per_id,
+    dtype_name,
+    position_limit,
+)
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional.output_head import OutputHead
 from perplexit.inputs.windows import WindowIds
@@ -37,11 +42,6 @@ from perplexit.sessions.pytorch.key_value_cache import (
     cached_windows_for,
 )
 from perplexit.sessions.pytorch.model_setup import ready_model
-from perplexit.sessions.pytorch.module_call import (
-    activation_bytes_per_id,
-    dtype_name,
-    position_limit,
-)
 from perplexit.sessions.pytorch.placement import devices_of
 from perplexit.sessions.pytorch.written_head import written_head
 from perplexit.token_columns import TokenDetails

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from perplexit.checkpoints.module_call import CachePlace, config_integer
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
-from perplexit.sessions.pytorch.module_call import CachePlace, config_integer
 
 _STOP, _ROWS, _HEAD = range(3)
 _HEADER_LENGTH = 4  # step, two sizes, whether there is a mask

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from perplexit.checkpoints.loading import load_checkpoint
+from perplexit.checkpoints.module_call import num_embeddings
 from perplexit.errors import PerplexitError
 from perplexit.sessions.pytorch.device_choice import scoring_settings
 from perplexit.sessions.pytorch.forward_probe import find_forward
-from perplexit.sessions.pytorch.module_call import num_embeddings
 from perplexit.sessions.pytorch.tensor_parallel import (
     accelerator_type,
     check_split,

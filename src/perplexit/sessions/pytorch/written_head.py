@@ -16,10 +16,10 @@ import torch
 from scipy.optimize import least_squares
 from torch import Tensor, nn
 
+from perplexit.checkpoints.module_call import num_embeddings, output_layer, plain_output
 from perplexit.errors import CapabilityError
 from perplexit.functional.output_head import FinalNorm, OutputHead
 from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
-from perplexit.sessions.pytorch.module_call import num_embeddings, plain_output
 
 _PROBE_SHAPE = (4, 32)
 _IDENTITY_ROWS = 256
@@ -74,8 +74,7 @@ def _probe_states(model: nn.Module, forward: ForwardPass, device: torch.device) 
 def _seen_at_output_layer(
     model: nn.Module, head: Callable[[Tensor], Tensor], hidden_ND: Tensor
 ) -> _Seen:
-    get = getattr(model, "get_output_embeddings", None)
-    layer: Any = get() if get is not None else None
+    layer = output_layer(model)
     if layer is None:
         raise _cannot("the model does not say which layer makes its logits")
     caught: list[tuple[Tensor, Tensor]] = []

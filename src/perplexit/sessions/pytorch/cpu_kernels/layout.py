@@ -8,13 +8,12 @@ own bfloat16 forward is.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from perplexit.checkpoints.widened import widened
+from perplexit.checkpoints.own_logits import OwnLogits
 from perplexit.errors import UsageError
 from perplexit.resources.engine_tricks import is_on
 from perplexit.resources.memory_advice import return_freed_memory
@@ -27,20 +26,19 @@ from perplexit.sessions.pytorch.cpu_kernels.packed_linear import (
 )
 from perplexit.sessions.pytorch.cpu_kernels.window_threads import ForwardTrace
 from perplexit.sessions.pytorch.loading import OpenedModule
-from perplexit.sessions.pytorch.module_call import (
-    ModuleCall,
-    config_integer,
-    field_of,
-    num_embeddings,
-)
 
 KERNELS = ("packed", "plain")
 _ENVIRONMENT = "PERPLEXIT_KERNELS"
-_PROBE_IDS = 133  # no multiple of a kernel's tile
+_PROBE_SHAPE = (1, 133)  # no multiple of a kernel's tile
 # Of the logits' spread, as root mean squares: additions in another order, through all layers.
 _TOLERANCE = 1e-4
 # How much farther from float32 than the model's own bfloat16 forward, whose distance varies.
 _MOST_FARTHER = 1.25
+_OTHER_LOGITS = {
+    torch.float32: "packed products would give the model other logits",
+    torch.bfloat16: f"packed products would be farther from float32 than {_MOST_FARTHER} times the "
+    "model's own bfloat16 forward",
+}
 _PLAIN: Mapping[str, Any] = {"kernels": "plain"}
 
 
@@ -89,8 +87,7 @@ def pack_model(model: nn.Module) -> Mapping[str, Any]:
     if reason is not None:
         return {**_PLAIN, "kernels_reason": reason}
     try:
-        ids_BT = _probe_ids(model)
-        judge = _Judge.of(model, ids_BT, dtype)
+        own = OwnLogits.of(model, _PROBE_SHAPE, tolerance=_TOLERANCE, most_farther=_MOST_FARTHER)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         return {**_PLAIN, "kernels_reason": f"the probe does not run ({type(error).__name__})"}
     try:
@@ -99,7 +96,7 @@ def pack_model(model: nn.Module) -> Mapping[str, Any]:
             return _PLAIN
         num_mlps = fuse_mlps(model)
         trace = ForwardTrace(model)
-        reason = judge.why_not(_logits(model, ids_BT))
+        reason = None if own.why_not(model) is None else _OTHER_LOGITS[dtype]
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         reason = f"the packed model does not run ({type(error).__name__})"
     if reason is not None:
@@ -113,49 +110,3 @@ def pack_model(model: nn.Module) -> Mapping[str, Any]:
         "fused_mlps": num_mlps,
         "windows_side_by_side": is_on("window_threads") and trace.leaves_nothing(),
     }
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """The plain model's logits for the probe; in a narrow dtype, those of float32 beside them."""
-
-    plain: Tensor
-    wide: Tensor | None
-
-    @classmethod
-    def of(cls, model: nn.Module, ids_BT: Tensor, dtype: torch.dtype) -> "_Judge":
-        plain = _logits(model, ids_BT).float()
-        if dtype == torch.float32:
-            return cls(plain, None)
-        with widened(model):
-            return cls(plain, _logits(model, ids_BT).float())
-
-    def why_not(self, got: Tensor) -> str | None:
-        """Say why a packed model's logits are not good enough; None: they are."""
-        if self.wide is None:
-            spread = _rms(self.plain - self.plain.mean(-1, keepdim=True))
-            near = _rms(got.float() - self.plain) <= _TOLERANCE * spread
-            return None if near else "packed products would give the model other logits"
-        own = _rms(self.plain.log_softmax(-1) - self.wide.log_softmax(-1))
-        if _rms(got.float().log_softmax(-1) - self.wide.log_softmax(-1)) <= _MOST_FARTHER * own:
-            return None
-        return (
-            f"packed products would be farther from float32 than {_MOST_FARTHER} times the "
-            "model's own bfloat16 forward"
-        )
-
-
-def _rms(difference: Tensor) -> float:
-    return float(difference.square().mean().sqrt())
-
-
-def _probe_ids(model: nn.Module) -> Tensor:
-    """Return the same random ids each time, (1, T): not more than the model has positions."""
-    positions = config_integer(model, "max_position_embeddings", "n_positions") or _PROBE_IDS
-    generator = torch.Generator().manual_seed(0)
-    length = max(1, min(_PROBE_IDS, positions))
-    return torch.randint(num_embeddings(model) or 2, (1, length), generator=generator)
-
-
-def _logits(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    return field_of(ModuleCall(model)(ids_BT, None), "logits")

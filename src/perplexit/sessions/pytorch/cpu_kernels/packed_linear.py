@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from perplexit.checkpoints.module_call import output_layer
 from perplexit.resources.memory_advice import MappedFiles
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
@@ -124,8 +125,7 @@ def pack_linears(model: nn.Module) -> int:
     the input embedding), shared weights, layers with hooks, and whatever is not exactly a linear
     layer with a plain weight.
     """
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if get is not None else None
+    output = output_layer(model)
     places = [place for place in _linears(model) if place[2] is not output]
     # Shared weights have one reading of `id` under two modules; embeddings are read too.
     shares = Counter(

@@ -101,14 +101,28 @@ def rounded_activations(module: nn.Module) -> str | None:
     return None
 
 
-def num_embeddings(module: nn.Module) -> int | None:
-    """Return the rows of the input embedding, where the module says which one that is."""
-    get = getattr(module, "get_input_embeddings", None)
+def output_layer(module: nn.Module) -> Any | None:
+    """Return the layer that makes the logits, where the module says which one that is."""
+    return _layer(module, "get_output_embeddings")
+
+
+def input_embedding(module: nn.Module) -> Any | None:
+    """Return the layer that looks ids up, where the module says which one that is."""
+    return _layer(module, "get_input_embeddings")
+
+
+def _layer(module: nn.Module, method: str) -> Any | None:
+    get = getattr(module, method, None)
     try:
-        embedding = get() if get is not None else None
+        layer = get() if get is not None else None
     except (NotImplementedError, AttributeError):
         return None
-    weight = getattr(embedding, "weight", None)
+    return layer if isinstance(layer, nn.Module) else None
+
+
+def num_embeddings(module: nn.Module) -> int | None:
+    """Return the rows of the input embedding, where the module says which one that is."""
+    weight = getattr(input_embedding(module), "weight", None)
     return len(weight) if weight is not None else None
 
 
@@ -117,8 +131,7 @@ def plain_output(module: nn.Module) -> nn.Linear | None:
 
     A subclass (a quantized or adapted layer, or weight) may compute something else: None.
     """
-    get = getattr(module, "get_output_embeddings", None)
-    layer = get() if get is not None else None
+    layer = output_layer(module)
     if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
         return None
     return None if layer.weight.device.type == "meta" else layer
@@ -129,8 +142,7 @@ def position_limit(module: nn.Module) -> int | None:
     limit = config_integer(module, "max_position_embeddings", "n_positions")
     if limit is None:
         return None
-    get = getattr(module, "get_input_embeddings", None)
-    tokens = get() if get is not None else None
+    tokens = input_embedding(module)
     for embedding in module.modules():
         if not isinstance(embedding, nn.Embedding) or embedding is tokens:
             continue
