@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import perplexit.compilation.onnx_build as onnx_build
 from perplexit.compilation.body_and_head import rows_at_a_time
+from perplexit.compilation.program_build import ProgramBuild
 from perplexit.compilation.targets import compile
 from perplexit.errors import (
     CapabilityError,
@@ -171,8 +172,8 @@ def test_blocks_stand_for_nearly_the_weight(bits, shape, transposed):
 def test_a_program_that_disagrees_with_its_checkpoint_is_not_kept(
     tmp_path, tiny_llama_dir, monkeypatch
 ):
-    honest = onnx_build.checkpoint_losses
-    monkeypatch.setattr(onnx_build, "checkpoint_losses", lambda *args: honest(*args) + 0.01)
+    honest = ProgramBuild.checkpoint_losses
+    monkeypatch.setattr(ProgramBuild, "checkpoint_losses", lambda build: honest(build) + 0.01)
     with pytest.raises(CompilationError, match=r"within 0\.001 nats"):
         compile(tiny_llama_dir, to="onnx", output=tmp_path / "p")
     assert list(tmp_path.iterdir()) == []

@@ -99,7 +99,6 @@ class ScoreWindows(Protocol):
 
     def __call__(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """Return one record per window."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

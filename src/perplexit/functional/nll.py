@@ -162,13 +162,11 @@ class ScoringHead(Protocol):
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Return its logits."""
-        ...
 
     def statistics(
         self, hidden_ND: Tensor, targets_N: Tensor, request: HeadRequest
     ) -> TokenStatistics:
         """Return the columns of the targets; entropy and rank only `with_details`, if at all."""
-        ...
 
 
 def rows_within(budget_bytes: int, vocab_size: int) -> int:

@@ -45,7 +45,6 @@ class GainMeasure(Protocol):
 
     def gains(self, contexts_BT: Tensor) -> NDArray[np.float64]:
         """Return each context's gain in nats, float64 [B]; positive: the objective improves."""
-        ...
 
 
 def default_rule(mode: Mode) -> StepRule:

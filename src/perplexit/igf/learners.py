@@ -43,11 +43,9 @@ class Learner(Protocol):
 
     def predict(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
         """Return the predicted z-score of each context's gain, float64 [N]."""
-        ...
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Return what has to be saved to predict the same again."""
-        ...
 
 
 def token_counts(ids_NT: NDArray[np.int32], vocab_size: int) -> sparse.csr_matrix:

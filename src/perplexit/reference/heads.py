@@ -39,7 +39,6 @@ class Head(Protocol):
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits of hidden states, (N, V), float32."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

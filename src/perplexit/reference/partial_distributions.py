@@ -23,7 +23,6 @@ class PartialReference(Protocol):
 
     def begin(self, windows: Sequence[WindowIds]) -> None:
         """Prepare for a batch of windows, which will be asked for in order."""
-        ...
 
     def partial_rows(
         self, place: int, start: int, stop: int, vocab_size: int
@@ -32,7 +31,6 @@ class PartialReference(Protocol):
 
         Raises VocabularyError where the reference's vocabulary is not of this size.
         """
-        ...
 
 
 class TopKReference:

@@ -40,11 +40,9 @@ class ReferenceLogits(Protocol):
 
     def begin(self, windows: Sequence[WindowIds]) -> None:
         """Prepare for a batch of windows, which will be asked for in order."""
-        ...
 
     def rows(self, place: int, start: int, stop: int) -> NDArray[np.float32]:
         """Return the logits (N, V) of targets `start … stop - 1` of window `place` of the batch."""
-        ...
 
 
 @runtime_checkable
@@ -56,7 +54,6 @@ class KeepsHead(HiddenStateSession, Protocol):
 
         Raises CapabilityError where neither can be had.
         """
-        ...
 
 
 class StoredLogits:

@@ -13,19 +13,15 @@ class PeakMeter(Protocol):
 
     def begin(self) -> None:
         """Begin to measure, before the first of several overlapping stretches."""
-        ...
 
     def end(self) -> None:
         """End the measurement, after the last of them."""
-        ...
 
     def read(self) -> tuple[int, int]:
         """Return `(bytes now, peak bytes since the last reset)`."""
-        ...
 
     def reset(self) -> None:
         """Let the peak begin anew at what is held now."""
-        ...
 
 
 @dataclass(slots=True, eq=False)

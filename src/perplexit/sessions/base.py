@@ -40,12 +40,10 @@ class InferenceSession(Protocol):
     @property
     def model(self) -> ModelDescription:
         """Describe the loaded model."""
-        ...
 
     @property
     def description(self) -> SessionDescription:
         """Describe the engine and the settings in effect."""
-        ...
 
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """Return one array per window: the nll of each target in nats, in the order of `targets_N`.
@@ -53,15 +51,12 @@ class InferenceSession(Protocol):
         Raises EngineOutOfMemoryError where the batch does not fit (the caller halves it), and
         VocabularyError where an id has no row in the model.
         """
-        ...
 
     def max_batch_size(self, window_length: int) -> int:
         """Return how many windows of `window_length` ids fit into free memory for one call."""
-        ...
 
     def close(self) -> None:
         """Release the model. A closed session is not used again."""
-        ...
 
 
 class OpenSession(InferenceSession, Protocol):
@@ -92,7 +87,6 @@ class DetailedSession(InferenceSession, Protocol):
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """Return nll (the bits of `token_nll`), entropy, rank and alternatives of each window."""
-        ...
 
 
 @runtime_checkable
@@ -104,7 +98,6 @@ class AlternativesSession(InferenceSession, Protocol):
 
         Raises CapabilityError where so many are not to be had, before anything is scored.
         """
-        ...
 
 
 @runtime_checkable
@@ -115,7 +108,6 @@ class LogitsSession(InferenceSession, Protocol):
         self, windows: Sequence[WindowIds], *, chunk_rows: int
     ) -> Iterator[LogitsChunk]:
         """Return the logits of every target, window after window, about `chunk_rows` at a time."""
-        ...
 
 
 @runtime_checkable
@@ -127,11 +119,9 @@ class HiddenStateSession(LogitsSession, Protocol):
 
         Raises CapabilityError where the model's head cannot be told from its layers.
         """
-        ...
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits that the model's own head makes of hidden states, (N, V), float32."""
-        ...
 
 
 @runtime_checkable
@@ -140,7 +130,6 @@ class MeasuresDeviceMemory(Protocol):
 
     def peak_device_bytes(self) -> int | None:
         """Return the peak since the session was made, in bytes; None where it runs on the host."""
-        ...
 
 
 @runtime_checkable
@@ -149,7 +138,6 @@ class TokenizesText(Protocol):
 
     def own_token_ids(self, text: str, *, special: bool) -> list[int]:
         """Return the ids of `text` by the engine's tokenizer; `special` adds what it adds."""
-        ...
 
 
 @runtime_checkable
@@ -158,7 +146,6 @@ class SpellsTokens(Protocol):
 
     def own_token_texts(self, ids: Sequence[int]) -> list[str | None]:
         """Return the engine's text of each id, None where it tells none."""
-        ...
 
 
 class FedRows(Protocol):
@@ -166,11 +153,9 @@ class FedRows(Protocol):
 
     def details(self, ids_N: NDArray[np.int64], *, with_details: bool, top_k: int) -> TokenDetails:
         """Return the details of the token `ids_N[n]` as the one after position n."""
-        ...
 
     def array(self) -> NDArray[np.float32]:
         """Return one row per position, of which `CachingSession.logits_of` makes logits."""
-        ...
 
 
 class KeyValueCache(Protocol):
@@ -189,7 +174,6 @@ class KeyValueCache(Protocol):
         Every one of these rows has been fed exactly `start` ids. picked: (rows, columns) of the
         block. Raises EngineOutOfMemoryError.
         """
-        ...
 
 
 @runtime_checkable
@@ -199,34 +183,28 @@ class CachingSession(InferenceSession, Protocol):
     @property
     def cache_rows(self) -> int | None:
         """Return how many windows one cache holds at most; None: any number."""
-        ...
 
     @property
     def rows_are_logits(self) -> bool:
         """Return whether `FedRows.array` gives logits, of which many take much memory."""
-        ...
 
     def caching(self) -> Mapping[str, Any]:
         """Return how the cache is kept, for the record.
 
         Raises CapabilityError where this model cannot be scored so.
         """
-        ...
 
     def open_cache(self, windows: Sequence[WindowIds]) -> KeyValueCache:
         """Return an empty cache with one row for each of the windows, which all have targets.
 
         Raises VocabularyError, ModelError and CapabilityError for windows that do not fit.
         """
-        ...
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits of rows that a cache gave, (N, V), float32."""
-        ...
 
     def max_cached_windows(self, window_length: int) -> int:
         """Return how many windows of that many ids to decode together, judged by free memory."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +221,6 @@ class TimesPhases(Protocol):
 
     def take_seconds(self) -> PhaseSeconds:
         """Return the seconds of successful calls since this was last called."""
-        ...
 
 
 @runtime_checkable
@@ -253,7 +230,6 @@ class QueueingSession(DetailedSession, Protocol):
     @property
     def queues(self) -> bool:
         """Return whether a started batch goes on by itself on this device."""
-        ...
 
     def queue_details(
         self, windows: Sequence[WindowIds], *, top_k: int = 0
@@ -263,7 +239,6 @@ class QueueingSession(DetailedSession, Protocol):
         The function is called once. Both calls may raise what `token_details` raises,
         EngineOutOfMemoryError included.
         """
-        ...
 
 
 @runtime_checkable
@@ -272,4 +247,3 @@ class MeasuresWorkingMemory(Protocol):
 
     def peak_device_bytes_beyond_weights(self) -> int | None:
         """Return the peak since the model was loaded, less what it held then; None on the host."""
-        ...

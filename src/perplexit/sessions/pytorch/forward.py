@@ -33,11 +33,9 @@ class ForwardPass(Protocol):
         self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
     ) -> Tensor:
         """Return features BTX, one row per position; with a cache, the ids follow those in it."""
-        ...
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """Return logits NV; they may be overwritten."""
-        ...
 
 
 class WrappedForward:
