@@ -194,10 +194,10 @@ def _bootstrap_lines(bootstrap: Bootstrap | None, method: str) -> list[str]:
 def _flip_lines(flips: Flips | None) -> list[str]:
     if flips is None or not flips.count:
         return []
-    least = "" if flips.complete else "at least "
+    more = "" if flips.complete else " or more"
     share = 100 * flips.count / flips.num_tokens
     lines = [
-        f"first choice changed at {least}{flips.count:,} of {flips.num_tokens:,} tokens "
+        f"first choice changed at {flips.count:,}{more} of {flips.num_tokens:,} tokens "
         f"({share:.2g} %)" + (", the surest first:" if flips.listed else "")
     ]
     return [*lines, *(f"  {_flip_line(flip)}" for flip in flips.listed)]
