@@ -7,12 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
-from perplexit.diagnosis import (
-    doctor_identity,
-    doctor_losses,
-    doctor_repeats,
-    doctor_tokenizer,
-)
+from perplexit.diagnosis import doctor_losses, doctor_repeats, doctor_setup
 from perplexit.diagnosis.doctor_findings import Diagnosis, Finding, failed, skipped
 from perplexit.diagnosis.doctor_probe import ExaminedModel, make_probe
 from perplexit.errors import PerplexitError, UsageError
@@ -40,10 +35,10 @@ class Check:
 
 
 CHECKS = (
-    Check("vocabulary", doctor_identity.vocabulary, computes=False),
-    Check("tokenizer", doctor_tokenizer.tokenizer, computes=False),
-    Check("window length", doctor_identity.window_length, computes=False),
-    Check("dtype", doctor_identity.dtype, computes=False),
+    Check("vocabulary", doctor_setup.vocabulary, computes=False),
+    Check("tokenizer", doctor_setup.tokenizer, computes=False),
+    Check("window length", doctor_setup.window_length, computes=False),
+    Check("dtype", doctor_setup.dtype, computes=False),
     Check("finite", doctor_losses.finite, ("vocabulary",), computes=False),
     Check("prefix cache", doctor_repeats.prefix_cache, ("finite",)),
     Check("dropout", doctor_repeats.dropout, ("prefix cache",)),
@@ -53,7 +48,7 @@ CHECKS = (
     Check("alignment", doctor_repeats.alignment, ("dropout",)),
     Check("decode", doctor_repeats.decode, ("dropout", "alignment")),
     Check("probabilities", doctor_losses.probabilities, ("dropout", "alignment")),
-    Check("bos", doctor_tokenizer.bos, ("dropout",), computes=False),
+    Check("bos", doctor_setup.bos, ("dropout",), computes=False),
     Check("position", doctor_losses.position, ("dropout", "alignment")),
     Check("level", doctor_losses.level, ("dropout", "tokenizer", "bos", "alignment")),
 )

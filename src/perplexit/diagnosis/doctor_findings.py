@@ -137,8 +137,7 @@ class Diagnosis:
         failed, warned, omitted = (self.named(s) for s in ("fail", "warn", "skipped"))
         whose = f"{self.model['address']} on {self.session['engine']} ({self.session['dtype']})"
         verdict = f"failed: {', '.join(failed)}" if failed else "no check failed"
-        more = [f"{len(names)} {word}" for names, word in ((warned, "warned"),) if names]
-        more += [f"{len(omitted)} skipped"] if omitted else []
+        more = [f"{len(n)} {what}" for n, what in ((warned, "warned"), (omitted, "skipped")) if n]
         return f"{whose}: {verdict}" + (f"; {', '.join(more)}" if more else "")
 
 

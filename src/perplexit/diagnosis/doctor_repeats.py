@@ -7,13 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from perplexit.diagnosis.doctor_findings import (
-    Finding,
-    failed,
-    passed,
-    skipped,
-    within_limit,
-)
+from perplexit.diagnosis.doctor_findings import Finding, failed, passed, skipped, within_limit
 from perplexit.diagnosis.doctor_probe import ExaminedModel, Losses
 from perplexit.errors import CacheMismatchError, CapabilityError, ModelError
 from perplexit.inputs.windows import WindowIds

@@ -7,8 +7,7 @@ from typing import Any
 
 from perplexit.comparison.pairing import opened
 from perplexit.diagnosis.run_differences import Difference, differences
-from perplexit.diagnosis.session_steps import Model
-from perplexit.diagnosis.step_contributions import Step, measured, steps_between
+from perplexit.diagnosis.step_contributions import Inputs, Model, Step, measured, steps_between
 from perplexit.errors import FingerprintMismatchError, PerplexitError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.html_table import html_table
@@ -125,9 +124,7 @@ def explain(
     )
 
 
-def _inputs_of(
-    runs: Sequence[Run], given: Sequence[TokenFile | str | Path]
-) -> tuple[TokenFile | None, TokenFile | None]:
+def _inputs_of(runs: Sequence[Run], given: Sequence[TokenFile | str | Path]) -> Inputs:
     """Return each run's token file: one of those given, else where the run found it, else None."""
     opened = [item if isinstance(item, TokenFile) else TokenFile.open(item) for item in given]
     by_fingerprint = {tokens.input_fingerprint: tokens for tokens in opened}

@@ -1,18 +1,27 @@
 """What each difference contributes: one setting after another turned, and the model run again."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from perplexit.diagnosis.input_steps import input_steps
-from perplexit.diagnosis.session_steps import Model, Setting, opened, session_steps
-from perplexit.errors import PerplexitError
+from perplexit.errors import CapabilityError, ModelError, PerplexitError, QuantizationError
 from perplexit.evaluation import evaluate
 from perplexit.inputs.token_file import TokenFile
 from perplexit.metrics.likelihood import exp_or_inf
 from perplexit.runs.run import Run
-from perplexit.sessions.base import InferenceSession
+from perplexit.sessions.base import InferenceSession, OpenSession
+from perplexit.sessions.registry import load_session
+
+Model = InferenceSession | str | Path
+Inputs = tuple[TokenFile | None, TokenFile | None]  # of the first and of the second run
+
+SESSION_ASPECTS = (
+    *("weights", "dtype", "quantization", "engine", "engine version"),
+    *("settings", "device", "threads", "batch size", "perplexit version"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,34 @@ class Measured(NamedTuple):
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a session is opened, and what it must turn out to be."""
+
+    address: str
+    weights: str  # their fingerprint
+    engine: str
+    dtype: str | None
+    quantization: str | None
+    device: str | None
+    threads: int | None
+
+    @classmethod
+    def of(
+        cls, model: Mapping[str, Any], session: Mapping[str, Any], threads: int | None = None
+    ) -> "Setting":
+        """Return the setting that a run's record, or a session, describes."""
+        return cls(
+            address=str(model.get("address")),
+            weights=str(model.get("weights_fingerprint")),
+            engine=str(session.get("engine")),
+            dtype=session.get("dtype"),
+            quantization=(session.get("quantization") or {}).get("name"),
+            device=session.get("device"),
+            threads=threads,
+        )
+
+
 class _Place(NamedTuple):
     """A point on the way: what was turned to come here, and the measurement's conditions."""
 
@@ -60,7 +97,7 @@ def steps_between(
     first: Run,
     second: Run,
     *,
-    inputs: tuple[TokenFile | None, TokenFile | None],
+    inputs: Inputs,
     aspects: Sequence[str],
     models: Sequence[Model] = (),
 ) -> tuple[list[Step], list[str]]:
@@ -78,17 +115,16 @@ def steps_between(
     before = start
     turned: tuple[str, ...] = ()
     with ExitStack() as stack:
-        session: InferenceSession | None = None
+        session: InferenceSession
         setting: Setting | None = None
         for number, place in enumerate(places):
             turned += place.aspects
-            after: Measured | None = end
-            if number < len(places) - 1:
-                after = None
+            after = end if number == len(places) - 1 else None
+            if after is None:
                 try:
-                    if session is None or setting != place.setting:
+                    if setting != place.setting:
+                        setting = None
                         stack.close()
-                        session = None
                         session = stack.enter_context(opened(place.setting, models))
                         setting = place.setting
                     if place.tokens is None:
@@ -104,29 +140,48 @@ def steps_between(
 
 
 def _places(
-    first: Run,
-    second: Run,
-    inputs: tuple[TokenFile | None, TokenFile | None],
-    aspects: Sequence[str],
-    models: Sequence[Model],
+    first: Run, second: Run, inputs: Inputs, aspects: Sequence[str], models: Sequence[Model]
 ) -> tuple[list[_Place], list[str]]:
     """Return the way: the input changes first; the session, if only the second model is at hand."""
     reasons = []
-    ours, theirs = Setting.of(first), Setting.of(second)
-    sessions = session_steps(first, second, aspects)
-    on_session = {aspect for step in sessions for aspect in step.aspects}
+    ours, theirs = (Setting.of(run.model, run.session, run.threads) for run in (first, second))
+    sessions = session_changes(ours, theirs, aspects)
+    on_session = {aspect for turned, _ in sessions for aspect in turned}
     on_input = tuple(dict.fromkeys(aspect for aspect in aspects if aspect not in on_session))
     changes: list[tuple[tuple[str, ...], TokenFile | None]] = []
     if inputs[0] is not None and inputs[1] is not None:
-        changes = [(s.aspects, s.tokens) for s in input_steps(inputs[0], inputs[1], on_input)]
+        changes = [*input_steps(inputs[0], inputs[1], on_input)]
     elif on_input:
         changes = [(on_input, inputs[1])]
         reasons.append("an input is not at hand (name both with --input), so its settings are one")
     if changes and sessions and not _at_hand(ours, models):
-        turns = [_Place(step.aspects, inputs[0], step.setting) for step in sessions]
-        return turns + [_Place(a, tokens, theirs) for a, tokens in changes], reasons
-    places = [_Place(a, tokens, ours) for a, tokens in changes]
-    return places + [_Place(s.aspects, inputs[1], s.setting) for s in sessions], reasons
+        turns = [_Place(turned, inputs[0], setting) for turned, setting in sessions]
+        return turns + [_Place(*change, theirs) for change in changes], reasons
+    places = [_Place(*change, ours) for change in changes]
+    return places + [_Place(turned, inputs[1], setting) for turned, setting in sessions], reasons
+
+
+def session_changes(
+    setting: Setting, goal: Setting, aspects: Sequence[str]
+) -> list[tuple[tuple[str, ...], Setting]]:
+    """Return the changes from one session to another: (the aspects turned, the setting after it).
+
+    The precision is turned on the first run's engine and weights, and engine and weights last.
+    Empty where no aspect is one of a session.
+    """
+    named = [aspect for aspect in SESSION_ASPECTS if aspect in aspects]
+    if not named:
+        return []
+    steps: list[tuple[tuple[str, ...], Setting]] = []
+    for aspect in ("dtype", "quantization"):
+        if aspect in named[:-1]:
+            setting = replace(setting, **{aspect: getattr(goal, aspect)})
+            steps.append(((aspect,), setting))
+    if "weights" in named and setting.engine == goal.engine and len(named) > len(steps) + 1:
+        setting = replace(setting, address=goal.address, weights=goal.weights)
+        steps.append((("weights",), setting))
+    told = {aspect for turned, _ in steps for aspect in turned}
+    return [*steps, (tuple(a for a in named if a not in told), goal)]
 
 
 def _at_hand(setting: Setting, models: Sequence[Model]) -> bool:
@@ -135,6 +190,55 @@ def _at_hand(setting: Setting, models: Sequence[Model]) -> bool:
             return True
     except PerplexitError:
         return False
+
+
+@contextmanager
+def opened(setting: Setting, models: Sequence[Model]) -> Iterator[InferenceSession]:
+    """Return the session that a setting describes, from `models` or from its own address.
+
+    An open session among `models` stays open. Raises ModelError where none has these weights under
+    these conditions, or what loading raised.
+    """
+    reasons = []
+    for model in (*models, setting.address):
+        with ExitStack() as stack:
+            session: InferenceSession
+            try:
+                if isinstance(model, str | Path):
+                    session = stack.enter_context(_loaded(model, setting))
+                else:
+                    session = model
+            except PerplexitError as error:
+                reasons.append(str(error))
+                continue
+            why = _mismatch(session, setting)
+            if why is None:
+                yield session
+                return
+            reasons.append(why)
+    raise ModelError(f"the model {setting.address} is not at hand: " + "; ".join(reasons))
+
+
+def _loaded(address: str | Path, setting: Setting) -> OpenSession:
+    """Return the session, with the options that its engine has."""
+    names = ["device", "threads", "dtype", "quantization"]
+    while True:
+        try:
+            return load_session(address, **{name: getattr(setting, name) for name in names})
+        except (CapabilityError, QuantizationError):
+            if not names:
+                raise
+            names.pop()  # a program has its precision inside; what came out is checked
+
+
+def _mismatch(session: InferenceSession, setting: Setting) -> str | None:
+    """Return why a session is not the one that is wanted; None where it is."""
+    found = Setting.of(asdict(session.model), asdict(session.description))
+    for name in ("weights", "engine", "dtype", "quantization"):
+        ours, wanted = getattr(found, name), getattr(setting, name)
+        if ours != wanted:
+            return f"{session.model.address} has {name} {ours!r}, not {wanted!r}"
+    return None
 
 
 def _step(aspects: tuple[str, ...], before: Measured, after: Measured) -> Step:

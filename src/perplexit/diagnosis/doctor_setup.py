@@ -1,24 +1,18 @@
-"""The doctor's checks of tokenizer and BOS: which ids a text becomes, and what stands before them.
+"""The doctor's checks of what was put together: vocabulary, tokenizer, BOS, windows, precision.
 
 Shape suffixes: T = ids of one window, N = targets of one window.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
-from perplexit.diagnosis.doctor_findings import (
-    Finding,
-    failed,
-    passed,
-    skipped,
-    warned,
-)
+from perplexit.diagnosis.doctor_findings import Finding, failed, passed, skipped, warned
 from perplexit.diagnosis.doctor_probe import HARD_TEXT, ExaminedModel, packaged_text
 from perplexit.errors import TokenizerError
+from perplexit.evaluation.input_fit import UNKNOWN_VOCABULARY
 from perplexit.inputs.retokenizing import first_difference, match_tokenizer
 from perplexit.inputs.tokenizer import Tokenizer
 from perplexit.inputs.windows import WindowIds
+from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.sessions.base import SpellsTokens, TokenizesText
 
 _NUM_BOS_TARGETS = 64
@@ -26,6 +20,90 @@ _NATS_OF_A_BOS = 0.5
 _STANDARD_ERRORS = 4.0
 _NUM_SPELLED = 64
 _MOST_WINDOWS = 4096
+
+
+def vocabulary(examined: ExaminedModel) -> Finding:
+    """Tell whether every id has a row in the model, and how many rows have no token."""
+    rows = examined.session.model.vocab_size
+    if rows >= UNKNOWN_VOCABULARY:
+        return skipped("this engine does not tell how many rows the model has")
+    largest = int(examined.probe.ids_S.max())
+    if examined.tokens is not None:
+        prefix_id = int(examined.tokens.windows.prefix_id.max(initial=-1))
+        largest = max(int(examined.tokens.token_ids.max(initial=-1)), prefix_id)
+    sizes = [
+        entry.vocab_size for entry in (examined.tokenizer, examined.tokens) if entry is not None
+    ]
+    num_tokens = max(sizes, default=0)
+    if max(largest + 1, num_tokens) > rows:
+        return failed(
+            f"the tokenizer has {num_tokens} ids (the largest fed is {largest}), the model "
+            f"{rows} rows",
+            max(largest + 1, num_tokens),
+            rows,
+            advice="use the tokenizer that the model was trained with",
+        )
+    spare = rows - num_tokens
+    sentence = f"every id has a row; the largest fed is {largest}"
+    if num_tokens and spare:
+        sentence += f"; rows {num_tokens} to {rows - 1} ({spare}) have no token"
+    if num_tokens and spare > max(1024, rows // 10):
+        advice = "padding rarely takes so many rows: is this the model's own tokenizer?"
+        return warned(sentence, spare, max(1024, rows // 10), advice=advice)
+    return passed(sentence, max(largest + 1, num_tokens), rows)
+
+
+def window_length(examined: ExaminedModel) -> Finding:
+    """Tell whether the windows are ones that the model was made for."""
+    made_for = examined.session.model.max_length
+    longest = examined.probe.max_length
+    if examined.tokens is not None:
+        longest = int(examined.tokens.fed_lengths().max(initial=0))
+    if made_for is None:
+        return skipped("this engine does not tell what the model was made for")
+    sentence = f"windows of up to {longest} ids; the model was made for {made_for}"
+    if longest <= made_for:
+        return passed(sentence, longest, made_for)
+    advice = f"prepare with --max-length {made_for}, or call it a test of extrapolation"
+    return warned(sentence, longest, made_for, advice=advice)
+
+
+def dtype(examined: ExaminedModel) -> Finding:
+    """Tell whether the precision in effect is the one asked for; float32 where none was."""
+    description = examined.session.description
+    quantization = description.quantization
+    asked = canonical_dtype(examined.dtype) if examined.dtype else None
+    sentence = f"computed in {description.dtype}"
+    if quantization is not None:
+        sentence += (
+            f"; weights {quantization.name} by {quantization.library} "
+            f"({quantization.effective_bits:.3g} bits per parameter)"
+        )
+    if examined.quantization is not None and (
+        quantization is None
+        or canonical_precision(quantization.name) != canonical_precision(examined.quantization)
+    ):
+        return failed(
+            f"{sentence}, but {examined.quantization} was asked for",
+            advice="compile or load the model again with that quantization",
+        )
+    if description.dtype.startswith("unknown"):
+        return skipped(f"{sentence}: the engine does not tell")
+    if asked is not None and description.dtype != asked:
+        return failed(
+            f"{sentence}, but {asked} was asked for",
+            description.dtype,
+            asked,
+            advice="see the engine's settings in the record",
+        )
+    if asked is None and description.dtype not in ("float32", "float64"):
+        return warned(
+            f"{sentence}: losses carry its rounding",
+            description.dtype,
+            "float32",
+            advice="load with --dtype float32 for reference figures",
+        )
+    return passed(sentence, description.dtype, asked or "float32")
 
 
 def tokenizer(examined: ExaminedModel) -> Finding:
@@ -36,9 +114,8 @@ def tokenizer(examined: ExaminedModel) -> Finding:
     compared = []
     for compare in (_input_compared, _engine_compared, _spelling_compared):
         found = compare(examined, own)
-        if found is not None and found.differs:
-            advice = "prepare with the tokenizer that the model was trained with"
-            return failed(found.sentence, advice=advice)
+        if found is not None and found.status == "fail":
+            return found
         if found is not None:
             compared.append(found.sentence)
     if compared:
@@ -70,63 +147,51 @@ def bos(examined: ExaminedModel) -> Finding:
     return _measured_bos(examined, bos_id, is_fed=num_with > 0, is_added=bos_id in added)
 
 
-class _Compared(NamedTuple):
-    """What came of holding another tokenizer against the model's own."""
-
-    differs: bool
-    sentence: str
+def _differs(sentence: str) -> Finding:
+    return failed(sentence, advice="prepare with the tokenizer that the model was trained with")
 
 
-def _input_compared(examined: ExaminedModel, own: Tokenizer) -> _Compared | None:
-    tokens = examined.tokens
-    if tokens is None:
+def _input_compared(examined: ExaminedModel, own: Tokenizer) -> Finding | None:
+    """Return how the input's tokenizer compares with the model's own; None where nothing tells."""
+    if examined.tokens is None:
         return None
-    found = match_tokenizer(tokens, own)
+    found = match_tokenizer(examined.tokens, own)
     if found.by == "fingerprint":
-        return _Compared(False, "the input's tokenizer is the model's own, by its fingerprint")
+        return passed("the input's tokenizer is the model's own, by its fingerprint")
     if found.by == "nothing":
         return None
     if found.difference is not None:
-        return _Compared(True, f"the input was prepared with another tokenizer: {found.difference}")
-    return _Compared(False, "the input's ids are those of the model's own tokenizer")
+        return _differs(f"the input was prepared with another tokenizer: {found.difference}")
+    return passed("the input's ids are those of the model's own tokenizer")
 
 
-def _engine_compared(examined: ExaminedModel, own: Tokenizer) -> _Compared | None:
-    session = examined.session
-    if not isinstance(session, TokenizesText):
+def _engine_compared(examined: ExaminedModel, own: Tokenizer) -> Finding | None:
+    """Return how the engine's tokenizer compares; None where it has none."""
+    if not isinstance(examined.session, TokenizesText):
         return None
     for text in (packaged_text(), HARD_TEXT):
-        theirs = _engine_ids(session, text)
+        theirs = _engine_ids(examined.session, text)
         if theirs is None:
             return None
         found = first_difference(own.encode_batch([text]).ids, theirs)
         if found:
-            return _Compared(True, f"the engine's own tokenizer gives other ids: {found}")
-    return _Compared(False, "the engine's own tokenizer gives the same ids")
+            return _differs(f"the engine's own tokenizer gives other ids: {found}")
+    return passed("the engine's own tokenizer gives the same ids")
 
 
-def _spelling_compared(examined: ExaminedModel, own: Tokenizer) -> _Compared | None:
-    session = examined.session
-    if not isinstance(session, SpellsTokens):
+def _spelling_compared(examined: ExaminedModel, own: Tokenizer) -> Finding | None:
+    """Return how the engine's spelling of ids compares; None where it spells none."""
+    if not isinstance(examined.session, SpellsTokens):
         return None
-    found = _spelling_difference(examined, own, session)
-    if found:
-        return _Compared(True, found)
-    return _Compared(False, "the engine spells the ids as the tokenizer does")
-
-
-def _spelling_difference(
-    examined: ExaminedModel, own: Tokenizer, session: SpellsTokens
-) -> str | None:
     ids = examined.probe.ids_S[:_NUM_SPELLED].tolist()
-    texts = session.own_token_texts(ids)
-    for index, text, spelled in zip(ids, texts, [own.spelled[i] for i in ids], strict=True):
+    for index, text in zip(ids, examined.session.own_token_texts(ids), strict=True):
         # Byte pieces of a character cannot be told from a text, and blanks are shown variously.
         if text is None or "\ufffd" in text or text.startswith("token_id:"):
             continue
+        spelled = own.spelled[index]
         if text.strip(" ▁").encode() != spelled.strip():
-            return f"the engine spells id {index} {text!r}, the tokenizer {spelled!r}"
-    return None
+            return _differs(f"the engine spells id {index} {text!r}, the tokenizer {spelled!r}")
+    return passed("the engine spells the ids as the tokenizer does")
 
 
 def _bos_of(examined: ExaminedModel) -> tuple[int | None, tuple[int, ...]]:
