@@ -15,12 +15,12 @@ from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import CorpusError, ResumeError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.finetune_settings import FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.optimizer_step import StepRule
 from perplexit.igf.pairs import Pairs
 from perplexit.igf.random_contexts import ContextStream, objective_contexts
 from perplexit.igf.selection import random_skip
+from perplexit.igf.training_options import FinetuneSettings
 from perplexit.runs.parts_folder import lock_folder
 from tests.tiny_models import TINY_MODELS
 

@@ -17,7 +17,6 @@ from torch import nn
 from perplexit.errors import ResumeError
 from perplexit.igf.articles import Articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.finetune_settings import FinetuneSettings
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.language_model import with_lora
 from perplexit.igf.learners import RidgeLearner
@@ -25,6 +24,7 @@ from perplexit.igf.model_identity import unlike_pairs
 from perplexit.igf.pairs import Pairs
 from perplexit.igf.random_contexts import Contexts, ContextStream, objective_contexts
 from perplexit.igf.selection import ConstantThreshold, Selection, by_predicted_gain, random_skip
+from perplexit.igf.training_options import FinetuneSettings
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 pytest.importorskip("peft")

@@ -13,7 +13,6 @@ from perplexit.errors import CorpusError, ResumeError, UsageError, VocabularyErr
 from perplexit.igf.articles import Articles
 from perplexit.igf.experiment_summary import draw_experiment, holm, median_interval, summarise
 from perplexit.igf.experiments import ExperimentPlan, run_experiment
-from perplexit.igf.finetune_settings import FinetuneSettings
 from perplexit.igf.finetuning import (
     finetune_model,
     last_context_gradient,
@@ -33,6 +32,7 @@ from perplexit.igf.selection import (
     selection_named,
     threshold_within_reach,
 )
+from perplexit.igf.training_options import FinetuneSettings
 from tests.tiny_models import TINY_MODELS
 
 VOCAB, LENGTH = 320, 12

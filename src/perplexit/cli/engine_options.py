@@ -1,28 +1,29 @@
-"""The command line's options of an engine, made of the library's own declarations."""
+"""The command line's options, made of the library's own declarations."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from perplexit.sessions.options import EngineOptions, Option, declared
+from perplexit.sessions.options import Option, declared
 
 Command = Callable[..., None]
 
 
-def takes_options(kind: type[EngineOptions]) -> Callable[[Command], Command]:
-    """Return a decorator that gives a command the options of `kind` in place of its `**options`.
+def takes_options(*kinds: type[Any], but_not: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command the options of `kinds` in place of its `**options`.
 
     They stand where `**options` stands: behind the command's own parameters.
     """
+    options = {name: entry for kind in kinds for name, entry in declared(kind).items()}
+    added = [_parameter(n, *entry) for n, entry in options.items() if n not in but_not]
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        added = [_parameter(n, hint, option) for n, (hint, option) in declared(kind).items()]
 
         def called(**given: Any) -> None:
             for parameter in added:

@@ -8,6 +8,7 @@ import typer
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.command_group import examples
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import people, print_json
 
 EXAMPLES = examples(
@@ -21,7 +22,9 @@ Mode = Literal["exact", "first-order", "directional"]
 Optimizer = Literal["adamw", "sgd"]
 
 
+@takes_options(options.ContextOptions, options.CommandOptions)
 def collect(
+    context: typer.Context,
     corpus: options.Corpus,
     model: options.Model,
     output: Annotated[
@@ -54,34 +57,28 @@ def collect(
             metavar="X|none", help="Limit on the gradient's norm. \\[default: 3; none for sgd]"
         ),
     ] = None,
-    context_length: options.ContextLength = 32,
     objective_size: Annotated[
         int, typer.Option(min=1, help="Number of contexts of the objective.")
     ] = 100,
-    min_length: options.MinLength = 1026,
     dropout: Annotated[
         bool, typer.Option("--dropout", help="Measure with dropout on, as the original did.")
     ] = False,
-    seed: options.Seed = 0,
-    tokenizer: options.TokenizerOption = None,
-    allow_pickle: options.AllowPickle = False,
-    threads: options.Threads = None,
-    json: options.AsJson = False,
+    **given: Any,
 ) -> None:
     """Label contexts with their information gain: how much one step on each helps the objective.
 
     A collection that was stopped continues when the same command is given again.
     """
     igf.pairs_output(output, inputs=[model, *corpus, *(objective or ())])
-    with options.working("Pairs", threads) as draw:
-        read = {"tokenizer": tokenizer or model, "allow_pickle": allow_pickle}
-        train, goal = _articles(options.one_or_many(corpus), objective, read)
+    with options.working("Pairs", given["threads"]) as draw:
+        seed = given["seed"]
+        train, goal = options.train_and_held_out(
+            context.params, "objective", objective_size, seed=seed
+        )
         pairs = igf.collect_pairs(
             igf.load_model(model),
-            igf.ContextStream(train, context_length, seed).take(0, num_pairs),
-            igf.objective_contexts(
-                goal, number=objective_size, length=context_length, min_len=min_length, seed=seed
-            ),
+            igf.ContextStream(train, given["context_length"], seed).take(0, num_pairs),
+            goal,
             output=output,
             mode=mode,
             rule=_rule(mode, optimizer, learning_rate, clip_norm),
@@ -98,15 +95,8 @@ def collect(
         f"standard deviation {document['statistics']['nats']['std']:.3e}; objective perplexity "
         f"{document['objective_perplexity']:.4g}"
     )
-    if json:
+    if given["json"]:
         print_json(document)
-
-
-def _articles(corpus: Any, objective: list[Path] | None, read: dict[str, Any]) -> tuple[Any, Any]:
-    articles = igf.read_articles(corpus, **read)
-    if objective:
-        return articles, igf.read_articles(options.one_or_many(objective), **read)
-    return articles.split("train"), articles.split("objective")
 
 
 def _rule(

@@ -10,8 +10,10 @@ from rich.table import Table
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.command_group import examples
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import people, print_json, with_interval
 
+_OF_FINETUNE_ALONE = ("micro_batch", "dropout", "seed_compatible", "seed")
 EXAMPLES = examples(
     "perplexit igf experiment addresses/ --model gpt2/ --learner learner -o experiment/",
     "perplexit igf experiment old/ --test new/ --model gpt2/ --methods standard,random-skip "
@@ -19,6 +21,7 @@ EXAMPLES = examples(
 )
 
 
+@takes_options(*options.TUNING_OPTIONS, but_not=_OF_FINETUNE_ALONE)
 def experiment(
     context: typer.Context,
     corpus: options.Corpus,
@@ -26,7 +29,6 @@ def experiment(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The experiment's folder.")
     ],
-    learner: options.LearnerFile = None,
     methods: Annotated[
         str,
         typer.Option(
@@ -36,16 +38,6 @@ def experiment(
     seeds: Annotated[
         int, typer.Option(min=2, help="Fine-tunings per method: seeds 0 to N-1.")
     ] = 12,
-    steps: options.Steps = 60,
-    batch_size: options.BatchSize = 16,
-    context_length: options.ContextLength = 32,
-    min_length: options.MinLength = 1026,
-    learning_rate: options.LearningRate = 5e-5,
-    eval_interval: options.EvalInterval = 10,
-    threshold: options.FirstThreshold = 1.0,
-    share: options.Share = 0.25,
-    test: options.TestCorpus = None,
-    num_test: options.NumTest = 100,
     confidence: Annotated[float, typer.Option(help="Coverage of the intervals.")] = 0.95,
     pairs: Annotated[
         Path | None,
@@ -58,34 +50,32 @@ def experiment(
         float | None,
         typer.Option(help="Stop after the fine-tuning that exceeds it; the next call continues."),
     ] = None,
-    tokenizer: options.TokenizerOption = None,
-    allow_pickle: options.AllowPickle = False,
-    threads: options.Threads = None,
-    json: options.AsJson = False,
+    **given: Any,
 ) -> None:
     """Compare ways to select contexts, each method on the same seeds and the same test contexts.
 
     An experiment that was stopped continues when the same command is given again.
     """
     options.refuse_idle_of_methods(context, options.names(methods))
-    igf.check_experiment_output(output, inputs=[model, *corpus, *(test or ()), learner, pairs])
-    with options.working("Runs", threads) as draw:
+    inputs = [model, *corpus, *(given["test"] or ()), given["learner"], pairs]
+    igf.check_experiment_output(output, inputs=inputs)
+    with options.working("Runs", given["threads"]) as draw:
         plan = igf.ExperimentPlan(
             methods=tuple(options.names(methods)),
             seeds=tuple(range(seeds)),
             settings=options.finetune_settings(context),
-            share=share,
-            constant=threshold,
+            share=given["share"],
+            constant=given["threshold"],
             confidence=confidence,
         )
-        train, held = options.train_and_test(context, corpus, test, tokenizer or model)
+        train, held = options.train_and_held_out(context.params, "test", given["num_test"])
         document = igf.run_experiment(
             igf.load_model(model),
             train,
             held,
             plan=plan,
             output=output,
-            learner=options.learner_to_use(learner),
+            learner=options.learner_to_use(given["learner"]),
             labelling=_labelling(pairs),
             model_name=model,
             title=title,
@@ -96,7 +86,7 @@ def experiment(
             igf.draw_experiment(document, output)
     people().print(_table(document))
     people().print(f"The experiment is {document['status']}, in {output}")
-    if json:
+    if given["json"]:
         print_json(document)
 
 

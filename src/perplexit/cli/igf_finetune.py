@@ -9,6 +9,7 @@ import typer
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.command_group import examples
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import Force, people, print_json, tell
 
 _NOT_ASKED = ("output", "checkpoints", "threads", "json", "force")  # they do not change the weights
@@ -19,6 +20,7 @@ EXAMPLES = examples(
 )
 
 
+@takes_options(*options.TUNING_OPTIONS)
 def finetune(
     context: typer.Context,
     corpus: options.Corpus,
@@ -26,32 +28,12 @@ def finetune(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the model is written.")
     ],
-    learner: options.LearnerFile = None,
     method: Annotated[
         str | None,
         typer.Option(
             help=f"{options.METHODS}. \\[default: igf-shifting with a learner, else standard]"
         ),
     ] = None,
-    threshold: options.FirstThreshold = 1.0,
-    share: options.Share = 0.25,
-    test: options.TestCorpus = None,
-    num_test: options.NumTest = 100,
-    steps: options.Steps = 60,
-    batch_size: options.BatchSize = 16,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Contexts per forward pass.")] = 16,
-    context_length: options.ContextLength = 32,
-    min_length: options.MinLength = 1026,
-    learning_rate: options.LearningRate = 5e-5,
-    eval_interval: options.EvalInterval = 10,
-    dropout: Annotated[bool, typer.Option("--dropout", help="Train with dropout.")] = False,
-    seed_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--seed-compatible",
-            help="Use the original's gradient: that of the last context alone.",
-        ),
-    ] = False,
     lora_rank: Annotated[
         int | None, typer.Option(min=1, help="Train low-rank adapters (PEFT) of this rank only.")
     ] = None,
@@ -63,29 +45,25 @@ def finetune(
         Path | None,
         typer.Option(metavar="DIR", help="Keep checkpoints here, and continue from the last one."),
     ] = None,
-    seed: options.Seed = 0,
-    tokenizer: options.TokenizerOption = None,
-    allow_pickle: options.AllowPickle = False,
-    threads: options.Threads = None,
     force: Force = False,
-    json: options.AsJson = False,
+    **given: Any,
 ) -> None:
     """Fine-tune on the contexts that a filter accepts before the model reads them.
 
     With --checkpoints a run that was stopped continues when the same command is given again.
     """
-    name = method or ("standard" if learner is None else "igf-shifting")
+    name = method or ("standard" if given["learner"] is None else "igf-shifting")
     options.refuse_idle_of_methods(context, [name])
     if lora_rank is None:
         options.refuse_idle(context, "lora_targets", because="no --lora-rank is given")
-    inputs = [model, *corpus, *(test or ()), learner]
+    inputs = [model, *corpus, *(given["test"] or ()), given["learner"]]
     asked = {k: _plain(v) for k, v in context.params.items() if k not in _NOT_ASKED}
     igf.model_output(output, inputs=inputs, request=asked, force=force)
     settings = options.finetune_settings(context)
-    with options.working("Steps", threads) as draw:
-        train, held = options.train_and_test(context, corpus, test, tokenizer or model)
+    with options.working("Steps", given["threads"]) as draw:
+        train, held = options.train_and_held_out(context.params, "test", given["num_test"])
         tuned = igf.load_model(model)
-        learned = options.learner_to_use(learner)
+        learned = options.learner_to_use(given["learner"])
         unlike = None if learned is None else igf.unlike_pairs(learned.record, tuned)
         if unlike is not None:
             tell(f"Warning: {unlike}")
@@ -96,11 +74,11 @@ def finetune(
             name,
             tuned,
             train,
-            context_length,
+            settings.context_length,
             learner=learned,
-            share=share,
-            constant=threshold,
-            seed=seed,
+            share=given["share"],
+            constant=given["threshold"],
+            seed=settings.seed,
         )
         curve = igf.finetune_model(
             tuned,
@@ -115,7 +93,7 @@ def finetune(
         )
         folder = igf.save_model(tuned, output, inputs=inputs, request=asked, force=force)
     people().print(_sentence(name, curve, folder))
-    if json:
+    if given["json"]:
         document = {"method": name, "selection": selection.to_json(), **curve.to_json()}
         print_json({**document, "settings": asdict(settings), "output": str(folder)})
 

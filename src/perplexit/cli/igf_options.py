@@ -1,10 +1,10 @@
 """Options that several `perplexit igf` commands share, and what the commands do alike."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import typer
 
@@ -12,6 +12,8 @@ from perplexit import igf
 from perplexit.cli.command_group import continued_by
 from perplexit.cli.output import Draw, progress_bar, stdout_kept_clean, tell
 from perplexit.errors import UsageError
+from perplexit.igf.training_options import FinetuneSettings
+from perplexit.sessions.options import Option
 
 Corpus = Annotated[
     list[Path],
@@ -23,49 +25,55 @@ Corpus = Annotated[
 Model = Annotated[
     str, typer.Option(metavar="MODEL", help="hf:FOLDER, hf:FILE.gguf, hf:ID@REVISION, or a path.")
 ]
-TokenizerOption = Annotated[
-    str | None, typer.Option(help="A tokenizer. \\[default: the model's own]")
-]
-TestCorpus = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--test",
-        metavar="CORPUS",
-        help="Articles to test on; repeat for several. \\[default: the hash split of CORPUS]",
-    ),
-]
-AllowPickle = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle",
-        help="Read the original's .jbl, a pickle: the code in it is run with your full rights.",
-    ),
-]
-LearnerFile = Annotated[
-    Path | None, typer.Option(help="A secondary learner; the igf methods need one.")
-]
-FirstThreshold = Annotated[
-    float,
-    typer.Option(help="The threshold of igf-constant, and of igf-shifting's first 10 steps."),
-]
-Share = Annotated[
-    float,
-    typer.Option(help="The share of candidates that quantile, random and loss methods accept."),
-]
-ContextLength = Annotated[int, typer.Option(min=2, help="Ids per context.")]
-MinLength = Annotated[
-    int, typer.Option(min=1, help="Objective and test articles are longer than this, in ids.")
-]
-NumTest = Annotated[int, typer.Option(min=1, help="Number of test contexts.")]
-Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of a fine-tuning.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Accepted contexts per step.")]
-LearningRate = Annotated[float, typer.Option(help="Learning rate of AdamW (no weight decay).")]
-EvalInterval = Annotated[int, typer.Option(min=1, help="Steps between evaluations.")]
-Seed = Annotated[int, typer.Option(min=0, help="Every random choice follows from it.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. \\[default: the engine's own]")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+class ContextOptions(TypedDict, total=False):
+    """How contexts are read."""
+
+    context_length: Annotated[int, Option("Ids per context.", 32, lowest=2)]
+    min_length: Annotated[
+        int, Option("Objective and test articles are longer than this, in ids.", 1026, lowest=1)
+    ]
+    tokenizer: Annotated[str | None, Option("A tokenizer. [default: the model's own]")]
+
+
+class FilterOptions(TypedDict, total=False):
+    """What filters candidates, and what the model is tested on."""
+
+    learner: Annotated[Path | None, Option("A secondary learner; the igf methods need one.")]
+    threshold: Annotated[
+        float, Option("The threshold of igf-constant, and of igf-shifting's first 10 steps.", 1.0)
+    ]
+    share: Annotated[
+        float,
+        Option("Share of candidates that quantile, random and loss methods accept.", 0.25),
+    ]
+    test: Annotated[
+        list[Path] | None,
+        Option(
+            "Articles to test on; repeat for several. [default: the hash split of CORPUS]",
+            metavar="CORPUS",
+        ),
+    ]
+    num_test: Annotated[int, Option("Number of test contexts.", 100, lowest=1)]
+
+
+class CommandOptions(TypedDict, total=False):
+    """What every command of the group takes."""
+
+    seed: Annotated[int, Option("Every random choice follows from it.", 0, lowest=0)]
+    allow_pickle: Annotated[
+        bool,
+        Option(
+            "Read the original's .jbl, a pickle: the code in it is run with your full rights.",
+            False,
+        ),
+    ]
+    threads: Annotated[int | None, Option("CPU threads. [default: the engine's own]", lowest=1)]
+    json: Annotated[bool, Option("Print one JSON document on stdout.", False)]
+
+
+TUNING_OPTIONS = (FinetuneSettings, ContextOptions, FilterOptions, CommandOptions)
 METHODS = "standard, igf-constant, igf-shifting, igf-quantile, random-skip, high-loss or "
 METHODS += "perplexity-band"
 
@@ -141,25 +149,27 @@ def working(label: str, threads: int | None, *, resumable: bool = True) -> Itera
         yield show
 
 
-def finetune_settings(context: typer.Context) -> Any:
+def finetune_settings(context: typer.Context) -> FinetuneSettings:
     """Return the settings of a fine-tuning, from the command's options of the same names."""
-    names = {field.name for field in fields(igf.FinetuneSettings)}
-    return igf.FinetuneSettings(**{k: v for k, v in context.params.items() if k in names})
+    names = {field.name for field in fields(FinetuneSettings)}
+    return FinetuneSettings(**{k: v for k, v in context.params.items() if k in names})
 
 
-def train_and_test(
-    context: typer.Context, corpus: list[Path], test: list[Path] | None, tokenizer: str
+def train_and_held_out(
+    params: Mapping[str, Any], part: Literal["test", "objective"], number: int, *, seed: int = 0
 ) -> Any:
-    """Return training articles and test contexts, by the command's options about them."""
-    options = context.params
+    """Return training articles, and `number` contexts of those of --test or --objective."""
+    held_out = params[part]
     return igf.train_and_test(
-        one_or_many(corpus),
-        one_or_many(test) if test else None,
-        tokenizer=tokenizer,
-        number=options["num_test"],
-        length=options["context_length"],
-        min_len=options["min_length"],
-        allow_pickle=options["allow_pickle"],
+        one_or_many(params["corpus"]),
+        one_or_many(held_out) if held_out else None,
+        part=part,
+        tokenizer=params["tokenizer"] or params["model"],
+        number=number,
+        length=params["context_length"],
+        min_len=params["min_length"],
+        seed=seed,
+        allow_pickle=params["allow_pickle"],
     )
 
 

@@ -8,7 +8,9 @@ import typer
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.command_group import examples
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import Force, people, print_json
+from perplexit.igf.training_options import NetworkOptions
 
 EXAMPLES = examples(
     "perplexit igf train pairs.safetensors -o learner",
@@ -16,6 +18,7 @@ EXAMPLES = examples(
 )
 
 
+@takes_options(NetworkOptions, options.CommandOptions)
 def train(
     context: typer.Context,
     pairs: Annotated[
@@ -36,40 +39,28 @@ def train(
     threshold: Annotated[
         float, typer.Option(help="The z-score at which precision is reported.")
     ] = 1.0,
-    max_epochs: Annotated[int, typer.Option(min=1, help="The cnn's most epochs.")] = 15,
-    batch_size: Annotated[int, typer.Option(min=1, help="The cnn's batch size.")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="The cnn's learning rate.")] = 1e-5,
-    patience: Annotated[
-        int, typer.Option(min=1, help="Epochs without a better one before the cnn stops.")
-    ] = 5,
-    seed: options.Seed = 0,
-    allow_pickle: options.AllowPickle = False,
-    threads: options.Threads = None,
     force: Force = False,
-    json: options.AsJson = False,
+    **given: Any,
 ) -> None:
     """Train a secondary learner; articles are held out, and the best learner on them is kept."""
+    network = {name: given[name] for name in NetworkOptions.__annotations__}
     if kind == "ridge":
-        idle = ("max_epochs", "batch_size", "learning_rate", "patience")
-        options.refuse_idle(context, *idle, because="ridge is solved in one step")
+        options.refuse_idle(context, *network, because="ridge is solved in one step")
     igf.learner_output(output, inputs=[pairs, model], force=force)
-    with options.working("Training", threads, resumable=False) as draw:
+    with options.working("Training", given["threads"], resumable=False) as draw:
         learner = igf.train_learner(
-            igf.load_pairs(pairs, allow_pickle=allow_pickle),
+            igf.load_pairs(pairs, allow_pickle=given["allow_pickle"]),
             kind=kind,
             model=None if model is None else igf.load_model(model),
             threshold=threshold,
-            seed=seed,
-            max_epochs=max_epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            patience=patience,
+            seed=given["seed"],
             progress=lambda p: draw(p.number, p.total, f"held-out error {p.choose_mse:.4f}"),
+            **network,
         )
         path = igf.save_learner(learner, output)
     people().print(f"{kind} learner in {path}: {_sentence(learner.record['scores'])}")
     options.tell_doubt(learner)
-    if json:
+    if given["json"]:
         print_json({"learner": kind, "output": str(path), **learner.record})
 
 

@@ -29,7 +29,7 @@ _NAMES_IN = {
     "learner_training": ("train_learner",),
     "learner_scores": ("doubt_about",),
     "selection": ("METHODS", "selection_named"),
-    "finetune_settings": ("FinetuneSettings",),
+    "training_options": ("FinetuneSettings",),
     "finetuning": ("finetune_model",),
     "language_model": (
         "load_gpt2",

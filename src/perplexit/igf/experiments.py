@@ -33,7 +33,7 @@ from perplexit.igf.experiment_file import (
     check_experiment_output,
 )
 from perplexit.igf.experiment_summary import summarise
-from perplexit.igf.finetune_settings import FinetuneCurve, FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_curve import FinetuneCurve, FinetuneProgress
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.language_model import weights_restored
 from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerprint
@@ -48,6 +48,7 @@ from perplexit.igf.selection import (
     calibration_contexts,
     selection_named,
 )
+from perplexit.igf.training_options import FinetuneSettings
 from perplexit.runs.measurement import measurement_fingerprint, plain_json
 from perplexit.untrusted_files import Expected, read_json
 

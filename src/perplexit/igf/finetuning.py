@@ -23,7 +23,7 @@ from perplexit.atomic_files import write_atomically
 from perplexit.errors import NonFiniteError, ResumeError, UsageError
 from perplexit.fingerprints import canonical_json
 from perplexit.igf.articles import Articles
-from perplexit.igf.finetune_settings import FinetuneCurve, FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_curve import FinetuneCurve, FinetuneProgress
 from perplexit.igf.learners import learner_fingerprint
 from perplexit.igf.losses import ContextScorer, context_losses, ids_on_device
 from perplexit.igf.model_identity import measurement_of_model
@@ -31,6 +31,7 @@ from perplexit.igf.optimizer_step import trainable_parameters
 from perplexit.igf.random_contexts import Contexts, ContextStream, check_disjoint, derived_seed
 from perplexit.igf.resumable_work import require_same
 from perplexit.igf.selection import Selection, all_candidates
+from perplexit.igf.training_options import FinetuneSettings
 from perplexit.untrusted_files import Expected, parse_json
 from perplexit.untrusted_tensors import opened_tensors
 

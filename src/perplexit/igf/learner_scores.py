@@ -4,7 +4,7 @@ Shape suffix: N = contexts.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,6 @@ class LearnerScores:
     r2_low: float | None = None
     r2_high: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the scores as JSON values."""
-        return asdict(self)
-
 
 def score_predictions(
     predicted_N: NDArray[np.float64],
@@ -59,32 +55,26 @@ def score_predictions(
     names, labels = np.unique(articles, return_inverse=True)
     varies = len(true_N) > 2 and np.ptp(predicted_N) > 0 and np.ptp(true_N) > 0
     accepted = predicted_N >= threshold
-    gained = None
+    r2: Estimate | None = None  # Σ (error of the mean - error) / Σ error of the mean
     if error_of_mean_N.any():
         clusters = Clusters(labels.astype(np.int64), DOCUMENT, len(names))
-        gained = _share_explained(error_N, error_of_mean_N, clusters)
+        explained_C = clusters.sums(error_of_mean_N - error_N)
+        totals_C = clusters.sums(error_of_mean_N)
+        r2 = ratio_interval(explained_C, totals_C, clusters.method, 0.95).clamped(highest=1.0)
     return LearnerScores(
         num_pairs=len(true_N),
         num_articles=0 if article_N is None else len(names),
         mse=float(error_N.mean()),
         mse_of_mean=float(error_of_mean_N.mean()),
-        r2=None if gained is None else gained.value,
+        r2=None if r2 is None else r2.value,
         spearman=float(stats.spearmanr(predicted_N, true_N).statistic) if varies else None,
         threshold=threshold,
         accepted=float(accepted.mean()),
         precision=float((true_N[accepted] >= threshold).mean()) if accepted.any() else None,
         base_rate=float((true_N >= threshold).mean()),
-        r2_low=None if gained is None else gained.low,
-        r2_high=None if gained is None else gained.high,
+        r2_low=None if r2 is None else r2.low,
+        r2_high=None if r2 is None else r2.high,
     )
-
-
-def _share_explained(
-    error_N: NDArray[np.float64], error_of_mean_N: NDArray[np.float64], clusters: Clusters
-) -> Estimate:
-    """Return R² = Σ (error of the mean - error) / Σ error of the mean, at most 1."""
-    sums_C, totals_C = clusters.sums(error_of_mean_N - error_N), clusters.sums(error_of_mean_N)
-    return ratio_interval(sums_C, totals_C, clusters.method, 0.95).clamped(highest=1.0)
 
 
 def doubt_about(scores: Mapping[str, Any] | None) -> str | None:

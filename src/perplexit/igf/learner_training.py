@@ -5,18 +5,20 @@ penalty, the network's epoch), and one that only the reported scores see.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from perplexit.errors import UsageError
 from perplexit.igf.learner_scores import score_predictions
 from perplexit.igf.learners import ConvolutionLearner, Learner, RidgeLearner, input_embedding
 from perplexit.igf.pairs import GainStatistics, Pairs
+from perplexit.igf.training_options import NetworkOptions, network_options
 
 LearnerKind = Literal["ridge", "cnn"]
 PENALTIES = tuple(float(p) for p in np.geomspace(0.3, 3000, 17))
@@ -87,11 +89,8 @@ def train_learner(
     vocab_size: int | None = None,
     threshold: float = 1.0,
     seed: int = 0,
-    max_epochs: int = 15,
-    batch_size: int = 128,
-    learning_rate: float = 1e-5,
-    patience: int = 5,
     progress: Callable[[TrainingProgress], None] | None = None,
+    **network: Unpack[NetworkOptions],
 ) -> Learner:
     """Return a learner fitted to the pairs, with its held-out scores in `record["scores"]`.
 
@@ -99,6 +98,7 @@ def train_learner(
     embedding from `model`; the best epoch on the choose part is kept, and training stops after
     `patience` epochs without a better one. Ridge takes the best penalty of PENALTIES.
     """
+    options = network_options(network)
     divided = divide_by_article(pairs, seed=seed)
     learner: RidgeLearner | ConvolutionLearner
     if kind == "ridge":
@@ -112,15 +112,7 @@ def train_learner(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             learner = ConvolutionLearner(input_embedding(model))
-            fit_network(
-                learner,
-                divided,
-                max_epochs=max_epochs,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                patience=patience,
-                progress=progress,
-            )
+            fit_network(learner, divided, options, progress)
     else:
         raise UsageError(f"expected a learner of kind ridge or cnn, got {kind!r}")
     learner.record |= _record(learner, divided, threshold)
@@ -137,7 +129,7 @@ def _record(learner: Learner, divided: DividedPairs, threshold: float) -> dict[s
     )
     return {
         "statistics": asdict(divided.statistics),
-        "scores": scores.to_json(),
+        "scores": asdict(scores),
         "num_pairs": {"fit": len(divided.fit), "choose": len(divided.choose)},
         "seed": divided.seed,
         "context_length": int(pairs.ids_NT.shape[1]),
@@ -166,29 +158,25 @@ def _best_ridge(
 def fit_network(
     network: ConvolutionLearner,
     divided: DividedPairs,
-    *,
-    max_epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    patience: int,
+    options: dict[str, Any],
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> None:
     """Train on the fit part by Adam on the mean squared error; keep the best epoch's weights.
 
-    Dropout draws from PyTorch's global generator. Raises UsageError where no epoch is allowed.
+    options: see `network_options`. Dropout draws from PyTorch's global generator.
     """
-    if max_epochs < 1:
-        raise UsageError(f"expected at least 1 epoch, got {max_epochs}")
     ids_NT = torch.from_numpy(divided.pairs.ids_NT).long()
     z_N = torch.from_numpy(divided.z_N).float()
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(network.parameters(), lr=options["learning_rate"])
     random = np.random.default_rng(divided.seed)
 
     def train_epoch() -> float:
         """Return the mean squared error on the fit part, each batch's before its step."""
         network.train()
         total = 0.0
-        for rows in torch.split(torch.from_numpy(random.permutation(divided.fit)), batch_size):
+        for rows in torch.split(
+            torch.from_numpy(random.permutation(divided.fit)), options["batch_size"]
+        ):
             optimizer.zero_grad()
             loss = nn.functional.mse_loss(network(ids_NT[rows])[:, 0], z_N[rows])
             torch.autograd.backward(loss)
@@ -196,23 +184,19 @@ def fit_network(
             total += float(loss.detach()) * len(rows)
         return total / max(1, len(divided.fit))
 
-    best_mse, best_epoch, kept = np.inf, 0, _copied_state(network)
-    for epoch in range(1, max_epochs + 1):
+    best_mse, best_epoch, kept = np.inf, 0, deepcopy(network.state_dict())
+    for epoch in range(1, options["max_epochs"] + 1):
         fit_mse = train_epoch()
         network.eval()
         with torch.inference_mode():
             predicted = network(ids_NT[divided.choose])[:, 0]
             choose_mse = float(nn.functional.mse_loss(predicted, z_N[divided.choose]))
         if progress is not None:
-            progress(TrainingProgress(epoch, max_epochs, fit_mse, choose_mse))
+            progress(TrainingProgress(epoch, options["max_epochs"], fit_mse, choose_mse))
         if choose_mse < best_mse:
-            best_mse, best_epoch, kept = choose_mse, epoch, _copied_state(network)
-        elif epoch - best_epoch >= patience:
+            best_mse, best_epoch, kept = choose_mse, epoch, deepcopy(network.state_dict())
+        elif epoch - best_epoch >= options["patience"]:
             break
     network.load_state_dict(kept)
     network.eval()
     network.record = {"best_epoch": best_epoch, "choose_mse": best_mse}
-
-
-def _copied_state(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}

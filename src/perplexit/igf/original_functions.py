@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from perplexit.errors import UsageError
 from perplexit.igf.articles import Articles, read_articles
 from perplexit.igf.collection import collect_pairs
-from perplexit.igf.finetune_settings import FinetuneProgress, FinetuneSettings
+from perplexit.igf.finetune_curve import FinetuneProgress
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.gain_measures import Mode
 from perplexit.igf.language_model import load_gpt2, model_output, recopy_gpt2, save_model
@@ -39,6 +39,7 @@ from perplexit.igf.selection import (
     by_predicted_gain,
     reachable_threshold,
 )
+from perplexit.igf.training_options import FinetuneSettings, network_options
 from perplexit.metrics.likelihood import exp_or_inf
 
 DATA_FILE = "data/tokenized_stories_train_wikitext103.jbl"
@@ -186,17 +187,18 @@ def train_secondary_learner(  # noqa: PLR0917 - the original's
     measured after every epoch.
     """
     learner_output(igf_model_path, force=True)  # fails before the training, not after it
+    options = network_options(
+        {
+            "max_epochs": max_epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "patience": patience,
+        }
+    )
     divided = divide_by_article(pairs_of(train_dataset), seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fit_network(
-            secondary_learner,
-            divided,
-            max_epochs=max_epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            patience=patience,
-        )
+        fit_network(secondary_learner, divided, options)
     secondary_learner.record |= {"statistics": asdict(divided.statistics), "seed": seed}
     save_learner(secondary_learner, igf_model_path)
     return secondary_learner

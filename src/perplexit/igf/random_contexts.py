@@ -5,7 +5,7 @@ Shape suffixes: N = contexts, T = ids of a context.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +99,7 @@ def train_and_test(
     corpus: Any,
     test: Any = None,
     *,
+    part: Literal["test", "objective"] = "test",
     tokenizer: Any = None,
     number: int = 100,
     length: int = 32,
@@ -108,16 +109,19 @@ def train_and_test(
 ) -> tuple[Articles, Contexts]:
     """Return articles to train on and contexts to test on, disjoint by article.
 
-    test: a corpus of its own; None: the hash split of `corpus`, of which the objective part is
-        left out.
+    test: a corpus of its own; None: the part `part` of the hash split of `corpus`, of which the
+        third part is left out.
+    part: "objective" for contexts that gains are measured on; `collect_pairs` then checks that
+        the contexts that it is given are of other articles.
     """
     articles = read_articles(corpus, tokenizer, allow_pickle=allow_pickle)
     if test is None:
-        train, held = articles.split("train"), articles.split("test")
+        train, held = articles.split("train"), articles.split(part)
     else:
         train, held = articles, read_articles(test, tokenizer, allow_pickle=allow_pickle)
     contexts = objective_contexts(held, number=number, length=length, min_len=min_len, seed=seed)
-    check_disjoint(train=train, test=contexts)
+    if part == "test":
+        check_disjoint(train=train, test=contexts)
     return train, contexts
 
 

@@ -6,7 +6,7 @@ here, and its use in a session.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
@@ -121,10 +121,21 @@ _ADAPTER_REMEDY = (
 )
 
 
-def declared(kind: type[EngineOptions]) -> dict[str, tuple[Any, Option]]:
-    """Return the type and the entry of each option, by name, in the order of declaration."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {name: (get_args(hint)[0], get_args(hint)[1]) for name, hint in hints.items()}
+def declared(kind: type[Any]) -> dict[str, tuple[Any, Option]]:
+    """Return the type and the entry of each option, by name, in the order of declaration.
+
+    kind: a TypedDict, or a dataclass, whose defaults are its own.
+    """
+    found = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        shown, *notes = get_args(hint) or (hint,)
+        if notes and isinstance(notes[0], Option):
+            found[name] = (shown, notes[0])
+    for field in fields(kind) if is_dataclass(kind) else ():
+        if field.name in found:
+            shown, option = found[field.name]
+            found[field.name] = (shown, replace(option, default=field.default))
+    return found
 
 
 _DECLARED = {name: option for name, (_, option) in declared(ScoringOptions).items()}
