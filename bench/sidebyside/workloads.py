@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from perplexit.cli.demo_files import TEXT_FILE, TEXT_PACKAGE, packaged_file
+from perplexit.inputs.corpus_document import Document
 from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.protocols import resolve_protocol
 from perplexit.inputs.token_file import TokenFile
-from perplexit.inputs.token_file_writer import TokenFileWriter
+from perplexit.inputs.token_file_writer import TOKEN_FILE, TokenFileWriter
 from perplexit.inputs.windows import WindowIds
+from perplexit.protected_outputs import OutputFile
 
 NUM_NEWEST = 4  # addresses: some 40,000 ids; the first is newer than the demo's model
 NUM_RANDOM, ABOVE_RANDOM = 2**17 + 1, 4096  # ids below 4096 are ids of every model here
@@ -72,9 +74,10 @@ def write_workload(
         starts = range(0, num_ids - 1, max_length - 1)
         ids = np.concatenate([ids[start : start + max_length] for start in starts])
     path = Path(tempfile.mkdtemp(dir=folder)) / "input.safetensors"
-    with TokenFileWriter(path, masked=False, has_text=False) as writer:
+    with TokenFileWriter(OutputFile(path, TOKEN_FILE), masked=False, has_text=False) as writer:
         writer.append(
             EncodedBatch.without_text(ids, lengths),
+            documents=[Document("", "")] * len(lengths),
             domains_D=np.full(len(lengths), -1, dtype=np.int32),
             windows=protocol.windows(lengths),
         )

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perplexit.errors import TokenFileError
+from perplexit.inputs.corpus_document import Document
 from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.preparing import prepare
 from perplexit.inputs.token_file import TokenFile
-from perplexit.inputs.token_file_writer import TokenFileWriter
+from perplexit.inputs.token_file_writer import TOKEN_FILE, TokenFileWriter
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.inputs.windows import PrefixMode
+from perplexit.protected_outputs import OutputFile
 from tests.unit import tokenizer_zoo as zoo
 
 ROWS = [
@@ -24,6 +26,16 @@ ROWS = [
     {"prompt": "", "text": "Größe 漢字 🙂 and more words to read here", "source": "b"},
     {"prompt": "It's ", "text": "4 o'clock", "source": "a"},
 ]
+
+
+def _writer(path):
+    return TokenFileWriter(OutputFile(path, TOKEN_FILE), masked=False, has_text=False)
+
+
+def _append(writer, batch, windows):
+    documents = [Document("", "")] * batch.num_documents
+    domains_D = np.full(len(documents), -1, np.int32)
+    writer.append(batch, documents=documents, domains_D=domains_D, windows=windows)
 
 
 @pytest.fixture(scope="module")
@@ -251,10 +263,10 @@ def test_text_fingerprint_does_not_depend_on_the_tokenizer(tokenizer):
 def test_a_window_that_cannot_be_is_refused(tmp_path, row):
     batch = EncodedBatch.without_text(np.arange(4, dtype=np.int32), [4])
     with (
-        TokenFileWriter(tmp_path / "x.safetensors", masked=False, has_text=False) as writer,
+        _writer(tmp_path / "x.safetensors") as writer,
         pytest.raises(TokenFileError, match="outside its document or scores a token"),
     ):
-        writer.append(batch, domains_D=np.array([-1], np.int32), windows=np.array([row]))
+        _append(writer, batch, np.array([row]))
 
 
 @pytest.mark.trap(6)
@@ -263,8 +275,8 @@ def test_trap_6_overwrite_and_insert_feed_and_score_what_they_say(tmp_path):
     batch = EncodedBatch.without_text(np.array([10, 11, 12, 13] * 2, dtype=np.int32), [4, 4])
     rows = np.array([[0, 0, 4, 0, 4, 1, 9], [1, 0, 4, 1, 4, 2, 9]])
     spec = {"protocol": {"name": "test"}, "domains": [], "tokenizer": {"vocab_size": 14}}
-    with TokenFileWriter(tmp_path / "x.safetensors", masked=False, has_text=False) as writer:
-        writer.append(batch, domains_D=np.array([-1, -1], np.int32), windows=rows)
+    with _writer(tmp_path / "x.safetensors") as writer:
+        _append(writer, batch, rows)
         tokens = writer.finish(spec, tokenizer_fingerprint="")
     insert, overwrite = tokens.window_ids(0), tokens.window_ids(1)
     assert insert.ids_T.tolist() == [9, 10, 11, 12, 13]
@@ -277,7 +289,7 @@ def test_trap_6_overwrite_and_insert_feed_and_score_what_they_say(tmp_path):
 
 
 def test_a_writer_that_does_not_finish_leaves_nothing(tmp_path):
-    with TokenFileWriter(tmp_path / "x.safetensors", masked=False, has_text=False):
+    with _writer(tmp_path / "x.safetensors"):
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -298,9 +310,9 @@ def test_verifying_a_file_does_not_hold_it_in_memory(tmp_path):
     path = tmp_path / "x.safetensors"
     rows = np.array([[0, 0, 4, 1, 4, 0, -1]])
     spec = {"protocol": {"name": "test"}, "domains": [], "tokenizer": {"vocab_size": len(ids)}}
-    with TokenFileWriter(path, masked=False, has_text=False) as writer:
+    with _writer(path) as writer:
         batch = EncodedBatch.without_text(ids, [len(ids)])
-        writer.append(batch, domains_D=np.array([-1], np.int32), windows=rows)
+        _append(writer, batch, rows)
         writer.finish(spec, tokenizer_fingerprint="")
     assert path.stat().st_size > 64e6
     before = _mapped_bytes()

@@ -151,10 +151,10 @@ class CorpusPass:
         prompts = [document.prompt for document in kept]
         self._writer.append(
             encoded,
+            documents=kept,
             domains_D=self._domain_codes(kept),
             windows=windows,
             scored_mask=None if prompts[:1] == [None] else _answer_mask(encoded, prompts),
-            documents=kept,
         )
 
     def _write_long(self, document: Document) -> None:

@@ -101,9 +101,9 @@ def _append(writer: TokenFileWriter, lines: list[tuple[int, list[int]]], path: s
     windows[:, 0] += writer.num_documents
     writer.append(
         EncodedBatch.without_text(flat, lengths),
+        documents=[Document("", path, source_file=path, source_row=row) for row, _ in lines],
         domains_D=np.full(len(lines), -1, dtype=np.int32),
         windows=windows,
-        documents=[Document("", path, source_file=path, source_row=row) for row, _ in lines],
     )
 
 

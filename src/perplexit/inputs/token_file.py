@@ -26,7 +26,7 @@ from perplexit.inputs.document_sources import (
 )
 from perplexit.inputs.tensor_container import DTYPES, content_hashes, read_container
 from perplexit.inputs.token_file_checks import EXPECTED, SenseChecks
-from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowIds, WindowTable
+from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowArray, WindowIds, WindowTable
 from perplexit.untrusted_files import parse_json
 
 FORMAT = "perplexit-token-file"
@@ -166,16 +166,7 @@ class TokenFile:
 
     def target_counts(self) -> NDArray[np.int64]:
         """Count the scored tokens of each window: int64 [W]."""
-        table = self.windows
-        if self.scored_mask is None:
-            plain_W: NDArray[np.int64] = table.target_stop - table.target_start
-            return plain_W
-        before = np.concatenate(([0], np.cumsum(self.scored_mask, dtype=np.int64)))
-        base_W = self.document_starts[table.document]
-        counts_W: NDArray[np.int64] = np.subtract(
-            before[base_W + table.target_stop], before[base_W + table.target_start]
-        )
-        return counts_W
+        return target_counts(self.windows.array, self.document_starts, self.scored_mask)
 
     def documents_utf8(self) -> list[bytes]:
         """Return the UTF-8 of every document that was tokenised, in order."""
@@ -187,7 +178,7 @@ class TokenFile:
         """Return window `index` as an engine is fed it. Raises TokenFileError if it changed."""
         self.require_unchanged()
         row = self.windows.array[index].tolist()
-        document, start, stop, target_start, target_stop, mode, prefix_id = row
+        document, start, stop, _, _, mode, prefix_id = row
         base = int(self.document_starts[document])
         ids_T = np.array(self.token_ids[base + start : base + stop])  # a copy: it stays
         shift = start
@@ -196,10 +187,7 @@ class TokenFile:
             shift = start - 1
         elif mode == PrefixMode.OVERWRITE:
             ids_T[0] = prefix_id
-        targets_N = np.arange(target_start - shift, target_stop - shift, dtype=np.int64)
-        if self.scored_mask is not None:
-            targets_N = targets_N[self.scored_mask[base + target_start : base + target_stop]]
-        return WindowIds(index, ids_T, targets_N)
+        return WindowIds(index, ids_T, self.target_tokens(index) - (base + shift))
 
     def target_tokens(self, index: int) -> NDArray[np.int64]:
         """Return the indices in `token_ids` of the tokens that window `index` scores: int64 [N]."""
@@ -211,25 +199,37 @@ class TokenFile:
         return tokens_N[self.scored_mask[base + target_start : base + target_stop]]
 
 
+def target_counts(
+    windows: WindowArray,
+    starts_D: NDArray[np.int64],
+    scored_mask: NDArray[np.bool_] | None,
+    first_document: int = 0,
+) -> NDArray[np.int64]:
+    """Count the scored tokens of each window: int64 [W].
+
+    starts_D: where the ids of the documents `first_document …` begin in `scored_mask`.
+    """
+    if scored_mask is None:
+        all_W: NDArray[np.int64] = windows[:, 4] - windows[:, 3]
+        return all_W
+    before = np.concatenate(([0], np.cumsum(scored_mask, dtype=np.int64)))
+    base_W = starts_D[windows[:, 0] - first_document]
+    counts_W: NDArray[np.int64] = before[base_W + windows[:, 4]] - before[base_W + windows[:, 3]]
+    return counts_W
+
+
 def _check_version(path: Path, metadata: dict[str, str]) -> None:
     if metadata.get("format") != FORMAT:
-        raise TokenFileError(
-            f"{path} is a safetensors file, but no token file. `perplexit prepare` makes one."
-        )
+        EXPECTED.refuse(path, "another safetensors file")
     if metadata.get("format_version") != FORMAT_VERSION:
-        raise TokenFileError(
-            f"{path} is a token file of version {metadata.get('format_version')!r}; this Perplexit "
-            f"reads version {FORMAT_VERSION!r}. Prepare the input again."
-        )
+        version = metadata.get("format_version")
+        EXPECTED.refuse(path, f"one of version {version!r} (this Perplexit reads {FORMAT_VERSION})")
 
 
 def _check_content(path: Path, metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> None:
     """Raise TokenFileError unless all is what was fingerprinted, and makes sense."""
     if metadata.get("input_fingerprint") != input_fingerprint(metadata):
-        raise TokenFileError(
-            f"{path} has damaged metadata, which does not hash to its input_fingerprint. Prepare "
-            "the input again."
-        )
+        EXPECTED.refuse(path, "damaged metadata, which do not hash to their input_fingerprint")
     missing = {"spec", "tensors", "text_fingerprint", "tokenizer_fingerprint"} - set(metadata)
     if missing:
         EXPECTED.refuse(path, f"metadata without {', '.join(sorted(missing))}")
@@ -240,9 +240,7 @@ def _check_content(path: Path, metadata: dict[str, str], tensors: dict[str, NDAr
         recorded = recorded | source_record(path, metadata)["tensors"]
     needed = set(LAYOUT) | (set(SOURCE_LAYOUT) if "source" in metadata else set())
     if set(recorded) != set(tensors) or not needed <= set(tensors) <= set(layout):
-        raise TokenFileError(
-            f"{path} holds the tensors {sorted(tensors)}, expected {sorted(recorded)}."
-        )
+        EXPECTED.refuse(path, f"the tensors {sorted(tensors)} where it has {sorted(recorded)}")
     for name, tensor in tensors.items():
         if tensor.dtype != DTYPES[layout[name][0]]:
             EXPECTED.refuse(path, f"the tensor {name} of dtype {tensor.dtype}")
@@ -250,8 +248,5 @@ def _check_content(path: Path, metadata: dict[str, str], tensors: dict[str, NDAr
     found = content_hashes(path, tensors, first=checks.ORDER, look=checks.look)
     for name, tensor in tensors.items():
         if recorded[name] != tensor_identity(layout[name][0], tensor.shape, found[name]):
-            raise TokenFileError(
-                f"{path} is damaged: the tensor {name!r} is not what was written. "
-                f"Prepare the input again."
-            )
+            EXPECTED.refuse(path, f"damaged data: the tensor {name!r} is not what was written")
     checks.finish()

@@ -6,7 +6,6 @@ Shape suffixes: D = documents, W = windows.
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from perplexit.inputs.token_file import (
     MASK_LAYOUT,
     TokenFile,
     input_fingerprint,
+    target_counts,
     tensor_identity,
 )
 from perplexit.inputs.token_file_checks import impossible_windows
@@ -41,39 +41,32 @@ class TokenFileWriter:
 
     A context manager: leaving it without `finish` leaves nothing behind.
 
-    output: an older token file at a plain path is replaced. masked: the file has a scored mask.
-    has_text: tokens have bytes. keep: the columns of the documents' sources that are kept.
+    masked: the file has a scored mask. has_text: tokens have bytes. keep: the columns of the
+    documents' sources that are kept.
     """
 
     def __init__(
         self,
-        output: Path | OutputFile,
+        output: OutputFile,
         *,
         masked: bool,
         has_text: bool,
         keep: Sequence[str] = (),
     ) -> None:
-        if not isinstance(output, OutputFile):
-            output = OutputFile(output, TOKEN_FILE, force=True)
-        self._file = output
-        self._output = self._file.place
-        if not self._output.parent.is_dir():
+        if not output.place.parent.is_dir():
             raise TokenFileError(
-                f"{self._file.path.parent} is no folder, so {self._file.path} cannot be written."
+                f"{output.path.parent} is no folder, so {output.path} cannot be written."
             )
+        self._output = output
         self._has_text = has_text
         self.sources = SourceRows(keep)
         layout = LAYOUT | (MASK_LAYOUT if masked else {}) | self.sources.layout
-        self._spool = TensorSpool(self._output, layout)
+        self._spool = TensorSpool(output.place, layout)
         self._text_hash = hashlib.sha256()
-        self._num_bytes = 0
-        self._num_targets = 0
-        self._long_bytes = 0  # of the document whose parts are being added
-        self._documents_end = 0  # ids of the documents that are complete
-        self._spool.append("document_starts", np.zeros(1, dtype=np.int64))
-        self._spool.append("byte_starts", np.zeros(1, dtype=np.int64))
-        if keep:
-            self._spool.append("kept_starts", np.zeros(1, dtype=np.int64))
+        self._num_bytes = self._num_targets = 0
+        self._ids_end = self._bytes_end = 0  # of the documents that are complete
+        for name in ("document_starts", "byte_starts", *(["kept_starts"] if keep else [])):
+            self._spool.append(name, np.zeros(1, dtype=np.int64))
 
     def __enter__(self) -> "TokenFileWriter":
         return self
@@ -95,41 +88,37 @@ class TokenFileWriter:
         self,
         batch: EncodedBatch,
         *,
+        documents: Sequence[Document],
         domains_D: NDArray[np.int32],
         windows: WindowArray,
         scored_mask: NDArray[np.bool_] | None = None,
-        documents: Sequence[Document] | None = None,
     ) -> None:
-        """Add the documents of `batch` and their windows.
+        """Add the documents of `batch` and their windows, which have the file's document numbers.
 
-        documents: where they came from; None: they are numbered as they come.
-
-        `windows` has the document numbers of the file; a window in which the mask leaves nothing to
-        score is dropped.
+        A window in which the mask leaves nothing to score is dropped.
         """
         starts_D = batch.document_starts
         _check_windows(windows, np.diff(starts_D), self.num_documents)
-        counts_W = windows[:, 4] - windows[:, 3]
-        if scored_mask is not None:
-            before = np.concatenate(([0], np.cumsum(scored_mask, dtype=np.int64)))
-            base_W = starts_D[windows[:, 0] - self.num_documents]
-            counts_W = before[base_W + windows[:, 4]] - before[base_W + windows[:, 3]]
-            windows, counts_W = windows[counts_W > 0], counts_W[counts_W > 0]
-            self._spool.append("scored_mask", scored_mask)
-        if documents is None:
-            first = self.num_documents
-            numbers = range(first, first + batch.num_documents)
-            documents = [Document("", "", source_row=number) for number in numbers]
-        self._num_targets += int(counts_W.sum())
-        self._append_documents(documents, domains_D, windows, starts_D[1:] + self.num_ids)
-        self._append_text(batch)
-        self._spool.append("token_ids", batch.ids)
-        self._documents_end = self.num_ids
+        counts_W = target_counts(windows, starts_D, scored_mask, self.num_documents)
+        text = memoryview(batch.text_bytes)
+        for start, stop in pairwise(batch.byte_starts[starts_D].tolist()):
+            self._text_hash.update(frame(stop - start))
+            self._text_hash.update(text[start:stop])
+        ends_D = starts_D[1:] + self.num_ids
+        self.append_part(batch, scored_mask=scored_mask)
+        self._end_documents(documents, domains_D, windows, counts_W, ends_D)
 
     def append_part(self, part: EncodedBatch, *, scored_mask: NDArray[np.bool_] | None) -> None:
         """Add the next tokens of a long document, which `end_document` completes."""
-        self._long_bytes += len(part.text_bytes)
-        self._append_bytes(part)
+        if len(part.num_words) and int(part.num_words.max()) > _LARGEST_WORD_COUNT:
+            raise CorpusError(
+                f"One token stands for {int(part.num_words.max())} words, more than the "
+                f"{_LARGEST_WORD_COUNT} that a token file can hold. Use another tokenizer."
+            )
+        self._spool.append("byte_starts", part.byte_starts[1:] + self._num_bytes)
+        self._spool.append("num_words", part.num_words)
+        self._spool.append("text_bytes", np.frombuffer(part.text_bytes, dtype=np.uint8))
+        self._num_bytes += len(part.text_bytes)
         if scored_mask is not None:
             self._spool.append("scored_mask", scored_mask)
         self._spool.append("token_ids", part.ids)
@@ -141,17 +130,14 @@ class TokenFileWriter:
 
         first_scored: the token from which on the mask is true.
         """
-        length = self.num_ids - self._documents_end
+        length, num_bytes = self.num_ids - self._ids_end, self._num_bytes - self._bytes_end
         _check_windows(windows, np.array([length]), self.num_documents)
         counts_W = np.maximum(windows[:, 4] - np.maximum(windows[:, 3], first_scored), 0)
-        windows, counts_W = windows[counts_W > 0], counts_W[counts_W > 0]
-        self._text_hash.update(frame(self._long_bytes))
-        for piece in self._spool.read_back("text_bytes", self._long_bytes):
+        self._text_hash.update(frame(num_bytes))
+        for piece in self._spool.read_back("text_bytes", num_bytes):
             self._text_hash.update(piece)
-        self._long_bytes = 0
-        self._num_targets += int(counts_W.sum())
-        self._documents_end = self.num_ids
-        self._append_documents([document], np.array([domain]), windows, np.array([self.num_ids]))
+        ends_D = np.array([self.num_ids])
+        self._end_documents([document], np.array([domain]), windows, counts_W, ends_D)
 
     def finish(self, spec: Mapping[str, Any], *, tokenizer_fingerprint: str) -> TokenFile:
         """Write the file and open it. Raises EmptyScoreError where no window has a target."""
@@ -176,40 +162,25 @@ class TokenFileWriter:
         }
         metadata |= self.sources.metadata(sources)
         metadata["input_fingerprint"] = input_fingerprint(metadata)
-        self._spool.assemble(metadata, check=self._file.check_replaceable)
-        return TokenFile.open(self._file.path)
+        self._spool.assemble(metadata, check=self._output.check_replaceable)
+        return TokenFile.open(self._output.path)
 
-    def _append_documents(
+    def _end_documents(
         self,
         documents: Sequence[Document],
         domains_D: NDArray[Any],
         windows: WindowArray,
+        counts_W: NDArray[np.int64],
         ends_D: NDArray[np.int64],
     ) -> None:
+        """Complete documents whose tokens were added; ends_D: where the ids of each end."""
         for name, rows in self.sources.tensors(documents).items():
             self._spool.append(name, rows)
-        self._spool.append("windows", windows)
+        self._spool.append("windows", windows[counts_W > 0])
         self._spool.append("document_starts", ends_D)
         self._spool.append("document_domains", domains_D)
-
-    def _append_text(self, batch: EncodedBatch) -> None:
-        text_starts_D = batch.byte_starts[batch.document_starts]
-        view = memoryview(batch.text_bytes)
-        for start, stop in pairwise(text_starts_D.tolist()):
-            self._text_hash.update(frame(stop - start))
-            self._text_hash.update(view[start:stop])
-        self._append_bytes(batch)
-
-    def _append_bytes(self, batch: EncodedBatch) -> None:
-        if len(batch.num_words) and int(batch.num_words.max()) > _LARGEST_WORD_COUNT:
-            raise CorpusError(
-                f"One token stands for {int(batch.num_words.max())} words, more than the "
-                f"{_LARGEST_WORD_COUNT} that a token file can hold. Use another tokenizer."
-            )
-        self._spool.append("byte_starts", batch.byte_starts[1:] + self._num_bytes)
-        self._spool.append("num_words", batch.num_words)
-        self._spool.append("text_bytes", np.frombuffer(batch.text_bytes, dtype=np.uint8))
-        self._num_bytes += len(batch.text_bytes)
+        self._num_targets += int(counts_W.sum())
+        self._ids_end, self._bytes_end = self.num_ids, self._num_bytes
 
 
 def frame(num_bytes: int) -> bytes:
