@@ -20,24 +20,15 @@ from numpy.typing import NDArray
 
 from perplexit.fingerprints import canonical_json
 from perplexit.inputs.corpus_document import Document
+from perplexit.inputs.tensor_container import Layout
 from perplexit.inputs.token_file_checks import EXPECTED
+from perplexit.token_columns import TOKEN_COLUMNS
 from perplexit.untrusted_files import parse_json
 
-_RUN_COLUMNS = (
-    "document window position token_index byte_start num_bytes num_words domain token_id nll "
-    "entropy rank top_ids top_logprobs text token_bytes kl reverse_kl js same_top1 "
-    "top_k_agreement delta_p reference_top_p kl_high source_file source_row"
-)
-_TAKEN = frozenset(_RUN_COLUMNS.split(" "))
+_TAKEN = {*TOKEN_COLUMNS, "text", "source_file", "source_row"}  # beside the columns of a run
 SOURCE_KEYS = ("source", "source_fingerprint")  # of the metadata
-SOURCE_LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
-    "source_files": ("I32", ()),
-    "source_rows": ("I64", ()),
-}
-KEPT_LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
-    "kept_starts": ("I64", ()),
-    "kept_json": ("U8", ()),
-}
+SOURCE_LAYOUT: Layout = {"source_files": ("I32", ()), "source_rows": ("I64", ())}
+KEPT_LAYOUT: Layout = {"kept_starts": ("I64", ()), "kept_json": ("U8", ())}
 
 
 class SourceRecord(TypedDict):
@@ -59,7 +50,7 @@ class SourceRows:
         self._num_kept_bytes = 0
 
     @property
-    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self) -> Layout:
         """Return the layout of the tensors that hold the sources."""
         return SOURCE_LAYOUT | (KEPT_LAYOUT if self.columns else {})
 
@@ -137,7 +128,8 @@ class DocumentSources:
     def table(self) -> pa.Table:
         """Return one row per document: its number, file, row and kept columns.
 
-        A kept column that has one type keeps it; values of several types become JSON.
+        A kept column that has one type keeps it; values of several types become JSON. A name that
+        a run's column has gets `kept_` in front.
         """
         num_documents = len(self.row_D)
         files = pa.array([*self.files, None], pa.string())
@@ -149,12 +141,9 @@ class DocumentSources:
         }
         kept = [self.kept(document) for document in range(num_documents)] if self.columns else []
         for place, name in enumerate(self.columns):
-            columns[self.name_in_table(name)] = _column([values[place] for values in kept])
+            shown = f"kept_{name}" if name in _TAKEN else name
+            columns[shown] = _column([values[place] for values in kept])
         return pa.table(columns)
-
-    def name_in_table(self, column: str) -> str:
-        """Return a kept column's name beside the columns of a run: with `kept_`, if taken."""
-        return f"kept_{column}" if column in _TAKEN else column
 
     @classmethod
     def read(

@@ -13,15 +13,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal, TypedDict
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.atomic_files import new_temporary_folder
 from perplexit.errors import TokenFileError
 from perplexit.fingerprints import canonical_json
-from perplexit.untrusted_files import Expected, check_regular, parse_json, stated
+from perplexit.untrusted_files import Expected, check_regular, parse_json, stated, typed
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
@@ -30,10 +31,19 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+_Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # of each tensor: its dtype, the shape of a row
+
 _COPY_BYTES = 1 << 18
 _PIECE_BYTES = 1_048_320  # whole rows of every tensor: a multiple of 56 bytes (a window) and of 8
 _LARGEST_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
 _EXPECTED = Expected("a token file", TokenFileError, "`perplexit prepare` makes one from text")
+
+
+class _HeaderEntry(TypedDict):
+    dtype: Literal["I64", "I32", "U16", "U8", "BOOL"]
+    shape: Annotated[list[_Size], msgspec.Meta(max_length=2)]
+    data_offsets: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +53,7 @@ class TensorEntry:
     name: str
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
-    sha256: str
+    sha256: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -71,10 +81,10 @@ class TensorSpool:
     """Tensors that grow row by row in files beside the output, assembled into it at the end.
 
     Memory stays flat however large they become. Used as a context manager: without `assemble`,
-    nothing is left behind. layout: each tensor's dtype and the shape of one row.
+    nothing is left behind.
     """
 
-    def __init__(self, output: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(self, output: Path, layout: Layout) -> None:
         self._output = output
         self._layout = dict(layout)
         self._folder = new_temporary_folder(output)
@@ -159,23 +169,23 @@ def read_container(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]
     with stated(path, _EXPECTED):
         data = np.memmap(path, dtype=np.uint8, mode="r")
     header, body_start = _parse_header(path, data)
-    metadata = header.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise TokenFileError(f"{path} is no token file: its header carries no metadata.")
-    entries = [_entry(path, name, value) for name, value in header.items()]
+    metadata = typed(header.pop("__metadata__", None), _EXPECTED, dict[str, str], place=path)
+    declared = typed(header, _EXPECTED, dict[str, _HeaderEntry], place=path)
+    entries = [TensorEntry(k, e["dtype"], tuple(e["shape"])) for k, e in declared.items()]
     if header_bytes(entries, metadata) != data[:body_start].tobytes():
-        raise TokenFileError(
-            f"{path} has a damaged header: it is not byte for byte what was written. "
-            f"Prepare the input again."
-        )
+        _EXPECTED.refuse(path, "a damaged header: it is not byte for byte what was written")
     expected = body_start + sum(entry.num_bytes for entry in entries)
     if expected != len(data):
-        raise TokenFileError(
-            f"{path} should be {expected} bytes long and is {len(data)}: it was cut short or "
-            f"added to. Prepare the input again."
+        _EXPECTED.refuse(
+            path, f"{len(data)} bytes, not {expected}: it was cut short or added to after that"
         )
-    # Plain arrays over the map: a slice of a memmap costs twice that of an array.
-    return metadata, _views(np.asarray(data), body_start, entries)
+    whole = np.asarray(data)  # a slice of a memmap costs twice that of an array
+    tensors, offset = {}, body_start
+    for entry in sorted(entries, key=_file_order):
+        part = whole[offset : offset + entry.num_bytes]
+        tensors[entry.name] = part.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        offset += entry.num_bytes
+    return metadata, tensors
 
 
 def content_hashes(
@@ -191,14 +201,13 @@ def content_hashes(
     every piece, with the tensor's name and the piece's first row; the tensors named in `first`
     come before the others.
     """
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     starts, position = {}, path.stat().st_size - sum(each.nbytes for each in tensors.values())
-    for name in ordered:
-        starts[name], position = position, position + tensors[name].nbytes
+    for name, tensor in tensors.items():  # in the order of the file
+        starts[name], position = position, position + tensor.nbytes
     buffer = memoryview(bytearray(_PIECE_BYTES))
     hashes = {}
     with path.open("rb", buffering=0) as file:
-        for name in [*first, *(name for name in ordered if name not in first)]:
+        for name in [*first, *(name for name in tensors if name not in first)]:
             tensor, digest, row = tensors[name], hashlib.sha256(), 0
             file.seek(starts[name])
             left = tensor.nbytes
@@ -227,26 +236,3 @@ def _parse_header(path: Path, data: NDArray[np.uint8]) -> tuple[dict[str, Any], 
         )
     text = data[8 : 8 + length].tobytes()
     return parse_json(text, _EXPECTED, dict[str, Any], place=path), 8 + length
-
-
-def _entry(path: Path, name: str, value: Any) -> TensorEntry:
-    try:
-        dtype, shape = value["dtype"], tuple(value["shape"])
-        known = dtype in DTYPES and all(type(size) is int and 0 <= size < 1 << 48 for size in shape)
-    except (KeyError, TypeError):  # TypeError: a list is no key of DTYPES
-        known = False
-    if not known:
-        raise TokenFileError(f"{path} has a damaged header: the entry of tensor {name!r} is wrong.")
-    return TensorEntry(name, dtype, shape, sha256="")
-
-
-def _views(
-    data: NDArray[np.uint8], body_start: int, entries: list[TensorEntry]
-) -> dict[str, NDArray[Any]]:
-    views: dict[str, NDArray[Any]] = {}
-    offset = body_start
-    for entry in sorted(entries, key=_file_order):
-        part = data[offset : offset + entry.num_bytes]
-        views[entry.name] = part.view(DTYPES[entry.dtype]).reshape(entry.shape)
-        offset += entry.num_bytes
-    return views

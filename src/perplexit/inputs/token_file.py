@@ -24,7 +24,7 @@ from perplexit.inputs.document_sources import (
     DocumentSources,
     source_record,
 )
-from perplexit.inputs.tensor_container import DTYPES, content_hashes, read_container
+from perplexit.inputs.tensor_container import DTYPES, Layout, content_hashes, read_container
 from perplexit.inputs.token_file_checks import EXPECTED, SenseChecks
 from perplexit.inputs.windows import COLUMNS, PrefixMode, WindowArray, WindowIds, WindowTable
 from perplexit.untrusted_files import parse_json
@@ -32,7 +32,7 @@ from perplexit.untrusted_files import parse_json
 FORMAT = "perplexit-token-file"
 FORMAT_VERSION = "1"
 _LONGEST_PATH = 4096  # characters; what is longer is a text
-LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
+LAYOUT: Layout = {
     "token_ids": ("I32", ()),
     "document_starts": ("I64", ()),
     "document_domains": ("I32", ()),
@@ -41,7 +41,7 @@ LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
     "text_bytes": ("U8", ()),
     "windows": ("I64", (len(COLUMNS),)),
 }
-MASK_LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {"scored_mask": ("BOOL", ())}
+MASK_LAYOUT: Layout = {"scored_mask": ("BOOL", ())}
 
 
 def input_fingerprint(metadata: dict[str, str]) -> str:

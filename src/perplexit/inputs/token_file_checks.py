@@ -200,20 +200,18 @@ class SenseChecks:
     def _look_at_windows(self, first: int, piece: WindowArray) -> None:
         wrong = np.flatnonzero(impossible_windows(piece, self._lengths))
         if len(wrong):
-            self._require(
-                False,
+            self._refuse(
                 f"window {first + int(wrong[0])} = {piece[wrong[0]].tolist()} "
                 f"({', '.join(COLUMNS)}), which lies outside its document or scores a token "
-                f"without context",
+                f"without context"
             )
         self._check_prefixes(first, piece)
         fed_W = piece[:, 2] - piece[:, 1] + (piece[:, 5] == PrefixMode.INSERT)
         if self._longest is not None and int(fed_W.max()) > self._longest:
             at = int(fed_W.argmax())
-            self._require(
-                False,
+            self._refuse(
                 f"window {first + at} of {int(fed_W[at])} ids, longer than its protocol's "
-                f"max_length ({self._longest})",
+                f"max_length ({self._longest})"
             )
         self._check_order(first, piece)
 
