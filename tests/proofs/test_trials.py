@@ -130,7 +130,6 @@ PROTOCOL = Trial(
             "_OWN = (",
             """    Protocol(
         name="quarter",
-        summary="windows advance by a quarter of their length",
         generate=sliding_windows,
         stride=lambda max_length: max_length // 4,
     ),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perplexit.inputs.tool_windows import mlc_windows, qefficient_windows
+from perplexit.inputs.protocol_table import mlc_windows, qefficient_windows
 from perplexit.inputs.windows import (
     COLUMNS,
     PrefixMode,
@@ -247,8 +247,9 @@ def test_the_table_reads_by_row_and_by_column():
     assert len(table) == 3
     assert table[0].prefix_mode is PrefixMode.INSERT
     for name in COLUMNS:
-        np.testing.assert_array_equal(table.column(name), getattr(table, name))
-        assert table.column(name).tolist() == [int(getattr(row, name)) for row in table]
+        column = table.array[:, COLUMNS.index(name)]
+        np.testing.assert_array_equal(column, getattr(table, name))
+        assert column.tolist() == [int(getattr(row, name)) for row in table]
     assert table.fed_lengths().tolist() == [3, 3, 3]
 
 

@@ -10,23 +10,13 @@ D = documents, W = windows.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 WindowArray = NDArray[np.int64]  # [W, 7], the columns of COLUMNS
 BosPolicy = Literal["none", "first", "every"]
-
-COLUMNS = (
-    "document",
-    "start",
-    "stop",
-    "target_start",
-    "target_stop",
-    "prefix_mode",
-    "prefix_id",
-)
 
 
 class PrefixMode(IntEnum):
@@ -37,8 +27,7 @@ class PrefixMode(IntEnum):
     OVERWRITE = 2  # [prefix_id] + ids[start + 1 : stop]
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """One row of the window table, in token indices of its document (half-open ranges).
 
     The tokens `target_start … target_stop - 1` are scored; those before are context.
@@ -51,6 +40,9 @@ class Window:
     target_stop: int
     prefix_mode: PrefixMode = PrefixMode.NONE
     prefix_id: int = -1
+
+
+COLUMNS = Window._fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +67,19 @@ class WindowTable:
     """
 
     def __init__(self, array: WindowArray) -> None:
-        columns: list[NDArray[np.int64]] = [array[:, index] for index in range(len(COLUMNS))]
         self.array = array
-        self.document, self.start, self.stop = columns[:3]
-        self.target_start, self.target_stop, self.prefix_mode, self.prefix_id = columns[3:]
+        self.document, self.start, self.stop = array.T[:3]
+        self.target_start, self.target_stop, self.prefix_mode, self.prefix_id = array.T[3:]
 
     def __len__(self) -> int:
         return len(self.array)
 
     def __getitem__(self, index: int) -> Window:
-        row = self.array[index].tolist()
-        document, start, stop, target_start, target_stop, mode, prefix_id = row
-        return Window(document, start, stop, target_start, target_stop, PrefixMode(mode), prefix_id)
+        row = Window(*self.array[index].tolist())
+        return row._replace(prefix_mode=PrefixMode(row.prefix_mode))
 
     def __iter__(self) -> Iterator[Window]:
         return (self[index] for index in range(len(self)))
-
-    def column(self, name: str) -> NDArray[np.int64]:
-        """Return the column `name` of COLUMNS, int64 [W]."""
-        return self.array[:, COLUMNS.index(name)]
 
     def fed_lengths(self) -> NDArray[np.int64]:
         """Return how many ids each window feeds forward, the prefix included: int64 [W]."""
