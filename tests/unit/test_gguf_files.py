@@ -10,7 +10,7 @@ import perplexit as px
 from perplexit.compilation.gguf_file import WRITTEN_TYPES, llamacpp_nll, write_gguf
 from perplexit.errors import CapabilityError, CompilationError, QuantizationError
 from perplexit.quantization.gguf_header import read_gguf_header
-from perplexit.quantization.gguf_quantizer import quantize_gguf, requantized_gguf
+from perplexit.quantization.llamacpp_library import quantize_gguf, requantized_gguf
 from perplexit.sessions.registry import load_session
 from tests.oracles import oracle_details, random_window
 from tests.tiny_models import BOS, EOS, VOCAB_SIZE, byte_tokenizer

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import perplexit as px
 from perplexit.errors import MissingPackageError, QuantizationError, UsageError
 from perplexit.quantization import pytorch_quantization
-from perplexit.quantization.gguf_quantizer import FILE_TYPES
+from perplexit.quantization.llamacpp_library import FILE_TYPES
 from perplexit.quantization.precisions import known_precisions, precisions_by_engine
 from perplexit.quantization.pytorch_quantization import pytorch_recipe, quantize_model
 from perplexit.sessions.registry import load_session

@@ -8,7 +8,6 @@ from typing import Any, TypedDict
 
 from perplexit.atomic_files import cache_folder, write_bytes
 from perplexit.errors import ModelError
-from perplexit.fingerprints import canonical_json as canonical_text
 from perplexit.fingerprints import json_fingerprint, sha256_of_file
 from perplexit.untrusted_files import LARGEST_TABLE, Expected, FileName, read_json
 
@@ -85,11 +84,6 @@ def weights_stamp(path: Path) -> tuple[tuple[str, int, int, int], ...]:
     return tuple((name, s.st_size, s.st_ino, s.st_mtime_ns) for name, s in found)
 
 
-def canonical_json(value: Any) -> bytes:
-    """Return the canonical JSON of `value` in UTF-8; a configuration may hold NaN or infinity."""
-    return canonical_text(value, allow_nan=True).encode()
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json. Raises ModelError where it is missing or not a JSON object."""
     path = folder / "config.json"
@@ -140,8 +134,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weight_map(index: Path) -> dict[str, str]:
     """Read the file of each tensor from an index of sharded weights. Raises ModelError."""
-    found = read_json(index, _INDEX, _Index, largest=LARGEST_TABLE)["weight_map"]
-    return found
+    return read_json(index, _INDEX, _Index, largest=LARGEST_TABLE)["weight_map"]
 
 
 def _indexed_files(index: Path) -> list[Path]:

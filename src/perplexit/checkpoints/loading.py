@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -68,21 +67,13 @@ def _loaded(
                 output_loading_info=True,
                 **options,
             )
-    except SafetensorError as error:
-        raise ModelError(
-            f"expected weights in safetensors files in {source.folder}, but one cannot be read "
-            f"({_first_lines(error)}); is the download complete?"
-        ) from error
     except PerplexitError:
         raise
     except Exception as error:  # of transformers' many model classes
+        reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"expected a causal language model that transformers knows in {source.folder}, but it "
-            f"cannot be loaded: {_first_lines(error)} (code shipped with a model is never run)"
+            f"cannot be loaded: {reason} (code shipped with a model is never run)"
         ) from error
     model, loading_info = loaded
     return model, loading_info
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perplexit.checkpoints.identity import canonical_json, deciding_settings
+from perplexit.checkpoints.identity import deciding_settings
+from perplexit.fingerprints import canonical_json
 
 
 def module_fingerprint(module: nn.Module, *, without: Collection[str] = ()) -> str:
@@ -15,13 +16,17 @@ def module_fingerprint(module: nn.Module, *, without: Collection[str] = ()) -> s
 
     without: names of tensors whose bytes are left out; their names, types and shapes count.
     """
-    digest = hashlib.sha256(canonical_json([type(module).__qualname__, settings_of(module)]))
+    digest = hashlib.sha256(_json([type(module).__qualname__, settings_of(module)]))
     for name, value in sorted(module.state_dict().items()):
         shape = list(value.shape) if isinstance(value, Tensor) else None
-        digest.update(canonical_json([name, str(getattr(value, "dtype", None)), shape]))
+        digest.update(_json([name, str(getattr(value, "dtype", None)), shape]))
         for part in _plain_tensors(value) if name not in without else ():
             digest.update(_content(part))
     return digest.hexdigest()
+
+
+def _json(value: object) -> bytes:
+    return canonical_json(value, allow_nan=True).encode()
 
 
 def settings_of(module: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""Transformers without its progress bars and hints, for as long as a block lasts."""
+"""Libraries without their progress bars and hints, for as long as a block lasts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,19 +8,28 @@ from transformers.utils import logging
 
 
 @contextmanager
+def quiet_logger(name: str) -> Iterator[None]:
+    """Let only errors of that logger through inside the block."""
+    logger = getLogger(name)
+    level = logger.level
+    logger.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Let only errors reach stderr inside the block, and restore the settings afterwards."""
     verbosity = logging.get_verbosity()
     had_bars = logging.is_progress_bar_enabled()
-    accelerate = getLogger("accelerate")  # it reports every layer that goes to disk
-    accelerate_level = accelerate.level
-    accelerate.setLevel(ERROR)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with quiet_logger("accelerate"):  # it reports every layer that goes to disk
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        accelerate.setLevel(accelerate_level)
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

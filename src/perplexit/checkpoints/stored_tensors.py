@@ -6,13 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from perplexit.checkpoints.identity import weight_files, weight_map
 from perplexit.checkpoints.location import CheckpointSource
 from perplexit.errors import ModelError
+from perplexit.untrusted_files import Expected
+from perplexit.untrusted_tensors import opened_tensors
 
+_EXPECTED = Expected(
+    "weights in a safetensors file",
+    ModelError,
+    "a file that cannot be read may be cut short: is the download complete?",
+)
 # Buffers of other versions that a model computes for itself, none of which is a weight.
 _HARMLESS = re.compile(
     r"rotary(_pos)?_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
@@ -50,7 +56,7 @@ class StoredTensors:
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         places: dict[str, str] = {}
         for file in files:
-            entries = _entries_of(source, file)
+            entries = _entries_of(file)
             twice = sorted(set(entries) & set(found))
             if twice:
                 raise ModelError(
@@ -173,16 +179,10 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
         return None
 
 
-def _entries_of(source: CheckpointSource, file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    try:
-        with safe_open(str(file), framework="pt") as stored:
-            slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
-            return {x: (s.get_dtype(), tuple(s.get_shape())) for x, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"expected weights in safetensors files in {source.folder}, but {file.name} cannot be "
-            f"read ({' '.join(str(error).split())[:200]}); is the download complete?"
-        ) from error
+def _entries_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    with opened_tensors(file, _EXPECTED, framework="pt") as stored:
+        slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+        return {x: (s.get_dtype(), tuple(s.get_shape())) for x, s in slices.items()}
 
 
 def _check_index(source: CheckpointSource, files: list[Path], places: dict[str, str]) -> None:

@@ -1,10 +1,10 @@
 """What compilers print and raise, turned into silence and one kind of error."""
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from perplexit.checkpoints.quiet import quiet_logger
 from perplexit.errors import CompilationError
 
 
@@ -15,11 +15,8 @@ def stated_by(ability: str, *, logger: str) -> Iterator[None]:
     ability: of the compiler, as it follows "expected a model that": "PyTorch can export".
     logger:  whose remarks on packages and deprecations are not the user's; errors still show.
     """
-    quiet = logging.getLogger(logger)
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with quiet_logger(logger), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except CompilationError:
@@ -30,5 +27,3 @@ def stated_by(ability: str, *, logger: str) -> Iterator[None]:
             f"expected a model that {ability}; {type(error).__name__}: {first_line}. "
             "Evaluate the checkpoint with PyTorch instead (hf:…)"
         ) from error
-    finally:
-        quiet.setLevel(level)

@@ -25,8 +25,7 @@ from perplexit.program_record import (
     ProgramVerification,
 )
 from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
-from perplexit.quantization.gguf_quantizer import quantize_gguf
-from perplexit.quantization.llamacpp_library import last_words, library_log
+from perplexit.quantization.llamacpp_library import last_words, library_log, quantize_gguf
 
 # precision -> (type of the matrices, type of the file) that the gguf package writes itself
 WRITTEN_TYPES = {

@@ -1,13 +1,12 @@
 """Heads that give per-token results themselves: fused kernels, and a compiled log-sum-exp.
 
-Both stand in for `statistics_in_place(head(hidden_ND), targets_N)`; see `linear_nll.ScoringHead`.
+Both stand in for `token_statistics(head(hidden_ND), targets_N)`; see `nll.ScoringHead`.
 
 Shape suffixes: N = targets, D = hidden size, V = vocabulary, K = alternatives.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
 from typing import Any
@@ -22,19 +21,10 @@ from perplexit.functional.nll import HeadRequest, TokenStatistics, slices_of_row
 LinearNll = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class FusedKernel:
-    """A library's linear cross-entropy: what it is imported as, and how one gets it."""
-
-    name: str
-    package: str
-    install: str
-
-
+# Libraries with a linear cross-entropy: what each is imported as, and how one gets it.
 KERNELS = {
-    "liger": FusedKernel("liger", "liger_kernel", "pip install 'perplexit[liger]'"),
-    "cce": FusedKernel(
-        "cce",
+    "liger": ("liger_kernel", "pip install 'perplexit[liger]'"),
+    "cce": (
         "cut_cross_entropy",
         "pip install cut-cross-entropy (Apple's own licence; read it first)",
     ),
@@ -47,7 +37,7 @@ def fused_kernel(name: str, device: torch.device) -> LinearNll:
     Triton's interpreter (TRITON_INTERPRET=1) runs Liger's kernels on the CPU, for tests alone.
     Raises CapabilityError off CUDA, MissingPackageError with the command that installs it.
     """
-    kernel = KERNELS[name]
+    package, install = KERNELS[name]
     interpreted = name == "liger" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         raise CapabilityError(
@@ -61,7 +51,7 @@ def fused_kernel(name: str, device: torch.device) -> LinearNll:
         return partial(_cut_nll, import_module("cut_cross_entropy").linear_cross_entropy)
     except ImportError as error:
         raise MissingPackageError(
-            f"the head {name!r} needs the package {error.name or kernel.package}: {kernel.install}"
+            f"the head {name!r} needs the package {error.name or package}: {install}"
         ) from error
 
 
@@ -100,7 +90,8 @@ class FusedHead:
     def __init__(self, name: str, weight_VD: Tensor, bias_V: Tensor | None) -> None:
         self.name = name
         self._nll = fused_kernel(name, weight_VD.device)
-        self.library = f"{KERNELS[name].package} {_version(KERNELS[name].package)}"
+        package, _ = KERNELS[name]
+        self.library = f"{package} {_version(package)}"
         self._weight_VD, self._bias_V = weight_VD, bias_V
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:

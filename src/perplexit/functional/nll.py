@@ -63,27 +63,19 @@ def slices_of_rows(num_rows: int, size: int) -> list[slice]:
 
 
 def token_statistics(
-    logits_NV: Tensor, targets_N: Tensor, *, with_details: bool = True, top_k: int = 0
-) -> TokenStatistics:
-    """Return the nll of each target, and with `with_details` its entropy and rank, from logits.
-
-    Logits narrower than float32 are widened first, so the log-softmax never runs in bfloat16.
-    The nll is the same to the last bit with and without details. `logits_NV` is left as it was.
-    """
-    return statistics_in_place(
-        logits_NV, targets_N, with_details=with_details, top_k=top_k, may_overwrite=False
-    )
-
-
-def statistics_in_place(
     logits_NV: Tensor,
     targets_N: Tensor,
     *,
     with_details: bool = True,
     top_k: int = 0,
-    may_overwrite: bool = True,
+    may_overwrite: bool = False,
 ) -> TokenStatistics:
-    """Return `token_statistics`, but `logits_NV` may be overwritten, which saves a copy."""
+    """Return the nll of each target, and with `with_details` its entropy and rank, from logits.
+
+    Logits narrower than float32 are widened first, so the log-softmax never runs in bfloat16.
+    The nll is the same to the last bit with and without details.
+    may_overwrite: whether `logits_NV` need not stay as it was, which saves a copy.
+    """
     num_targets, vocab_size = logits_NV.shape
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     on_host = logits_NV.device.type == "cpu"
@@ -191,11 +183,12 @@ def statistics_by_chunks(
 ) -> TokenStatistics:
     """Return the results from the head's logits, whatever else the head can do."""
     parts = [
-        statistics_in_place(
+        token_statistics(
             head(hidden_ND[rows]),
             targets_N[rows],
             with_details=request.with_details,
             top_k=request.top_k,
+            may_overwrite=True,
         )
         for rows in slices_of_rows(len(hidden_ND), request.chunk_rows)
     ]

@@ -1,8 +1,7 @@
 """An OpenVINO graph's weights → integers of 8 or 4 bits, by NNCF's weight compression, counted."""
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from importlib import metadata
 from io import StringIO
 from typing import Any
@@ -11,6 +10,7 @@ import nncf
 import numpy as np
 import openvino as ov
 
+from perplexit.checkpoints.quiet import quiet_logger
 from perplexit.errors import QuantizationError
 from perplexit.program_record import ProgramQuantization
 from perplexit.quantization.precisions import Recipe
@@ -38,7 +38,7 @@ def compress_weights(
             "group_size": recipe.weights.block_size,
             "ratio": 1.0,
         }
-    with _quiet():
+    with quiet_logger("nncf"), redirect_stdout(StringIO()):  # tables and progress bars
         compressed = nncf.compress_weights(graph, ignored_scope=scope, **options)
     codes, others = _constants(compressed)
     if not codes:
@@ -98,16 +98,3 @@ def _size(constant: Any) -> int:
 def _num_bytes(constant: Any) -> int:
     bits = _BITS.get(constant.get_element_type().to_string(), 64)
     return -(-_size(constant) * bits // 8)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide NNCF's tables and progress bars inside the block."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

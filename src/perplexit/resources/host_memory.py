@@ -37,7 +37,7 @@ class HostMemory:
         self._sample_seconds = sample_seconds
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._start_bytes = 0
+        self.start_bytes = 0  # the resident set at `start`
         self._start_mark = 0
         self._peak_bytes = 0
         self._current_bytes = 0
@@ -46,7 +46,7 @@ class HostMemory:
         """Begin to sample; returns itself."""
         self._stopping.clear()
         self._start_mark = lifetime_peak_bytes()
-        self._start_bytes = self._peak_bytes = self._current_bytes = rss_bytes()
+        self.start_bytes = self._peak_bytes = self._current_bytes = rss_bytes()
         self._thread = threading.Thread(target=self._run, name="perplexit-rss", daemon=True)
         self._thread.start()
         return self
@@ -56,27 +56,20 @@ class HostMemory:
         if self._thread is not None:
             self._stopping.set()
             self._thread.join()
-            self._thread = None
             self._sample()
+            self._thread = None
         return self._peak_bytes
 
     @property
     def peak_bytes(self) -> int:
         """Return the largest resident set so far, in bytes."""
-        if self._thread is not None:
-            self._sample()
+        self._sample()
         return self._peak_bytes
-
-    @property
-    def start_bytes(self) -> int:
-        """Return the resident set at `start`."""
-        return self._start_bytes
 
     @property
     def current_bytes(self) -> int:
         """Return the resident set now, or at `stop`."""
-        if self._thread is not None:
-            self._sample()
+        self._sample()
         return self._current_bytes
 
     def _run(self) -> None:
@@ -84,6 +77,8 @@ class HostMemory:
             self._sample()
 
     def _sample(self) -> None:
+        if self._thread is None:  # before `start` and after `stop`
+            return
         self._current_bytes = rss_bytes()
         mark = lifetime_peak_bytes()
         record = mark if mark > self._start_mark else 0

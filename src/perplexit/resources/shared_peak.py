@@ -66,12 +66,13 @@ class SharedPeak:
                 stretch.peak_bytes = max(stretch.peak_bytes, peak)
 
     def close(self, stretch: Stretch) -> None:
-        """End a stretch; its figures no longer change."""
+        """End a stretch, whose figures no longer change; harmless when repeated."""
         with self._lock:
-            self.fold()
-            self._open.remove(stretch)
-            if not self._open:
-                self._meter.end()
+            if stretch in self._open:
+                self.fold()
+                self._open.remove(stretch)
+                if not self._open:
+                    self._meter.end()
 
 
 class PythonAllocations:

@@ -22,8 +22,7 @@ from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError
 from perplexit.inputs.windows import WindowIds
 from perplexit.program_batches import check_vocabulary
 from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
-from perplexit.quantization.gguf_quantizer import requantized_gguf
-from perplexit.quantization.llamacpp_library import last_words, library_log
+from perplexit.quantization.llamacpp_library import last_words, library_log, requantized_gguf
 from perplexit.quantization.precisions import canonical_dtype
 from perplexit.session_descriptions import (
     ModelDescription,

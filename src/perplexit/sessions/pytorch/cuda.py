@@ -79,14 +79,12 @@ class DeviceMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._stretch = CUDA_PEAKS.open() if device.type == "cuda" else None
-        self._open = self._stretch is not None
 
     def peak_bytes(self) -> int | None:
         """Return the most that was held, in bytes, summed over devices."""
         if self._stretch is None:
             return None
-        if self._open:
-            CUDA_PEAKS.fold()
+        CUDA_PEAKS.fold()
         return self._stretch.peak_bytes
 
     def peak_beyond_weights(self) -> int | None:
@@ -96,6 +94,5 @@ class DeviceMemory:
 
     def close(self) -> None:
         """Stop to measure; the peaks stay."""
-        if self._open and self._stretch is not None:
+        if self._stretch is not None:
             CUDA_PEAKS.close(self._stretch)
-        self._open = False
