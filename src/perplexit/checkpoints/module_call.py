@@ -14,11 +14,11 @@ from perplexit.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
-class CachePlace:
-    """Keys and values of the first `start` ids of every row, as transformers' `Cache` has them."""
+class Past:
+    """Keys and values of the first `num_ids` ids of every row, in transformers' `Cache`."""
 
     past_key_values: Any
-    start: int
+    num_ids: int
 
 
 class ModuleCall:
@@ -34,22 +34,18 @@ class ModuleCall:
         self._takes_use_cache = any_keyword or "use_cache" in parameters
         self.takes_cache = self._takes_use_cache and "past_key_values" in parameters
 
-    def __call__(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
-    ) -> Any:
-        """Return the module's output; with a cache, the ids' positions begin at its start."""
+    def __call__(self, ids_BT: Tensor, mask_BT: Tensor | None, past: Past | None = None) -> Any:
+        """Return the module's output; the ids' positions begin where the past ends."""
         options: dict[str, Any] = {}
         if mask_BT is not None:
             options["attention_mask"] = mask_BT
         if self._takes_use_cache:
-            options["use_cache"] = cache is not None
-        if cache is not None:
-            options["past_key_values"] = cache.past_key_values
+            options["use_cache"] = past is not None
+        if past is not None:
+            options["past_key_values"] = past.past_key_values
             if self._takes_positions:
-                stop = cache.start + ids_BT.shape[1]
-                options["position_ids"] = torch.arange(cache.start, stop, device=ids_BT.device)[
-                    None
-                ]
+                positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device) + past.num_ids
+                options["position_ids"] = positions_T[None]
         if self._named_ids:
             return self._module(input_ids=ids_BT, **options)
         return self._module(ids_BT, **options)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NormKind = Literal["rms", "layer"]
+NORM_KINDS: tuple[NormKind, ...] = ("rms", "layer")
 
 
 @dataclass(frozen=True)

@@ -113,11 +113,19 @@ def why_out_of_memory(
     """Return the engine's words for a lack of memory.
 
     Raises the error itself where it is another one, ModelError where a window is longer than the
-    model's table of positions.
+    model's table of positions. Such a table may be no embedding: GPT-J and CodeGen keep sines,
+    CTRL and Whisper a parameter.
     """
     if not is_out_of_memory(error):
-        _refuse_beyond_positions(module, windows, error)
-        raise error
+        names = ("max_position_embeddings", "n_positions", "max_target_positions")
+        limit, longest = config_integer(module, *names), max(len(w.ids_T) for w in windows)
+        if limit is None or longest <= limit:
+            raise error
+        raise ModelError(
+            f"expected windows of at most {limit} ids, for which {type(module).__name__} has "
+            f"positions, got {longest}, with which it fails ({str(error)[:120]}); prepare the "
+            f"input with --max-length {limit}"
+        ) from error
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -131,23 +139,6 @@ def out_of_memory(
         f"{len(windows)} windows of up to {max(len(w.ids_T) for w in windows)} ids do not fit "
         f"into the memory of {device} ({reason}); use a smaller batch or --max-length"
     )
-
-
-def _refuse_beyond_positions(
-    model: nn.Module, windows: Sequence[WindowIds], error: Exception
-) -> None:
-    """Raise ModelError where a window that failed is longer than the model's table of positions.
-
-    Such a table may be no embedding: GPT-J and CodeGen keep sines, CTRL and Whisper a parameter.
-    """
-    limit = config_integer(model, "max_position_embeddings", "n_positions", "max_target_positions")
-    longest = max(len(window.ids_T) for window in windows)
-    if limit is not None and longest > limit:
-        raise ModelError(
-            f"expected windows of at most {limit} ids, for which {type(model).__name__} has "
-            f"positions, got {longest}, with which it fails ({str(error)[:120]}); prepare the "
-            f"input with --max-length {limit}"
-        ) from error
 
 
 def fed_length(window: WindowIds) -> int:

@@ -6,10 +6,11 @@ Shape suffixes: B = rows, T = ids of a row, X = what the forward pass gives a po
 import torch
 from torch import Tensor, nn
 
-from perplexit.checkpoints.module_call import CachePlace, plain_output
+from perplexit.checkpoints.module_call import Past, plain_output
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional.fused_head import CompiledHead, FusedHead, cannot_compile
 from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
+from perplexit.sessions.pytorch.forward_probe import same_head
 
 COMPILE_MODES = ("default", "reduce-overhead")
 HEADS = ("chunked", "compiled", "liger", "cce")
@@ -38,11 +39,9 @@ class CompiledForward(WrappedForward):
         self._rows = torch.compile(inner.rows, mode=mode)
         self.head = inner.head
 
-    def rows(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
-    ) -> Tensor:
+    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None, past: Past | None = None) -> Tensor:
         """Return the inner rows, by the compiled program of the batch's shape."""
-        if cache is not None:
+        if past is not None:
             raise CapabilityError(_NO_CACHE)
         num_rows, length = ids_BT.shape
         to_rows, to_length = bucket(num_rows), bucket(length)
@@ -134,12 +133,4 @@ def _is_product(forward: ForwardPass, linear: nn.Linear) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(8, linear.in_features, generator=generator).to(linear.weight)
-    for scale in (1.0, 1000.0):
-        expected_NV = forward.head(hidden_ND * scale).float()
-        got_NV = linear(hidden_ND * scale).float()
-        tolerance = 1e-5 if linear.weight.dtype == torch.float32 else 2e-2
-        if expected_NV.shape != got_NV.shape:
-            return False
-        if float((expected_NV - got_NV).abs().max()) > tolerance * float(got_NV.abs().max()):
-            return False
-    return True
+    return same_head(forward.head, linear, hidden_ND, (1e-5, 2e-2))

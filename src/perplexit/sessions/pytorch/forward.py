@@ -11,12 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from perplexit.checkpoints.module_call import CachePlace, ModuleCall, field_of
+from perplexit.checkpoints.module_call import ModuleCall, Past, field_of
 from perplexit.functional.blocked_nll import BLOCKED_COLUMNS, blocked_statistics
 from perplexit.functional.nll import HeadRequest, TokenStatistics, statistics_by_chunks
 from perplexit.token_columns import Needs, columns_that_need
-
-_PROBE_LENGTH = 8
 
 
 class ForwardPass(Protocol):
@@ -29,10 +27,8 @@ class ForwardPass(Protocol):
     takes_cache: bool  # keys and values of earlier ids can be given
     alone: bool  # a window's rows depend on its batch or length: it runs whole, by itself
 
-    def rows(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
-    ) -> Tensor:
-        """Return features BTX, one row per position; with a cache, the ids follow those in it."""
+    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None, past: Past | None = None) -> Tensor:
+        """Return features BTX, one row per position; with a past, the ids follow those in it."""
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """Return logits NV; they may be overwritten."""
@@ -51,11 +47,9 @@ class WrappedForward:
         self.why_no_cache: str | None = why_no_cache or getattr(inner, "why_no_cache", None)
         self.takes_cache = inner.takes_cache and self.why_no_cache is None
 
-    def rows(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
-    ) -> Tensor:
+    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None, past: Past | None = None) -> Tensor:
         """Return the inner rows."""
-        return self._inner.rows(ids_BT, mask_BT, cache)
+        return self._inner.rows(ids_BT, mask_BT, past)
 
 
 class WholeForward:
@@ -70,11 +64,9 @@ class WholeForward:
         self._call = ModuleCall(module)
         self.takes_mask, self.takes_cache = self._call.takes_mask, self._call.takes_cache
 
-    def rows(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
-    ) -> Tensor:
+    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None, past: Past | None = None) -> Tensor:
         """Return the logits, or the final hidden state, of every position."""
-        return field_of(self._call(ids_BT, mask_BT, cache), self._field)
+        return field_of(self._call(ids_BT, mask_BT, past), self._field)
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """Return the rows themselves."""

@@ -10,7 +10,7 @@ V = vocabulary, X = D or V.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,62 +27,17 @@ from perplexit.sessions.pytorch.forward import (
     WholeForward,
 )
 
+_PROBE_LENGTH = 8
 _IDS = 24  # of a row: more than a tiny index or window holds, and quick
-# Of the largest value. Rounding in another order stays below; a nll must be right within 1e-4.
-_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4}
-_TOLERANCE_16_BITS = 0.2
+# Of the largest value, in float32 or float64 and in narrower dtypes.
+ALIKE, _LOOSELY_ALIKE = (1e-5, 1e-2), (1e-3, 1.0)
+# Rounding in another order stays below; a nll must be right within 1e-4.
+_IN_ANOTHER_ORDER = (2e-4, 0.2)
 NOT_REPEATABLE = (
     "expected a model that gives the same for the same ids, but its predictions change from call "
     "to call (something in it is drawn at random, or it remembers earlier calls); its perplexity "
     "is no fixed number, so it is not scored"
 )
-
-
-def depends_on_others(
-    forward: Any,
-    id_limit: int,
-    *,
-    longest: int | None,
-    device: torch.device,
-    rope: LengthDependentRope | None,
-) -> bool:
-    """Return whether rows change with what else is in the batch, with padding, or with length.
-
-    forward: a ForwardPass; longest: the model's positions, None for any.
-    Raises ModelError where the same call gives something else the second time.
-    """
-    length = min(_IDS, longest or _IDS)
-    generator = torch.Generator().manual_seed(1)
-    ids_BT = torch.randint(id_limit, (2, length), generator=generator).to(device)
-    part = max(1, 2 * length // 3)
-    with held_at(rope, length):
-        first_BTX = forward.rows(ids_BT[:1], None)
-        again_BTX = forward.rows(ids_BT[:1], None)
-        if not _equal(first_BTX, again_BTX):
-            raise ModelError(NOT_REPEATABLE)
-        both_BTX = forward.rows(ids_BT, None)
-        short_BTX = forward.rows(ids_BT[:1, :part], None)
-        changes = [(first_BTX, both_BTX[:1]), (first_BTX[:, :part], short_BTX)]
-        if forward.takes_mask:
-            mask_BT = torch.ones_like(ids_BT)
-            mask_BT[0, part:] = 0
-            padded_BTX = forward.rows(ids_BT, mask_BT)
-            changes.append((first_BTX[:, :part], padded_BTX[:1, :part]))
-    return not all(_equal(one, other) for one, other in changes)
-
-
-def _equal(expected: Tensor, got: Tensor) -> bool:
-    """Return whether both are equal up to rounding in another order; NaN equals NaN."""
-    if expected.shape != got.shape:
-        return False
-    tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE_16_BITS)
-    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) or 1.0
-    return torch.allclose(
-        expected, got.to(expected), rtol=0, atol=tolerance * scale, equal_nan=True
-    )
-
-
-_PROBE_LENGTH = 8
 
 
 def find_forward(
@@ -102,24 +57,41 @@ def find_forward(
         chunked = ChunkedForward(body, own_head, "chunked (own forward)")
         if probe.agrees(chunked):
             linear = _unhooked_output(model)
-            if linear is not None and probe.same_head(chunked, LinearHead(linear)):
-                head = LinearHead(linear, blocked=blocked_head)
-                chunked = ChunkedForward(body, head, "chunked (linear)")
+            if linear is not None:
+                hidden_ND = chunked.rows(probe.ids_BT, None).flatten(0, 1)
+                if same_head(chunked.head, LinearHead(linear), hidden_ND):
+                    head = LinearHead(linear, blocked=blocked_head)
+                    chunked = ChunkedForward(body, head, "chunked (linear)")
             found = chunked
             break
-    return (_checked(found, model, id_limit) if row_by_row else found), probe.vocab_size
+    if row_by_row:
+        found.alone = _depends_on_others(found, model, id_limit)
+    return found, probe.vocab_size
 
 
-def _checked(forward: ForwardPass, model: nn.Module, id_limit: int) -> ForwardPass:
-    """Set the forward pass's `alone` to what a few windows show, and return it."""
-    forward.alone = depends_on_others(
-        forward,
-        id_limit,
-        longest=position_limit(model),
-        device=_device_of(model),
-        rope=LengthDependentRope.of(model),
-    )
-    return forward
+def _depends_on_others(forward: ForwardPass, model: nn.Module, id_limit: int) -> bool:
+    """Return whether rows change with what else is in the batch, with padding, or with length.
+
+    Raises ModelError where the same call gives something else the second time.
+    """
+    length = min(_IDS, position_limit(model) or _IDS)
+    generator = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(id_limit, (2, length), generator=generator).to(_device_of(model))
+    part = max(1, 2 * length // 3)
+    with held_at(LengthDependentRope.of(model), length):
+        first_BTX = forward.rows(ids_BT[:1], None)
+        again_BTX = forward.rows(ids_BT[:1], None)
+        if not _near(first_BTX, again_BTX, _IN_ANOTHER_ORDER):
+            raise ModelError(NOT_REPEATABLE)
+        both_BTX = forward.rows(ids_BT, None)
+        short_BTX = forward.rows(ids_BT[:1, :part], None)
+        changes = [(first_BTX, both_BTX[:1]), (first_BTX[:, :part], short_BTX)]
+        if forward.takes_mask:
+            mask_BT = torch.ones_like(ids_BT)
+            mask_BT[0, part:] = 0
+            padded_BTX = forward.rows(ids_BT, mask_BT)
+            changes.append((first_BTX[:, :part], padded_BTX[:1, :part]))
+    return not all(_near(one, other, _IN_ANOTHER_ORDER) for one, other in changes)
 
 
 @dataclass(frozen=True)
@@ -151,8 +123,8 @@ class _Probe:
                 f"{tuple(ids_BT.shape)}, got {tuple(plain_BTV.shape)}"
             )
         changed_BTV = whole.rows(changed_BT.to(device), None) if causal else plain_BTV
-        if not _close(plain_BTV[:, :half], changed_BTV[:, :half], slack=100.0):
-            if not _close(plain_BTV, whole.rows(ids_BT, None), slack=100.0):
+        if not _near(plain_BTV[:, :half], changed_BTV[:, :half], _LOOSELY_ALIKE):
+            if not _near(plain_BTV, whole.rows(ids_BT, None), _LOOSELY_ALIKE):
                 raise ModelError(NOT_REPEATABLE)
             raise ModelError(
                 "expected a causal language model, but a later id changes an earlier prediction; "
@@ -173,22 +145,25 @@ class _Probe:
             for whole_BTV, mask_BT in pairs:
                 rows_BTX = candidate.rows(self.ids_BT, mask_BT)
                 logits_NV = candidate.head(rows_BTX.flatten(0, 1))
-                if not _close(whole_BTV.flatten(0, 1), logits_NV):
+                if not _near(whole_BTV.flatten(0, 1), logits_NV, ALIKE):
                     return False
         except Exception:  # whatever an unknown architecture raises over a stub: it has no split
             return False
         return True
 
-    def same_head(self, chunked: ForwardPass, linear: LinearHead) -> bool:
-        """Return whether a plain product gives what `chunked.head` gives, also far from zero.
 
-        Near zero a soft-cap changes nothing: a thousandfold hidden state tells it apart.
-        """
-        hidden_ND = chunked.rows(self.ids_BT, None).flatten(0, 1)
-        return all(
-            _close(chunked.head(hidden_ND * scale), linear(hidden_ND * scale))
-            for scale in (1.0, 1000.0)
-        )
+def same_head(
+    head: Callable[[Tensor], Tensor],
+    linear: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    tolerance: tuple[float, float] = ALIKE,
+) -> bool:
+    """Return whether a plain product gives what a model's head gives, also far from zero.
+
+    Near zero a soft-cap changes nothing: a thousandfold hidden state tells it apart.
+    """
+    scaled = (hidden_ND, hidden_ND * 1000.0)
+    return all(_near(head(states_ND), linear(states_ND), tolerance) for states_ND in scaled)
 
 
 def _splits(model: nn.Module) -> Iterator[tuple[nn.Module, "_OwnForwardHead"]]:
@@ -252,14 +227,17 @@ class _StubOutput(tuple[Tensor]):
         return self[0] if name == "last_hidden_state" else None
 
 
-def _close(expected: Tensor, got: Tensor, slack: float = 1.0) -> bool:
-    """Return whether both are equal up to their dtype's rounding; NaN equals NaN."""
+def _near(expected: Tensor, got: Tensor, tolerance: tuple[float, float]) -> bool:
+    """Return whether both are equal up to rounding; NaN equals NaN.
+
+    tolerance: of the largest value, in float32 or float64 and in narrower dtypes.
+    """
     if expected.shape != got.shape:
         return False
-    exact = expected.dtype in (torch.float32, torch.float64)
+    exact, narrow = tolerance
+    part = exact if expected.dtype in (torch.float32, torch.float64) else narrow
     scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) or 1.0
-    tolerance = slack * scale * (1e-5 if exact else 1e-2)
-    return torch.allclose(expected, got.to(expected), rtol=0, atol=tolerance, equal_nan=True)
+    return torch.allclose(expected, got.to(expected), rtol=0, atol=part * scale, equal_nan=True)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
-from perplexit.checkpoints.module_call import CachePlace, config_integer
+from perplexit.checkpoints.module_call import Past, config_integer
 from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.functional.nll import HeadRequest, head_statistics
 from perplexit.sessions.base import MOST_CACHED_IDS, FedRows
@@ -36,17 +36,19 @@ _PROBE_TOLERANCE = {"float32": 1e-4, "float64": 1e-4}  # of the largest value; e
 Run = Callable[[Callable[[], Any]], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheRoom:
-    """What a cache is made for: a row for each window, of whole length `lengths[row]`.
+@dataclass
+class _Rows:
+    """A cache's rows, one for each window, of whole length `lengths[row]`; all layers read it.
 
     num_ids: the most that are fed. rope: rotary embeddings that depend on a window's length.
+    first_row, start: where the next ids go.
     """
 
-    num_layers: int
     lengths: tuple[int, ...]
     num_ids: int
-    rope: LengthDependentRope | None = None
+    rope: LengthDependentRope | None
+    first_row: int = 0
+    start: int = 0
 
     def parts(self, first: int, stop: int) -> Iterator[tuple[slice, int]]:
         """Yield rows from `first` to `stop` (counted from `first`) that run together, and a length.
@@ -62,12 +64,24 @@ class CacheRoom:
 
 
 class PytorchCache:
-    """Rows of keys and values, and the forward pass that fills them; see KeyValueCache."""
+    """Rows of keys and values, and the forward pass that fills them; see KeyValueCache.
 
-    def __init__(self, windows: WindowBatches, room: CacheRoom, run: Run) -> None:
+    lengths: of the whole windows, one for each row. num_ids: the most that are fed to a row.
+    run: calls what it is given under the session's settings, and names a lack of memory.
+    """
+
+    def __init__(
+        self,
+        windows: WindowBatches,
+        run: Run,
+        *,
+        num_layers: int,
+        lengths: tuple[int, ...],
+        num_ids: int,
+    ) -> None:
         self._windows, self._run = windows, run
-        self._rows = _Rows(room)
-        self._layers = Cache(layers=[_AllocatedLayer(self._rows) for _ in range(room.num_layers)])
+        self._rows = _Rows(lengths, num_ids, windows.rope)
+        self._layers = Cache(layers=[_AllocatedLayer(self._rows) for _ in range(num_layers)])
 
     def feed(
         self,
@@ -78,16 +92,15 @@ class PytorchCache:
         picked: tuple[NDArray[np.int64], NDArray[np.int64]],
     ) -> FedRows:
         """Feed a block of ids; the hidden states of the picked places. See KeyValueCache."""
-        room = self._rows.room
         self._rows.start = start
 
         def work() -> Tensor:
             ids, parts = torch.from_numpy(ids_BT).to(self._windows.device), []
-            for rows, length in room.parts(first_row, first_row + len(ids_BT)):
+            for rows, length in self._rows.parts(first_row, first_row + len(ids_BT)):
                 self._rows.first_row = first_row + rows.start
-                with held_at(room.rope, length):
-                    place = CachePlace(self._layers, start)
-                    parts.append(self._windows.forward.rows(ids[rows], None, place))
+                with held_at(self._rows.rope, length):
+                    past = Past(self._layers, start)
+                    parts.append(self._windows.forward.rows(ids[rows], None, past))
             rows_BTX = parts[0] if len(parts) == 1 else torch.cat(parts)
             row_N, column_N = (torch.from_numpy(x).to(self._windows.device) for x in picked)
             return rows_BTX[row_N, column_N]
@@ -121,15 +134,6 @@ class _PytorchRows:
         return rows_NX
 
 
-@dataclass
-class _Rows:
-    """Where the next ids go; all layers of a cache read it."""
-
-    room: CacheRoom
-    first_row: int = 0
-    start: int = 0
-
-
 class _AllocatedLayer(DynamicLayer):
     """One layer's keys and values, whole from the start.
 
@@ -145,10 +149,10 @@ class _AllocatedLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for all rows and ids."""
-        room = self._rows.room
+        rows = self._rows
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            states.new_empty(len(room.lengths), states.shape[1], room.num_ids, states.shape[3])
+            states.new_empty(len(rows.lengths), states.shape[1], rows.num_ids, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -175,64 +179,50 @@ class _AllocatedLayer(DynamicLayer):
         return self._rows.start + query_length, 0
 
 
-@dataclass(frozen=True, slots=True)
-class CachingForward:
-    """Makes key/value caches for a model's forward pass.
+def check_cache(windows: WindowBatches, module: nn.Module, id_limit: int, run: Run) -> int:
+    """Return the number of cached layers, after a probe: cached in blocks as in one pass.
 
-    run: calls what it is given under the session's settings, and names a lack of memory.
+    Raises CapabilityError where the forward takes no cache, CacheMismatchError where it gives
+    something else with one.
     """
-
-    windows: WindowBatches
-    module: nn.Module
-    id_limit: int
-    run: Run
-
-    def open(self, num_layers: int, lengths: tuple[int, ...], num_ids: int) -> PytorchCache:
-        """Return an empty cache for windows of these lengths; see CacheRoom."""
-        room = CacheRoom(num_layers, lengths, num_ids, self.windows.rope)
-        return PytorchCache(self.windows, room, self.run)
-
-    def check(self) -> int:
-        """Return the number of cached layers, after a probe: cached in blocks as in one pass.
-
-        Raises CapabilityError where the forward takes no cache, CacheMismatchError where it gives
-        something else with one.
-        """
-        forward, name = self.windows.forward, type(self.module).__name__
-        _refuse_cache(forward)
-        num_layers = _num_layers(self.module)
-        if not forward.takes_cache or num_layers is None:
-            raise CapabilityError(
-                f"expected a model of transformers whose forward takes past_key_values, but {name} "
-                "does not; use --mode full"
-            )
-        ids_BT = np.random.default_rng(0).integers(0, self.id_limit, (2, _PROBE_IDS))
-        ids = torch.from_numpy(ids_BT).to(self.windows.device)
-        with held_at(self.windows.rope, _PROBE_IDS):
-            whole_BTX = self.run(lambda: forward.rows(ids, None))
-        tolerance = _PROBE_TOLERANCE.get(str(whole_BTX.dtype).removeprefix("torch."), 3e-2)
-        try:
-            cache = self.open(num_layers, (_PROBE_IDS, _PROBE_IDS), _PROBE_IDS)
-            blocks = ((0, 3), (3, 4), (4, _PROBE_IDS))
-            rows = [_all_rows(cache, ids_BT, slice(*block)) for block in blocks]
-        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise CapabilityError(
-                f"expected {name} to take a key/value cache, but with one its forward fails "
-                f"({type(error).__name__}: {reason}); use --mode full"
-            ) from error
-        difference = float((torch.cat(rows, 1).float() - whole_BTX.float()).abs().max())
-        if not difference <= tolerance * max(1e-6, float(whole_BTX.float().abs().max())):
-            raise CacheMismatchError(
-                f"expected {name} to give the same with a key/value cache as without, got hidden "
-                f"states that differ by {difference:.3g}: its cache is of another kind; use --mode "
-                "full"
-            )
-        return num_layers
+    forward, name = windows.forward, type(module).__name__
+    _refuse_cache(forward)
+    num_layers = _num_layers(module)
+    if not forward.takes_cache or num_layers is None:
+        raise CapabilityError(
+            f"expected a model of transformers whose forward takes past_key_values, but {name} "
+            "does not; use --mode full"
+        )
+    ids_BT = np.random.default_rng(0).integers(0, id_limit, (2, _PROBE_IDS))
+    ids = torch.from_numpy(ids_BT).to(windows.device)
+    with held_at(windows.rope, _PROBE_IDS):
+        whole_BTX = run(lambda: forward.rows(ids, None))
+    tolerance = _PROBE_TOLERANCE.get(str(whole_BTX.dtype).removeprefix("torch."), 3e-2)
+    try:
+        lengths = (_PROBE_IDS, _PROBE_IDS)
+        cache = PytorchCache(
+            windows, run, num_layers=num_layers, lengths=lengths, num_ids=_PROBE_IDS
+        )
+        blocks = ((0, 3), (3, 4), (4, _PROBE_IDS))
+        rows = [_all_rows(cache, ids_BT, slice(*block)) for block in blocks]
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CapabilityError(
+            f"expected {name} to take a key/value cache, but with one its forward fails "
+            f"({type(error).__name__}: {reason}); use --mode full"
+        ) from error
+    difference = float((torch.cat(rows, 1).float() - whole_BTX.float()).abs().max())
+    if not difference <= tolerance * max(1e-6, float(whole_BTX.float().abs().max())):
+        raise CacheMismatchError(
+            f"expected {name} to give the same with a key/value cache as without, got hidden "
+            f"states that differ by {difference:.3g}: its cache is of another kind; use --mode "
+            "full"
+        )
+    return num_layers
 
 
 def _refuse_cache(forward: ForwardPass) -> None:
-    """Raise CapabilityError with the reason where an arrangement rules a key/value cache out."""
+    """Raise CapabilityError with the reason why this forward pass takes no key/value cache."""
     if forward.alone:
         raise CapabilityError(
             "expected a model whose predictions depend on earlier ids alone, which a key/value "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perplexit.checkpoints.module_call import CachePlace, input_embedding, output_layer
+from perplexit.checkpoints.module_call import Past, input_embedding, output_layer
 from perplexit.errors import CapabilityError, MissingPackageError, UsageError
 from perplexit.sessions.pytorch.device_choice import chosen_device
 from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
@@ -145,12 +145,10 @@ class GatheredForward(WrappedForward):
         super().__init__(inner)
         self._start, self._device = start, device
 
-    def rows(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
-    ) -> Tensor:
+    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None, past: Past | None = None) -> Tensor:
         """Return the inner rows, on the session's device."""
         mask_BT = None if mask_BT is None else mask_BT.to(self._start)
-        return self._inner.rows(ids_BT.to(self._start), mask_BT, cache).to(self._device)
+        return self._inner.rows(ids_BT.to(self._start), mask_BT, past).to(self._device)
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """Return the inner logits, on the session's device."""

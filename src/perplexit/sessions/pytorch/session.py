@@ -36,10 +36,9 @@ from perplexit.sessions.pytorch.cuda import DeviceMemory
 from perplexit.sessions.pytorch.device_choice import batch_size_for
 from perplexit.sessions.pytorch.forward import WholeForward
 from perplexit.sessions.pytorch.key_value_cache import (
-    CachingForward,
     PytorchCache,
-    Run,
     cached_windows_for,
+    check_cache,
 )
 from perplexit.sessions.pytorch.model_setup import ready_model
 from perplexit.sessions.pytorch.placement import devices_of
@@ -200,7 +199,9 @@ class PytorchInferenceSession(ClosedByWith):
     def caching(self) -> Mapping[str, Any]:
         """Describe how the cache is kept, after a probe that it works; see CachingSession."""
         self._check_open()
-        self._num_cached_layers = self._caches(self._scoring).check()
+        self._num_cached_layers = check_cache(
+            self._windows, self._module, self._id_limit, self._scoring
+        )
         return {"dtype": dtype_name(self._module), "kind": "allocated once, sliding layers whole"}
 
     def open_cache(self, windows: Sequence[WindowIds]) -> PytorchCache:
@@ -208,13 +209,13 @@ class PytorchInferenceSession(ClosedByWith):
         self._check(windows)
         if self._num_cached_layers is None:
             self.caching()
-        longest = max(fed_length(window) for window in windows)
-        lengths = tuple(len(window.ids_T) for window in windows)
-        caches = self._caches(partial(self._within_memory, windows))
-        return caches.open(self._num_cached_layers or 0, lengths, longest)
-
-    def _caches(self, run: Run) -> CachingForward:
-        return CachingForward(self._windows, self._module, self._id_limit, run)
+        return PytorchCache(
+            self._windows,
+            partial(self._within_memory, windows),
+            num_layers=self._num_cached_layers or 0,
+            lengths=tuple(len(window.ids_T) for window in windows),
+            num_ids=max(fed_length(window) for window in windows),
+        )
 
     def max_cached_windows(self, window_length: int) -> int:
         """Return how many windows to decode together; see CachingSession."""

@@ -24,9 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from perplexit.checkpoints.module_call import CachePlace, config_integer
-from perplexit.errors import CapabilityError, ModelError, UsageError
+from perplexit.checkpoints.loading import load_checkpoint
+from perplexit.checkpoints.module_call import Past, config_integer, num_embeddings
+from perplexit.errors import CapabilityError, ModelError, PerplexitError, UsageError
+from perplexit.sessions.pytorch.device_choice import scoring_settings
 from perplexit.sessions.pytorch.forward import ForwardPass, WrappedForward
+from perplexit.sessions.pytorch.forward_probe import find_forward
 
 _STOP, _ROWS, _HEAD = range(3)
 _HEADER_LENGTH = 4  # step, two sizes, whether there is a mask
@@ -39,8 +42,7 @@ _NO_CACHE = (
 
 # What a follower process runs; it is told the rest as JSON.
 _FOLLOWER = (
-    "import sys; from perplexit.sessions.pytorch.tensor_parallel_follower import follow; "
-    "follow(sys.argv[1])"
+    "import sys; from perplexit.sessions.pytorch.tensor_parallel import follow; follow(sys.argv[1])"
 )
 
 
@@ -51,7 +53,7 @@ class ProcessGroup:
     """
 
     def __init__(self, size: int, device: str | None, threads: int) -> None:
-        device_type = accelerator_type()
+        device_type = _accelerator_type()
         _check_group(size, device, device_type)
         self.size, self.device_type = size, device_type
         self.device = torch.device(device_type, 0) if device_type != "cpu" else torch.device("cpu")
@@ -78,7 +80,7 @@ class ProcessGroup:
             )
         self._open = True
         try:
-            join(0, self.size, self._port, self.device)
+            _join(0, self.size, self._port, self.device)
         except (RuntimeError, ValueError) as error:
             raise self.failure(error) from error
 
@@ -140,7 +142,7 @@ def _end(followers: list[subprocess.Popen[bytes]], grace_seconds: float) -> None
         dist.destroy_process_group()
 
 
-def accelerator_type() -> str:
+def _accelerator_type() -> str:
     """Return where transformers puts a split model: CUDA where there is some, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -177,7 +179,7 @@ def _free_port() -> int:
         return port
 
 
-def join(rank: int, size: int, port: int, device: torch.device) -> None:
+def _join(rank: int, size: int, port: int, device: torch.device) -> None:
     """Enter the process group of a leader on this machine."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -217,15 +219,13 @@ class LeadingForward(WrappedForward):
         super().__init__(inner, why_no_cache=_NO_CACHE)
         self._group = group
 
-    def rows(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: CachePlace | None = None
-    ) -> Tensor:
+    def rows(self, ids_BT: Tensor, mask_BT: Tensor | None, past: Past | None = None) -> Tensor:
         """Return the inner rows, whole in every process."""
         with self._group.step(_ROWS, *ids_BT.shape, mask_BT is not None):
             for tensor in (ids_BT, mask_BT):
                 if tensor is not None:
                     dist.broadcast(tensor.contiguous(), 0)
-            return self._inner.rows(ids_BT, mask_BT, cache)
+            return self._inner.rows(ids_BT, mask_BT, past)
 
     def head(self, rows_NX: Tensor) -> Tensor:
         """Return the inner logits, whole in every process."""
@@ -235,7 +235,7 @@ class LeadingForward(WrappedForward):
             return self._inner.head(rows_NX)
 
 
-def take_steps(forward: ForwardPass, device: torch.device, dtype: torch.dtype) -> None:
+def _take_steps(forward: ForwardPass, device: torch.device, dtype: torch.dtype) -> None:
     """Take every step that the leader announces, as a follower, until it says stop."""
     while True:
         header = torch.zeros(_HEADER_LENGTH, dtype=torch.int64, device=device)
@@ -257,7 +257,7 @@ def take_steps(forward: ForwardPass, device: torch.device, dtype: torch.dtype) -
         forward.rows(ids_BT, mask_BT)
 
 
-def end_with_leader() -> None:
+def _end_with_leader() -> None:
     """End this process as soon as the one that started it has ended."""
     leader = os.getppid()
 
@@ -267,3 +267,28 @@ def end_with_leader() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def follow(told: str) -> None:
+    """Serve the leader that started this process with `told`, a JSON object, until it stops."""
+    _end_with_leader()
+    try:
+        _follow(json.loads(told))
+    except PerplexitError:  # the leader meets the same, and says it
+        sys.exit(1)
+
+
+def _follow(settings: dict[str, Any]) -> None:
+    rank, size, dtype = settings["rank"], settings["size"], settings["dtype"]
+    kind = _accelerator_type()
+    device = torch.device(kind, rank) if kind != "cpu" else torch.device("cpu")
+    _join(rank, size, settings["port"], device)
+    module = load_checkpoint(
+        settings["model"], dtype=dtype, device=None, options=settings["options"], split_over=size
+    ).model
+    check_split(module, size)
+    with scoring_settings(module, settings["threads"], owned=True):
+        # The same probe as the leader's, step by step: it runs the layers too.
+        forward, _ = find_forward(module, num_embeddings(module) or 2)
+        _take_steps(forward, device, getattr(torch, dtype))
+    dist.destroy_process_group()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from perplexit.checkpoints.module_call import num_embeddings, output_layer, plain_output
 from perplexit.errors import CapabilityError
-from perplexit.functional.output_head import FinalNorm, OutputHead
+from perplexit.functional.output_head import NORM_KINDS, FinalNorm, OutputHead
 from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
 
 _PROBE_SHAPE = (4, 32)
@@ -34,7 +34,9 @@ def written_head(model: nn.Module, forward: ForwardPass, device: torch.device) -
     Raises CapabilityError where it cannot be written so: it rounds its inputs while it runs, or
     does more to states and logits than a norm, a scale and a soft-cap.
     """
-    hidden_ND = _probe_states(model, forward, device)
+    generator = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(num_embeddings(model) or 2, _PROBE_SHAPE, generator=generator)
+    hidden_ND = forward.rows(ids_BT.to(device), None).flatten(0, 1)
     expected_NV = forward.head(hidden_ND).clone()
     plain = forward.head.linear if isinstance(forward.head, LinearHead) else plain_output(model)
     if plain is not None:
@@ -47,10 +49,11 @@ def written_head(model: nn.Module, forward: ForwardPass, device: torch.device) -
     head = _with_output(head, seen, expected_NV, model)
     candidates = [head]
     if weight_VD.dtype not in _TOLERANCE:  # an engine may add up in float32 what it rounds after
-        candidates.append(_widened(head))
+        wide_V = None if bias_V is None else bias_V.float()
+        candidates.append(replace(head, weight_VD=weight_VD.float(), bias_V=wide_V))
     errors = [_distance(candidate.logits(hidden_ND), expected_NV) for candidate in candidates]
     best = int(np.argmin(errors))
-    if not errors[best] <= _TOLERANCE.get(weight_VD.dtype, _LOW_PRECISION_TOLERANCE):
+    if not errors[best] <= _tolerance(weight_VD):
         raise _cannot(f"written out, it gives other logits (by {errors[best]:.2g} of their spread)")
     return candidates[best]
 
@@ -63,12 +66,6 @@ class _Seen:
     input_ND: Tensor
     output_NV: Tensor
     before: tuple[tuple[nn.Module, Tensor], ...]  # leaf modules that ran first, their results
-
-
-def _probe_states(model: nn.Module, forward: ForwardPass, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    ids_BT = torch.randint(num_embeddings(model) or 2, _PROBE_SHAPE, generator=generator)
-    return forward.rows(ids_BT.to(device), None).flatten(0, 1)
 
 
 def _seen_at_output_layer(
@@ -143,10 +140,8 @@ def _norm_of(module: nn.Module, hidden_ND: Tensor, expected_ND: Tensor) -> Final
     )
     bias_D = _detached(getattr(module, "bias", None))
     for weight in (weight_D.detach(), 1.0 + weight_D.detach().float()):
-        for norm in (
-            FinalNorm("rms", weight, bias_D, eps),
-            FinalNorm("layer", weight, bias_D, eps),
-        ):
+        for kind in NORM_KINDS:
+            norm = FinalNorm(kind, weight, bias_D, eps)
             if _distance(norm(hidden_ND), expected_ND) <= _tolerance(hidden_ND):
                 return norm
     return None
@@ -192,15 +187,6 @@ def _known_number(model: nn.Module, value: float) -> float:
         if abs(number - value) <= 1e-5 * abs(value):
             return number
     return value
-
-
-def _widened(head: OutputHead) -> OutputHead:
-    bias_V = head.bias_V
-    return replace(
-        head,
-        weight_VD=head.weight_VD.float(),
-        bias_V=None if bias_V is None else bias_V.float(),
-    )
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:
