@@ -1,7 +1,6 @@
 """PEFT adapters (LoRA and its like): a folder's identity, and a model with the adapter on it."""
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -11,6 +10,7 @@ from perplexit.checkpoints.identity import file_digest
 from perplexit.checkpoints.own_logits import OwnLogits
 from perplexit.errors import CapabilityError, MissingPackageError, ModelError
 from perplexit.fingerprints import json_fingerprint
+from perplexit.session_descriptions import AdapterDescription
 from perplexit.untrusted_files import Expected, read_json, typed
 from perplexit.untrusted_tensors import opened_tensors
 
@@ -36,23 +36,11 @@ class _AdapterConfig(TypedDict):
     base_model_name_or_path: NotRequired[str | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter's folder on this machine.
-
-    kind: PEFT's name of the method (LORA, …); base: the model it was trained on, as it says.
-    fingerprint: the SHA-256 of its weights and of what its configuration says of the arithmetic.
-    """
-
-    folder: Path
-    kind: str
-    base: str | None
-    fingerprint: str
-
-
-def find_adapter(folder: str | Path) -> Adapter:
+def find_adapter(folder: str | Path, *, merged: bool = False) -> AdapterDescription:
     """Read the adapter in `folder`, as PEFT's save_pretrained writes it.
 
+    merged: whether it is to be merged. The fingerprint is the SHA-256 of its weights and of what
+    its configuration says of the arithmetic.
     Raises ModelError where there is none, and CapabilityError for prompts that are learned: they
     add tokens of their own to every window, so the windows would no longer be the input's.
     """
@@ -83,10 +71,16 @@ def find_adapter(folder: str | Path) -> Adapter:
         )
     with opened_tensors(weights, _TENSORS):
         pass  # it can be read
-    return Adapter(path, kind, config.get("base_model_name_or_path"), _fingerprint(config, weights))
+    return AdapterDescription(
+        path=str(path.resolve()),
+        kind=kind,
+        fingerprint=_fingerprint(config, weights),
+        merged=merged,
+        base=config.get("base_model_name_or_path"),
+    )
 
 
-def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Module:
+def with_adapter(model: nn.Module, adapter: AdapterDescription) -> nn.Module:
     """Return the model with the adapter beside its layers, or merged into their weights.
 
     A merged model is compared with the unmerged one first: merged into weights that are shared
@@ -103,12 +97,12 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that keys are missing is an error below
-            adapted: Any = PeftModel.from_pretrained(model, str(adapter.folder))
+            adapted: Any = PeftModel.from_pretrained(model, adapter.path)
     except Exception as error:  # of PEFT, whatever the configuration says
         raise ModelError(_mismatch(adapter, model, " ".join(str(error).split())[:300])) from error
     _check_complete(adapter, model, get_peft_model_state_dict(adapted))
     unmerged: nn.Module = adapted.get_base_model().eval()
-    if not merge:
+    if not adapter.merged:
         return unmerged
     before = OwnLogits.of(unmerged, _PROBE_SHAPE, tolerance=_TOLERANCE, most_farther=_MOST_FARTHER)
     try:
@@ -117,13 +111,13 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
             merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # of PEFT's many methods
         raise CapabilityError(
-            f"the adapter {adapter.folder} ({adapter.kind}) cannot be merged: {error}; evaluate it "
+            f"the adapter {adapter.path} ({adapter.kind}) cannot be merged: {error}; evaluate it "
             "without --merge-adapter"
         ) from error
     reason = before.why_not(merged.eval())
     if reason is not None:
         raise CapabilityError(
-            f"expected the adapter {adapter.folder} ({adapter.kind}) merged into "
+            f"expected the adapter {adapter.path} ({adapter.kind}) merged into "
             f"{type(merged).__name__} to give what it gives beside the layers, but {reason}; "
             "weights that it changes may be shared (a tied embedding and head), or too coarse for "
             "it: evaluate it without --merge-adapter"
@@ -131,7 +125,7 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, merge: bool) -> nn.Modul
     return merged
 
 
-def adapted_fingerprint(base: str, adapter: Adapter) -> str:
+def adapted_fingerprint(base: str, adapter: AdapterDescription) -> str:
     """Return the identity of the base model's weights with the adapter on them, merged or not."""
     return json_fingerprint({"base": base, "adapter": adapter.fingerprint})
 
@@ -142,9 +136,11 @@ def _fingerprint(config: dict[str, Any], weights: Path) -> str:
     return json_fingerprint(identity, allow_nan=True)
 
 
-def _check_complete(adapter: Adapter, model: nn.Module, expected: dict[str, Any]) -> None:
+def _check_complete(
+    adapter: AdapterDescription, model: nn.Module, expected: dict[str, Any]
+) -> None:
     """Raise ModelError where PEFT dropped saved tensors or kept fresh weights for missing ones."""
-    with opened_tensors(adapter.folder / _WEIGHTS, _TENSORS) as file:
+    with opened_tensors(Path(adapter.path) / _WEIGHTS, _TENSORS) as file:
         saved = set(file.keys())
     odd = sorted(saved ^ set(expected))
     if odd:
@@ -153,9 +149,9 @@ def _check_complete(adapter: Adapter, model: nn.Module, expected: dict[str, Any]
         )
 
 
-def _mismatch(adapter: Adapter, model: nn.Module, reason: str) -> str:
+def _mismatch(adapter: AdapterDescription, model: nn.Module, reason: str) -> str:
     base = f" (it was trained on {adapter.base})" if adapter.base else ""
     return (
-        f"expected an adapter for this {type(model).__name__}, but {adapter.folder}{base} does not "
+        f"expected an adapter for this {type(model).__name__}, but {adapter.path}{base} does not "
         f"fit: {reason}; name the base model that it was trained on"
     )

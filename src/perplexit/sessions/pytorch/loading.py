@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from perplexit.checkpoints.adapters import Adapter, adapted_fingerprint, find_adapter, with_adapter
+from perplexit.checkpoints.adapters import adapted_fingerprint, find_adapter, with_adapter
 from perplexit.checkpoints.loading import Checkpoint, load_checkpoint
 from perplexit.checkpoints.location import CheckpointSource, find_checkpoint
 from perplexit.checkpoints.module_call import (
@@ -32,20 +32,8 @@ from perplexit.session_descriptions import (
     QuantizationDescription,
 )
 from perplexit.sessions.pytorch.device_choice import chosen_device, chosen_threads, scoring_settings
-from perplexit.sessions.pytorch.placement import Placement, head_device
+from perplexit.sessions.pytorch.placement import LoadingOptions, head_device
 from perplexit.sessions.pytorch.tensor_parallel import ProcessGroup, check_split
-
-
-@dataclass(frozen=True)
-class ModuleChanges:
-    """What is to become of a checkpoint once it is loaded.
-
-    quantization: a precision's name; adapter: a PEFT adapter's folder, merged where asked for.
-    """
-
-    quantization: str | None = None
-    adapter: str | Path | None = None
-    merge_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,8 +51,7 @@ class OpenedModule:
     num_parameters: int
     source: CheckpointSource | None = None
     quantization: PytorchQuantization | None = None
-    adapter: Adapter | None = None
-    merged: bool = False
+    adapter: AdapterDescription | None = None
     spread: bool = False
     group: ProcessGroup | None = None
     stamp: tuple[object, ...] | None = None
@@ -123,7 +110,7 @@ class OpenedModule:
             weights_fingerprint=fingerprint,
             vocab_size=vocab_size,
             max_length=config_integer(self.module, "max_position_embeddings", "n_positions"),
-            adapter=self._adapter_description(),
+            adapter=self.adapter,
         )
 
     def describe_quantization(self) -> QuantizationDescription | None:
@@ -133,97 +120,83 @@ class OpenedModule:
         names = [each.name for each in fields(QuantizationDescription)]
         return QuantizationDescription(*(getattr(self.quantization, name) for name in names))
 
-    def _adapter_description(self) -> AdapterDescription | None:
-        if self.adapter is None:
-            return None
-        return AdapterDescription(
-            path=str(self.adapter.folder.resolve()),
-            kind=self.adapter.kind,
-            fingerprint=self.adapter.fingerprint,
-            merged=self.merged,
-            base=self.adapter.base,
-        )
-
 
 def open_module(
-    model: str | Path | nn.Module,
-    *,
-    dtype: str | None,
-    placement: Placement,
-    threads: int | None,
-    changes: ModuleChanges | None = None,
+    model: str | Path | nn.Module, asked: LoadingOptions, *, dtype: str | None, threads: int | None
 ) -> OpenedModule:
     """Open the module that is meant: load it where it is an address.
 
     A loaded one keeps its dtype and device, and is not changed; UsageError where that is asked for.
     """
-    changes = changes or ModuleChanges()
-    if changes.merge_adapter and changes.adapter is None:
+    if asked.merge_adapter and asked.adapter is None:
         raise UsageError("merge_adapter is for an adapter, but none was given; name its folder")
     if isinstance(model, nn.Module):
-        if changes != ModuleChanges() or placement.changes_loading:
+        if asked.changes_weights or asked.changes_placement:
             raise UsageError(
                 "expected a model's address with a quantization, an adapter, an attention or a "
                 "split over devices, got a loaded model, which stays as it is; give its folder, "
                 "or change the model yourself"
             )
         num_threads = torch.get_num_threads() if threads is None else chosen_threads(threads)
-        placed = _checked_placement(model, dtype, placement.device)
+        placed = _checked_placement(model, dtype, asked.device)
         return OpenedModule(model, placed, num_threads, _num_parameters(model))
-    return _loaded(model, canonical_dtype(dtype or "float32"), placement, threads, changes)
+    dtype, threads = canonical_dtype(dtype or "float32"), chosen_threads(threads)
+    options = {"dtype": dtype, "options": asked.for_transformers(dtype)}
+    if asked.spread or asked.tensor_parallel is not None:
+        return _split(model, asked, options, threads)
+    return _loaded(model, asked, options, threads)
 
 
 def _loaded(
-    model: str | Path, dtype: str, placement: Placement, threads: int | None, changes: ModuleChanges
+    model: str | Path, asked: LoadingOptions, options: dict[str, Any], threads: int
 ) -> OpenedModule:
     """Load a checkpoint and change it as asked; names and folders are checked before it is read.
 
-    A merged adapter is part of the weights that are quantized; one beside them is not.
+    options: of `load_checkpoint`. A merged adapter is part of the weights that are quantized; one
+    beside them is not.
     """
-    num_threads, options = chosen_threads(threads), placement.loading_options(dtype)
-    if placement.spread or placement.tensor_parallel is not None:
-        return _split(model, dtype, placement, num_threads, changes)
-    placed = chosen_device(placement.device)
-    recipe = None if changes.quantization is None else pytorch_recipe(changes.quantization)
-    adapter = None if changes.adapter is None else find_adapter(changes.adapter)
-    checkpoint = load_checkpoint(model, dtype=dtype, device=str(placed), options=options)
+    placed = chosen_device(asked.device)
+    recipe = None if asked.quantization is None else pytorch_recipe(asked.quantization)
+    adapter = None
+    if asked.adapter is not None:
+        adapter = find_adapter(asked.adapter, merged=asked.merge_adapter)
+    checkpoint = load_checkpoint(model, device=str(placed), **options)
     module, quantization = checkpoint.model, None
     num_parameters = _num_parameters(module)
-    if adapter is not None and changes.merge_adapter:
-        module = with_adapter(module, adapter, merge=True)
+    if adapter is not None and adapter.merged:
+        module = with_adapter(module, adapter)
     if recipe is not None:
         quantization = quantize_model(module, recipe)
-    if adapter is not None and not changes.merge_adapter:
-        module = with_adapter(module, adapter, merge=False)
+    if adapter is not None and not adapter.merged:
+        module = with_adapter(module, adapter)
     return OpenedModule(
         module=module,
         device=placed,
-        threads=num_threads,
+        threads=threads,
         num_parameters=num_parameters,
         source=checkpoint.source,
         stamp=checkpoint.source.stamp(),
         quantization=quantization,
         adapter=adapter,
-        merged=changes.merge_adapter,
     )
 
 
 def _split(
-    model: str | Path, dtype: str, placement: Placement, threads: int, changes: ModuleChanges
+    model: str | Path, asked: LoadingOptions, options: dict[str, Any], threads: int
 ) -> OpenedModule:
     """Load a checkpoint whose layers are spread over devices, or split over processes."""
-    if changes != ModuleChanges():
+    if asked.changes_weights:
         raise CapabilityError(
             "a quantization or an adapter is for a model on one device, but this one is to be "
             "split; merge the adapter into the checkpoint first, or leave the split out"
         )
-    options, group = placement.loading_options(dtype), None
-    if placement.tensor_parallel is None:
-        checkpoint = load_checkpoint(model, dtype=dtype, device=None, options=options)
+    group = None
+    if asked.tensor_parallel is None:
+        checkpoint = load_checkpoint(model, device=None, **options)
         device = head_device(checkpoint.model)
     else:
-        group = ProcessGroup(placement.tensor_parallel, placement.device, threads)
-        checkpoint, device = _loaded_together(model, dtype, options, group), group.device
+        group = ProcessGroup(asked.tensor_parallel, asked.device, threads)
+        checkpoint, device = _loaded_together(model, options, group), group.device
     return OpenedModule(
         module=checkpoint.model,
         device=device,
@@ -236,15 +209,10 @@ def _split(
     )
 
 
-def _loaded_together(
-    model: str | Path, dtype: str, options: dict[str, Any], group: ProcessGroup
-) -> Checkpoint:
-    source = find_checkpoint(model)
-    group.start(model=str(source.folder), dtype=dtype, options=options)
+def _loaded_together(model: str | Path, options: dict[str, Any], group: ProcessGroup) -> Checkpoint:
+    group.start(model=str(find_checkpoint(model).folder), **options)
     try:
-        checkpoint = load_checkpoint(
-            model, dtype=dtype, device=None, options=options, split_over=group.size
-        )
+        checkpoint = load_checkpoint(model, device=None, split_over=group.size, **options)
         check_split(checkpoint.model, group.size)
     except BaseException:
         group.close(at_once=True)

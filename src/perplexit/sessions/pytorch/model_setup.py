@@ -1,7 +1,7 @@
 """From options to a model that is ready to score, and the description of what was set up."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads
 from perplexit.sessions.pytorch.cuda import chunk_rows_for
 from perplexit.sessions.pytorch.forward import ForwardPass, LinearHead
 from perplexit.sessions.pytorch.forward_probe import find_forward
-from perplexit.sessions.pytorch.loading import ModuleChanges, OpenedModule, open_module
+from perplexit.sessions.pytorch.loading import OpenedModule, open_module
 from perplexit.sessions.pytorch.placement import (
     GatheredForward,
-    Placement,
+    LoadingOptions,
     embedding_device,
     places_of,
 )
@@ -52,15 +52,8 @@ def ready_model(
 ) -> ReadyModel:
     """Load the model and set it up as `given` says: every EngineOptions value by its name."""
     compiled = given["compile_mode"] is not None
-    opened = open_module(
-        model,
-        dtype=given["dtype"],
-        placement=Placement(
-            given["device"], given["device_map"], given["attention"], given["tensor_parallel"]
-        ),
-        threads=given["threads"],
-        changes=ModuleChanges(given["quantization"], given["adapter"], given["merge_adapter"]),
-    )
+    asked = LoadingOptions(**{each.name: given[each.name] for each in fields(LoadingOptions)})
+    opened = open_module(model, asked, dtype=given["dtype"], threads=given["threads"])
     rope = _length_dependent_rope(opened, compiled=compiled)
     num_rows = num_embeddings(opened.module)
     with opened.scoring():
@@ -172,23 +165,18 @@ def _described(
         "num_logits": windows.num_logits,
         "float32_matmul_precision": "highest",
     }
-    if forward.alone:
-        settings["windows_alone"] = True
-    if rope is not None:
-        settings["rope_by_window_length"] = rope.kinds
-    if opened.weights is not None:
-        settings["weights"] = dict(opened.weights)
-    if compile_mode is not None:
-        settings["compile"] = compile_mode
-    if opened.spread:
-        settings["modules_by_device"] = places_of(opened.module, opened.device)
-    if opened.group is not None:
-        settings["tensor_parallel"] = opened.group.size
-    blocked = isinstance(forward.head, LinearHead) and forward.head.blocked
-    settings |= {**kernels, "head_in_blocks": blocked}
-    library = getattr(forward, "library", None)
-    if library is not None:
-        settings["head_library"] = library
+    asked_for: dict[str, Any] = {
+        "windows_alone": forward.alone or None,
+        "rope_by_window_length": rope and rope.kinds,
+        "weights": opened.weights and dict(opened.weights),
+        "compile": compile_mode,
+        "modules_by_device": places_of(opened.module, opened.device) if opened.spread else None,
+        "tensor_parallel": opened.group and opened.group.size,
+        **kernels,
+        "head_in_blocks": isinstance(forward.head, LinearHead) and forward.head.blocked,
+        "head_library": getattr(forward, "library", None),
+    }
+    settings |= {name: value for name, value in asked_for.items() if value is not None}
     return SessionDescription(
         engine="pytorch",
         version=torch.__version__,

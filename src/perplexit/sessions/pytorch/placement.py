@@ -25,19 +25,23 @@ DeviceMap = Mapping[str, str | int]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where the layers go and how they attend, as asked for.
+class LoadingOptions:
+    """What was asked for of a model's loading, by the names of EngineOptions.
 
     device:          a name; "auto" spreads layers over all accelerators, then the host, then disk.
     device_map:      module → device ("cpu", "cuda:1", 1, "disk"), or a JSON file that holds one.
     attention:       one of ATTENTIONS; None leaves the choice to transformers (sdpa where it can).
     tensor_parallel: processes that each hold a part of every layer; None: no such split.
+    quantization:    a precision's name. adapter: a PEFT adapter's folder, merged where asked for.
     """
 
-    device: str | None = None
-    device_map: DeviceMap | str | Path | None = None
-    attention: str | None = None
-    tensor_parallel: int | None = None
+    device: str | None
+    device_map: DeviceMap | str | Path | None
+    attention: str | None
+    tensor_parallel: int | None
+    quantization: str | None
+    adapter: str | Path | None
+    merge_adapter: bool
 
     @property
     def spread(self) -> bool:
@@ -45,11 +49,16 @@ class Placement:
         return self.device == "auto" or self.device_map is not None
 
     @property
-    def changes_loading(self) -> bool:
+    def changes_placement(self) -> bool:
         """Return whether anything but a plain device was asked for."""
         return self.spread or self.attention is not None or self.tensor_parallel is not None
 
-    def loading_options(self, dtype: str) -> dict[str, Any]:
+    @property
+    def changes_weights(self) -> bool:
+        """Return whether a quantization or an adapter was asked for."""
+        return self.quantization is not None or self.adapter is not None
+
+    def for_transformers(self, dtype: str) -> dict[str, Any]:
         """Return `load_checkpoint`'s options beside the dtype, checked before anything is read.
 
         Raises UsageError, CapabilityError and MissingPackageError, each by the option's name.

@@ -66,7 +66,7 @@ def kernels_for(
     products, there is nothing to pack.
     """
     chosen = chosen_kernels(name)
-    own = opened.quantization is None and (opened.adapter is None or opened.merged)
+    own = opened.quantization is None and (opened.adapter is None or opened.adapter.merged)
     alone = opened.group is None and not opened.spread and opened.device.type == "cpu"
     if chosen == "plain" or compiled or opened.source is None or not (own and alone):
         return _PLAIN
