@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import perplexit as px
-from perplexit.cli.demo_runs import NOTES
+from perplexit.cli.demo import NOTES
 from perplexit.cli.record_tables import run_table
 from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.protocol_table import PROTOCOLS

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import perplexit as px
 from perplexit import igf
-from perplexit.cli import demo_runs
+from perplexit.cli import demo
 from perplexit.cli.app import app
 from perplexit.errors import OutputError, PerplexitError, RunError
 from perplexit.igf.pairs import Pairs
@@ -303,9 +303,9 @@ def test_d1_sibling_eval_keeps_somebodys_parts(work, byte_tokenizer_json):
 def test_d1_sibling_the_demos_text_is_not_written_over_another(work, monkeypatch):
     (work / "demo").mkdir()
     (work / "demo" / "speech.txt").write_text("my own speech")
-    monkeypatch.setattr(demo_runs, "packaged_file", lambda *_: work / "own.txt")
+    monkeypatch.setattr(demo, "packaged_file", lambda *_: work / "own.txt")
     with pytest.raises(OutputError, match=r"speech\.txt"):
-        demo_runs.score_four_ways(work / "demo")
+        demo.score_four_ways(work / "demo")
     assert (work / "demo" / "speech.txt").read_text() == "my own speech"
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import perplexit as px
-from perplexit.cli import demo_runs, output
+from perplexit.cli import demo, output
 from perplexit.cli.app import app
 from perplexit.comparison import VERDICTS, Comparison, compare_runs, judge, parse_gate
 from perplexit.comparison.byte_comparison import ByteComparison
@@ -560,11 +560,11 @@ def test_f_the_demos_table_cuts_nothing_off(width: int, verdict: str) -> None:
         verdict=verdict, ppl_ratio=1.05, ppl_ratio_low=1.04, ppl_ratio_high=1.06
     )
     scored: Any = [
-        demo_runs.Scored(way.name, run, comparison)  # type: ignore[arg-type]
-        for way, comparison in zip(demo_runs.WAYS, [None, found, found, found], strict=True)
+        demo.Scored(way.name, run, comparison)  # type: ignore[arg-type]
+        for way, comparison in zip(demo.WAYS, [None, found, found, found], strict=True)
     ]
     shown = io.StringIO()
-    Console(width=width, file=shown).print(demo_runs.table(scored))
+    Console(width=width, file=shown).print(demo.table(scored))
     text = shown.getvalue()
     assert "…" not in text
     for part in (verdict, "[1.04000, 1.06000]", "[21.15, 28.52]", "1,755 MiB", "1,007/s"):

@@ -218,7 +218,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     }.items():
         monkeypatch.setitem(vars(px), verb, recorder(verb, result))
     monkeypatch.setattr(px.Run, "open", lambda folder: record)
-    story = "perplexit.cli.demo_runs"
+    story = "perplexit.cli.demo"
     monkeypatch.setattr(f"{story}.score_four_ways", recorder("score_four_ways", []))
     monkeypatch.setattr(f"{story}.table", lambda scored: "the table")
     monkeypatch.setattr(f"{story}.explanation", lambda scored, out: "the story")

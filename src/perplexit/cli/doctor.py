@@ -1,8 +1,5 @@
 """`perplexit doctor`: a model on its engine → what is sound, and what is not."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Unpack
 
@@ -11,7 +8,7 @@ import typer
 import perplexit as px
 from perplexit.cli.command_group import examples
 from perplexit.cli.engine_options import takes_options
-from perplexit.cli.output import AsJson, people, print_json, stdout_kept_clean, tell
+from perplexit.cli.output import AsJson, print_json, status_line, stdout_kept_clean, tell
 from perplexit.sessions.options import EngineOptions
 
 EXAMPLES = examples(
@@ -55,13 +52,13 @@ def doctor(
     BOS, tokenizer, vocabulary, batches and padding, caches, dropout, long context, and more: each
     check passes, warns, fails, or is skipped and says why; exit code 1 where a check fails.
     """
-    with stdout_kept_clean(), _progress() as progress:
+    with stdout_kept_clean(), status_line("loading the model") as show:
         diagnosis = px.doctor(
             model,
             tokens,
             tokenizer=tokenizer,
             max_length=max_length,
-            progress=progress,
+            progress=show and (lambda name, number, total: show(f"{number + 1}/{total} {name}")),
             **options,
         )
     tell(str(diagnosis))
@@ -69,13 +66,3 @@ def doctor(
         print_json(diagnosis.to_json())
     if diagnosis.status == "fail":
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Yield a callable that names the check under way, or None where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    with people().status("loading the model") as status:
-        yield lambda name, number, total: status.update(f"{number + 1}/{total} {name}")

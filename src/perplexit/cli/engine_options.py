@@ -2,9 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -26,9 +25,6 @@ def takes_options(*kinds: type[Any], but_not: Sequence[str] = ()) -> Callable[[C
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
 
         def called(**given: Any) -> None:
-            for parameter in added:
-                if isinstance(given[parameter.name], StrEnum):  # the library takes plain text
-                    given[parameter.name] = str(given[parameter.name])
             command(**given)
 
         called.__doc__, called.__name__ = command.__doc__, command.__name__
@@ -46,17 +42,8 @@ def _parameter(name: str, hint: Any, option: Option) -> inspect.Parameter:
     typed = typer.Option(
         *flags, help=option.help.replace("[", r"\["), metavar=option.metavar, min=option.lowest
     )
-    kind = _shown_type(name, hint)
-    default = kind(option.default) if isinstance(kind, type(StrEnum)) else option.default
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typed]
-    )
-
-
-def _shown_type(name: str, hint: Any) -> Any:
-    """Return the one type of a hint that the command line reads."""
-    if get_origin(hint) is Literal:
-        return StrEnum(name, {str(value).upper(): value for value in get_args(hint)})
-    if Path in get_args(hint):
-        return Path | None
-    return hint
+    if Path in get_args(hint):  # the command line reads one type
+        hint = Path | None
+    annotation = Annotated[hint, typed]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=option.default, annotation=annotation)

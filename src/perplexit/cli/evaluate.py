@@ -2,7 +2,6 @@
 
 import shlex
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Unpack
 
@@ -26,13 +25,6 @@ EXAMPLES = examples(
     "perplexit eval smollm2/ speech.safetensors --save-reference --run runs/reference",
     "perplexit eval gguf:q4.gguf speech.safetensors --reference runs/reference --run runs/q4",
 )
-
-
-class OnNonFinite(StrEnum):
-    """What to do with a token whose loss is NaN or infinite."""
-
-    ERROR = "error"
-    COUNT = "count"
 
 
 @takes_options(ScoringOptions)
@@ -70,9 +62,9 @@ def evaluate(
     ] = 0,
     confidence: Annotated[float, typer.Option(help="Coverage of the interval, in (0, 1).")] = 0.95,
     on_non_finite: Annotated[
-        OnNonFinite,
+        Literal["error", "count"],
         typer.Option(help="A NaN or infinite loss stops the run, or is counted and left out."),
-    ] = OnNonFinite.ERROR,
+    ] = "error",
     save_reference: Annotated[
         bool,
         typer.Option(
@@ -130,7 +122,7 @@ def evaluate(
             batch_size=_batch_size(batch_size),
             top_k=top_k,
             confidence=confidence,
-            on_non_finite=on_non_finite.value,
+            on_non_finite=on_non_finite,
             save_reference=save_reference,
             reference=reference,
             measure_noise_floor=measure_noise_floor,

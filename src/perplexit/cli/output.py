@@ -135,15 +135,20 @@ def scoring_progress(label: str) -> Iterator[Callable[[Any], None] | None]:
 
 
 @contextmanager
-def preparing_progress() -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a callable that shows how much is prepared, or None where stderr is no terminal."""
+def status_line(text: str) -> Iterator[Callable[[str], None] | None]:
+    """Yield a callable that shows what is going on, or None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
-    with people().status("Preparing") as status:
-        yield lambda documents, tokens: status.update(
-            f"Preparing: {documents:,} documents, {tokens:,} tokens"
-        )
+    with people().status(text) as status:
+        yield status.update
+
+
+@contextmanager
+def preparing_progress() -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a callable that shows how much is prepared, or None where stderr is no terminal."""
+    with status_line("Preparing") as show:
+        yield show and (lambda texts, ids: show(f"Preparing: {texts:,} documents, {ids:,} tokens"))
 
 
 def running_figures(update: Any) -> str:
