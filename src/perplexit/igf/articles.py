@@ -26,6 +26,7 @@ from perplexit.untrusted_files import stated
 Split = Literal["train", "objective", "test"]
 KIND = "tokenised articles"
 _TEXTS_PER_BATCH = 16
+_TEXT = (str, Path, dict)  # what a sequence of texts holds, not one of ids
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def read_articles(
             return Articles.open(stored)
         if Path(corpus).suffix in PICKLE_SUFFIXES:
             return Articles.of(read_pickle(corpus, allowed=allow_pickle))
-    elif _holds_ids(corpus):
+    elif isinstance(corpus, list | tuple) and not isinstance(next(iter(corpus), ""), _TEXT):
         return Articles.of(corpus)
     if tokenizer is None:
         raise UsageError(f"expected a tokenizer for the text in {corpus}; name one")
@@ -155,12 +156,6 @@ def _tokenised(corpus: Any, tokenizer: Any, text_key: str) -> Articles:
         batch = loaded.encode_batch(texts, first_document=start)
         ids += np.split(batch.ids, batch.document_starts[1:-1])
     return Articles(tuple(ids), tuple(Path(d.origin).name for d in found))
-
-
-def _holds_ids(corpus: Any) -> bool:
-    if not isinstance(corpus, list | tuple) or not corpus:
-        return False
-    return not isinstance(corpus[0], str | Path | dict)
 
 
 def _checked(item: Any, number: int) -> NDArray[np.int32]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def collect_pairs(
     measurement = measurement_of_model(model)
     conditions = {
         "mode": mode,
-        "rule": rule.to_json(),
+        "rule": asdict(rule),
         "dropout": dropout,
         "seed": seed,
         "model": model_name,
@@ -158,8 +158,11 @@ class _Collection:
             if not np.isfinite(self._gains_N[start:stop]).all():
                 measure = measure or make_measure()
                 self._objective_loss = measure.objective_loss
-                self._gains_N[start:stop] = self._measured(measure, start, contexts_NT[start:stop])
-                self._commit(start, stop)
+                gains = self._measured(measure, start, contexts_NT[start:stop])
+                self._gains_N[start:stop] = gains
+                if self._parts is not None:
+                    loss = np.array([self._objective_loss])
+                    self._parts.add(start, stop, save({"gain_nats": gains, "objective_loss": loss}))
             if progress is not None:
                 done = self._gains_N[np.isfinite(self._gains_N)]
                 seconds = time.perf_counter() - self._began
@@ -179,26 +182,16 @@ class _Collection:
                 found.append(measure.gains(context[None]))
         return np.concatenate(found)
 
-    def _commit(self, start: int, stop: int) -> None:
-        if self._parts is not None:
-            gains, loss = self._gains_N[start:stop], np.array([self._objective_loss])
-            self._parts.add(start, stop, save({"gain_nats": gains, "objective_loss": loss}))
-
     def finish(self) -> Pairs:
         """Return the pairs; write their file and what they cost, and remove the parts.
 
         The pairs' file is written last: where it exists, everything that belongs to it does.
         """
-        before = exp_or_inf(self._objective_loss)
-        after = np.array([exp_or_inf(self._objective_loss - gain) for gain in self._gains_N])
-        record = {
-            **self._conditions,
-            "objective_loss": self._objective_loss,
-            "objective_perplexity": before,
-        }
-        pairs = Pairs(
-            self._contexts.ids_NT, self._contexts.article_N, self._gains_N, before - after, record
-        )
+        contexts, loss = self._contexts, self._objective_loss
+        before, after = exp_or_inf(loss), [exp_or_inf(loss - gain) for gain in self._gains_N]
+        record = {**self._conditions, "objective_loss": loss, "objective_perplexity": before}
+        drops = before - np.array(after)
+        pairs = Pairs(contexts.ids_NT, contexts.article_N, self._gains_N, drops, record)
         if self._output is not None and self._parts is not None:
             if not self._output.exists():
                 num_measured = len(pairs) - self._num_resumed

@@ -80,8 +80,8 @@ def _method(runs: Runs, confidence: float) -> dict[str, Any]:
     ordered = [runs[seed] for seed in sorted(runs)]
     loss_SP = np.array([run["test_loss"] for run in ordered], dtype=np.float64)
     low, high = median_interval(loss_SP, confidence)
-    tokens = {k: _mean(ordered, k) for k in ("tokens_trained", "tokens_scored", "tokens_judged")}
-    context_tokens = tokens["tokens_trained"] / max(1.0, tokens["tokens_judged"])
+    names = ("tokens_trained", "tokens_scored", "tokens_judged")
+    tokens = {name: float(np.mean([run[name] for run in ordered])) for name in names}
     return {
         "num_seeds": len(ordered),
         "steps": list(ordered[0]["steps"]),
@@ -89,7 +89,7 @@ def _method(runs: Runs, confidence: float) -> dict[str, Any]:
         "low_perplexity": [None if math.isnan(x) else math.exp(x) for x in low],
         "high_perplexity": [None if math.isnan(x) else math.exp(x) for x in high],
         "final_perplexities": {str(s): math.exp(runs[s]["test_loss"][-1]) for s in sorted(runs)},
-        "acceptance": context_tokens,
+        "acceptance": tokens["tokens_trained"] / max(1.0, tokens["tokens_judged"]),
         **tokens,
         "seconds": {
             part: float(np.mean([run["seconds"][part] for run in ordered]))
@@ -149,10 +149,6 @@ def _steps_to(runs: Runs, base: Runs, seeds: list[int]) -> int | None:
     return int(runs[seeds[0]]["steps"][reached[0]]) if len(reached) else None
 
 
-def _mean(runs: list[Mapping[str, Any]], key: str) -> float:
-    return float(np.mean([run[key] for run in runs]))
-
-
 # Okabe and Ito's colours, which colour-blind people can tell apart; dashes help further
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#999999", "#CC79A7", "#E69F00")
 _DASHES = ("-", "-", "-", "-", "--", "-.", ":")
@@ -174,10 +170,9 @@ def draw_experiment(
         left.plot(found["steps"], found["median_perplexity"], label=method, linewidth=1.8, **style)
         left.fill_between(
             found["steps"],
-            *(  # one seed has no interval, and nothing is drawn
-                [math.nan if end is None else end for end in found[f"{side}_perplexity"]]
-                for side in ("low", "high")
-            ),
+            # None becomes NaN: one seed has no interval, and nothing is drawn
+            np.array(found["low_perplexity"], dtype=np.float64),
+            np.array(found["high_perplexity"], dtype=np.float64),
             color=colours[method],
             alpha=0.12,
             linewidth=0,

@@ -164,13 +164,14 @@ def _conditions(
 ) -> dict[str, Any]:
     measurement = measurement_of_model(model)
     planned = plain_json(asdict(plan))
+    articles_N = np.sort(train.fingerprints())
     return {
         "plan": {k: v for k, v in planned.items() if k not in ("methods", "seeds")},
         "weights_fingerprint": module_fingerprint(model),
         "measurement": measurement,
         "measurement_fingerprint": measurement_fingerprint(measurement),
         "test_fingerprint": test.fingerprint(),
-        "train_fingerprint": _fingerprint(train),
+        "train_fingerprint": hashlib.sha256(articles_N.astype("<i8").tobytes()).hexdigest(),
         "learner": None if learner is None else learner_fingerprint(learner),
     }
 
@@ -244,8 +245,3 @@ def _calibrated(
         constant=plan.constant,
         seed=seed,
     )
-
-
-def _fingerprint(articles: Articles) -> str:
-    content = hashlib.sha256(np.sort(articles.fingerprints()).astype("<i8").tobytes())
-    return content.hexdigest()

@@ -189,8 +189,10 @@ class _Tuning:
         began = time.perf_counter()
         batch_BT = ids_on_device(self._model, self._accepted(step))
         selected = time.perf_counter()
+        total = self._settings.schedule_steps
+        decay = 1.0 if total is None else max(0.0, 1 - step / total)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.learning_rate * self._decay(step)
+            group["lr"] = self._settings.learning_rate * decay
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(batch_BT, step)
         if not math.isfinite(loss):
@@ -207,10 +209,6 @@ class _Tuning:
         self.curve.seconds["select"] += selected - began
         self.curve.seconds["train"] += time.perf_counter() - selected
         return loss
-
-    def _decay(self, step: int) -> float:
-        total = self._settings.schedule_steps
-        return 1.0 if total is None else max(0.0, 1 - step / total)
 
     def _accumulate(self, batch_BT: Tensor, step: int) -> float:
         self._model.train(self._settings.dropout)

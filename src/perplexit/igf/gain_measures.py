@@ -2,7 +2,7 @@
 
     gain(X) = L(objective; weights) - L(objective; weights after one step on X)         nats
 
-Three ways to measure it, behind one protocol:
+Three ways to measure it, behind one interface:
 
 mode          what                                                cost of a label
 exact         takes the step and measures                         a step, the whole objective
@@ -12,10 +12,11 @@ directional   for SGD: lr · d/dh loss(X; w + h · dL/dw) at 0      two forward 
 Shape suffixes: N = contexts of the objective, B = contexts of one call, T = ids of a context.
 """
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,11 +39,23 @@ Mode = Literal["exact", "first-order", "directional"]
 MODES: tuple[Mode, ...] = ("exact", "first-order", "directional")
 
 
-class GainMeasure(Protocol):
-    """Measures information gain. The model's weights are bit-identical before and after."""
+class GainMeasure(ABC):
+    """Measures information gain. The model's weights are bit-identical before and after.
 
-    objective_loss: float  # nats a target, before any step
+    objective_loss: nats per target, before any step.
+    """
 
+    def __init__(
+        self, model: nn.Module, objective_NT: Tensor, rule: StepRule, *, dropout: bool = False
+    ) -> None:
+        self._model = model.eval()
+        self._objective_NT = objective_NT
+        self._rule = rule
+        self._dropout = dropout
+        self._scorer = ContextScorer(model)
+        self.objective_loss = self._scorer.mean_loss(objective_NT)
+
+    @abstractmethod
     def gains(self, contexts_BT: Tensor) -> NDArray[np.float64]:
         """Return each context's gain in nats, float64 [B]; positive: the objective improves."""
 
@@ -68,9 +81,10 @@ def gain_measure(
     if mode not in MODES:
         raise UsageError(f"expected a mode of {', '.join(MODES)}, got {mode!r}")
     rule = rule or default_rule(mode)
-    if mode != "directional":
-        measure: Callable[..., GainMeasure] = ExactGain if mode == "exact" else FirstOrderGain
-        return measure(model, objective_NT, rule, dropout=dropout)
+    if mode == "exact":
+        return ExactGain(model, objective_NT, rule, dropout=dropout)
+    if mode == "first-order":
+        return FirstOrderGain(model, objective_NT, rule, dropout=dropout)
     if dropout:
         raise UsageError(
             "expected no dropout with the directional mode, which compares two losses of one "
@@ -79,18 +93,8 @@ def gain_measure(
     return DirectionalGain(model, objective_NT, rule)
 
 
-class ExactGain:
+class ExactGain(GainMeasure):
     """One step on each context, the objective's loss before and after it."""
-
-    def __init__(
-        self, model: nn.Module, objective_NT: Tensor, rule: StepRule, *, dropout: bool = False
-    ) -> None:
-        self._model = model.eval()
-        self._objective_NT = objective_NT
-        self._rule = rule
-        self._dropout = dropout
-        self._scorer = ContextScorer(model)
-        self.objective_loss = self._scorer.mean_loss(objective_NT)
 
     def gains(self, contexts_BT: Tensor) -> NDArray[np.float64]:
         """See GainMeasure."""
@@ -105,7 +109,7 @@ class ExactGain:
         return self.objective_loss - after
 
 
-class FirstOrderGain:
+class FirstOrderGain(GainMeasure):
     """The objective's gradient along each context's own step, added up parameter by parameter.
 
     A parameter's gradient is used as soon as backpropagation has made it and is freed at once, so
@@ -118,11 +122,8 @@ class FirstOrderGain:
     def __init__(
         self, model: nn.Module, objective_NT: Tensor, rule: StepRule, *, dropout: bool = False
     ) -> None:
-        self._model = model.eval()
-        self._rule = rule
-        self._dropout = dropout
+        super().__init__(model, objective_NT, rule, dropout=dropout)
         self._parameters = trainable_parameters(model)
-        self.objective_loss = ContextScorer(model).mean_loss(objective_NT)
         self._objective_gradient = objective_gradient(model, objective_NT)
         self._gain = 0.0
         self._square_norm = 0.0
@@ -184,7 +185,7 @@ class FirstOrderGain:
             self._gain += float(torch.dot(along.flatten(), block.div_(denominator).flatten()))
 
 
-class DirectionalGain:
+class DirectionalGain(GainMeasure):
     """For SGD: the derivative of each context's loss along the objective's gradient, times lr.
 
     `<dL/dw, dloss(X)/dw>` is the first-order gain of an SGD step, and it is symmetric in the two
@@ -204,11 +205,8 @@ class DirectionalGain:
                 f"gradient is never computed), got {rule.optimizer} with clip norm "
                 f"{rule.clip_norm}; use --mode first-order, or --optimizer sgd --clip-norm none"
             )
-        self._model = model.eval()
-        self._rule = rule
-        self._scorer = ContextScorer(model)
+        super().__init__(model, objective_NT, rule)
         self._parameters = trainable_parameters(model)
-        self.objective_loss = self._scorer.mean_loss(objective_NT)
         gradient = objective_gradient(model, objective_NT)
         self._h = shift / _square_norm(gradient)
         self._above, self._below = _shifted(self._parameters, gradient, self._h)

@@ -51,7 +51,10 @@ class ContextScorer:
         self._model = model
         self._batch_ids = batch_ids
         with torch.inference_mode():
-            self._forward, vocab_size = find_forward(model, _id_limit(model))
+            self._forward, vocab_size = find_forward(
+                model,
+                len(model.get_input_embeddings().weight),  # type: ignore[operator]
+            )
             self._rope = LengthDependentRope.of(model)
         self._chunk_rows = rows_within(DEFAULT_LOGITS_BYTES, vocab_size)
 
@@ -88,7 +91,3 @@ class ContextScorer:
         )
         nll_BT = statistics.nll_N.view(len(contexts_BT), -1).to(torch.float64)
         return np.asarray(nll_BT.mean(1).cpu().numpy(), dtype=np.float64)
-
-
-def _id_limit(model: nn.Module) -> int:
-    return len(model.get_input_embeddings().weight)  # type: ignore[operator]

@@ -15,8 +15,8 @@ Shape suffixes: N = contexts of the objective, T = ids of a context.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,6 @@ class StepRule:
             raise UsageError(f"expected an epsilon above 0, got {self.epsilon!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UsageError(f"expected a clip norm above 0 or none, got {self.clip_norm!r}")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the rule as JSON values."""
-        return asdict(self)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -181,10 +181,7 @@ def pairs_of(items: Any, *, source: str = "memory") -> Pairs:
             f"expected pairs of a context's ids and a number in {source}, got something else "
             f"({error}); collect them with `perplexit igf collect`"
         ) from None
-    article = np.array([_fingerprint(row) for row in ids], dtype=np.int64)
+    digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in ids]
+    article = np.array([int.from_bytes(d, "big") >> 1 for d in digests], dtype=np.int64)
     record = {"mode": "unknown", "source": source, "unit": "as found"}
     return Pairs(ids, article, gains, gains.copy(), record)
-
-
-def _fingerprint(ids: NDArray[np.int32]) -> int:
-    return int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:8], "big") >> 1
