@@ -1,7 +1,6 @@
 """IGF's figures: what is not known stays not known, and a learner that predicts nothing says so."""
 
 import math
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,7 +71,7 @@ def predictions(quality: float, num_articles: int = 40) -> dict:
     article = np.repeat(np.arange(num_articles), 10)
     true = random.standard_normal(len(article))
     predicted = quality * true + 0.1 * random.standard_normal(len(article))
-    return asdict(score_predictions(predicted, true, article_N=article))
+    return score_predictions(predicted, true, article_N=article)
 
 
 def test_c4_a_learner_that_is_no_better_than_the_mean_is_said_to_predict_nothing() -> None:
@@ -98,7 +97,7 @@ def test_c4_sibling_a_learner_that_predicts_is_let_pass() -> None:
 
 
 def test_c4_sibling_gains_that_are_all_alike_give_no_r2() -> None:
-    scores = asdict(score_predictions(np.ones(5), np.zeros(5)))
+    scores = score_predictions(np.ones(5), np.zeros(5))
     assert scores["r2"] is None
     assert "cannot be judged" in str(doubt_about(scores))
 

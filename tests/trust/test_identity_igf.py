@@ -23,7 +23,7 @@ from perplexit.igf.learners import RidgeLearner
 from perplexit.igf.model_identity import unlike_pairs
 from perplexit.igf.pairs import Pairs
 from perplexit.igf.random_contexts import Contexts, ContextStream, objective_contexts
-from perplexit.igf.selection import ConstantThreshold, Selection, by_predicted_gain, random_skip
+from perplexit.igf.selection import Selection, by_predicted_gain, random_skip
 from perplexit.igf.training_options import FinetuneSettings
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE
 
@@ -109,7 +109,7 @@ def ridge(seed: int) -> RidgeLearner:
 
 def test_a4_sibling_another_learner_or_seed_is_another_selection(tmp_path: Path) -> None:
     def selected(seed: int) -> Selection:
-        return by_predicted_gain(ridge(seed), ConstantThreshold(-5.0), name="igf-constant")
+        return by_predicted_gain(ridge(seed), -5.0, name="igf-constant")
 
     tune(llama(), tmp_path / "learner", selection=selected(0))
     with pytest.raises(ResumeError, match="learner_fingerprint"):

@@ -23,7 +23,6 @@ from perplexit.igf.learners import ConvolutionLearner, RidgeLearner
 from perplexit.igf.losses import context_losses
 from perplexit.igf.random_contexts import objective_contexts
 from perplexit.igf.selection import (
-    ConstantThreshold,
     ShiftingThreshold,
     by_predicted_gain,
     loss_band,
@@ -124,13 +123,17 @@ def test_seed_compatible_steps_ignore_all_but_the_last_context() -> None:
 
 def test_the_shifting_threshold_shifts_after_ten_steps() -> None:
     assert [ShiftingThreshold().at(step) for step in (0, 9, 10, 59)] == [1.0, 1.0, -1.0, -1.0]
-    assert [ConstantThreshold().at(step) for step in (0, 59)] == [1.0, 1.0]
+    ids = np.random.default_rng(5).integers(2, VOCAB, (50, LENGTH)).astype(np.int32)
+    constant = by_predicted_gain(ridge(), 1.0)
+    first, last = (constant.accepts(ids, 0, step, None) for step in (0, 59))
+    assert np.array_equal(first, last)
+    assert np.array_equal(first, ridge().predict(ids) >= 1.0)
 
 
 def test_a_quantile_accepts_the_share_it_says() -> None:
     predicted = np.random.default_rng(0).normal(scale=0.1, size=4000)  # shrunk: +1 accepts none
-    assert not (predicted >= ConstantThreshold().at(0)).any()
-    accepted = (predicted >= quantile_threshold(predicted, 0.25).at(0)).mean()
+    assert not (predicted >= 1.0).any()
+    accepted = (predicted >= quantile_threshold(predicted, 0.25)).mean()
     assert accepted == pytest.approx(0.25, abs=1e-3)
     with pytest.raises(UsageError, match="share"):
         quantile_threshold(predicted, 0.0)
@@ -155,7 +158,7 @@ def test_the_filter_comes_before_the_models_forward_pass() -> None:
         fed.append(rows if length == LENGTH - 1 else 0)
 
     model.transformer.register_forward_pre_hook(count, with_kwargs=True)
-    selection = by_predicted_gain(ridge(), ConstantThreshold(0.5))
+    selection = by_predicted_gain(ridge(), 0.5)
     curve = finetune_model(model, TRAIN, TEST, selection=selection, settings=SETTINGS)
     evaluated = 3 * len(TEST)
     assert sum(fed) == evaluated + SETTINGS.steps * SETTINGS.batch_size
@@ -188,7 +191,7 @@ def test_high_loss_asks_the_model_and_counts_it() -> None:
 
 
 def test_a_filter_that_accepts_nothing_ends_with_advice() -> None:
-    selection = by_predicted_gain(ridge(), ConstantThreshold(99.0))
+    selection = by_predicted_gain(ridge(), 99.0)
     settings = replace(SETTINGS, max_candidates=50)
     with pytest.raises(UsageError, match="lower the threshold, or use a quantile"):
         finetune_model(TINY_MODELS["gpt2"](), TRAIN, TEST, selection=selection, settings=settings)

@@ -174,7 +174,7 @@ def test_ids_outside_the_vocabulary_are_refused(kind) -> None:
 
 def test_scores_by_hand() -> None:
     scores = score_predictions(np.array([2.0, 1.0, -1.0, 0.0]), np.array([2.0, 0.0, -1.0, 1.5]))
-    assert scores.mse == pytest.approx((1 + 2.25) / 4)
-    assert (scores.accepted, scores.precision, scores.base_rate) == (0.5, 0.5, 0.5)
+    assert scores["mse"] == pytest.approx((1 + 2.25) / 4)
+    assert (scores["accepted"], scores["precision"], scores["base_rate"]) == (0.5, 0.5, 0.5)
     nothing = score_predictions(np.zeros(4), np.array([2.0, 0.0, -1.0, 1.5]))
-    assert (nothing.precision, nothing.spearman, nothing.r2) == (None, None, 0.0)
+    assert (nothing["precision"], nothing["spearman"], nothing["r2"]) == (None, None, 0.0)

@@ -1,5 +1,6 @@
 """`perplexit igf finetune`: fine-tune a model on the contexts that a filter accepts."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,7 +58,8 @@ def finetune(
     if lora_rank is None:
         options.refuse_idle(context, "lora_targets", because="no --lora-rank is given")
     inputs = [model, *corpus, *(given["test"] or ()), given["learner"]]
-    asked = {k: _plain(v) for k, v in context.params.items() if k not in _NOT_ASKED}
+    asked = {name: value for name, value in context.params.items() if name not in _NOT_ASKED}
+    asked = json.loads(json.dumps(asked, default=str))  # paths as text
     igf.model_output(output, inputs=inputs, request=asked, force=force)
     settings = options.finetune_settings(context)
     with options.working("Steps", given["threads"]) as draw:
@@ -96,13 +98,6 @@ def finetune(
     if given["json"]:
         document = {"method": name, "selection": selection.to_json(), **curve.to_json()}
         print_json({**document, "settings": asdict(settings), "output": str(folder)})
-
-
-def _plain(value: Any) -> Any:
-    """Return an option's value as JSON values."""
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _sentence(name: str, curve: Any, folder: Path) -> str:

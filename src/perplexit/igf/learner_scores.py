@@ -4,7 +4,6 @@ Shape suffix: N = contexts.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,19 @@ from perplexit.metrics.estimate import Estimate
 from perplexit.metrics.intervals import DOCUMENT, Clusters, ratio_interval
 
 
-@dataclass(frozen=True, slots=True)
-class LearnerScores:
-    """How well predictions match on contexts of articles that were not used for training.
+def score_predictions(
+    predicted_N: NDArray[np.float64],
+    true_N: NDArray[np.float64],
+    *,
+    threshold: float = 1.0,
+    article_N: NDArray[Any] | None = None,
+) -> dict[str, Any]:
+    """Return how well predicted z-scores match true ones, of articles not used for training.
 
-    mse, mse_of_mean: of the z-score; the second predicts the mean of the fitted pairs for all.
+    article_N: the article of each context. The result, as JSON values:
+
+    num_pairs, num_articles: of the contexts; 0 articles where they are not known.
+    mse, mse_of_mean: the second is that of predicting the mean of the fitted pairs for all.
     r2:        1 - mse / mse_of_mean; None where the z-scores do not vary. r2_low, r2_high: its 95 %
                interval, clustered by article; None with fewer than 4 articles.
     spearman:  rank correlation; None where predictions do not vary.
@@ -27,29 +34,6 @@ class LearnerScores:
     precision: the share of those that really are; None where there are none.
     base_rate: that share among all contexts.
     """
-
-    num_pairs: int
-    num_articles: int
-    mse: float
-    mse_of_mean: float
-    r2: float | None
-    spearman: float | None
-    threshold: float
-    accepted: float
-    precision: float | None
-    base_rate: float
-    r2_low: float | None = None
-    r2_high: float | None = None
-
-
-def score_predictions(
-    predicted_N: NDArray[np.float64],
-    true_N: NDArray[np.float64],
-    *,
-    threshold: float = 1.0,
-    article_N: NDArray[Any] | None = None,
-) -> LearnerScores:
-    """Score predicted against true z-scores; article_N: the article of each context."""
     error_N, error_of_mean_N = (predicted_N - true_N) ** 2, true_N**2
     articles = np.zeros(len(true_N)) if article_N is None else article_N
     names, labels = np.unique(articles, return_inverse=True)
@@ -61,20 +45,20 @@ def score_predictions(
         explained_C = clusters.sums(error_of_mean_N - error_N)
         totals_C = clusters.sums(error_of_mean_N)
         r2 = ratio_interval(explained_C, totals_C, clusters.method, 0.95).clamped(highest=1.0)
-    return LearnerScores(
-        num_pairs=len(true_N),
-        num_articles=0 if article_N is None else len(names),
-        mse=float(error_N.mean()),
-        mse_of_mean=float(error_of_mean_N.mean()),
-        r2=None if r2 is None else r2.value,
-        spearman=float(stats.spearmanr(predicted_N, true_N).statistic) if varies else None,
-        threshold=threshold,
-        accepted=float(accepted.mean()),
-        precision=float((true_N[accepted] >= threshold).mean()) if accepted.any() else None,
-        base_rate=float((true_N >= threshold).mean()),
-        r2_low=None if r2 is None else r2.low,
-        r2_high=None if r2 is None else r2.high,
-    )
+    return {
+        "num_pairs": len(true_N),
+        "num_articles": 0 if article_N is None else len(names),
+        "mse": float(error_N.mean()),
+        "mse_of_mean": float(error_of_mean_N.mean()),
+        "r2": None if r2 is None else r2.value,
+        "spearman": float(stats.spearmanr(predicted_N, true_N).statistic) if varies else None,
+        "threshold": threshold,
+        "accepted": float(accepted.mean()),
+        "precision": float((true_N[accepted] >= threshold).mean()) if accepted.any() else None,
+        "base_rate": float((true_N >= threshold).mean()),
+        "r2_low": None if r2 is None else r2.low,
+        "r2_high": None if r2 is None else r2.high,
+    }
 
 
 def doubt_about(scores: Mapping[str, Any] | None) -> str | None:

@@ -129,7 +129,7 @@ def _record(learner: Learner, divided: DividedPairs, threshold: float) -> dict[s
     )
     return {
         "statistics": asdict(divided.statistics),
-        "scores": asdict(scores),
+        "scores": scores,
         "num_pairs": {"fit": len(divided.fit), "choose": len(divided.choose)},
         "seed": divided.seed,
         "context_length": int(pairs.ids_NT.shape[1]),

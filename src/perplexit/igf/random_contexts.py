@@ -55,8 +55,7 @@ class ContextStream:
         first, last = start // _BLOCK, (start + max(1, count) - 1) // _BLOCK
         drawn = [self._block(number) for number in range(first, last + 1)]
         offset = start - first * _BLOCK
-        article = np.concatenate([a for a, _ in drawn])[offset : offset + count]
-        begin = np.concatenate([b for _, b in drawn])[offset : offset + count]
+        article, begin = np.concatenate(drawn, axis=1)[:, offset : offset + count]
         ids = [
             self._articles.ids[a][b : b + self._length] for a, b in zip(article, begin, strict=True)
         ]
@@ -64,11 +63,12 @@ class ContextStream:
             np.array(ids, dtype=np.int32).reshape(count, self._length), self._fingerprints[article]
         )
 
-    def _block(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _block(self, number: int) -> NDArray[np.int64]:
+        """Return the articles of the block's candidates, and their first ids' places in them."""
         random = np.random.default_rng([self._seed, number])
         article = random.integers(0, len(self._articles), _BLOCK)
         begin = random.integers(0, self._lengths[article] - self._length + 1)
-        return article, begin
+        return np.stack([article, begin])
 
 
 def derived_seed(*numbers: int) -> int:

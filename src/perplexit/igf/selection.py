@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,22 +36,9 @@ METHODS = (
 
 
 @dataclass(frozen=True, slots=True)
-class ConstantThreshold:
-    """The least predicted gain (a z-score) that is accepted, the same at every step."""
-
-    kind: ClassVar[str] = "constant"
-    value: float = 1.0
-
-    def at(self, step: int) -> float:
-        """Return the threshold at a step, counted from 0."""
-        return self.value
-
-
-@dataclass(frozen=True, slots=True)
 class ShiftingThreshold:
     """`first` for `steps` steps, `then` from there on: the paper's +1, then -1 after 10."""
 
-    kind: ClassVar[str] = "shifting"
     first: float = 1.0
     then: float = -1.0
     steps: int = 10
@@ -61,14 +48,14 @@ class ShiftingThreshold:
         return self.first if step < self.steps else self.then
 
 
-def quantile_threshold(predicted_N: NDArray[np.float64], share: float) -> ConstantThreshold:
+def quantile_threshold(predicted_N: NDArray[np.float64], share: float) -> float:
     """Return the threshold that accepts the best `share` of contexts like those predicted here.
 
     Predictions shrink towards the mean, so +1 accepts few and -1 rejects almost none; a quantile
     of the predictions themselves accepts what it says.
     """
     check_share(share)
-    return ConstantThreshold(float(np.quantile(predicted_N, 1 - share)))
+    return float(np.quantile(predicted_N, 1 - share))
 
 
 def check_share(share: float) -> None:
@@ -107,17 +94,20 @@ def all_candidates() -> Selection:
 
 
 def by_predicted_gain(
-    learner: Learner,
-    threshold: ConstantThreshold | ShiftingThreshold,
-    name: str = "igf-shifting",
+    learner: Learner, threshold: float | ShiftingThreshold, name: str = "igf-shifting"
 ) -> Selection:
     """Use candidates predicted at or above the threshold, before any forward pass."""
 
     def accepts(ids_NT: Ids, first: int, step: int, losses: Losses) -> Flags:
-        return np.asarray(learner.predict(ids_NT) >= threshold.at(step))
+        least = threshold.at(step) if isinstance(threshold, ShiftingThreshold) else threshold
+        return np.asarray(learner.predict(ids_NT) >= least)
 
-    parameters = {"learner": learner.kind, "threshold": threshold.kind, **asdict(threshold)}
-    return Selection(name, accepts, parameters, learner=learner)
+    kind = (
+        {"threshold": "shifting", **asdict(threshold)}
+        if isinstance(threshold, ShiftingThreshold)
+        else {"threshold": "constant", "value": threshold}
+    )
+    return Selection(name, accepts, {"learner": learner.kind, **kind}, learner=learner)
 
 
 def random_skip(share: float = 0.25, seed: int = 0) -> Selection:
@@ -162,7 +152,7 @@ def threshold_within_reach(
     predicted_N: NDArray[np.float64], threshold: float, *, least: float = 0.01
 ) -> float:
     """Return `threshold`, or the lower one that the share `least` reaches."""
-    return min(threshold, quantile_threshold(predicted_N, least).value)
+    return min(threshold, quantile_threshold(predicted_N, least))
 
 
 def reachable_threshold(
@@ -222,13 +212,12 @@ def selection_named(
         return loss_band(float(low), float(high), name)
     if learner is None:
         raise UsageError(f"expected a secondary learner for {name}; train one first")
-    threshold: ConstantThreshold | ShiftingThreshold = ConstantThreshold(constant)
     if name == "igf-quantile":
         if calibration_NT is None:
             raise UsageError("expected contexts to calibrate the quantile with, got none")
         threshold = quantile_threshold(learner.predict(calibration_NT), share)
-    elif calibration_NT is not None:
+        return by_predicted_gain(learner, threshold, name)
+    if calibration_NT is not None:
         _check_reached(learner.predict(calibration_NT), constant)
-    if name == "igf-shifting":
-        threshold = ShiftingThreshold(first=constant)
-    return by_predicted_gain(learner, threshold, name)
+    shifting = name == "igf-shifting"
+    return by_predicted_gain(learner, ShiftingThreshold(constant) if shifting else constant, name)
