@@ -15,7 +15,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 import perplexit as px
 from perplexit.errors import CorpusError, TokenizerError
 from perplexit.inputs import long_text
-from perplexit.inputs.cut_rules import GPT2_PATTERN
+from perplexit.inputs.text_cuts import GPT2_PATTERN
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from tests.unseen_text import DOCUMENTS
 

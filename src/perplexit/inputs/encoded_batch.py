@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_ASCII_SPACE = np.zeros(256, dtype=np.bool_)
-_ASCII_SPACE[[9, 10, 11, 12, 13, 28, 29, 30, 31, 32]] = True
-# The UTF-8 of every other character that str.split() splits at
-_WIDE_SPACES = tuple(
-    chr(code).encode()
-    for code in (0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
+# The code of every character that str.split() splits at
+WHITE_SPACE = (
+    *(*range(0x09, 0x0E), *range(0x1C, 0x21), 0x85, 0xA0, 0x1680),
+    *(*range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000),
 )
+_ASCII_SPACE = np.isin(np.arange(256), [code for code in WHITE_SPACE if code < 0x80])
+_WIDE_SPACES = tuple(chr(code).encode() for code in WHITE_SPACE if code >= 0x80)
 
 
 @dataclass(frozen=True, slots=True)

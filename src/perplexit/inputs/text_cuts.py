@@ -10,24 +10,50 @@ stands on one side changes nothing on the other:
   sides do not influence each other.
 
 A part is encoded with the character before it, whose own ids are then dropped: so a prefix that a
-tokenizer puts before every text is not in it. `cut_rules` derives the rule from a tokenizer.
+tokenizer puts before every text is not in it.
+
+The rule of a tokenizer is read from its own settings. A Unigram model is cut at blanks alone:
+without a pre-tokenizer it compares sums of scores over the whole text, whose rounding depends on
+what stands before. Normalisers that look at neighbours (NFKC and its like) allow a cut only between
+characters that never combine; there is no cut near an added token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perplexit.inputs.encoded_batch import WHITE_SPACE
+from perplexit.inputs.vocabulary_spelling import steps_of
+
 _BLANK, _META = 0x20, 0x2581
-_SPACE_CODES = np.array(
-    [*range(0x09, 0x0E), *range(0x1C, 0x21), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028,
-     0x2029, 0x202F, 0x205F, 0x3000], dtype=np.int64,
-)  # fmt: skip
+_SPACE_CODES = np.array(WHITE_SPACE, dtype=np.int64)
 # Characters that no normaliser joins to a neighbour: ASCII, kana, ideographs, Hangul, Cyrillic.
 _INERT = ((0x20, 0x7E), (0x410, 0x44F), (0x3041, 0x3096), (0x30A1, 0x30FA), (0x4E00, 0x9FA5),
           (0xAC00, 0xD7A3))  # fmt: skip
 _MOST_TRIES = 10_000
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Regular expressions of which no alternative holds a blank behind anything else.
+_BLANK_PATTERNS = frozenset({
+    GPT2_PATTERN,
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+})  # fmt: skip
+_CHARACTERWISE = frozenset({"Prepend", "Strip", "ByteLevel"})
+_NEIGHBOURLY = frozenset({
+    "NFC", "NFD", "NFKC", "NFKD", "Precompiled", "Nmt", "Lowercase", "StripAccents",
+    "BertNormalizer",
+})  # fmt: skip
+_SPACES_ALONE = frozenset({" {2,}", r"\s+", r"\s{2,}", " +"})
+_SPLITS_AT_BLANKS = frozenset({"WhitespaceSplit", "Whitespace", "BertPreTokenizer"})
 
 
 class AbsentPairs:
@@ -38,7 +64,11 @@ class AbsentPairs:
 
     def __init__(self, spelled: Sequence[bytes] | None, tokens: Sequence[str]) -> None:
         self._by_bytes = spelled is not None
-        codes, ends = _joined(spelled if spelled is not None else tokens)
+        codes = _codes("".join(tokens))
+        if spelled is not None:
+            codes = np.frombuffer(b"".join(spelled), dtype=np.uint8).astype(np.int64)
+        lengths = [len(token) for token in (tokens if spelled is None else spelled)]
+        ends = np.cumsum(lengths, dtype=np.int64)
         inside = np.ones(max(len(codes) - 1, 0), dtype=np.bool_)
         inside[ends[(ends > 0) & (ends < len(codes))] - 1] = False
         self._present = np.unique(_pair_keys(codes[:-1], codes[1:])[inside])
@@ -101,15 +131,6 @@ class CutRule:
         return None
 
 
-def _joined(tokens: Sequence[bytes] | Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return all tokens end to end as numbers, and where each ends."""
-    ends = np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)))
-    if tokens and isinstance(tokens[0], bytes):
-        data = b"".join(token for token in tokens if isinstance(token, bytes))
-        return np.frombuffer(data, dtype=np.uint8).astype(np.int64), ends
-    return _codes("".join(token for token in tokens if isinstance(token, str))), ends
-
-
 def _codes(text: str) -> NDArray[np.int64]:
     data = text.encode("utf-32-le", "surrogatepass")
     return np.frombuffer(data, dtype=np.uint32).astype(np.int64)
@@ -142,3 +163,135 @@ def _is_inert(codes: NDArray[np.int64]) -> NDArray[np.bool_]:
     for first, last in _INERT:
         inert |= (codes >= first) & (codes <= last)
     return inert
+
+
+def rule_of_tokenizers(
+    serialised: Mapping[str, Any], spelled: Sequence[bytes], tokens: Mapping[str, int]
+) -> CutRule:
+    """Return the rule for a tokenizer in the form of a `tokenizer.json`."""
+    normalisers = steps_of(serialised, "normalizer")
+    splitters = steps_of(serialised, "pre_tokenizer")
+    avoid = [entry["content"] for entry in serialised.get("added_tokens", [])]
+    inert = moves_blanks = False
+    for step in normalisers:
+        kind = step["type"]
+        if kind == "Replace":
+            literal = step["pattern"].get("String")
+            if literal is None and step["pattern"].get("Regex") not in _SPACES_ALONE:
+                return CutRule(reason=f"its normaliser replaces {step['pattern']}")
+            moves_blanks |= literal is None or " " in literal
+            avoid += [literal] if literal is not None and len(literal) > 1 else []
+        elif kind in _NEIGHBOURLY:
+            inert = True
+        elif kind not in _CHARACTERWISE:
+            return CutRule(reason=f"its normaliser {kind} may look at any part of a text")
+    at_blanks, inside = False, True
+    seen_mapping = moves_blanks
+    for step in splitters:
+        splits, local = _splitter(step)
+        if not local and not splits:
+            return CutRule(
+                reason=f"its pre-tokenizer {step['type']} may look at any part of a text"
+            )
+        at_blanks |= splits and (not seen_mapping or step["type"] == "Metaspace")
+        inside &= local
+        seen_mapping |= step["type"] in ("ByteLevel", "Metaspace")
+    reason, pairs = _model_pairs(serialised, spelled, tokens, normalisers + splitters)
+    return _rule(at_blanks, pairs if inside else None, inert, avoid, reason)
+
+
+def rule_of_sentencepiece(proto: bytes, pieces: Sequence[str]) -> CutRule:
+    """Return the rule for a SentencePiece model, from its serialised `ModelProto` and pieces."""
+    trainer, normaliser = b"", b""
+    for number, value in _fields(proto):
+        if number == 2 and isinstance(value, bytes):
+            trainer = value
+        elif number == 3 and isinstance(value, bytes):
+            normaliser = value
+    options = dict(_fields(trainer))
+    settings = dict(_fields(normaliser))
+    if options.get(3, 1) != 2:
+        return CutRule(
+            reason="its model is no BPE: SentencePiece's Unigram adds up scores over the whole "
+            "text, and their rounding depends on what stands before"
+        )
+    if options.get(24, 0) or not settings.get(5, 1):
+        return CutRule(reason="its blanks are not written before words")
+    name = settings.get(1, b"")
+    named = name.decode("utf-8", "replace") if isinstance(name, bytes) else ""
+    has_map = bool(settings.get(2))
+    if has_map and named not in ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"):
+        return CutRule(reason=f"its normaliser {named or 'without a name'} is not a known one")
+    return _rule(False, AbsentPairs(None, pieces), has_map and named != "identity", (), "")
+
+
+def _rule(
+    at_blanks: bool, pairs: AbsentPairs | None, inert: bool, avoid: Sequence[str], reason: str
+) -> CutRule:
+    contents = tuple(dict.fromkeys(content.casefold() for content in avoid if content))
+    margin = max(map(len, contents), default=0) + 1
+    return CutRule(at_blanks, pairs, inert, contents, reason, margin)
+
+
+def _splitter(step: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Return (does the step split at blanks, does a split depend on two neighbours alone)."""
+    kind = step["type"]
+    if kind != "Split":
+        return {
+            "ByteLevel": (bool(step.get("use_regex", True)), True),
+            "Metaspace": (bool(step.get("split", True)), step.get("replacement", "▁") == "▁"),
+            "Digits": (False, True),
+            "Punctuation": (False, True),
+        }.get(kind, (kind in _SPLITS_AT_BLANKS, kind == "WhitespaceSplit"))
+    pattern = step["pattern"].get("Regex")
+    if pattern is None:
+        return False, len(step["pattern"]["String"]) == 1
+    whole = (step["behavior"], bool(step["invert"]))
+    known = whole in (("Isolated", False), ("Removed", True)) and pattern in _BLANK_PATTERNS
+    return known, known and pattern == GPT2_PATTERN
+
+
+def _model_pairs(
+    serialised: Mapping[str, Any],
+    spelled: Sequence[bytes],
+    tokens: Mapping[str, int],
+    steps: Sequence[Mapping[str, Any]],
+) -> tuple[str, AbsentPairs | None]:
+    """Return (why no cut is inside words, the pairs that no token of a BPE vocabulary has)."""
+    model = serialised["model"]
+    if model.get("type") != "BPE":
+        return f"its model is {model.get('type')}, which is cut at blanks alone", None
+    settings = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    for name in settings:
+        if model.get(name):
+            return f"its BPE model has {name} = {model[name]!r}, and is cut at blanks alone", None
+    byte_level = any(step["type"] == "ByteLevel" for step in steps)
+    return "", AbsentPairs(spelled if byte_level else None, list(tokens))
+
+
+def _fields(data: bytes) -> list[tuple[int, int | bytes]]:
+    """List the fields of a protocol buffer: numbers, and bytes of what has a length."""
+    found: list[tuple[int, int | bytes]] = []
+    place = 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        if key & 7 == 0:
+            value, place = _varint(data, place)
+            found.append((key >> 3, value))
+            continue
+        size = 8 if key & 7 == 1 else 4
+        if key & 7 == 2:
+            size, place = _varint(data, place)
+        found.append((key >> 3, data[place : place + size]))
+        place += size
+    return found
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[place]
+        value |= (byte & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 0x80:
+            return value, place

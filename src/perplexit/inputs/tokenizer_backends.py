@@ -21,8 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from perplexit.fingerprints import json_fingerprint
-from perplexit.inputs.cut_rules import rule_of_sentencepiece, rule_of_tokenizers
-from perplexit.inputs.text_cuts import CutRule
+from perplexit.inputs.text_cuts import CutRule, rule_of_sentencepiece, rule_of_tokenizers
 from perplexit.inputs.vocabulary_spelling import spell_piece, spell_vocabulary
 
 _SET_TYPES = {str, int, float}  # of which no value is null or false; bool is another type

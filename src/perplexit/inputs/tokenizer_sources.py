@@ -16,10 +16,7 @@ from perplexit.atomic_files import cache_folder, kept_folder
 from perplexit.errors import MissingPackageError, TokenizerError
 from perplexit.inputs.gguf_header import metadata_fingerprint
 from perplexit.inputs.tokenizer import Tokenizer
-from perplexit.inputs.tokenizer_backends import (
-    HuggingFaceBackend,
-    SentencePieceBackend,
-)
+from perplexit.inputs.tokenizer_backends import HuggingFaceBackend, SentencePieceBackend
 from perplexit.untrusted_files import (
     LARGEST_TABLE,
     Expected,
@@ -38,13 +35,22 @@ _EXPECTED = Expected(
 _CONFIGURATION = Expected(
     "a tokenizer's configuration", TokenizerError, "repair or remove the file"
 )
+_FOR_TRANSFORMERS = Expected(
+    "a tokenizer that transformers can load", TokenizerError, "give a folder with its files"
+)
+_FOR_SENTENCEPIECE = Expected(
+    "a SentencePiece model",
+    TokenizerError,
+    "a file named .model may be a tiktoken vocabulary: give the folder it is in instead",
+)
+_INSIDE_GGUF = Expected(
+    "a tokenizer inside the GGUF file that transformers can read",
+    TokenizerError,
+    "give the folder of the checkpoint that the GGUF was made from",
+)
 _SPARSE_IDS, _SPARSENESS = 1 << 20, 64  # ids without a token: this many, and so many for each
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.tiktoken"]
-_NAMED_TOKENS = [
-    *("bos_token", "eos_token", "unk_token", "sep_token"),
-    *("pad_token", "cls_token", "mask_token"),
-]
 _Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -70,6 +76,9 @@ class TokenizerConfiguration(TypedDict):
     added_tokens_decoder: NotRequired[dict[_Id, NamedToken] | None]
     extra_special_tokens: NotRequired[dict[str, TokenEntry] | list[TokenEntry] | None]
     additional_special_tokens: NotRequired[list[TokenEntry] | None]
+
+
+_NAMED_TOKENS = [n for n in TokenizerConfiguration.__annotations__ if n.endswith("_token")]
 
 
 def load_tokenizer(source: str | Path | object) -> Tokenizer:
@@ -114,7 +123,7 @@ def _from_file(path: Path) -> Tokenizer:
 def _from_folder(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return _from_tokenizer_json(folder / "tokenizer.json")
-    return _from_transformers(str(folder))
+    return _from_object(_loaded_by_transformers(str(folder), _FOR_TRANSFORMERS))
 
 
 def _from_tokenizer_json(path: Path) -> Tokenizer:
@@ -193,29 +202,19 @@ def _from_hub(name: str, revision: str | None) -> Tokenizer:
             name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
         )
     except Exception as error:  # of the hub's library, and of the network below it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TokenizerError(
             f"There is no tokenizer file or folder {name!r} here, and none could be loaded from "
-            f"the hub under that name ({_first_line(error)}). Check the path; a hub id must exist, "
-            f"and the hub be reached or the model downloaded."
+            f"the hub under that name ({reason}). Check the path; a hub id must exist, and the hub "
+            "be reached or the model downloaded."
         ) from error
     return _from_folder(Path(folder))
 
 
-def _from_transformers(name: str) -> Tokenizer:
-    return _from_object(
-        _auto_tokenizer(name, f"load a tokenizer from {name!r}", "Expected a folder with its files")
-    )
-
-
-def _auto_tokenizer(name: str, task: str, remedy: str, **options: Any) -> Any:
-    """Load by transformers. Raises TokenizerError that names the task and the remedy."""
+def _loaded_by_transformers(name: str, expected: Expected, **options: Any) -> Any:
     transformers = _optional("transformers", "pytorch")
-    try:
+    with stated(name, expected):
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # the libraries below raise many kinds
-        raise TokenizerError(
-            f"transformers cannot {task}: {_first_line(error)}. {remedy}."
-        ) from error
 
 
 def _from_object(source: object) -> Tokenizer:
@@ -239,13 +238,8 @@ def _from_object(source: object) -> Tokenizer:
 
 def _from_sentencepiece_file(path: Path) -> Tokenizer:
     sentencepiece = _optional("sentencepiece", "sentencepiece")
-    try:
+    with stated(path, _FOR_SENTENCEPIECE):
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except Exception as error:  # RuntimeError, OSError or its own, by version
-        raise TokenizerError(
-            f"{path} is no SentencePiece model ({_first_line(error)}). A file named .model may be "
-            f"a tiktoken vocabulary: give the folder it is in instead."
-        ) from error
     return _from_sentencepiece(processor)
 
 
@@ -263,12 +257,8 @@ def _from_gguf(path: Path) -> Tokenizer:
 
 def _convert_gguf(path: Path, folder: Path) -> None:
     _optional("gguf", "pytorch")
-    loaded = _auto_tokenizer(
-        str(path.parent.resolve()),
-        f"read the tokenizer inside {path}",
-        "Give the folder of the checkpoint that the GGUF was made from",
-        gguf_file=path.name,
-    )
+    name = str(path.parent.resolve())
+    loaded = _loaded_by_transformers(name, _INSIDE_GGUF, gguf_file=path.name)
     loaded.save_pretrained(folder)
 
 
@@ -280,8 +270,3 @@ def _optional(package: str, extra: str) -> Any:
         raise MissingPackageError(
             f"This tokenizer needs the package {package}: pip install 'perplexit[{extra}]'"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

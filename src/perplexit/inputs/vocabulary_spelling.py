@@ -34,7 +34,8 @@ def spell_vocabulary(serialised: Mapping[str, Any], tokens: Mapping[str, int]) -
     unknown tokens break it.
     """
     added = {entry["id"] for entry in serialised.get("added_tokens", [])}
-    byte_level = "ByteLevel" in _step_types(serialised)
+    steps = steps_of(serialised, "pre_tokenizer") + steps_of(serialised, "normalizer")
+    byte_level = any(step["type"] == "ByteLevel" for step in steps)
     fallback = bool(serialised["model"].get("byte_fallback", False))
     written = _byte_level_tokens(tokens) if byte_level else {}
     spelled = [b""] * (max(tokens.values(), default=-1) + 1)
@@ -69,13 +70,13 @@ def spell_piece(piece: str, *, fallback: bool) -> bytes:
     return piece.replace(_BLANK, " ").encode("utf-8", "replace")
 
 
-def _step_types(serialised: Mapping[str, Any]) -> set[str]:
-    """Return the types of all pre-tokenizers and normalisers, those in sequences included."""
-    found: set[str] = set()
-    steps = [serialised.get("pre_tokenizer"), serialised.get("normalizer")]
+def steps_of(serialised: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
+    """List the steps of the `normalizer` or `pre_tokenizer`, those of sequences one by one."""
+    steps, found = [serialised.get(kind)], []
     while steps:
-        step = steps.pop()
-        if step:
-            found.add(step.get("type", ""))
-            steps.extend(step.get("pretokenizers", []) + step.get("normalizers", []))
+        step = steps.pop(0)
+        if step and step["type"] == "Sequence":
+            steps = [*step.get("normalizers", []), *step.get("pretokenizers", []), *steps]
+        elif step:
+            found.append(step)
     return found
