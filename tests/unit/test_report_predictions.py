@@ -87,10 +87,10 @@ def test_runs_in_other_tokens_are_set_beside_byte_by_byte(
     written = px.write_report([runs[0], other, runs[1]], tmp_path / "r.html")
     (row,) = aligned_rows(written.runs)
     shown = text_of(tmp_path / "r.html")
-    assert row.label == "letters"
+    assert row["label"] == "letters"
     assert "Other tokens, byte by byte" in shown
     assert "cannot be compared" in shown
-    assert row.difference_interval in shown
+    assert row["difference_interval"] in shown
     assert f"{other.perplexity:,.2f}" not in shown  # no perplexity a token of another tokenizer
     assert [run["label"] for run in written.to_json()["runs"]] == ["full", "noise-0.5"]
     assert written.to_json()["aligned"][0]["unit"] == "byte"

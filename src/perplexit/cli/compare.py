@@ -1,13 +1,14 @@
 """`perplexit compare`: runs over the same input → paired ratios, verdicts, gates."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Unpack
 
 import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
-from perplexit.cli.comparison_options import Confidence, Margin, NoiseFloor
+from perplexit.cli.comparison_options import ComparisonOptions
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.gate_files import MarkdownSummary, junit_output
 from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell, tell_wrapped
 from perplexit.errors import GateError, UsageError
@@ -21,6 +22,7 @@ EXAMPLES = examples(
 )
 
 
+@takes_options(ComparisonOptions)
 def compare(
     reference: Annotated[
         Path, typer.Argument(metavar="REFERENCE", help="The run's folder to compare with.")
@@ -28,9 +30,6 @@ def compare(
     candidates: Annotated[
         list[Path], typer.Argument(metavar="CANDIDATE", help="Folders of the runs in question.")
     ],
-    confidence: Confidence = 0.95,
-    noise_floor: NoiseFloor = 0.0,
-    margin: Margin = "0",
     most_changed: Annotated[
         int, typer.Option(min=0, help="How many of the most changed tokens to show.")
     ] = 5,
@@ -68,6 +67,7 @@ def compare(
             "--json", help="Print JSON on stdout: an object, for several candidates a list."
         ),
     ] = False,
+    **options: Unpack[ComparisonOptions],
 ) -> None:
     """Compare runs token by token: worse, better, equivalent or inconclusive, with an interval.
 
@@ -83,12 +83,10 @@ def compare(
         compared = px.compare_runs(
             reference,
             candidates,
-            confidence=confidence,
-            noise_floor=noise_floor,
-            margin=margin,
             num_most_changed=most_changed,
             gates=gate or [],
             gates_on=gate_on,
+            **options,
         )
     tell(f"reference: {reference}")
     tell_wrapped(str(compared))

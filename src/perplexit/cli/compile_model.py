@@ -59,8 +59,7 @@ def compile_model(
         typer.Option(min=1, help="Fix the window's length. \\[default: any; tvm, pt2: 512]"),
     ] = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Fix the batch's size. \\[default: any; tvm, pt2: 1]"),
+        int | None, typer.Option(min=1, help="Fix the batch's size. \\[default: any; tvm, pt2: 1]")
     ] = None,
     device: Annotated[
         str | None,

@@ -54,8 +54,7 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        str,
-        typer.Option(metavar="auto|N", help="Windows in one forward pass."),
+        str, typer.Option(metavar="auto|N", help="Windows in one forward pass.")
     ] = "auto",
     top_k: Annotated[
         int, typer.Option(min=0, help="Keep the K most likely tokens of every position.")

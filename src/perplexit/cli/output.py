@@ -16,8 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 Force = Annotated[
     bool,
     typer.Option(
-        "--force",
-        help="Replace what is at the output, if Perplexit made it. Anything else stays.",
+        "--force", help="Replace what is at the output, if Perplexit made it. Anything else stays."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

@@ -1,6 +1,6 @@
 """Runs as tables that people read. Everything shown is a value of `run.json`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -37,25 +37,23 @@ def input_table(token_file: Any) -> Table:
         for name in ("max_length", "stride", "bos")
         if protocol[name] is not None
     ]
-    table = _pairs()
-    table.add_row("token file", escape(str(token_file.path)))
-    table.add_row("protocol", ", ".join([token_file.protocol, *chosen]))
-    table.add_row("documents", _count(token_file.num_documents))
-    table.add_row("tokens", _count(token_file.num_ids))
-    table.add_row("windows", _count(token_file.num_windows))
-    table.add_row("tokens scored", _count(token_file.num_targets))
-    table.add_row("input fingerprint", token_file.input_fingerprint)
+    rows = [
+        ("token file", str(token_file.path)),
+        ("protocol", ", ".join([token_file.protocol, *chosen])),
+        ("documents", _count(token_file.num_documents)),
+        ("tokens", _count(token_file.num_ids)),
+        ("windows", _count(token_file.num_windows)),
+        ("tokens scored", _count(token_file.num_targets)),
+        ("input fingerprint", token_file.input_fingerprint),
+    ]
     for reason, skipped in token_file.spec["corpus"]["skipped"].items():
-        table.add_row("skipped", f"{skipped['count']}: {reason} (first: {skipped['first']})")
-    return table
+        rows.append(("skipped", f"{skipped['count']}: {reason} (first: {skipped['first']})"))
+    return _pairs(rows)
 
 
 def run_table(record: Mapping[str, Any]) -> Table:
     """Return one run: figure by figure, with the conditions under which it was measured."""
-    table = _pairs()
-    for name, value in _rows(record):
-        table.add_row(name, escape(value))
-    return table
+    return _pairs(_rows(record))
 
 
 def program_table(record: Mapping[str, Any]) -> Table:
@@ -65,21 +63,19 @@ def program_table(record: Mapping[str, Any]) -> Table:
         f"{name.replace('_', ' ')} {size}" for name, size in shapes.items() if size is not None
     ]
     gives = "one loss per target" if record["perplexity"] else "logits"
-    table = _pairs()
-    table.add_row("engine", str(record["engine"]))
-    table.add_row("model", escape(f"{record['model']['address']}"))
-    table.add_row("gives", f"{gives}, computed in {record['dtype']}")
-    table.add_row("shapes", ", ".join(fixed) or "any")
-    table.add_row("quantization", escape(_quantization(record)))
-    table.add_row("size", in_mib(sum(file["num_bytes"] for file in record["files"])))
-    table.add_row(
-        "verified",
-        escape(
-            f"at most {verification['max_abs_nll_difference']:.1e} nats per token from "
-            f"{verification['reference']}, over {verification['num_tokens']:,} tokens"
-        ),
+    difference = f"{verification['max_abs_nll_difference']:.1e} nats per token"
+    checked = f"{verification['reference']}, over {verification['num_tokens']:,} tokens"
+    return _pairs(
+        [
+            ("engine", str(record["engine"])),
+            ("model", str(record["model"]["address"])),
+            ("gives", f"{gives}, computed in {record['dtype']}"),
+            ("shapes", ", ".join(fixed) or "any"),
+            ("quantization", _quantization(record)),
+            ("size", in_mib(sum(file["num_bytes"] for file in record["files"]))),
+            ("verified", f"at most {difference} from {checked}"),
+        ]
     )
-    return table
 
 
 def runs_table(records: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> Table:
@@ -110,10 +106,13 @@ def quantization_name(session: Mapping[str, Any]) -> str:
     return "-" if not quantization else str(quantization.get("name", "-"))
 
 
-def _pairs() -> Table:
+def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
+    """Return a table of names and values."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, escape(value))
     return table
 
 

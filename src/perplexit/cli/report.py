@@ -1,13 +1,14 @@
 """`perplexit report`: runs over one input → one HTML file that needs nothing else."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
-from perplexit.cli.comparison_options import Confidence, Margin, NoiseFloor
+from perplexit.cli.comparison_options import ComparisonOptions
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell
 
 EXAMPLES = examples(
@@ -17,6 +18,7 @@ EXAMPLES = examples(
 )
 
 
+@takes_options(ComparisonOptions)
 def report(
     runs: Annotated[
         list[Path],
@@ -45,9 +47,6 @@ def report(
         str | None,
         typer.Option(help="Spells the alternatives, where the models' folders are not at hand."),
     ] = None,
-    confidence: Confidence = 0.95,
-    noise_floor: NoiseFloor = 0.0,
-    margin: Margin = "0",
     max_tokens: Annotated[
         int, typer.Option(min=0, help="How many tokens of text the page holds.")
     ] = 100_000,
@@ -55,6 +54,7 @@ def report(
     json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
     ] = False,
+    **options: Unpack[ComparisonOptions],
 ) -> None:
     """Write a report: the verdict, figures with intervals, charts, and the text by surprise.
 
@@ -68,11 +68,9 @@ def report(
             labels=label or None,
             tokens=input_file,
             tokenizer=tokenizer,
-            confidence=confidence,
-            noise_floor=noise_floor,
-            margin=margin,
             max_tokens=max_tokens,
             force=force,
+            **options,
         )
     tell(written.headline)
     tell(f"The report is in {output} ({written.num_bytes / 1e6:.1f} MB)")

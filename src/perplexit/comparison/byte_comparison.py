@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from perplexit.comparison.verdict_record import VerdictRecord, estimate_text, run_name
 from perplexit.comparison.verdict_sentences import Judged
-from perplexit.comparison.verdicts import Margin
 from perplexit.errors import EmptyScoreError
 from perplexit.metrics.estimate import Estimate
 from perplexit.runs.run import Run
@@ -96,10 +95,7 @@ class ByteComparison(VerdictRecord):
     def judged(self) -> Judged:
         """Return the difference and its margin, from which the verdict is put into words."""
         return Judged(
-            self.estimate("log_difference"),
-            Margin(self.margin, self.margin_asked, self.noise_floor),
-            unit=self.unit,
-            num_units=self.num_bytes,
+            self.estimate("log_difference"), self._margin, unit=self.unit, num_units=self.num_bytes
         )
 
     def __repr__(self) -> str:

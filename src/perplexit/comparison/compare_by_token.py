@@ -15,8 +15,7 @@ from perplexit.comparison.pairing import Pairs, opened, paired, require_same_inp
 from perplexit.comparison.token_comparison import ChangedToken, Comparison, DomainRatio
 from perplexit.comparison.verdict_record import run_conditions, verdict_fields, with_ends
 from perplexit.comparison.verdicts import margin_of, verdict_of
-from perplexit.metrics.bootstrap import Bootstrap, bootstrap_check
-from perplexit.metrics.estimate import Estimate
+from perplexit.metrics.bootstrap import bootstrap_check
 from perplexit.metrics.intervals import clusters_within, mean_interval, paired_interval
 from perplexit.metrics.likelihood import exp_or_inf, json_figure, mean_nll
 from perplexit.metrics.totals import NllTotals
@@ -51,6 +50,7 @@ def compare(
     pairs = paired(reference_run.tokens, candidate_run.tokens)
     interval = paired_interval(pairs.reference, pairs.candidate, pairs.clusters, confidence)
     delta_M = pairs.delta
+    counts_C = np.bincount(pairs.clusters.labels, minlength=pairs.clusters.num_clusters)
     absolute = mean_interval(np.abs(delta_M), pairs.clusters, confidence).clamped(lowest=0)
     divergences, warnings = divergences_of(reference_run, candidate_run, pairs, confidence)
     choices = first_choices(reference_run, candidate_run, pairs)
@@ -58,7 +58,9 @@ def compare(
         reference_run, candidate_run, pairs, choices, limit=num_most_changed, confidence=confidence
     )
     reasons = {} if interval.reason is None else {"ppl_ratio_low": interval.reason}
-    warnings = [*_unpaired(pairs.num_unpaired), *warnings]
+    if pairs.num_unpaired:
+        left_out = f"{pairs.num_unpaired} tokens with a loss that is not finite in a run"
+        warnings.insert(0, f"{left_out} are left out")
     return Comparison(
         **verdict_fields(interval, allowed),
         perplexity_reference=_perplexity(pairs.reference, "perplexity_reference", reasons),
@@ -69,7 +71,7 @@ def compare(
         num_unpaired=pairs.num_unpaired,
         max_abs_nll_difference=float(np.abs(delta_M).max()),
         **with_ends("mean_abs_nll_difference", absolute),
-        bootstrap=_bootstrap(pairs, interval),
+        bootstrap=bootstrap_check(pairs.clusters.sums(delta_M), counts_C, interval),
         input_fingerprint=reference_run.input_fingerprint,
         reference=run_conditions(reference_run),
         candidate=run_conditions(candidate_run),
@@ -84,16 +86,6 @@ def compare(
             candidate_run, pairs, divergences=divergences, choices=choices, confidence=confidence
         ),
     )
-
-
-def _unpaired(count: int) -> list[str]:
-    left_out = f"{count} tokens with a loss that is not finite in a run are left out"
-    return [left_out] if count else []
-
-
-def _bootstrap(pairs: Pairs, interval: Estimate) -> Bootstrap | None:
-    counts_C = np.bincount(pairs.clusters.labels, minlength=pairs.clusters.num_clusters)
-    return bootstrap_check(pairs.clusters.sums(pairs.delta), counts_C, interval)
 
 
 def _domain_ratios(pairs: Pairs, confidence: float, margin: float) -> tuple[DomainRatio, ...]:

@@ -93,14 +93,7 @@ class ComparedTokens:
             clusters = clusters_for(tokens.document[rows], tokens.window[rows])
             same = (~choices.changed[inside]).astype(np.float64)
             share = share_interval(same, clusters, self.confidence)
-            found.append(
-                AgreementBucket(
-                    low_confidence=low,
-                    high_confidence=high,
-                    share=share,
-                    num_tokens=len(inside),
-                )
-            )
+            found.append(AgreementBucket(low, high, share, len(inside)))
         return tuple(found)
 
 

@@ -165,9 +165,7 @@ def buckets_of(
 
 
 def _rows(
-    values: Mapping[str, NDArray[np.float64]],
-    key_M: NDArray[np.float64],
-    edges: tuple[float, ...],
+    values: Mapping[str, NDArray[np.float64]], key_M: NDArray[np.float64], edges: tuple[float, ...]
 ) -> list[dict[str, Any]]:
     tables = {label: mean_by(column, key_M, edges) for label, column in values.items()}
     first = next(iter(tables.values()))

@@ -10,7 +10,7 @@ from perplexit.comparison.divergences import Divergences
 from perplexit.comparison.flips import Flip, Flips
 from perplexit.comparison.verdict_record import VerdictRecord, estimate_text, range_text, run_name
 from perplexit.comparison.verdict_sentences import Judged, changed_predictions
-from perplexit.comparison.verdicts import Margin, Verdict
+from perplexit.comparison.verdicts import Verdict
 from perplexit.metrics.bootstrap import Bootstrap
 from perplexit.metrics.distribution import Distribution
 from perplexit.metrics.estimate import Estimate
@@ -134,7 +134,7 @@ class Comparison(VerdictRecord):
         floor = None if self.divergences is None else self.divergences.floor
         return Judged(
             self.estimate("log_perplexity_difference"),
-            Margin(self.margin, self.margin_asked, self.noise_floor),
+            self._margin,
             unit="token",
             num_units=self.num_tokens,
             changed=changed_predictions(

@@ -17,11 +17,8 @@ from perplexit.runs.run import Run
 class VerdictRecord(ABC):
     """A candidate against a reference: the verdict, and everything that it rests on.
 
-    verdict:      'worse' where the interval of candidate - reference lies above `margin`, 'better'
-                  below -`margin`, 'equivalent' inside ± `margin`; else, and without an interval,
-                  'inconclusive'.
-    margin:       max(1e-5, the noise floors, the margin asked for), nats per token or per byte;
-                  `noise_floor` has the floors in nats, `margin_asked` the share of the perplexity.
+    verdict:      what the interval of candidate - reference says (`verdicts`).
+    margin, margin_asked, noise_floor: as in `Margin`: nats, asked, noise.
     reference, candidate: the folder, model and session of each run.
     reasons:      why a figure or an interval is missing, by its name.
     """
@@ -52,6 +49,10 @@ class VerdictRecord(ABC):
     @abstractmethod
     def _main_figures(self) -> dict[str, Estimate]:
         """Return the figures of the HTML table by what people call them."""
+
+    @property
+    def _margin(self) -> Margin:
+        return Margin(self.margin, self.margin_asked, self.noise_floor)
 
     @property
     def sentence(self) -> str:

@@ -21,8 +21,11 @@ from perplexit.inputs.token_file import TokenFile
 from perplexit.runs.run_text import RunText
 
 TEXT_ASPECTS = ("text", "tokenizer")
-_WINDOW_SETTINGS = (("bos", ("bos", "prefix_id")), ("max_length", ("max_length",)))
-_STRIDE = ("stride", ("stride",))
+_WINDOW_SETTINGS = {
+    "bos": ("bos", "prefix_id"),
+    "max_length": ("max_length",),
+    "stride": ("stride",),
+}
 
 
 class InputStep(NamedTuple):
@@ -59,7 +62,7 @@ def _steps(first: TokenFile, second: TokenFile) -> Iterator[InputStep]:
         yield InputStep(TEXT_ASPECTS, rewindowed(second, protocol) if with_text else None)
     elif not _same_mask(first, second):
         yield InputStep(("denominator",), rewindowed(second, protocol))
-    for aspect, names in (*_WINDOW_SETTINGS, _STRIDE):
+    for aspect, names in _WINDOW_SETTINGS.items():
         if all(protocol[name] == theirs[name] for name in names):
             continue
         if any(theirs[name] is None for name in names):

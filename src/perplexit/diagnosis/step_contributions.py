@@ -94,12 +94,7 @@ def measured(run: Run) -> Measured | None:
 
 
 def steps_between(
-    first: Run,
-    second: Run,
-    *,
-    inputs: Inputs,
-    aspects: Sequence[str],
-    models: Sequence[Model] = (),
+    first: Run, second: Run, *, inputs: Inputs, aspects: Sequence[str], models: Sequence[Model] = ()
 ) -> tuple[list[Step], list[str]]:
     """Return (the steps from the first run to the second, why some could not be told apart).
 

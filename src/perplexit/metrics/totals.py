@@ -82,51 +82,26 @@ def exact_sum(values_M: NDArray[np.floating]) -> float:
     return math.fsum(chain.from_iterable(chunks()))
 
 
-@dataclass(frozen=True, slots=True)
-class NonFiniteToken:
-    """Where the first non-finite loss of a run is, and how many there are."""
-
-    index: int  # row among the scored tokens
-    value: float
-    count: int
-    window: int | None = None
-    position: int | None = None
-    token_id: int | None = None
-
-    def __str__(self) -> str:
-        places = {"window": self.window, "position": self.position, "token id": self.token_id}
-        parts = [f"{name} {place}" for name, place in places.items() if place is not None]
-        parts.insert(0, f"{self.value} nats at scored token {self.index}")
-        return ", ".join(parts) + (f" (the first of {self.count})" if self.count > 1 else "")
-
-
-def first_non_finite(
-    nll_M: NDArray[np.floating], **place_M: NDArray[np.integer]
-) -> NonFiniteToken | None:
-    """Return the first NaN or infinite loss, or None where every loss is finite.
+def require_finite(nll_M: NDArray[np.floating], **place_M: NDArray[np.integer]) -> None:
+    """Check that every loss is finite.
 
     place_M: columns that say where a token is: `window_M`, `position_M`, `token_id_M`.
+    Raises NonFiniteError that names the first NaN or infinite loss, with its place in each column.
     """
     bad = np.flatnonzero(~np.isfinite(nll_M))
     if len(bad) == 0:
-        return None
+        return
     first = int(bad[0])
-    places = {name.removesuffix("_M"): int(column[first]) for name, column in place_M.items()}
-    return NonFiniteToken(index=first, value=float(nll_M[first]), count=len(bad), **places)
-
-
-def require_finite(nll_M: NDArray[np.floating], **place_M: NDArray[np.integer]) -> None:
-    """Check that every loss is finite; `place_M` as in `first_non_finite`.
-
-    Raises NonFiniteError that names the first one's window, position and token.
-    """
-    found = first_non_finite(nll_M, **place_M)
-    if found is not None:
-        raise NonFiniteError(
-            f"expected a finite loss for every scored token, got {found}. Score in a wider dtype "
-            "(float32), or count such tokens and leave them out with --on-non-finite count "
-            "(on_non_finite='count' in Python)"
-        )
+    found = f"{float(nll_M[first])} nats at scored token {first}"
+    for name, column in place_M.items():
+        found += f", {name.removesuffix('_M').replace('_', ' ')} {int(column[first])}"
+    if len(bad) > 1:
+        found += f" (the first of {len(bad)})"
+    raise NonFiniteError(
+        f"expected a finite loss for every scored token, got {found}. Score in a wider dtype "
+        "(float32), or count such tokens and leave them out with --on-non-finite count "
+        "(on_non_finite='count' in Python)"
+    )
 
 
 def finite_mask(

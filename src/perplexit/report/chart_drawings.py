@@ -154,11 +154,7 @@ def intervals_chart(
 
 
 def curves_chart(
-    rows: Sequence[Row],
-    labels: Sequence[str],
-    *,
-    x: tuple[str, str],
-    directions: bool = False,
+    rows: Sequence[Row], labels: Sequence[str], *, x: tuple[str, str], directions: bool = False
 ) -> str:
     """Draw the share of tokens above x, both axes logarithmic: a line per run.
 

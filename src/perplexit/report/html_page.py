@@ -35,9 +35,7 @@ _SIGNS = {"worse": "▲", "better": "▼", "equivalent": "=", "inconclusive": "?
 
 
 def page_of(
-    labelled: LabelledRuns | None,
-    data: dict[str, Any],
-    sections: Sequence[ExperimentSection] = (),
+    labelled: LabelledRuns | None, data: dict[str, Any], sections: Sequence[ExperimentSection] = ()
 ) -> str:
     """Render the whole HTML document: of runs, of experiments (`labelled` is None), or of both."""
     jinja = loaded("jinja2")

@@ -1,8 +1,8 @@
 """The tables beyond perplexity: moved predictions, changed first choices, other tokenizers."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from perplexit.comparison.byte_comparison import ChangedSegment
 from perplexit.comparison.flips import Flip, Flips
 from perplexit.comparison.verdict_record import range_text
 from perplexit.metrics.estimate import DASH, Estimate, figure, interval
@@ -33,21 +33,6 @@ class ChangedChoices:
     label: str
     says: str
     flips: tuple[Flip, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AlignedRow:
-    """A run over the same text in other tokens or windows, compared byte by byte."""
-
-    label: str
-    verdict: str
-    bits: str
-    bits_interval: str
-    difference: str
-    difference_interval: str
-    aligned: str
-    notes: tuple[str, ...]
-    changed: tuple[ChangedSegment, ...]
 
 
 _FIGURES = (
@@ -85,7 +70,7 @@ def changed_choices(labelled: LabelledRuns) -> list[ChangedChoices]:
     ]
 
 
-def aligned_rows(labelled: LabelledRuns) -> list[AlignedRow]:
+def aligned_rows(labelled: LabelledRuns) -> list[dict[str, Any]]:
     """Return one row per run that could only be compared byte by byte."""
     rows = []
     for label, found in labelled.aligned:
@@ -93,17 +78,17 @@ def aligned_rows(labelled: LabelledRuns) -> list[AlignedRow]:
         sign = "+" if bits.value > 0 else ""
         share = found.num_bytes / max(1, found.num_bytes + found.num_unaligned_bytes_candidate)
         rows.append(
-            AlignedRow(
-                label=label,
-                verdict=found.verdict,
-                bits=figure(found.bits_per_byte_candidate),
-                bits_interval=f"reference {figure(found.bits_per_byte_reference)}",
-                difference=sign + figure(bits.value, bits.low, bits.high),
-                difference_interval=interval(bits.low, bits.high),
-                aligned=f"{found.num_bytes:,} bytes ({100 * share:.3g} % of what it scored)",
-                notes=found.warnings,
-                changed=found.most_changed[:8],
-            )
+            {
+                "label": label,
+                "verdict": found.verdict,
+                "bits": figure(found.bits_per_byte_candidate),
+                "bits_interval": f"reference {figure(found.bits_per_byte_reference)}",
+                "difference": sign + figure(bits.value, bits.low, bits.high),
+                "difference_interval": interval(bits.low, bits.high),
+                "aligned": f"{found.num_bytes:,} bytes ({100 * share:.3g} % of what it scored)",
+                "notes": found.warnings,
+                "changed": found.most_changed[:8],
+            }
         )
     return rows
 

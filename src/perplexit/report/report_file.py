@@ -132,9 +132,13 @@ def write_report(
         labelled = LabelledRuns.of(
             measured, labels=labels, confidence=confidence, noise_floor=noise_floor, margin=margin
         )
+        if tokens is None:
+            tokens = input_of(labelled.reference)
+        elif not isinstance(tokens, TokenFile):
+            tokens = TokenFile.open(tokens)
         data = token_data(
             labelled,
-            tokens=input_of(labelled.reference) if tokens is None else _token_file(tokens),
+            tokens=tokens,
             tokenizer=tokenizer,
             max_tokens=max_tokens,
             max_alternatives=max_alternatives,
@@ -160,13 +164,7 @@ def _check_limits(max_tokens: int, max_alternatives: int) -> None:
         )
 
 
-def _token_file(tokens: TokenFile | str | Path) -> TokenFile:
-    return tokens if isinstance(tokens, TokenFile) else TokenFile.open(tokens)
-
-
-def _opened(
-    paths: Sequence[Run | Experiment | str | Path],
-) -> tuple[list[Run], list[Experiment]]:
+def _opened(paths: Sequence[Run | Experiment | str | Path]) -> tuple[list[Run], list[Experiment]]:
     """Return the runs and the experiments among them, each in their order."""
     runs: list[Run] = []
     experiments: list[Experiment] = []
