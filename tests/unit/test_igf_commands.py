@@ -401,7 +401,7 @@ def experiment_calls(monkeypatch) -> dict:
         seen["read"] = {str(place): corpus for place, corpus in enumerate(corpora)} | options
         return None, None
 
-    command = "perplexit.cli.igf_experiment"
+    command = "perplexit.cli.igf_finetune"
     monkeypatch.setattr(igf, "run_experiment", run_experiment)
     monkeypatch.setattr(igf, "train_and_test", train_and_test)
     monkeypatch.setattr(igf, "load_model", lambda address: None)

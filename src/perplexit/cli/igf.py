@@ -2,7 +2,7 @@
 
 import typer
 
-from perplexit.cli import igf_collect, igf_experiment, igf_finetune, igf_train
+from perplexit.cli import igf_finetune, igf_learner
 from perplexit.cli.command_group import StatedErrors, examples
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
         "perplexit igf experiment addresses/ --model gpt2/ --learner learner -o experiment/",
     ),
 )
-app.command("collect", epilog=igf_collect.EXAMPLES)(igf_collect.collect)
-app.command("train", epilog=igf_train.EXAMPLES)(igf_train.train)
-app.command("finetune", epilog=igf_finetune.EXAMPLES)(igf_finetune.finetune)
-app.command("experiment", epilog=igf_experiment.EXAMPLES)(igf_experiment.experiment)
+app.command("collect", epilog=igf_learner.COLLECT_EXAMPLES)(igf_learner.collect)
+app.command("train", epilog=igf_learner.TRAIN_EXAMPLES)(igf_learner.train)
+app.command("finetune", epilog=igf_finetune.FINETUNE_EXAMPLES)(igf_finetune.finetune)
+app.command("experiment", epilog=igf_finetune.EXPERIMENT_EXAMPLES)(igf_finetune.experiment)

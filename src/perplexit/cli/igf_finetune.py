@@ -1,4 +1,4 @@
-"""`perplexit igf finetune`: fine-tune a model on the contexts that a filter accepts."""
+"""`perplexit igf finetune`, and `perplexit igf experiment`: many fine-tunings, compared."""
 
 import json
 from dataclasses import asdict
@@ -6,18 +6,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from perplexit import igf
 from perplexit.cli import igf_options as options
 from perplexit.cli.command_group import examples
 from perplexit.cli.engine_options import takes_options
-from perplexit.cli.output import Force, people, print_json, tell
+from perplexit.cli.output import Force, people, print_json, tell, with_interval
 
 _NOT_ASKED = ("output", "checkpoints", "threads", "json", "force")  # they do not change the weights
-EXAMPLES = examples(
+_OF_FINETUNE_ALONE = ("micro_batch", "dropout", "seed_compatible", "seed")
+FINETUNE_EXAMPLES = examples(
     "perplexit igf finetune addresses/ --model gpt2/ --learner learner -o tuned/",
     "perplexit igf finetune old/ --test new/ --model gpt2/ --method standard -o tuned/",
     "perplexit igf finetune old/ --model smollm2/ --learner learner --lora-rank 8 -o adapter/",
+)
+EXPERIMENT_EXAMPLES = examples(
+    "perplexit igf experiment addresses/ --model gpt2/ --learner learner -o experiment/",
+    "perplexit igf experiment old/ --test new/ --model gpt2/ --methods standard,random-skip "
+    "--seeds 5 --steps 30 -o experiment/",
 )
 
 
@@ -94,16 +102,118 @@ def finetune(
             ),
         )
         folder = igf.save_model(tuned, output, inputs=inputs, request=asked, force=force)
-    people().print(_sentence(name, curve, folder))
+    people().print(_curve_in_words(name, curve, folder))
     if given["json"]:
         document = {"method": name, "selection": selection.to_json(), **curve.to_json()}
         print_json({**document, "settings": asdict(settings), "output": str(folder)})
 
 
-def _sentence(name: str, curve: Any, folder: Path) -> str:
+def _curve_in_words(name: str, curve: Any, folder: Path) -> str:
     first, last = curve.perplexities()[0], curve.perplexities()[-1]
     return (
         f"{name}: test perplexity {first:.5g} → {last:.5g} in {curve.steps[-1]} steps, "
         f"{curve.tokens_trained:,} ids trained on of {curve.tokens_judged:,} judged by the filter; "
         f"the model is in {folder}"
     )
+
+
+@takes_options(*options.TUNING_OPTIONS, but_not=_OF_FINETUNE_ALONE)
+def experiment(
+    context: typer.Context,
+    corpus: options.Corpus,
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The experiment's folder.")
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"Divided by commas; the others are compared with the first: {options.METHODS}."
+        ),
+    ] = "standard,igf-constant,igf-shifting,igf-quantile,random-skip,high-loss,perplexity-band",
+    seeds: Annotated[
+        int, typer.Option(min=2, help="Fine-tunings per method: seeds 0 to N-1.")
+    ] = 12,
+    confidence: Annotated[float, typer.Option(help="Coverage of the intervals.")] = 0.95,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="The learner's pairs; what they cost is recorded with the methods' cost."
+        ),
+    ] = None,
+    title: Annotated[str, typer.Option(help="Title of the plot and the report.")] = "",
+    seconds_limit: Annotated[
+        float | None,
+        typer.Option(help="Stop after the fine-tuning that exceeds it; the next call continues."),
+    ] = None,
+    **given: Any,
+) -> None:
+    """Compare ways to select contexts, each method on the same seeds and the same test contexts.
+
+    An experiment that was stopped continues when the same command is given again.
+    """
+    options.refuse_idle_of_methods(context, options.names(methods))
+    inputs = [model, *corpus, *(given["test"] or ()), given["learner"], pairs]
+    igf.check_experiment_output(output, inputs=inputs)
+    with options.working("Runs", given["threads"]) as draw:
+        plan = igf.ExperimentPlan(
+            methods=tuple(options.names(methods)),
+            seeds=tuple(range(seeds)),
+            settings=options.finetune_settings(context),
+            share=given["share"],
+            constant=given["threshold"],
+            confidence=confidence,
+        )
+        train, held = options.train_and_held_out(context.params, "test", given["num_test"])
+        document = igf.run_experiment(
+            igf.load_model(model),
+            train,
+            held,
+            plan=plan,
+            output=output,
+            learner=options.learner_to_use(given["learner"]),
+            labelling=_labelling(pairs),
+            model_name=model,
+            title=title,
+            seconds_limit=seconds_limit,
+            progress=lambda p: draw(p.num_runs, p.total_runs, f"{p.method}, seed {p.seed}"),
+        )
+        if document["methods"]:
+            igf.draw_experiment(document, output)
+    people().print(_table(document))
+    people().print(f"The experiment is {document['status']}, in {output}")
+    if given["json"]:
+        print_json(document)
+
+
+def _labelling(pairs: Path | None) -> dict[str, Any] | None:
+    if pairs is None:
+        return None
+    found = igf.Pairs.open(pairs)
+    return {"num_pairs": len(found), "mode": found.record.get("mode"), **igf.cost_of(pairs)}
+
+
+def _table(document: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("method", "seeds", "final perplexity", "accepted", "seconds", "ratio", "p (Holm)"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    compared = {row["method"]: row for row in document["comparisons"]}
+    for method, found in document["methods"].items():
+        row = compared.get(method)
+        low, high = found["low_perplexity"][-1], found["high_perplexity"][-1]
+        table.add_row(
+            method,
+            str(found["num_seeds"]),
+            escape(with_interval(found["median_perplexity"][-1], low, high)),
+            f"{found['acceptance']:.0%}",
+            f"{found['seconds']['select'] + found['seconds']['train']:.1f}",
+            "-"
+            if row is None
+            else f"{row['ratio']:.4f} \\[{row['ratio_low']:.4f}, {row['ratio_high']:.4f}]",
+            "-" if row is None else _p(row["p_t_holm"]),
+        )
+    return table
+
+
+def _p(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.2g}"
