@@ -14,14 +14,14 @@ from perplexit.errors import CorpusError, OutputError, PerplexitError, TrustWarn
 from perplexit.igf.articles import Articles, read_articles
 from perplexit.igf.pairs import GainStatistics, Pairs, load, pairs_of
 from perplexit.igf.random_contexts import ContextStream, check_disjoint, objective_contexts
-from perplexit.igf.tensors_with_record import (
-    StoredFileError,
-    read_stored,
-    tensor_path,
-    write_stored,
-)
+from perplexit.igf.tensors_with_record import StoredFileError, TensorFile, tensor_path
 
 joblib = pytest.importorskip("joblib")
+
+
+def read(path: Path, kind: str) -> tuple[dict, dict]:
+    with TensorFile(kind).opened(path) as found:
+        return found
 
 
 def articles(count: int = 60, length: int = 80, seed: int = 0) -> Articles:
@@ -171,34 +171,34 @@ def test_no_pickle_is_read_unless_asked_for_by_name(tmp_path: Path) -> None:
 
 
 def test_a_pickles_name_is_written_as_safetensors(tmp_path: Path) -> None:
-    path = write_stored(tmp_path / "pairs.jbl", "things", {"a": np.arange(3)}, {"b": 1})
+    path = TensorFile("things").write(tmp_path / "pairs.jbl", {"a": np.arange(3)}, {"b": 1})
     assert path.name == "pairs.safetensors"
     assert not (tmp_path / "pairs.jbl").exists()
     assert tensor_path("x/model.pt").name == "model.safetensors"
-    tensors, record = read_stored(tmp_path / "pairs.jbl", "things")
+    tensors, record = read(tmp_path / "pairs.jbl", "things")
     assert (tensors["a"].tolist(), record["b"]) == ([0, 1, 2], 1)
 
 
 def test_another_kind_or_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    path = write_stored(tmp_path / "a.safetensors", "things", {"a": np.arange(3)}, {})
+    path = TensorFile("things").write(tmp_path / "a.safetensors", {"a": np.arange(3)}, {})
     with pytest.raises(StoredFileError, match="expected pairs"):
-        read_stored(path, "pairs")
+        read(path, "pairs")
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(StoredFileError, match="make it again"):
-        read_stored(path, "things")
+        read(path, "things")
     with pytest.raises(PerplexitError, match="no such file"):
-        read_stored(tmp_path / "none.safetensors", "things")
+        read(tmp_path / "none.safetensors", "things")
 
 
 def test_a_file_whose_record_has_blanks_as_older_ones_do_is_one_of_ours(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     record = json.dumps({"kind": "things", "version": 1, "b": [1, 2]}, sort_keys=True)
     save_file({"a": np.arange(3)}, path, metadata={"perplexit": record})
-    assert read_stored(path, "things")[1]["b"] == [1, 2]
-    write_stored(path, "things", {"a": np.arange(4)}, {})
-    assert read_stored(path, "things")[0]["a"].tolist() == [0, 1, 2, 3]
+    assert read(path, "things")[1]["b"] == [1, 2]
+    TensorFile("things").write(path, {"a": np.arange(4)}, {})
+    assert read(path, "things")[0]["a"].tolist() == [0, 1, 2, 3]
     with pytest.raises(OutputError, match="something else"):
-        write_stored(path, "others", {"a": np.arange(4)}, {})
+        TensorFile("others").write(path, {"a": np.arange(4)}, {})
 
 
 def test_pairs_come_back_raw_with_their_statistics(tmp_path: Path) -> None:

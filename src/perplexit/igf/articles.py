@@ -11,20 +11,13 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CorpusError, UsageError
 from perplexit.igf.pickles import read_pickle
-from perplexit.igf.tensors_with_record import (
-    PICKLE_SUFFIXES,
-    read_stored,
-    stored_as,
-    tensor_path,
-    write_stored,
-)
+from perplexit.igf.tensors_with_record import PICKLE_SUFFIXES, TensorFile, tensor_path
 from perplexit.inputs.corpus import documents
 from perplexit.inputs.corpus_document import Keys
 from perplexit.inputs.tokenizer_sources import load_tokenizer
-from perplexit.untrusted_files import stated
 
 Split = Literal["train", "objective", "test"]
-KIND = "tokenised articles"
+_FILE = TensorFile("tokenised articles")
 _TEXTS_PER_BATCH = 16
 _TEXT = (str, Path, dict)  # what a sequence of texts holds, not one of ids
 
@@ -102,15 +95,12 @@ class Articles:
         """Write the articles as a safetensors file; return its path."""
         lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
         flat = np.concatenate(self.ids) if self.ids else np.zeros(0, np.int32)
-        return write_stored(
-            path, KIND, {"ids": flat, "lengths": lengths}, {"names": list(self.names)}
-        )
+        return _FILE.write(path, {"ids": flat, "lengths": lengths}, {"names": list(self.names)})
 
     @classmethod
     def open(cls, path: str | Path) -> "Articles":
         """Return the articles that `save` wrote. Raises StoredFileError for any other file."""
-        tensors, record = read_stored(path, KIND)
-        with stated(path, stored_as(KIND)):
+        with _FILE.opened(path) as (tensors, record):
             ids, lengths, names = tensors["ids"], tensors["lengths"], record["names"]
             kinds = ids.dtype.kind == lengths.dtype.kind == "i" and ids.ndim == lengths.ndim == 1
             if not kinds or int(lengths.min(initial=0)) < 0 or int(ids.min(initial=0)) < 0:

@@ -21,17 +21,13 @@ from perplexit.atomic_files import write_json
 from perplexit.errors import UsageError, VocabularyError
 from perplexit.igf.tensors_with_record import (
     StoredFileError,
+    TensorFile,
     json_kind,
-    read_stored,
-    stored_as,
-    stored_kind,
     tensor_path,
-    write_stored,
 )
 from perplexit.protected_outputs import OutputFile, paths_among
-from perplexit.untrusted_files import stated
 
-KIND = "a secondary learner"
+_FILE = TensorFile("a secondary learner")
 _PREDICTION_ROWS = 512
 
 
@@ -213,7 +209,7 @@ def learner_output(path: str | Path, *, inputs: object = (), force: bool = False
     place = learner_path(path)
     read = paths_among(inputs)
     OutputFile(place.with_suffix(".json"), json_kind("learner"), read)
-    file = OutputFile(place, stored_kind(KIND), read, force)
+    file = _FILE.output(place, inputs=read, force=force)
     if file.exists and not force:
         raise file.refused_as_other()
     return file
@@ -226,17 +222,16 @@ def save_learner(learner: Learner, path: str | Path) -> Path:
     """
     learner_output(path, force=True)
     record = {"learner": learner.kind, **learner.record}
-    path = write_stored(learner_path(path), KIND, learner.tensors(), record)
+    path = _FILE.write(learner_path(path), learner.tensors(), record)
     write_json(path.with_suffix(".json"), record)
     return path
 
 
 def load_learner(path: str | Path) -> Learner:
     """Return the learner that `save_learner` wrote; it predicts the same to the last bit."""
-    tensors, record = read_stored(learner_path(path), KIND)
-    kind = record.pop("learner", None)
-    record = {k: v for k, v in record.items() if k not in ("kind", "version")}
-    with stated(path, stored_as(KIND)):
+    with _FILE.opened(learner_path(path)) as (tensors, found):
+        kind = found.get("learner")
+        record = {k: v for k, v in found.items() if k not in ("learner", "kind", "version")}
         if any(a.dtype.kind != "f" or not np.isfinite(a).all() for a in tensors.values()):
             raise ValueError("weights that are no finite numbers")
         if kind == RidgeLearner.kind:

@@ -18,19 +18,16 @@ from perplexit.igf.resumable_work import CONDITIONS_FILE
 from perplexit.igf.tensors_with_record import (
     PICKLE_SUFFIXES,
     StoredFileError,
+    TensorFile,
     json_kind,
     object_in,
-    read_stored,
     stored_as,
-    stored_kind,
     tensor_path,
-    write_stored,
 )
 from perplexit.protected_outputs import OutputFile, paths_among
 from perplexit.runs.parts_folder import LOCK_FILE, PartsFolder
-from perplexit.untrusted_files import stated
 
-KIND = "information gain pairs"
+_FILE = TensorFile("information gain pairs")
 # The names of the columns in a file, with those of their fields.
 _COLUMNS = {
     "context_ids": "ids_NT",
@@ -101,13 +98,12 @@ class Pairs:
         }
         tensors = {stored: getattr(self, name) for stored, name in _COLUMNS.items()}
         record = {**self.record, "num_pairs": len(self), "statistics": statistics}
-        return write_stored(path, KIND, tensors, record)
+        return _FILE.write(path, tensors, record)
 
     @classmethod
     def open(cls, path: str | Path) -> "Pairs":
         """Return the pairs that `save` wrote. Raises StoredFileError for any other file."""
-        tensors, record = read_stored(path, KIND)
-        with stated(path, stored_as(KIND)):
+        with _FILE.opened(path) as (tensors, record):
             ids, article, *gains = (tensors[stored] for stored in _COLUMNS)
             integers = ids.dtype.kind == article.dtype.kind == "i" and ids.ndim == 2
             floats = all(gain.dtype.kind == "f" and np.isfinite(gain).all() for gain in gains)
@@ -131,12 +127,12 @@ def pairs_output(path: str | Path, *, inputs: object = ()) -> OutputFile:
         raise OutputError(
             f"expected the parts of a collection in {parts}, got other files; name another output"
         )
-    return OutputFile(place, stored_kind(KIND), read)
+    return _FILE.output(place, inputs=read)
 
 
 def parts_folder(path: Path) -> PartsFolder:
     """Return the folder beside a pairs' file that keeps the parts of an unfinished collection."""
-    return PartsFolder(path.with_name(path.name + ".parts"), stored_as(f"a part of {KIND}"))
+    return PartsFolder(path.with_name(path.name + ".parts"), stored_as(f"a part of {_FILE.kind}"))
 
 
 def write_cost(path: Path, num_pairs: int, seconds: float) -> None:

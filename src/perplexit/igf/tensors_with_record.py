@@ -4,7 +4,9 @@ The record is one metadata entry in canonical JSON, so that equal content gives 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.numpy import save_file
 from perplexit.errors import PerplexitError
 from perplexit.fingerprints import canonical_json
 from perplexit.protected_outputs import Kind, OutputFile, header_has_mark
-from perplexit.untrusted_files import Expected, parse_json, read_json
+from perplexit.untrusted_files import Expected, parse_json, read_json, stated
 from perplexit.untrusted_tensors import read_tensors
 
 PICKLE_SUFFIXES = (".jbl", ".joblib", ".pkl", ".pickle", ".pt", ".bin")
@@ -32,26 +34,58 @@ def tensor_path(path: str | Path) -> Path:
     return path.with_suffix(".safetensors") if path.suffix in PICKLE_SUFFIXES else path
 
 
-def write_stored(
-    path: str | Path, kind: str, tensors: Mapping[str, NDArray[Any]], record: Mapping[str, Any]
-) -> Path:
-    """Write tensors and record in one step; returns the path written (see `tensor_path`).
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file of one kind, as it follows "expected" in messages.
 
-    Raises OutputError where something else than an older file of the same kind is there.
+    Its path may have a pickle's suffix; see `tensor_path`.
     """
-    file = OutputFile(tensor_path(path), stored_kind(kind), force=True)
-    document = canonical_json({"kind": kind, "version": 1, **record})
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    return file.write(lambda p: save_file(arrays, p, metadata={_RECORD: document}))
 
+    kind: str
 
-def stored_kind(kind: str) -> Kind:
-    """Return the kind of output that `write_stored` writes under this name.
+    def output(
+        self, path: str | Path, *, inputs: tuple[Path, ...] = (), force: bool = False
+    ) -> OutputFile:
+        """Return the file to be written. Raises OutputError where something else is there.
 
-    Files of older versions have a blank after the record's colons.
-    """
-    marks = [json.dumps(f'"kind":{blank}"{kind}"')[1:-1].encode() for blank in ("", " ")]
-    return Kind(kind, lambda path: any(header_has_mark(path, mark) for mark in marks))
+        Files of older versions have a blank after the record's colons.
+        """
+        marks = [json.dumps(f'"kind":{blank}"{self.kind}"')[1:-1].encode() for blank in ("", " ")]
+        kind = Kind(self.kind, lambda found: any(header_has_mark(found, mark) for mark in marks))
+        return OutputFile(tensor_path(path), kind, inputs, force)
+
+    def write(
+        self, path: str | Path, tensors: Mapping[str, NDArray[Any]], record: Mapping[str, Any]
+    ) -> Path:
+        """Write tensors and record in one step; return the path. Raises as `output` does."""
+        document = canonical_json({"kind": self.kind, "version": 1, **record})
+        arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        file = self.output(path, force=True)
+        return file.write(lambda p: save_file(arrays, p, metadata={_RECORD: document}))
+
+    @contextmanager
+    def opened(self, path: str | Path) -> Iterator[tuple[dict[str, NDArray[Any]], dict[str, Any]]]:
+        """Yield the tensors and the record that `write` wrote.
+
+        Raises StoredFileError where the file is missing, damaged or of another kind, and for
+        whatever fails within the block.
+        """
+        path = tensor_path(path)
+        if not path.is_file():
+            raise StoredFileError(f"expected {self.kind} in {path}, but there is no such file")
+        expected = stored_as(self.kind)
+        tensors, metadata = read_tensors(path, expected)
+        if _RECORD not in metadata:
+            expected.refuse(path, "tensors without a record")
+        record = parse_json(metadata[_RECORD], expected, dict[str, Any], place=path)
+        if record.get("kind") != self.kind or record.get("version") != 1:
+            found = f"{record.get('kind')!r:.60} of version {record.get('version')!r:.20}"
+            raise StoredFileError(
+                f"expected {self.kind} of version 1 in {path}, got {found}; name another file, or "
+                "make it again"
+            )
+        with stated(path, expected):
+            yield tensors, record
 
 
 def json_kind(key: str) -> Kind:
@@ -67,28 +101,6 @@ def object_in(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_stored(path: str | Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Return the tensors and the record that `write_stored` wrote.
-
-    Raises StoredFileError where the file is missing, damaged or of another kind.
-    """
-    path = tensor_path(path)
-    if not path.is_file():
-        raise StoredFileError(f"expected {kind} in {path}, but there is no such file")
-    expected = stored_as(kind)
-    tensors, metadata = read_tensors(path, expected)
-    if _RECORD not in metadata:
-        expected.refuse(path, "tensors without a record")
-    record = parse_json(metadata[_RECORD], expected, dict[str, Any], place=path)
-    if record.get("kind") != kind or record.get("version") != 1:
-        found = f"{record.get('kind')!r:.60} of version {record.get('version')!r:.20}"
-        raise StoredFileError(
-            f"expected {kind} of version 1 in {path}, got {found}; name another file, or make it "
-            "again"
-        )
-    return tensors, record
-
-
 def stored_as(kind: str) -> Expected:
-    """Return what a file of this kind should hold, for checks of what `read_stored` returned."""
+    """Return what a file of this kind should hold, for messages."""
     return Expected(f"{kind} written by Perplexit", StoredFileError, "make it again")
