@@ -13,18 +13,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
-from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.gain_measures import GainMeasure, Mode, default_rule, gain_measure
 from perplexit.igf.losses import ids_on_device
-from perplexit.igf.model_identity import measurement_of_model
+from perplexit.igf.model_identity import recorded_identity
 from perplexit.igf.optimizer_step import StepRule
 from perplexit.igf.pairs import Pairs, pairs_output, parts_folder, write_cost
 from perplexit.igf.random_contexts import Contexts, check_disjoint, derived_seed
 from perplexit.igf.resumable_work import keep_conditions, require_same
 from perplexit.igf.tensors_with_record import stored_as, tensor_path
 from perplexit.metrics.likelihood import exp_or_inf
-from perplexit.runs.measurement import measurement_fingerprint
 from perplexit.runs.parts_folder import lock_folder
 from perplexit.untrusted_files import stated
 
@@ -74,16 +72,13 @@ def collect_pairs(
         raise UsageError("expected at least 1 context to measure, got none")
     check_disjoint(objective=objective, contexts=contexts)
     rule = rule or default_rule(mode)
-    measurement = measurement_of_model(model)
     conditions = {
         "mode": mode,
         "rule": asdict(rule),
         "dropout": dropout,
         "seed": seed,
         "model": model_name,
-        "weights_fingerprint": module_fingerprint(model),
-        "measurement": measurement,
-        "measurement_fingerprint": measurement_fingerprint(measurement),
+        **recorded_identity(model),
         "contexts_fingerprint": contexts.fingerprint(),
         "objective_fingerprint": objective.fingerprint(),
         "context_length": int(contexts.ids_NT.shape[1]),

@@ -19,6 +19,7 @@ from perplexit.untrusted_files import Expected, read_json, stated
 SCHEMA_VERSION = 1
 EXPERIMENT_KIND = "igf-experiment"
 EXPERIMENT_FILE = "experiment.json"
+DOCUMENT_HEAD = {"schema_version": SCHEMA_VERSION, "kind": EXPERIMENT_KIND}
 _EXPECTED = Expected("a whole experiment", RunError, "experiment again")
 _SECONDS = {"select", "train", "evaluate"}
 Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]

@@ -23,22 +23,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from perplexit.atomic_files import write_json
-from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import ResumeError, UsageError
 from perplexit.igf.articles import Articles
-from perplexit.igf.experiment_file import (
-    EXPERIMENT_FILE,
-    EXPERIMENT_KIND,
-    SCHEMA_VERSION,
-    check_experiment_output,
-)
+from perplexit.igf.experiment_file import DOCUMENT_HEAD, EXPERIMENT_FILE, check_experiment_output
 from perplexit.igf.experiment_summary import summarise
 from perplexit.igf.finetune_curve import FinetuneCurve, FinetuneProgress
 from perplexit.igf.finetuning import finetune_model
 from perplexit.igf.language_model import weights_restored
 from perplexit.igf.learners import Learner, check_learner_fits, learner_fingerprint
 from perplexit.igf.losses import ContextScorer, ids_on_device
-from perplexit.igf.model_identity import measurement_of_model
+from perplexit.igf.model_identity import recorded_identity
 from perplexit.igf.random_contexts import Contexts
 from perplexit.igf.resumable_work import keep_conditions
 from perplexit.igf.selection import (
@@ -49,7 +43,7 @@ from perplexit.igf.selection import (
     selection_named,
 )
 from perplexit.igf.training_options import FinetuneSettings
-from perplexit.runs.measurement import measurement_fingerprint, plain_json
+from perplexit.runs.measurement import plain_json
 from perplexit.untrusted_files import Expected, read_json
 
 _FINISHED = Expected(
@@ -140,8 +134,7 @@ def run_experiment(
 
     records, stopped = _run_what_is_missing(plan, finetuned, folder / "runs", seconds_limit)
     document = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": EXPERIMENT_KIND,
+        **DOCUMENT_HEAD,
         "status": "interrupted" if stopped else "complete",
         "title": title or model_name,
         "model": model_name,
@@ -162,14 +155,11 @@ def run_experiment(
 def _conditions(
     model: nn.Module, train: Articles, test: Contexts, plan: ExperimentPlan, learner: Learner | None
 ) -> dict[str, Any]:
-    measurement = measurement_of_model(model)
     planned = plain_json(asdict(plan))
     articles_N = np.sort(train.fingerprints())
     return {
         "plan": {k: v for k, v in planned.items() if k not in ("methods", "seeds")},
-        "weights_fingerprint": module_fingerprint(model),
-        "measurement": measurement,
-        "measurement_fingerprint": measurement_fingerprint(measurement),
+        **recorded_identity(model),
         "test_fingerprint": test.fingerprint(),
         "train_fingerprint": hashlib.sha256(articles_N.astype("<i8").tobytes()).hexdigest(),
         "learner": None if learner is None else learner_fingerprint(learner),

@@ -101,10 +101,8 @@ class ExactGain(GainMeasure):
         return np.array([self._gain(context[None]) for context in contexts_BT], dtype=np.float64)
 
     def _gain(self, context_1T: Tensor) -> float:
-        def loss() -> Tensor:
-            return context_losses(self._model, context_1T)[0]
-
-        with stepped(self._model, loss, self._rule, dropout=self._dropout):
+        loss = partial(context_losses, self._model, context_1T)
+        with stepped(self._model, lambda: loss()[0], self._rule, dropout=self._dropout):
             after = self._scorer.mean_loss(self._objective_NT)
         return self.objective_loss - after
 

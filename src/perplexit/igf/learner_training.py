@@ -21,6 +21,7 @@ from perplexit.igf.pairs import GainStatistics, Pairs
 from perplexit.igf.training_options import NetworkOptions, network_options
 
 LearnerKind = Literal["ridge", "cnn"]
+_HELD_OUT = 0.2  # share of the articles to choose by, and of those to report on
 PENALTIES = tuple(float(p) for p in np.geomspace(0.3, 3000, 17))
 
 
@@ -40,9 +41,7 @@ class DividedPairs:
     seed: int
 
 
-def divide_by_article(
-    pairs: Pairs, *, choose: float = 0.2, report: float = 0.2, seed: int = 0
-) -> DividedPairs:
+def divide_by_article(pairs: Pairs, *, seed: int = 0) -> DividedPairs:
     """Divide the pairs; each article goes whole to one of the three parts, by seed and content.
 
     Raises UsageError with fewer than three articles, and where the gains to fit do not vary.
@@ -54,8 +53,8 @@ def divide_by_article(
             "collect from more articles"
         )
     order = np.random.default_rng(seed).permutation(articles)
-    num_report = max(1, round(report * len(order)))
-    num_choose = max(1, min(round(choose * len(order)), len(order) - num_report - 1))
+    num_report = max(1, round(_HELD_OUT * len(order)))
+    num_choose = max(1, min(num_report, len(order) - num_report - 1))
     in_report = np.isin(pairs.article_N, order[:num_report])
     in_choose = np.isin(pairs.article_N, order[num_report : num_report + num_choose])
     fit = np.flatnonzero(~in_report & ~in_choose)

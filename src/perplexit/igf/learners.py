@@ -8,6 +8,7 @@ Shape suffixes: N = contexts, T = ids of a context, V = vocabulary, D = embeddin
 """
 
 import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,17 +66,14 @@ def check_vocabulary(ids_NT: NDArray[np.int32], vocab_size: int) -> None:
         )
 
 
+@dataclass
 class RidgeLearner:
     """`intercept + Σ weights[id]` over a context's ids: linear in the counts of tokens."""
 
+    weights_V: NDArray[np.float32]
+    intercept: float
+    record: dict[str, Any] = field(default_factory=dict)
     kind = "ridge"
-
-    def __init__(
-        self, weights_V: NDArray[np.float32], intercept: float, record: dict[str, Any] | None = None
-    ) -> None:
-        self.weights_V = weights_V
-        self.intercept = intercept
-        self.record = record or {}
 
     def predict(self, ids_NT: NDArray[np.int32]) -> NDArray[np.float64]:
         """See Learner."""

@@ -11,7 +11,11 @@ from perplexit.checkpoints.module_call import dtype_name
 from perplexit.checkpoints.module_identity import module_fingerprint, settings_of
 from perplexit.fingerprints import json_fingerprint
 from perplexit.igf.resumable_work import FINGERPRINT_VERSION, identifies_its_model
-from perplexit.runs.measurement import measurement_differences, measurement_of
+from perplexit.runs.measurement import (
+    measurement_differences,
+    measurement_fingerprint,
+    measurement_of,
+)
 
 
 def measurement_of_model(model: nn.Module) -> dict[str, Any]:
@@ -40,6 +44,16 @@ def measurement_of_model(model: nn.Module) -> dict[str, Any]:
         },
         on_non_finite="error",
     )
+
+
+def recorded_identity(model: nn.Module) -> dict[str, Any]:
+    """Return the identity of a model as pairs and experiments record it."""
+    measurement = measurement_of_model(model)
+    return {
+        "weights_fingerprint": module_fingerprint(model),
+        "measurement": measurement,
+        "measurement_fingerprint": measurement_fingerprint(measurement),
+    }
 
 
 def unlike_pairs(learner_record: Mapping[str, Any], model: nn.Module) -> str | None:

@@ -73,12 +73,9 @@ def objective_gradient(model: nn.Module, objective_NT: Tensor) -> list[Tensor | 
     mode. Raises NonFiniteError where the gradient is not finite.
     """
     batch_size = max(1, _OBJECTIVE_BATCH_IDS // objective_NT.shape[1])
-
-    def losses() -> Iterator[Tensor]:
-        for batch in torch.split(objective_NT, batch_size):
-            yield context_losses(model, batch).sum() / len(objective_NT)
-
-    gradient = _gradients(model, trainable_parameters(model), losses, dropout=False)
+    batches = torch.split(objective_NT, batch_size)
+    losses = (context_losses(model, batch).sum() / len(objective_NT) for batch in batches)
+    gradient = _gradients(model, trainable_parameters(model), lambda: losses, dropout=False)
     gradient_scale([g for g in gradient if g is not None], None)  # raises unless finite
     return gradient
 
