@@ -3,28 +3,9 @@
 Each message says three things: what was expected, what came, what to do. The command line prints
 the message alone and exits with `exit_code`; a traceback means a bug in Perplexit.
 
-    PerplexitError
-    ├── UsageError                 a wrong combination of arguments (also a ValueError)
-    │   └── OutputError            an output that would overwrite something (exit code 1)
-    ├── CorpusError                text that cannot be read, or has nothing in it
-    ├── TokenizerError             a tokenizer that cannot be loaded or that loses text
-    ├── TokenFileError             a prepared input that is damaged or of another version
-    ├── FingerprintMismatchError   two things that must be identical are not
-    ├── ModelError                 a checkpoint or program that cannot be loaded
-    │   └── VocabularyError        ids outside the model's vocabulary
-    ├── CapabilityError            a session is asked for something it cannot do
-    │   └── CacheMismatchError     other figures with a key/value cache than without
-    ├── QuantizationError          a precision that the engine lacks, or that quantized nothing
-    │   └── UnknownPrecisionError  one that no engine knows (also a UsageError)
-    ├── CompilationError           an export that failed or does not give the checkpoint's numbers
-    ├── EngineOutOfMemoryError     one window does not fit
-    ├── NonFiniteError             a NaN or infinite loss, with its window and position
-    ├── EmptyScoreError            nothing was scored, so no mean exists
-    ├── RunError                   a run folder that is damaged, incomplete or of another version
-    │   └── ResumeError            a run folder made under other conditions
-    ├── MemoryBoundError           a stated memory bound was exceeded
-    ├── MissingPackageError        an optional package, with the command that installs it
-    └── GateError                  a comparison outside its stated bound (exit code 3)
+All are PerplexitErrors. An OutputError is a UsageError too, a VocabularyError a ModelError, a
+CacheMismatchError a CapabilityError, an UnknownPrecisionError a QuantizationError and a UsageError,
+a ResumeError a RunError.
 """
 
 

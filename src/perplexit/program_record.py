@@ -8,6 +8,7 @@ from typing import Any
 from perplexit.atomic_files import write_json
 from perplexit.errors import ModelError
 from perplexit.fingerprints import sha256_of_file
+from perplexit.session_descriptions import QuantizationDescription
 from perplexit.untrusted_files import Expected, FileName, read_json, typed
 
 FORMAT_VERSION = 1
@@ -37,21 +38,14 @@ class ProgramModel:
 
 
 @dataclass(frozen=True, slots=True)
-class ProgramQuantization:
+class ProgramQuantization(QuantizationDescription):
     """What a quantization did to the weights, counted on the finished program.
 
-    num_bytes:      of the quantized tensors, scales included.
     effective_bits: 8 · bytes of all weights in the program / the checkpoint's parameters.
-    unquantized:    the large tensors that were left as they were, by the checkpoint's names.
+    unquantized:    by the checkpoint's names.
     settings:       the format and the arithmetic (bits, block size, accuracy level).
     """
 
-    name: str
-    library: str
-    num_modules: int
-    num_bytes: int
-    effective_bits: float
-    unquantized: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

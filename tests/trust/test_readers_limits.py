@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import perplexit as px
 from perplexit.cli.app import app
 from perplexit.errors import ModelError, RunError, TokenizerError, UsageError
-from perplexit.inputs.gguf_header import metadata_fingerprint
+from perplexit.inputs.gguf_header_check import metadata_fingerprint
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.sessions.loss_file_formats import read_recording
 from perplexit.untrusted_files import Expected

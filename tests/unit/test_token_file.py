@@ -33,7 +33,7 @@ def _writer(path):
 
 
 def _append(writer, batch, windows):
-    documents = [Document("", "")] * batch.num_documents
+    documents = [Document("", "")] * (len(batch.document_starts) - 1)
     domains_D = np.full(len(documents), -1, np.int32)
     writer.append(batch, documents=documents, domains_D=domains_D, windows=windows)
 

@@ -18,7 +18,7 @@ from perplexit.atomic_files import cache_folder, kept_folder
 from perplexit.checkpoints.identity import weights_fingerprint
 from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.errors import MissingPackageError, ModelError, PerplexitError
-from perplexit.inputs.gguf_header import check_gguf
+from perplexit.inputs.gguf_header_check import check_gguf
 from perplexit.untrusted_files import Expected, open_regular
 
 _EXPECTED = Expected("a GGUF file", ModelError, "is the download complete?")

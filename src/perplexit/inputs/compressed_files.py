@@ -28,7 +28,7 @@ _SUFFIX_OF = {
     b"\xfd7zXZ\x00": ".xz",
 }
 COMPRESSED_SUFFIXES = frozenset(_SUFFIX_OF.values())
-_EXPECTED = Expected("a text or a table", CorpusError, "name another file")
+TEXT_OR_TABLE = Expected("a text or a table", CorpusError, "name another file")
 
 
 def is_compressed(path: Path) -> bool:
@@ -42,7 +42,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
     Raises CorpusError, here or while it is read, for a file that is cut short, damaged, or
     compressed otherwise than its name says.
     """
-    file = open_regular(path, _EXPECTED)
+    file = open_regular(path, TEXT_OR_TABLE)
     suffix = path.suffix.lower()
     found = _suffix_by_content(file)
     if suffix not in COMPRESSED_SUFFIXES:

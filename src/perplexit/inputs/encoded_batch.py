@@ -39,11 +39,6 @@ class EncodedBatch:
     num_words: NDArray[np.int64]
     text_bytes: bytes
 
-    @property
-    def num_documents(self) -> int:
-        """Return how many documents are in the batch."""
-        return len(self.document_starts) - 1
-
     def document(self, index: int) -> "EncodedBatch":
         """Return one document as a batch of its own."""
         begin, end = self.document_starts[index : index + 2].tolist()

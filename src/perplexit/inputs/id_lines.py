@@ -5,6 +5,7 @@ and is a document of its own.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,12 @@ def import_id_lines(
             kept = [(row, ids) for row, ids in enumerate(lines, first_line - 1) if len(ids) >= 2]
             largest = max([largest, *(max(ids) for _, ids in kept)])
             _append(writer, kept, str(path))
+        skipped = {"fewer than two ids": {"count": len(short), "first": short[:5]}} if short else {}
         spec: dict[str, Any] = {
             "protocol": _PROTOCOL.to_json(),
             "tokenizer": loaded.to_json() if loaded else {"vocab_size": largest + 1},
             "domains": [],
-            "corpus": {
-                "num_read": num_lines,
-                "skipped": {"fewer than two ids": {"count": len(short), "first": short[:5]}}
-                if short
-                else {},
-            },
+            "corpus": {"num_read": num_lines, "skipped": skipped},
         }
         return writer.finish(spec, tokenizer_fingerprint=loaded.fingerprint if loaded else "")
 
@@ -109,16 +106,10 @@ def _append(writer: TokenFileWriter, lines: list[tuple[int, list[int]]], path: s
 
 def _line_batches(path: Path, limit: int) -> Iterator[tuple[int, list[list[int]]]]:
     """Yield (number of the first line, ids of each line) for groups of lines."""
-    batch: list[list[int]] = []
-    first = 1
     with open_regular(path, _EXPECTED) as file:
-        for number, line in enumerate(file, start=1):
-            batch.append(_ids(line, f"{path}, line {number}", limit))
-            if len(batch) == _LINES_PER_BATCH:
-                yield first, batch
-                first, batch = number + 1, []
-    if batch:
-        yield first, batch
+        numbered = enumerate(file, start=1)
+        while batch := list(islice(numbered, _LINES_PER_BATCH)):
+            yield batch[0][0], [_ids(line, f"{path}, line {n}", limit) for n, line in batch]
 
 
 def _ids(line: bytes, origin: str, limit: int) -> list[int]:

@@ -42,7 +42,7 @@ _EXPECTED = Expected("a token file", TokenFileError, "`perplexit prepare` makes 
 
 class _HeaderEntry(TypedDict):
     dtype: Literal["I64", "I32", "U16", "U8", "BOOL"]
-    shape: Annotated[list[_Size], msgspec.Meta(max_length=2)]
+    shape: Annotated[list[_Size], msgspec.Meta(min_length=1, max_length=2)]
     data_offsets: list[int]
 
 

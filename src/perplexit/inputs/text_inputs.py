@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from perplexit.atomic_files import cache_folder
-from perplexit.errors import CorpusError, TokenFileError, UsageError
+from perplexit.errors import TokenFileError, UsageError
 from perplexit.fingerprints import json_fingerprint, sha256_of_file
+from perplexit.inputs.compressed_files import TEXT_OR_TABLE
 from perplexit.inputs.corpus import files_of
 from perplexit.inputs.corpus_pass import Progress
 from perplexit.inputs.preparing import prepare, protocol_for_tokenizer
 from perplexit.inputs.token_file import FORMAT_VERSION, TokenFile
 from perplexit.inputs.tokenizer_sources import load_tokenizer
-from perplexit.untrusted_files import Expected, check_regular
+from perplexit.untrusted_files import check_regular
 
 Texts = str | Path | Iterable[str | Path]
 
-_EXPECTED = Expected("a text or a table", CorpusError, "name another file")
 _LOOKS_LIKE_A_PATH = re.compile(r"\S*[/\\]\S*\.[A-Za-z]\w{0,9}")
 _GIVE = "give a text, a list of texts, or the path of a file"
 
@@ -139,5 +139,5 @@ def _identity(item: str | Path) -> Any:
         return hashlib.sha256(item.encode("utf-8", "surrogatepass")).hexdigest()
     files = files_of([item])
     for file in files:
-        check_regular(file, _EXPECTED)
+        check_regular(file, TEXT_OR_TABLE)
     return [str(item), [[str(file), sha256_of_file(file)] for file in files]]

@@ -142,6 +142,9 @@ class SenseChecks:
     def _check_shapes(self, tensors: dict[str, NDArray[Any]]) -> None:
         num_documents = len(tensors["document_domains"])
         lengths = {
+            "token_ids": self._num_ids,
+            "document_domains": num_documents,
+            "text_bytes": self._num_bytes,
             "document_starts": num_documents + 1,
             "byte_starts": self._num_ids + 1,
             "num_words": self._num_ids,
@@ -151,8 +154,6 @@ class SenseChecks:
             if name in tensors and tensors[name].shape != (length,):
                 found = list(tensors[name].shape)
                 self._refuse(f"the tensor {name} of shape {found} where [{length}] belongs")
-        for name in ("token_ids", "document_domains", "text_bytes"):
-            self._require(tensors[name].ndim == 1, f"the tensor {name} of several dimensions")
         table = tensors["windows"]
         shaped = table.ndim == 2 and table.shape[1] == len(COLUMNS) and len(table) > 0
         self._require(shaped, f"a window table of shape {list(table.shape)}")

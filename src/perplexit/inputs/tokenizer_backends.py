@@ -81,10 +81,6 @@ class HuggingFaceBackend:
         """Return where a long text may be cut without changing its ids."""
         return rule_of_tokenizers(self._serialised, self.spelled, self._vocabulary)
 
-    def token_to_id(self, token: str) -> int | None:
-        """Return the id of `token`, None where the vocabulary lacks it."""
-        return self._tokenizer.token_to_id(token)
-
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -93,7 +89,7 @@ class HuggingFaceBackend:
     def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
         """Return the ids of each text, and the characters that each token covers."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [_spans_of(encoding) for encoding in encodings]
+        return [_spans_of(encoding.ids, encoding.offsets) for encoding in encodings]
 
 
 class SentencePieceBackend:
@@ -136,8 +132,7 @@ class SentencePieceBackend:
         return [self._spans(ids, offsets) for ids, offsets in self._offsets(list(texts))]
 
     def _spans(self, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Spans:
-        span = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
-        begin, end = span[:, 0].copy(), span[:, 1].copy()
+        _, begin, end = _spans_of(ids, offsets)
         # a run of byte pieces has its characters on the last piece alone: give all the whole run
         is_byte = self._is_byte[np.array(ids, dtype=np.int64)]
         edges = np.flatnonzero(np.diff(is_byte, prepend=False, append=False))
@@ -180,7 +175,6 @@ def _is_set_throughout(value: Any) -> bool:
     return types <= _SET_TYPES
 
 
-def _spans_of(encoding: tokenizers.Encoding) -> Spans:
-    ids = encoding.ids
-    span = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
-    return ids, span[:, 0], span[:, 1]
+def _spans_of(ids: list[int], offsets: Sequence[tuple[int, int]]) -> Spans:
+    span = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+    return ids, span[:, 0].copy(), span[:, 1].copy()

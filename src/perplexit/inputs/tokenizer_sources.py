@@ -14,7 +14,7 @@ import tokenizers
 
 from perplexit.atomic_files import cache_folder, kept_folder
 from perplexit.errors import MissingPackageError, TokenizerError
-from perplexit.inputs.gguf_header import metadata_fingerprint
+from perplexit.inputs.gguf_header_check import metadata_fingerprint
 from perplexit.inputs.tokenizer import Tokenizer
 from perplexit.inputs.tokenizer_backends import HuggingFaceBackend, SentencePieceBackend
 from perplexit.untrusted_files import (
@@ -135,12 +135,9 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
     configuration = _configuration(path.parent)
     _add_named_tokens(tokenizer, configuration)
     backend = HuggingFaceBackend(tokenizer)
-    bos_id = _named_id(backend, configuration.get("bos_token"))
-    eos_id = _named_id(backend, configuration.get("eos_token"))
-    prefix = backend.added[0]
-    if bos_id is None and len(prefix) == 1:
-        bos_id = prefix[0]
-    return Tokenizer(backend, bos_id, eos_id)
+    bos_id = _named_id(tokenizer, configuration.get("bos_token"))
+    eos_id = _named_id(tokenizer, configuration.get("eos_token"))
+    return Tokenizer(backend, _only_prefix(backend) if bos_id is None else bos_id, eos_id)
 
 
 def _check_ids(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
@@ -189,9 +186,14 @@ def _added_token(entry: Any) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(entry["content"], **({"special": True} | chosen))
 
 
-def _named_id(backend: HuggingFaceBackend, token: Any) -> int | None:
+def _named_id(tokenizer: tokenizers.Tokenizer, token: Any) -> int | None:
     content = token.get("content") if isinstance(token, dict) else token
-    return backend.token_to_id(content) if isinstance(content, str) else None
+    return tokenizer.token_to_id(content) if isinstance(content, str) else None
+
+
+def _only_prefix(backend: HuggingFaceBackend) -> int | None:
+    """Return the token that the tokenizer puts before a text, where it is one."""
+    return backend.added[0][0] if len(backend.added[0]) == 1 else None
 
 
 def _from_hub(name: str, revision: str | None) -> Tokenizer:
@@ -225,8 +227,7 @@ def _from_object(source: object) -> Tokenizer:
         if inner is not source:
             bos_id, eos_id = (getattr(source, f"{name}_token_id", None) for name in ("bos", "eos"))
             return Tokenizer(backend, bos_id, eos_id)
-        prefix = backend.added[0]
-        return Tokenizer(backend, prefix[0] if len(prefix) == 1 else None, None)
+        return Tokenizer(backend, _only_prefix(backend), None)
     if hasattr(source, "serialized_model_proto"):
         return _from_sentencepiece(source)
     raise TokenizerError(

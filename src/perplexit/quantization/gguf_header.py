@@ -7,7 +7,7 @@ from pathlib import Path
 from gguf import GGUFReader, LlamaFileType
 
 from perplexit.errors import ModelError
-from perplexit.inputs.gguf_header import check_gguf
+from perplexit.inputs.gguf_header_check import check_gguf
 from perplexit.program_record import ProgramQuantization
 from perplexit.untrusted_files import Expected, stated
 

@@ -26,7 +26,7 @@ from perplexit.igf.articles import Articles
 from perplexit.igf.experiment_file import Experiment
 from perplexit.igf.learners import RidgeLearner, load_learner, save_learner
 from perplexit.igf.pairs import Pairs
-from perplexit.inputs.gguf_header import metadata_fingerprint
+from perplexit.inputs.gguf_header_check import metadata_fingerprint
 from perplexit.inputs.id_lines import import_id_lines
 from perplexit.inputs.kl_base_file import MAGIC, KlBaseFile
 from perplexit.inputs.preparing import prepare
