@@ -87,9 +87,9 @@ bench: setup
 bench-quick: setup
 	$(BIN)/python bench/run.py --quick -o build/bench-quick $(BENCH_FLAGS)
 
-# Where a CUDA device is. Anywhere else: bench/on_cuda.py --tiny --device cpu proves the script.
+# Where a CUDA device is. Anywhere else BENCH_FLAGS=--quick proves the section on the CPU.
 bench-cuda:
-	$(BIN)/python bench/on_cuda.py $(BENCH_FLAGS)
+	$(BIN)/python bench/run.py --only cuda -o build/bench-cuda $(BENCH_FLAGS)
 
 docs: setup
 	$(BIN)/python docs/generate.py

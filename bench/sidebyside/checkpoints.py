@@ -1,4 +1,4 @@
-"""Checkpoints and compiled programs, each made once, in a process that ends with it."""
+"""Checkpoints, each made once, in a process that ends with it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
-import perplexit as px
 from perplexit.checkpoints.gguf_dequantized import dequantized_folder
 from perplexit.cli.demo_files import MODEL_FILE, MODEL_PACKAGE, packaged_file
 
@@ -30,16 +29,7 @@ def random_llama(folder: Path, config: dict[str, Any]) -> Path:
 def _random(folder: Path, architecture: Any, config: Any) -> Path:
     if not (folder / "config.json").exists():
         set_seed(0)
-        dtype = config.dtype or torch.float32
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = architecture(config).to(dtype)
+            model = architecture(config).to(config.dtype or torch.float32)
         model.save_pretrained(folder)
-    return folder
-
-
-def compiled(model: Path, folder: Path, to: str, quantization: str | None) -> Path:
-    """Compile the checkpoint to a program, with the head inside where the engine can."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        px.compile(model, to=to, output=folder, quantization=quantization, perplexity=to != "gguf")
     return folder

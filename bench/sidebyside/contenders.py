@@ -1,21 +1,23 @@
-"""The contenders: how each one is opened, and what one of its turns gives back."""
+"""The contenders: how each one is opened, what it scores, and what one of its turns gives back.
+
+Only names that older versions of Perplexit have are used here, in `workers` and in
+`perplexit_contenders`: with `--against` these modules run over an older version.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import perplexit as px
 from sidebyside.paired_ratios import ForwardFlops
-from sidebyside.workloads import Workload
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a contender is opened with.
-
-    model:   a checkpoint folder.
-    program: a compiled program of the same checkpoint, for the engines that want one.
-    """
+    """What a contender is opened with: a checkpoint folder, and a program of it or None."""
 
     model: str
     dtype: str
@@ -25,10 +27,41 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
+class Workload:
+    """A token file of one text's windows, each of `max_length` ids, the last target included.
+
+    strided:    windows advance by half a window and score what is new, as the guide of Hugging Face
+        does. Else windows share one id with the one before, so that every id but the text's first
+        is scored once, with the context that lm-evaluation-harness gives it.
+    batch_size: windows per call, for those contenders that can be told; None: their own default.
+    """
+
+    path: Path
+    max_length: int
+    strided: bool = False
+    batch_size: int | None = None
+
+    @property
+    def tokens(self) -> px.TokenFile:
+        """Return the token file, which is opened once."""
+        return _opened(self.path)
+
+    def windows(self) -> list[Any]:
+        """Return the ids of each window and the positions in it that are scored."""
+        return [self.tokens.window_ids(index) for index in range(self.tokens.num_windows)]
+
+
+@cache
+def _opened(path: Path) -> px.TokenFile:
+    return px.TokenFile.open(path)
+
+
+@dataclass(frozen=True, slots=True)
 class Scored:
     """What a turn gives back.
 
-    nll_sum: nats; None where the turn has no loss (a bare product of matrices).
+    nll_sum: nats; None where the turn has no loss (a bare product of matrices, labels of gain).
+    num_tokens: what the turn made: scored tokens, or labels.
     own_perplexity: the tool's own aggregate, where it is not exp(nll_sum / num_tokens).
     seconds: of the part that counts, where that is not the whole turn.
     nll:     of each token, in the text's order, where the contender gives them.
@@ -43,65 +76,96 @@ class Scored:
     flops: ForwardFlops | None = None
 
 
-Turn = Callable[[], Scored]
-# All that is neither model nor loss is done here, before the turn is called.
-Prepare = Callable[[Workload], Turn]
+# An opened contender. One with a method `prepare` is given the workload there before its turns.
+Score = Callable[[Workload], Scored]
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
     """A way to score.
 
-    opener:  `module:function` of this package; the function takes a Setting and returns a Prepare.
-        It is imported in the worker process alone, because each one brings its own libraries.
+    opener:  `module:function` of this package; the function takes a Setting and returns a Score. It
+        is imported in the worker process alone, because each one brings its own libraries.
     options: keyword arguments of the function.
-    program: (engine, quantization) that `perplexit compile` is given first; None: no program.
+    program: keyword arguments of `perplexit.compile`, which is called first; None: no program.
+    without: an engine trick that is switched off. before: whether the version of `--against` runs.
     """
 
     opener: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    program: tuple[str, str | None] | None = None
+    program: Mapping[str, Any] | None = None
+    without: str = ""
+    before: bool = False
 
 
-EVALUATION = "perplexit_contenders:evaluation"
+EVALUATION, LOSSES = "perplexit_contenders:evaluation", "perplexit_contenders:losses_alone"
 FLOAT32, BFLOAT16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
+OPENVINO, INT8 = {"to": "openvino"}, {"to": "openvino", "quantization": "int8"}
 CEILING = "gemm"
-ON_CUDA_TOO = {
-    "liger": {"head": "liger"},
-    "cce": {"head": "cce"},
-    "compiled-layers": {"compile_mode": "default", "head": "compiled"},
-    "graphs": {"compile_mode": "reduce-overhead", "head": "compiled"},
+FUSED_ON_CUDA = {
+    "perplexit, liger": {"head": "liger"},
+    "perplexit, cce": {"head": "cce"},
+    "perplexit, compiled layers": {"compile_mode": "default", "head": "compiled"},
+    "perplexit, graphs": {"compile_mode": "reduce-overhead", "head": "compiled"},
 }
 CONTENDERS = {
     "perplexit": Contender(EVALUATION),
-    "perplexit nll": Contender("perplexit_contenders:losses_alone"),
+    "perplexit nll": Contender(LOSSES),
     "perplexit bf16": Contender(EVALUATION, BFLOAT16),
     "perplexit cached, 128 a call": Contender("perplexit_contenders:chunked_prefill"),
     "perplexit cached, 64 windows": Contender("decoding:windows_together"),
     "perplexit, compiled head": Contender(EVALUATION, {"head": "compiled"}),
+    **{name: Contender(EVALUATION, options) for name, options in FUSED_ON_CUDA.items()},
+    "openvino": Contender(EVALUATION, {}, OPENVINO),
+    "openvino fp32": Contender(EVALUATION, FLOAT32, OPENVINO),
+    "openvino bf16": Contender(EVALUATION, BFLOAT16, OPENVINO),
+    "openvino int8": Contender(EVALUATION, FLOAT32, INT8),
+    "openvino int8 bf16": Contender(EVALUATION, BFLOAT16, INT8),
     **{
-        f"perplexit, {name}": Contender(EVALUATION, options)
-        for name, options in ON_CUDA_TOO.items()
+        f"{engine}{', logits' * (not inside)}": Contender(
+            LOSSES, FLOAT32, {"to": engine, "max_length": 1024, "perplexity": inside}
+        )
+        for engine in ("tvm", "pt2")
+        for inside in (True, False)
     },
-    "openvino fp32": Contender(EVALUATION, FLOAT32, ("openvino", None)),
-    "openvino bf16": Contender(EVALUATION, BFLOAT16, ("openvino", None)),
-    "openvino int8": Contender(EVALUATION, FLOAT32, ("openvino", "int8")),
-    "openvino int8 bf16": Contender(EVALUATION, BFLOAT16, ("openvino", "int8")),
+    "run": Contender("costs:run_kept", {"replays": False}),
+    "run, replayed": Contender("costs:run_kept", {"replays": True}),
+    "prepare": Contender("costs:DocumentsPrepared"),
+    "evaluate": Contender("costs:without_model"),
+    "objects": Contender("costs:tracked", {"work": "objects"}),
+    "objects, traced": Contender("costs:tracked", {"work": "objects", "torch_cpu": False}),
+    "operations": Contender("costs:tracked", {"work": "operations"}),
+    "operations, counted": Contender("costs:tracked", {"work": "operations", "python": False}),
+    "operations, both": Contender("costs:tracked", {"work": "operations", "python": True}),
     "plain loop": Contender("transformers_loops:plain_loop"),
     "hf evaluate": Contender("transformers_loops:hf_evaluate"),
     "hf guide": Contender("transformers_loops:hf_guide"),
     "mlc's hf loop": Contender("transformers_loops:mlc_hf_loop"),
     "lm-eval": Contender("lm_eval_peer:rolling_loglikelihood"),
     "lm-eval's algorithm": Contender("transformers_loops:lm_eval_algorithm"),
-    "llama.cpp": Contender("llama_cpp_peer:python_binding", program=("gguf", None)),
+    "llama.cpp": Contender("llama_cpp_peer:PythonBinding", {}, {"to": "gguf", "perplexity": False}),
     "one token a call": Contender("decoding:one_token_a_call"),
-    CEILING: Contender("gemm:ceiling"),
+    CEILING: Contender("gemm:GemmCeiling"),
+    **{
+        f"igf {way}": Contender("igf_labels:labels", {"way": way})
+        for way in ("exact", "first-order", "directional", "original", "context pass", "forward")
+    },
 }
 
 
-def open_contender(name: str, setting: Setting) -> Prepare:
+def contender_named(name: str) -> Contender:
+    """Return the contender NAME, also as `NAME without TRICK` and `NAME, before`.
+
+    Raises KeyError for a name that CONTENDERS does not have.
+    """
+    named, _, trick = name.partition(" without ")
+    plain = named.removesuffix(", before")
+    return replace(CONTENDERS[plain], without=trick, before=plain != named)
+
+
+def open_contender(name: str, setting: Setting) -> Score:
     """Load the contender. Raises KeyError for a name that CONTENDERS does not have."""
-    contender = CONTENDERS[name]
+    contender = contender_named(name)
     module, _, function = contender.opener.partition(":")
-    opener: Callable[..., Prepare] = getattr(import_module(f"sidebyside.{module}"), function)
+    opener: Callable[..., Score] = getattr(import_module(f"sidebyside.{module}"), function)
     return opener(setting, **contender.options)

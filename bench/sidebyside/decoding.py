@@ -7,7 +7,7 @@ both give the same losses) are decoded for real, from the first id to the last.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,10 +17,9 @@ from transformers.cache_utils import DynamicCache
 
 import perplexit as px
 from perplexit.inputs.windows import WindowIds
-from sidebyside.contenders import Prepare, Scored, Setting, Turn
+from sidebyside.contenders import Score, Scored, Setting, Workload
 from sidebyside.perplexit_contenders import evaluation_in
 from sidebyside.transformers_loops import load_transformers
-from sidebyside.workloads import Workload
 
 LONGEST_REAL = 128
 POSITIONS = 6
@@ -28,33 +27,32 @@ WINDOWS_TOGETHER = 64
 Step = Callable[[], object]
 
 
-def one_token_a_call(setting: Setting) -> Prepare:
+def one_token_a_call(setting: Setting) -> Score:
     """Open transformers' own model and cache, as a program with a cache of its own is run."""
     model = load_transformers(setting)
 
-    def prepare(workload: Workload) -> Turn:
+    def score(workload: Workload) -> Scored:
         if workload.max_length <= LONGEST_REAL:
-            return partial(_decoded, model, workload)
-        return lambda: _timed(_steps(model, workload.max_length), 1)
+            return _decoded(model, workload)
+        return _timed(_steps(model, workload.max_length), 1)
 
-    return prepare
+    return score
 
 
-def windows_together(setting: Setting) -> Prepare:
+def windows_together(setting: Setting) -> Score:
     """Open `--mode cached` with 64 windows side by side, one token per call and window."""
-    session = px.PytorchInferenceSession(
-        setting.model, dtype=setting.dtype, threads=setting.threads
-    )
+    sizes: dict[str, Any] = {"dtype": setting.dtype, "threads": setting.threads}
+    session = px.PytorchInferenceSession(setting.model, **sizes)
     whole = evaluation_in(session, mode="cached", prompt_len=1, decode_chunk=1)
+    feed_of = cache(partial(_feed_of_windows, session))
 
-    def prepare(workload: Workload) -> Turn:
+    def score(workload: Workload) -> Scored:
         if workload.max_length <= LONGEST_REAL:
             return whole(workload)
-        feed = _feed_of_windows(session, workload.max_length)
-        positions = _sampled_positions(workload.max_length)
-        return lambda: _timed((partial(feed, at) for at in positions), WINDOWS_TOGETHER)
+        feed, positions = feed_of(workload.max_length), _sampled_positions(workload.max_length)
+        return _timed((partial(feed, at) for at in positions), WINDOWS_TOGETHER)
 
-    return prepare
+    return score
 
 
 def _sampled_positions(max_length: int) -> list[int]:

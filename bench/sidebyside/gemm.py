@@ -10,18 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perplexit.resources.loaded_torch import synchronize
-from sidebyside.contenders import Prepare, Scored, Setting, Turn
+from sidebyside.contenders import Scored, Setting, Workload
 from sidebyside.paired_ratios import ForwardFlops, attention_flops, product_flops
 from sidebyside.transformers_loops import load_transformers
-from sidebyside.workloads import Workload
+from sidebyside.workers import synchronize
 
 HEAD_ROWS = {"cpu": 512, "cuda": 1024}  # the head's product in pieces, as any scorer can do it
-
-
-def ceiling(setting: Setting) -> Prepare:
-    """Open the checkpoint's weight products alone."""
-    return GemmCeiling(setting).prepare
 
 
 class GemmCeiling:
@@ -36,40 +30,32 @@ class GemmCeiling:
         self.model = load_transformers(setting)
         head = self.model.get_output_embeddings()
         self.head = _matrix_of(head)
-        self.body = [
-            _matrix_of(module)
-            for module in self.model.modules()
-            if module is not head and _is_product(module)
-        ]
+        products = [m for m in self.model.modules() if m is not head and _is_product(m)]
+        self.body = [_matrix_of(module) for module in products]
 
-    def prepare(self, workload: Workload) -> Turn:
-        """Try the ways, and return the faster one."""
+    @torch.no_grad()
+    def prepare(self, workload: Workload) -> None:
+        """Try the ways, and keep the faster one."""
         fed = [len(window.ids_T) - 1 for window in workload.windows()]  # the last is not fed
         targets = workload.tokens.num_targets
-        flops = self._flops(fed, targets)
         ways = [self._pass(fed, targets)]
         if len(fed) > 1 and self.model.device.type == "cpu":
             ways.append(self._pass([sum(fed)], targets))
-        with torch.no_grad():
-            fastest = min(ways, key=lambda way: min(_seconds(way), _seconds(way)))
-
-        @torch.no_grad()
-        def turn() -> Scored:
-            return Scored(None, targets, seconds=_seconds(fastest), flops=flops)
-
-        return turn
-
-    def _flops(self, fed: Sequence[int], targets: int) -> ForwardFlops:
-        """Count what a forward pass over windows of so many ids must do."""
-        body = [(m.shape[0], m.shape[1]) for m in self.body]
-        head = [(self.head.shape[0], self.head.shape[1])]
+        self._fastest = min(ways, key=lambda way: min(_seconds(way), _seconds(way)))
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        return ForwardFlops(
-            product_flops(body, sum(fed)) + product_flops(head, targets),
+        self._flops = ForwardFlops(
+            product_flops([m.numel() for m in self.body], sum(fed))
+            + product_flops([self.head.numel()], targets),
             attention_flops(fed, num_layers=config.num_hidden_layers, width=width),
         )
+
+    @torch.no_grad()
+    def __call__(self, workload: Workload) -> Scored:
+        """Multiply once."""
+        targets = workload.tokens.num_targets
+        return Scored(None, targets, seconds=_seconds(self._fastest), flops=self._flops)
 
     def _pass(self, row_counts: Sequence[int], head_rows: int) -> Callable[[], None]:
         most = HEAD_ROWS[self.model.device.type]

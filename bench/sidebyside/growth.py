@@ -1,6 +1,7 @@
-"""How time and memory grow: exponents, their table, and the pictures."""
+"""How time and memory grow: the points of each axis, exponents, their table, and the pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,44 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from sidebyside.paired_ratios import growth_exponent
 from sidebyside.records import Record
-from sidebyside.report import table
-from sidebyside.sections import AXES
+from sidebyside.report import MIB, table
+from sidebyside.sections import GROWTH, MODELS, SMALL_LLAMA, Section
 
 Points = Mapping[str, Sequence[Mapping[str, float]]]  # of each way: size, seconds, peak_bytes
+LOSSES, VERBS = ("perplexit nll", "plain loop"), ("prepare", "evaluate")
+# axis → its label, who takes turns, its sizes, and (windows, length, vocabulary, layers) at a size.
+AXES: dict[str, tuple[str, tuple[str, ...], tuple[int, ...], Callable[[int], Any]]] = {
+    "window": (
+        "ids per window",
+        LOSSES,
+        (256, 512, 1024, 2048, 4096, 8192),
+        lambda size: (1, size, 16384, 6),
+    ),
+    "vocabulary": (
+        "vocabulary",
+        LOSSES,
+        (8192, 16384, 32768, 65536, 131072),
+        lambda size: (2, 512, size, 2),
+    ),
+    "batch": (
+        "windows of 256 ids in a batch",
+        LOSSES,
+        (1, 2, 4, 8, 16, 32),
+        lambda size: (size, 256, 16384, 6),
+    ),
+    "documents": (
+        "documents",
+        VERBS,
+        (1_000, 4_000, 16_000, 64_000),
+        lambda size: (size, 51, None, None),
+    ),
+}
 # Okabe and Ito's colours; the markers tell the lines apart without them.
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"))
-COSTS = {"seconds": (1.0, "processor seconds"), "peak_bytes": (2.0**20, "MiB beyond the start")}
-PICTURES = {
-    "seconds": ("Time, one thread", "scaling-time.png"),
-    "peak_bytes": ("Peak memory", "scaling-memory.png"),
+# what is counted → its unit, the axis's words, the picture's title and file.
+COSTS = {
+    "seconds": (1.0, "processor seconds", "Time, one thread", "scaling-time.png"),
+    "peak_bytes": (MIB, "MiB beyond the start", "Peak memory", "scaling-memory.png"),
 }
 HEADER = (
     *("varied", "", "time grows as size to the", "at the end"),
@@ -27,24 +56,42 @@ HEADER = (
 _FLAT = 0.15
 
 
+def growth_sections(most: int | None = None) -> Iterator[Section]:
+    """Yield the points of each axis, smallest first: `growth-AXIS-SIZE`.
+
+    The models are random Llamas: the question is how a cost grows, and not how large it is. So
+    time is the processor's, on one thread: other work on the machine does not move it.
+    most: points of an axis; None: all.
+    """
+    for axis, (_, ways, sizes, at) in AXES.items():
+        for size in sizes[:most]:
+            windows, length, vocabulary, layers = at(size)
+            model = f"llama-{vocabulary}-{layers}" if vocabulary else "demo"
+            if vocabulary:
+                config = SMALL_LLAMA | {"vocab_size": vocabulary, "num_hidden_layers": layers}
+                MODELS[model] = ("checkpoints:random_llama", config)
+            question = f"How do time and memory grow with the {axis}? At {size}."
+            names: dict[str, Any] = {"name": f"growth-{axis}-{size}", "question": question}
+            names |= {"model": model, "contenders": ways, "base": ways[-1]}
+            yield replace(GROWTH, max_length=length, windows=windows, **names)
+
+
 def growth_axes(records: Mapping[str, Record]) -> dict[str, dict[str, Any]] | None:
     """Return label and points of each axis, by its name; None where a point was not measured."""
-    found = {}
-    for name, axis in AXES.items():
-        points: dict[str, list[dict[str, float]]] = {}
-        for size in axis.sizes:
-            record = records.get(f"growth-{name}-{size}", {"contenders": {"": {"error": ""}}})
-            for way, entry in record["contenders"].items():
+    found: dict[str, dict[str, Any]] = {}
+    for name, (label, ways, sizes, _) in AXES.items():
+        points: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for size in sizes:
+            record = records.get(f"growth-{name}-{size}", {"contenders": {}})
+            for way in ways:
+                entry = record["contenders"].get(way, {"error": "not measured"})
                 if "error" in entry:
                     return None
                 # The least of the processor's: what disturbs a turn only ever adds to it.
-                costs = (min(entry["cpu_seconds"]), entry["memory"]["peak_bytes"])
-                point = {"size": size, "seconds": costs[0], "peak_bytes": costs[1]}
-                points.setdefault(way, []).append(point)
-        found[name] = {"label": axis.label, "points": points}
-    if "growth-documents" not in records:
-        return None
-    return found | {"documents": dict(records["growth-documents"])}
+                seconds, peak = min(entry["cpu_seconds"]), entry["memory"]["peak_bytes"]
+                points[way].append({"size": size, "seconds": seconds, "peak_bytes": peak})
+        found[name] = {"label": label, "points": points}
+    return found
 
 
 def exponents(points: Points) -> dict[str, dict[str, float]]:
@@ -67,7 +114,7 @@ def growth_table(axes: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for way, found in exponents(axis["points"]).items():
             first, last = axis["points"][way][0], axis["points"][way][-1]
             sizes = f"{name}: {first['size']:,} to {last['size']:,}"
-            largest = f"{last['seconds']:.2f} s, {last['peak_bytes'] / 2**20:,.0f} MiB"
+            largest = f"{last['seconds']:.2f} s, {last['peak_bytes'] / MIB:,.0f} MiB"
             rows.append([sizes, way, *(f"{value:.2f}" for value in found.values()), largest])
     return table(HEADER, rows)
 
@@ -75,7 +122,7 @@ def growth_table(axes: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def draw_growth(axes: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
     """Write `scaling-time.png` and `scaling-memory.png`: a panel for each axis, log scales."""
     paths = []
-    for cost, (title, file) in PICTURES.items():
+    for cost, (_, _, title, file) in COSTS.items():
         figure = Figure(figsize=(9.6, 7.0), layout="constrained")
         panels = figure.subplots(2, 2).flat
         for panel, (name, axis) in zip(panels, axes.items(), strict=True):
@@ -87,14 +134,14 @@ def draw_growth(axes: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Pat
 
 
 def _draw(panel: Any, name: str, axis: Mapping[str, Any], cost: str) -> None:
-    unit, label = COSTS[cost]
+    unit, words = COSTS[cost][:2]
     found = exponents(axis["points"])
     for (way, rows), (colour, marker) in zip(axis["points"].items(), _STYLES, strict=True):
         x = [row["size"] for row in rows]
         y = [max(row[cost], 1e-9) / unit for row in rows]
         exponent = found[way][cost]
-        shown = f"{way}: size^{exponent:.2f}" if abs(exponent) > _FLAT else f"{way}: flat"
-        panel.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=shown)
+        label = f"{way}: size^{exponent:.2f}" if abs(exponent) > _FLAT else f"{way}: flat"
+        panel.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xticks(x, [f"{size:,}" for size in x], fontsize=8)
@@ -102,7 +149,7 @@ def _draw(panel: Any, name: str, axis: Mapping[str, Any], cost: str) -> None:
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.minorticks_off()
     panel.set_xlabel(axis["label"], fontsize=9)
-    panel.set_ylabel(label, fontsize=9)
+    panel.set_ylabel(words, fontsize=9)
     panel.set_title(name, fontsize=10, loc="left")
     panel.legend(frameon=False, fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)

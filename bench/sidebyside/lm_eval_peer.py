@@ -2,6 +2,7 @@
 
 import io
 from contextlib import redirect_stderr
+from functools import cache
 from typing import Any
 
 from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
@@ -9,9 +10,8 @@ from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from sidebyside.contenders import Prepare, Scored, Setting, Turn
+from sidebyside.contenders import Score, Scored, Setting, Workload
 from sidebyside.transformers_loops import load_transformers
-from sidebyside.workloads import Workload
 
 
 class IdTexts(HFLM):  # type: ignore[misc] # it has no types
@@ -25,7 +25,7 @@ class IdTexts(HFLM):  # type: ignore[misc] # it has no types
         return [int(word) for word in string.split()]
 
 
-def rolling_loglikelihood(setting: Setting) -> Prepare:
+def rolling_loglikelihood(setting: Setting) -> Score:
     """Open the harness with the checkpoint loaded in the asked dtype.
 
     A turn is `loglikelihood_rolling` of one document, whose prefix token is the text's first id,
@@ -35,26 +35,20 @@ def rolling_loglikelihood(setting: Setting) -> Prepare:
     # The tokenizer is asked for its special tokens alone.
     names = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     fast: Any = PreTrainedTokenizerFast
-    tokenizer = fast(tokenizer_object=names, eos_token="?")
+    options = {"pretrained": model, "tokenizer": fast(tokenizer_object=names, eos_token="?")}
 
-    def prepare(workload: Workload) -> Turn:
+    @cache  # all of it is made in the first turn, which is not timed
+    def made(workload: Workload) -> tuple[IdTexts, Instance, int]:
         windows = [window.ids_T.tolist() for window in workload.windows()]
         ids = windows[0] + [number for window in windows[1:] for number in window[1:]]
-        peer = IdTexts(
-            pretrained=model,
-            tokenizer=tokenizer,
-            max_length=workload.max_length - 1,
-            prefix_token_id=ids[0],
-            batch_size=workload.batch_size or 1,
-            device=setting.device,
-        )
-        request = Instance("loglikelihood_rolling", {}, (" ".join(map(str, ids[1:])),), 0)
+        sizes = {"max_length": workload.max_length - 1, "batch_size": workload.batch_size or 1}
+        peer = IdTexts(prefix_token_id=ids[0], device=setting.device, **sizes, **options)
+        text = " ".join(map(str, ids[1:]))
+        return peer, Instance("loglikelihood_rolling", {}, (text,), 0), len(ids) - 1
 
-        def turn() -> Scored:
-            with redirect_stderr(io.StringIO()):  # its progress bars
-                logprob = peer.loglikelihood_rolling([request], disable_tqdm=True)[0]
-            return Scored(-logprob, len(ids) - 1)
+    def score(workload: Workload) -> Scored:
+        peer, request, num_tokens = made(workload)
+        with redirect_stderr(io.StringIO()):  # its progress bars
+            return Scored(-peer.loglikelihood_rolling([request], disable_tqdm=True)[0], num_tokens)
 
-        return turn
-
-    return prepare
+    return score

@@ -73,9 +73,9 @@ def attention_flops(lengths: Sequence[int], *, num_layers: int, width: int) -> f
     return float(sum(2 * num_layers * width * t * (t + 1) for t in lengths))
 
 
-def product_flops(shapes: Sequence[tuple[int, int]], num_rows: int) -> float:
-    """Return `Σ 2 · rows · in · out` over weight matrices of these (in, out)."""
-    return float(sum(2 * num_rows * a * b for a, b in shapes))
+def product_flops(sizes: Sequence[int], num_rows: int) -> float:
+    """Return `Σ 2 · rows · in · out` over weight matrices of these sizes, in · out."""
+    return float(2 * num_rows * sum(sizes))
 
 
 def share_of_ceiling(

@@ -1,16 +1,23 @@
 """Perplexit's own ways to score, through its public functions."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import perplexit as px
-from perplexit.sessions.base import InferenceSession
-from sidebyside.contenders import Prepare, Scored, Setting, Turn
-from sidebyside.workloads import Workload
+from sidebyside.contenders import Score, Scored, Setting, Workload
 
 
-def evaluation(setting: Setting, **options: Any) -> Prepare:
+def compiled(model: Path, folder: str, options: Mapping[str, Any]) -> str:
+    """Compile the checkpoint to a program, with options of `perplexit.compile`."""
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    px.compile(model, output=folder, **options)
+    return folder
+
+
+def evaluation(setting: Setting, **options: Any) -> Score:
     """Open what `perplexit eval` does: losses, entropies, ranks, intervals, the record.
 
     options: of `load_session`, in place of the setting's.
@@ -18,51 +25,43 @@ def evaluation(setting: Setting, **options: Any) -> Prepare:
     return evaluation_in(open_session(setting, **options))
 
 
-def chunked_prefill(setting: Setting) -> Prepare:
+def chunked_prefill(setting: Setting) -> Score:
     """Open the same against a key/value cache, 128 ids per call."""
     return evaluation_in(open_session(setting), mode="cached", prompt_len=1, decode_chunk=128)
 
 
-def evaluation_in(session: InferenceSession, **options: Any) -> Prepare:
+def evaluation_in(session: Any, **options: Any) -> Score:
     """Return `perplexit.evaluate` of an open session, with these options of it."""
 
-    def prepare(workload: Workload) -> Turn:
-        tokens = workload.tokens
+    def score(workload: Workload) -> Scored:
+        run = px.evaluate(
+            session, workload.tokens, batch_size=workload.batch_size or "auto", **options
+        )
+        nll = run.tokens.nll.tolist()
+        return Scored(run.nll_sum, len(nll), run.protocol_perplexity, nll=nll)
 
-        def turn() -> Scored:
-            run = px.evaluate(session, tokens, batch_size=workload.batch_size or "auto", **options)
-            nll = run.tokens.nll.tolist()
-            return Scored(run.nll_sum, len(nll), run.protocol_perplexity, nll=nll)
-
-        return turn
-
-    return prepare
+    return score
 
 
-def losses_alone(setting: Setting) -> Prepare:
+def losses_alone(setting: Setting, **options: Any) -> Score:
     """Open `session.token_nll`: no entropy, no rank, no record.
 
     All windows are scored, in batches of the size that the session itself calls right.
     """
-    session = open_session(setting)
+    session = open_session(setting, **options)
 
-    def prepare(workload: Workload) -> Turn:
-        windows = workload.windows()
+    def score(workload: Workload) -> Scored:
+        windows, found = workload.windows(), []
         size = session.max_batch_size(workload.max_length)
+        for start in range(0, len(windows), size):
+            found += session.token_nll(windows[start : start + size])
+        nll = np.concatenate(found).astype(np.float64)
+        return Scored(float(nll.sum()), len(nll), nll=nll.tolist())
 
-        def turn() -> Scored:
-            found = []
-            for start in range(0, len(windows), size):
-                found += session.token_nll(windows[start : start + size])
-            nll = np.concatenate(found).astype(np.float64)
-            return Scored(float(nll.sum()), len(nll), nll=nll.tolist())
-
-        return turn
-
-    return prepare
+    return score
 
 
-def open_session(setting: Setting, **changes: Any) -> InferenceSession:
+def open_session(setting: Setting, **changes: Any) -> Any:
     """Open the setting's program, or else its checkpoint in PyTorch."""
     options: dict[str, Any] = {"dtype": setting.dtype, "threads": setting.threads} | changes
     if setting.device != "cpu":

@@ -1,62 +1,82 @@
-"""Records → Markdown: the conditions, the aims, a row for each contender, a line per script."""
+"""Records → Markdown: the conditions, the aims, and for each question a table with its command."""
 
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import distributions
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from perplexit.resources.cores import num_cores
-from sidebyside.paired_ratios import Spread, times_faster, tokens_per_second
-from sidebyside.records import (
-    Record,
-    findings,
-    loaded_bytes,
-    mean_nll,
-    peak_bytes,
-    ratio_to,
-    shares,
-    timed,
-)
-from sidebyside.sections import FUNCTIONS, aims_of, section_order
+from sidebyside.paired_ratios import Spread, tokens_per_second
+from sidebyside.records import Record, findings, mean_nll, memory_bytes, rate_ratio, shares
+from sidebyside.sections import KINDS, section_order
 
 MIB = 2**20
 AIMS_HEADER = ("what", "section", "aim", "measured", "met")
+MEMORY = ("loaded_bytes", "peak_bytes", "process_bytes", "tensor_bytes")
 CONTENDERS_HEADER = (
-    "section",
-    "",
-    "tokens/s",
-    "× base",
-    "× lm-eval",
-    "share of the GEMM ceiling",
-    "with attention",
-    "loaded (MiB)",
-    "peak beyond that (MiB)",
+    *("section", "", "per second", "× base", "× lm-eval"),
+    *("share of the GEMM ceiling", "with attention"),
+    *("loaded (MiB)", "peak beyond that (MiB)", "process (MiB)", "tensors (MiB)"),
     "mean nll, nats from the base",
 )
+PACKAGES = (
+    *("perplexit", "torch", "transformers", "lm-eval", "openvino", "llama-cpp-python"),
+    *("tokenizers", "numpy"),
+)
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def report(records: Mapping[str, Record]) -> Iterator[str]:
     """Yield the tables of all records, by section name, as Markdown lines."""
     if not records:
         return
-    taken = [name for name, record in records.items() if "contenders" in record]
-    ordered = {name: records[name] for name in sorted(taken, key=section_order)}
-    rows = [row for name, record in ordered.items() for row in contender_rows(name, record)]
-    ordered |= {entry.name: records[entry.name] for entry in FUNCTIONS if entry.name in records}
-    yield _conditions(max(ordered.values(), key=lambda record: str(record["date"])))
+    newest = max(records.values(), key=lambda record: str(record["date"]))
+    yield (
+        f"{newest['date']}, {newest['machine']}. A figure is a median, with the least and the "
+        "greatest of the rounds behind it; a ratio is taken round by round."
+    )
+    ordered = sorted(records, key=lambda name: section_order(records[name]["kind"], name))
     found = [
-        finding.row()
-        for name, record in ordered.items()
-        for finding in findings(name, record, aims_of(name))
+        [what, section, aim, f"{figure:.3g}", "yes" if met else "no"]
+        for name in ordered
+        if not records[name]["conditions"]["quick"]  # other sizes than the aims are about
+        for what, section, aim, figure, met in findings(
+            name, records[name], KINDS[records[name]["kind"]].aims
+        )
     ]
-    yield from ("", *table(AIMS_HEADER, found), "", *table(CONTENDERS_HEADER, rows), "")
-    for name, sentence in SENTENCES.items():
-        if name in records:
-            yield sentence(records[name])
+    if found:
+        yield from ("", *table(AIMS_HEADER, found))
+    for kind, names in groupby(ordered, lambda name: str(records[name]["kind"])):
+        yield from _section(kind, {name: records[name] for name in names})
+
+
+def _section(kind: str, members: Mapping[str, Record]) -> Iterator[str]:
+    """Yield the question, how, when and in how long it was answered, and the answer's table."""
+    conditions = next(iter(members.values()))["conditions"]
+    dates = ", ".join(sorted({str(record["date"]) for record in members.values()}))
+    minutes = sum(record["took_seconds"] for record in members.values()) / 60
+    options = " --quick" * conditions["quick"]
+    options += f" --against {conditions['against']}" if "against" in conditions else ""
+    yield ""
+    yield (
+        f"**{KINDS[kind].question}** `python bench/run.py --only {kind}{options}`, {dates}, "
+        f"{conditions['threads']} threads, {conditions['rounds']} rounds, {minutes:.1f} minutes; "
+        f"{KINDS[kind].unit} per second."
+    )
+    yield ""
+    rows = [row for record in members.values() for row in record.get("rows", ())]
+    if rows:
+        yield from table(list(rows[0]), [[_shown(value) for value in row.values()] for row in rows])
+        return
+    cells = [row for name, record in members.items() for row in contender_rows(name, record)]
+    kept = [column for column in range(len(CONTENDERS_HEADER)) if any(row[column] for row in cells)]
+    header, *rest = ([row[column] for column in kept] for row in (CONTENDERS_HEADER, *cells))
+    yield from table(header, rest)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -71,116 +91,58 @@ def contender_rows(section: str, record: Record) -> Iterator[list[str]]:
     for name, entry in record["contenders"].items():
         if "error" in entry:
             error = " ".join(entry["error"].split()).replace("|", "/")[:160]
-            yield [section, name, f"failed: {error}", *[""] * 7]
+            yield [section, name, f"failed: {error}", *[""] * (len(CONTENDERS_HEADER) - 3)]
             continue
-        taken = timed(record, name) or {"seconds": [float("nan")], "num_tokens": 0}
-        share = shares(record, name) or (None, None)
-        nll, base_nll = mean_nll(record, name), mean_nll(record, base)
         yield [
             section,
             f"{name} (the base)" if name == base else name,
-            f"{tokens_per_second(taken['seconds'], taken['num_tokens']):,.0f}",
-            _shown(ratio_to(record, name, base), ".2f"),
-            _shown(ratio_to(record, name, "lm-eval"), ".2f"),
-            _shown(share[0], ".2f"),
-            _shown(share[1], ".2f"),
-            _in_mib(loaded_bytes(record, name)),
-            _in_mib(peak_bytes(record, name)),
-            "" if nll is None or base_nll is None else f"{nll - base_nll:+.1e}",
+            _cell(",.4g", _rate, record, name),
+            _cell(".2f", rate_ratio, record, name, base),
+            _cell(".2f", rate_ratio, record, name, "lm-eval"),
+            _cell(".2f", lambda *of: shares(*of)[0], record, name),
+            _cell(".2f", lambda *of: shares(*of)[1], record, name),
+            *(
+                _cell(",.0f", lambda *of: memory_bytes(*of) / MIB, record, name, key)
+                for key in MEMORY
+            ),
+            _cell("+.1e", lambda r, a, b: mean_nll(r, a) - mean_nll(r, b), record, name, base),
         ]
 
 
-def _shown(value: Spread | None, spec: str) -> str:
-    return "" if value is None else f"{value:{spec}}"
+def _rate(record: Record, name: str) -> Spread:
+    entry = record["contenders"][name]
+    return tokens_per_second(entry["seconds"], entry["num_tokens"])
 
 
-def _in_mib(num_bytes: float | None) -> str:
-    return "" if num_bytes is None else f"{num_bytes / MIB:,.0f}"
+def _cell(spec: str, figure: Callable[..., Any], *of: Any) -> str:
+    """Return the figure as text; empty where it was not measured."""
+    try:
+        return format(figure(*of), spec)
+    except KeyError:
+        return ""
 
 
-def _overhead(record: Record) -> str:
-    replays = Spread.of(record["replay_seconds"])
+def _shown(value: Any) -> str:
+    """Return a value of a row as text: a list as its median and extremes."""
+    known = [x for x in value if x is not None] if isinstance(value, list) else value
+    if value is None or known == []:
+        return ""
+    shown = Spread.of(known) if isinstance(known, list) else known
+    return str(shown) if isinstance(shown, str | bool) else f"{shown:,.5g}"
+
+
+def machine() -> str:
+    """Return processor, cores, memory, system, Python, and the versions of what is compared."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    features = ", ".join(name for name in INSTRUCTIONS if f" {name} " in text)
+    installed = {found.name.lower(): found.version for found in metadata.distributions()}
+    versions = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     return (
-        f"- Beside the model, an evaluation of {record['num_tokens']:,} tokens (windows of "
-        f"{record['window']}) took {record['beside_seconds']:.2f} s of "
-        f"{record['total_seconds']:.1f} s, {record['share']:.1%}; replayed without the model "
-        f"{replays:.2f} s, {record['replay_share']:.1%}."
-    )
-
-
-def _prepare(record: Record) -> str:
-    seconds = record["seconds"]
-    ratio = times_faster(seconds["prepare"], seconds["encode"])
-    return (
-        f"- `prepare` took {ratio:.2f} times the tokenizer's own `encode_batch` on "
-        f"{record['num_bytes'] / 1e6:.1f} MB in {record['num_documents']} documents "
-        f"({Spread.of(seconds['prepare']):.2f} s; the same ids: {record['same_ids']})."
-    )
-
-
-def _igf(record: Record) -> str:
-    seconds = record["seconds"]
-    ratios = {mode: times_faster(seconds["original"], seconds[mode]) for mode in record["modes"]}
-    return "- Labels of information gain a second, against the original's way: " + (
-        ", ".join(f"{mode} × {ratio:.1f}" for mode, ratio in ratios.items()) + "."
-    )
-
-
-def _large_corpus(record: Record) -> str:
-    held = [num_bytes / MIB for _, num_bytes in record["held"]]
-    half = len(held) // 2
-    return (
-        f"- {record['num_bytes'] / 1e9:.2f} GB of documents prepared in {record['seconds']:.0f} s, "
-        f"peak {record['peak_bytes'] / MIB:,.0f} MiB beyond the start; {max(held[:half]):,.0f} MiB "
-        f"at most in the first half, {max(held[half:]):,.0f} in the second."
-    )
-
-
-SENTENCES = {"overhead": _overhead, "prepare": _prepare, "igf": _igf, "1gb": _large_corpus}
-
-
-PACKAGES = (
-    *("perplexit", "torch", "transformers", "lm-eval", "openvino", "llama-cpp-python"),
-    *("tokenizers", "numpy"),
-)
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-
-
-def machine() -> dict[str, Any]:
-    """Return processor, cores, memory, system, Python, and the versions of what is compared.
-
-    The processor's features are known on Linux alone; a version is None where it is not installed.
-    """
-    installed = {found.name.lower(): found.version for found in distributions()}
-    features = _cpuinfo("flags").split()
-    return {
-        "processor": _cpuinfo("model name") or platform.processor(),
-        "cores": num_cores(),
-        "instructions": [name for name in INSTRUCTIONS if name in features],
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": {name: installed.get(name) for name in PACKAGES},
-    }
-
-
-def _cpuinfo(key: str) -> str:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = re.search(rf"^{key}\s*:\s*(.*)$", text, re.MULTILINE)
-    return found[1] if found else ""
-
-
-def _conditions(record: Record) -> str:
-    """Return one paragraph: where and when, with which versions and how many threads."""
-    machine, conditions = record["machine"], record["conditions"]
-    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
-    return (
-        f"{record['date']}, {machine['processor']}, {machine['cores']} cores ("
-        f"{', '.join(machine['instructions'])}), {machine['memory_gib']} GiB, {machine['system']}, "
-        f"Python {machine['python']}; {versions}. {conditions['threads']} threads, "
-        f"{conditions['rounds']} rounds. A figure is a median, with the least and the greatest of "
-        "the rounds behind it; a ratio is taken round by round."
+        f"{model[1] if model else platform.processor()}, {num_cores()} cores ({features}), "
+        f"{psutil.virtual_memory().total / 2**30:.1f} GiB, {platform.system()} "
+        f"{platform.release()}, Python {platform.python_version()}; {versions}"
     )
 
 

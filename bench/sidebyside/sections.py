@@ -1,10 +1,11 @@
 """The table of what `bench/run.py` measures: questions, workloads, contenders, aims."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sidebyside.contenders import CEILING
+from perplexit.resources.engine_tricks import ENGINE_TRICKS
+from sidebyside.contenders import CEILING, FUSED_ON_CUDA
 from sidebyside.records import BEST, SAME_TEXT, Aim
 
 GPT2_POSITIONS = 1024
@@ -15,32 +16,37 @@ IDS_PER_TURN = 2048
 class Section:
     """An entry of the table: an alternation, or a function that measures and returns a record.
 
-    contenders: who take turns. base: the one that the others are compared with. reference: the one
-        whose losses are compared token by token.
-    function:   `module:function`, called with a Bench in a process of its own.
-    opt_in:     measured only where it is asked for by name.
+    kind:       the table's entry; name: the same with model and size, where it has them.
+    contenders: who take turns; losses are compared, token by token, with the first one's. base: the
+        one whose speed the others' is compared with.
+    function:   `MODULE:FUNCTION`, called with a Bench in a process of its own; it returns a record
+        with "rows", one mapping of columns to values per row of its table.
+    opt_in:     measured only where it is asked for by name. quick: what `--quick` changes.
     windows:    full windows in a turn; with `strided`, one text of that many windows' ids, scored
-        every half window.
+        every half window; 0: IDS_PER_TURN ids, and at least a window per thread.
     check, check_windows: windows of which length, and how many, all contenders score in full first,
         so that their losses can be compared; None where a turn's own losses do.
     threads, rounds: in place of the bench's own.
     """
 
-    name: str
+    kind: str
     question: str
     contenders: tuple[str, ...] = ()
     aims: tuple[Aim, ...] = ()
+    name: str = ""
     function: str = ""
     opt_in: bool = False
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "tokens"
     base: str = "plain loop"
-    reference: str = "perplexit"
-    model: str = ""
+    model: str = "demo"
     dtype: str = "float32"
     max_length: int = 0
     windows: int = 0
     strided: bool = False
     check: int | None = None
     check_windows: int = 1
+    counts_tensors: bool = False
     threads: int | None = None
     rounds: int | None = None
     random_ids: bool = False
@@ -49,54 +55,22 @@ class Section:
 
     def of(self, model: str, max_length: int, windows: int, **changes: Any) -> "Section":
         """Return the section of a model and a window length; its name says both."""
-        name = f"{model}-{self.name}-{max_length}"
+        name = f"{model}-{self.kind}-{max_length}"
         sized = replace(self, name=name, model=model, max_length=max_length, windows=windows)
         return replace(sized, **changes)
 
 
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One size that is varied: windows, length or vocabulary, whichever is None."""
-
-    label: str
-    sizes: tuple[int, ...]
-    windows: int | None
-    length: int | None
-    vocabulary: int | None
-    layers: int = 6
-
-    def at(self, size: int) -> tuple[int, int, int]:
-        """Return (windows, length, vocabulary) of one point."""
-        fixed = (self.windows, self.length, self.vocabulary)
-        windows, length, vocabulary = (size if value is None else value for value in fixed)
-        return windows, length, vocabulary
+def _speeds(limit: float, base: str, *names: str) -> tuple[Aim, ...]:
+    return tuple(Aim("speed", name, base, limit) for name in names)
 
 
 def _whole_windows(ceiling: float) -> tuple[Aim, ...]:
-    """Return the aims of whole windows."""
     return (
-        Aim("speed", "perplexit", "plain loop", 1.08),
-        Aim("speed", "perplexit", "lm-eval", 1.15),
+        *_speeds(1.08, "plain loop", "perplexit"),
+        *_speeds(1.15, "lm-eval", "perplexit"),
         Aim("ceiling", "perplexit", "", ceiling),
-        Aim("peak", "perplexit", "plain loop", 0.25),
-        Aim("peak", "perplexit", "lm-eval", 0.25),
+        *(Aim("peak", "perplexit", base, 0.25) for base in ("plain loop", "lm-eval")),
     )
-
-
-def _cached(*names: str) -> tuple[Aim, ...]:
-    """Return the aims of decoding."""
-    speeds = [Aim("speed", name, "one token a call", 10.0) for name in names]
-    return (*speeds, *(Aim("token", name, "", 1e-3) for name in names))
-
-
-def _openvino(*programs: str) -> tuple[Aim, ...]:
-    """Return the aims of OpenVINO's programs."""
-    fp32 = Aim("speed", "openvino fp32", "plain loop", 1.2), Aim("token", "openvino fp32", "", 1e-3)
-    speeds = [Aim("speed", name, "plain loop", 1.7) for name in programs]
-    references = [f"perplexit{' bf16' * (name == 'openvino bf16')}" for name in programs]
-    near = [Aim("perplexity", *pair, 5e-3) for pair in zip(programs, references, strict=True)]
-    best = Aim("best", BEST, "lm-eval", 2.0), Aim("perplexity", BEST, "lm-eval", SAME_TEXT)
-    return (*fp32, *speeds, *near, *best)
 
 
 WHOLE = ("perplexit", "plain loop", "lm-eval", CEILING)
@@ -105,12 +79,15 @@ PYTORCH = ("perplexit", "perplexit bf16")
 OPENVINO = ("openvino bf16", "openvino int8", "openvino int8 bf16")
 CACHED = ("perplexit cached, 64 windows", "perplexit cached, 128 a call")
 ON_CUDA = ("perplexit, compiled head", "perplexit", "lm-eval", "lm-eval's algorithm", CEILING)
-GROWING: dict[str, Any] = {
-    "contenders": ("perplexit nll", "plain loop"),
-    "reference": "perplexit nll",
-}
-GROWING |= {"threads": 1, "rounds": 3, "random_ids": True, "opt_in": True}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 FP32 = Section("fp32", "Whole windows, float32: how fast?", WHOLE, _whole_windows(0.75))
+BF16 = replace(
+    FP32,
+    kind="bf16",
+    question="Whole windows, bfloat16: how fast?",
+    dtype="bfloat16",
+    aims=_whole_windows(0.60),
+)
 STRIDED = Section(
     "strided",
     "Half a window of context before every new half: how fast?",
@@ -123,83 +100,217 @@ BEST_ENGINE = Section(
     "openvino",
     "What is the fastest way to float32's perplexity?",
     (*PYTORCH, "openvino fp32", *OPENVINO, "plain loop", "lm-eval"),
-    _openvino(*OPENVINO),
+    (
+        *_speeds(1.2, "plain loop", "openvino fp32"),
+        Aim("token", "openvino fp32", "", 1e-3),
+        *_speeds(1.7, "plain loop", *OPENVINO),
+        Aim("perplexity", "openvino bf16", "perplexit bf16", 5e-3),
+        *(Aim("perplexity", name, "perplexit", 5e-3) for name in OPENVINO[1:]),
+        Aim("best", BEST, "lm-eval", 2.0),
+        Aim("perplexity", BEST, "lm-eval", SAME_TEXT),
+    ),
 )
 DECODING = Section(
     "cached",
     "Decoding against a key/value cache: how fast?",
-    (*CACHED, "one token a call"),
-    _cached(*CACHED),
+    ("one token a call", *CACHED),
+    (
+        *_speeds(10.0, "one token a call", *CACHED),
+        *(Aim("token", name, "", 1e-3) for name in CACHED),
+    ),
     base="one token a call",
-    reference="one token a call",
 )
-BF16 = replace(
-    FP32,
-    name="bf16",
-    question="Whole windows, bfloat16: how fast?",
-    dtype="bfloat16",
-    aims=_whole_windows(0.60),
+SIZED = (FP32, BF16, STRIDED, BEST_ENGINE, DECODING)
+IGF_WAYS = ("original", "exact", "first-order", "directional", "context pass", "forward")
+IGF = Section(
+    "igf",
+    "How many labels of information gain a second, against the original's way?",
+    tuple(f"igf {way}" for way in IGF_WAYS),
+    base="igf original",
+    unit="labels",
+    windows=100,  # of the objective
+    max_length=32,
+    rounds=2,  # the original takes long
+    quick={"windows": 8, "rounds": 1},
 )
 CUDA = Section(
     "cuda",
     "On a CUDA device: how fast, and how near to the device's own products?",
-    ON_CUDA,
+    (*ON_CUDA, *FUSED_ON_CUDA),
     (
         Aim("ceiling", "perplexit, compiled head", "", 0.60),
         Aim("speed", "perplexit, compiled head", "lm-eval", 1.30),
         Aim("peak", "perplexit, compiled head", "lm-eval", 0.10),
     ),
+    opt_in=True,
     base="lm-eval",
+    model="llama-large",
+    dtype="bfloat16",
+    windows=32,
+    max_length=4096,
+    rounds=7,
     random_ids=True,
+    device="cuda",
+    batch_size=1,
+    quick={"model": "gpt2", "windows": 2, "max_length": 256, "rounds": 2, "device": "cpu"},
 )
-FUNCTIONS = (
+
+
+def _against(name: str, short: str) -> Section:
+    """Return the section of one way to score, in this version and in that of `--against`."""
+    return Section(
+        f"against-{name.replace('perplexit', 'pytorch')}-{short}",
+        f"{name}, {short}: how fast beside the version of `--against`?",
+        (name, f"{name}, before"),
+        opt_in=True,
+        base=f"{name}, before",
+        dtype=DTYPES[short],
+        max_length=1024,
+        rounds=7,
+        quick={"max_length": 256, "rounds": 2},
+    )
+
+
+def _trick(trick: str, short: str) -> Section:
+    """Return the section of one engine trick: scoring with it and without it."""
+    engine = trick.partition("_")[0]
+    name = engine if engine in ("openvino", "tvm") else "perplexit nll"
+    return replace(
+        _against(name, short),
+        kind=f"trick-{trick}-{short}",
+        question=f"What does the engine trick {trick} gain in {short}, in speed and in memory?",
+        contenders=(name, f"{name} without {trick}"),
+        base=f"{name} without {trick}",
+    )
+
+
+MEASURED = {
+    "engines": ("engines:every_engine", "Every engine and precision, on one text."),
+    "1gb": ("preparing:large_corpus", "Does memory stay flat while 1 GB of text is prepared?"),
+    "reference": ("exactness:stored_reference", "How exact is the KL of a stored reference?"),
+    "rounded-twice": ("exactness:rounded_twice", "What does int4 cost on weights rounded before?"),
+    "loss-drift": ("exactness:loss_drift", "How far are real losses from independent?"),
+    "igf-fidelity": ("igf_labels:fidelity", "How well do fast labels agree with exact ones?"),
+}
+MEASURED |= {
+    f"igf-{setting}": (
+        f"igf_experiments:experiment:{setting}",
+        f"What does information gain filtration gain, setting {setting}?",
+    )
+    for setting in ("shift", "same-domain", "longer", "demo")
+}
+FIXED = (
     Section(
         "overhead",
         "What does an evaluation cost beside its model?",
-        function="sidebyside.overhead:measure",
-        aims=(Aim("overhead", "", "", 0.03),),
+        ("run", "run, replayed"),
+        (Aim("share", "run, replayed", "run", 0.03),),
+        base="run",
+        windows=10,
+        max_length=1024,
+        rounds=2,
+        quick={"max_length": 256},
     ),
     Section(
         "prepare",
         "How long does `prepare` take beside the tokenizer's own batch encoding?",
-        function="sidebyside.preparing:measure_beside_encoding",
-        aims=(Aim("prepare", "", "", 1.2),),
+        aims=(Aim("row", "times `encode_batch`", "", 1.2),),
+        function="preparing:beside_encoding",
     ),
-    Section(
-        "igf",
-        "How many labels of information gain a second, against the original's way?",
-        function="igf_labels:measure_in_turns",
-    ),
-    Section(
-        "1gb",
-        "Does memory stay flat while 1 GB of documents is prepared?",
-        function="sidebyside.preparing:measure_large_corpus",
+    IGF,
+    replace(
+        IGF,
+        kind="igf-memory",
+        question="How much memory do labels of information gain take, set-up included?",
         opt_in=True,
+        windows=34,
+        rounds=1,
+        counts_tensors=True,
     ),
-    Section(
-        "growth-documents",
-        "How do `prepare` and `evaluate` grow with the number of documents?",
-        function="sidebyside.preparing:measure_many_documents",
-        opt_in=True,
+    *(
+        Section(kind, question, function=function, opt_in=True)
+        for kind, (function, question) in MEASURED.items()
     ),
+    *(
+        Section(
+            f"program-memory-{engine}",
+            "What does a window of 1024 ids add to a program, head inside and with logits?",
+            (engine, f"{engine}, logits"),
+            opt_in=True,
+            base=f"{engine}, logits",
+            model="llama-shallow",
+            windows=1,
+            max_length=1024,
+            threads=1,
+            rounds=1,
+            random_ids=True,
+        )
+        for engine in ("pt2", "tvm")
+    ),
+    *(
+        Section(
+            f"memory-tracker-{base}",
+            f"What does MemoryTracker cost {base}, with Python traced and torch counted?",
+            (base, *(f"{base}, {counted}" for counted in counting)),
+            opt_in=True,
+            base=base,
+            unit=base,
+            windows=1,
+            max_length=32,
+            threads=1,
+        )
+        for base, counting in {"objects": ("traced",), "operations": ("counted", "both")}.items()
+    ),
+    *(_trick(trick, short) for trick in ENGINE_TRICKS for short in DTYPES),
+    *(_against(name, short) for name in ("perplexit", "openvino") for short in DTYPES),
+    CUDA,
 )
-AXES = {
-    "window": Axis("ids per window", (256, 512, 1024, 2048, 4096, 8192), 1, None, 16384),
-    "vocabulary": Axis("vocabulary", (8192, 16384, 32768, 65536, 131072), 2, 512, None, layers=2),
-    "batch": Axis("windows of 256 ids in a batch", (1, 2, 4, 8, 16, 32), None, 256, 16384),
-}
+GROWTH = Section(
+    "growth",
+    "How do time and memory grow with one size?",
+    ("perplexit nll", "plain loop"),
+    opt_in=True,
+    threads=1,
+    rounds=3,
+    random_ids=True,
+)
+KINDS = {section.kind: section for section in (*SIZED, *FIXED, GROWTH)}
 SMALL_LLAMA = {
     "hidden_size": 256,
     "intermediate_size": 768,
     "num_attention_heads": 4,
     "max_position_embeddings": 65536,
 }
+SHALLOW_LLAMA = {
+    "vocab_size": 49_152,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+LARGE_LLAMA = {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+    "rope_theta": 500_000.0,
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+}
 # name → the function that makes the checkpoint, and what it is given beside a folder.
 MODELS: dict[str, tuple[Any, ...]] = {
-    "demo": ("sidebyside.checkpoints:demo_model",),
-    "gpt2": ("sidebyside.checkpoints:random_gpt2",),
+    "demo": ("checkpoints:demo_model",),
+    "gpt2": ("checkpoints:random_gpt2",),
+    "llama-large": ("checkpoints:random_llama", LARGE_LLAMA),
+    "llama-shallow": ("checkpoints:random_llama", SHALLOW_LLAMA),
 }
-KINDS = {kind.name: kind for kind in (FP32, BF16, STRIDED, BEST_ENGINE, DECODING, CUDA)}
 
 
 def alternations(
@@ -208,9 +319,10 @@ def alternations(
     ids_per_turn: int = IDS_PER_TURN,
     fewest: int = 2,
 ) -> Iterator[Section]:
-    """Yield every alternation that is measured by default.
+    """Yield the alternations of every model and window length.
 
-    The second model's turns have half the ids: it says whether the first was an exception.
+    The second model has the middle length alone and turns of half the ids: it says whether the
+    first was an exception.
     fewest: windows in a turn, however long they are: threads, since Perplexit gives each its own.
     """
     for number, model in enumerate(models):
@@ -219,9 +331,11 @@ def alternations(
         kept = tuple(length for length in lengths if length <= longest)
         middle = kept[min(1, len(kept) - 1)]
         ids = ids_per_turn if first else ids_per_turn // 2
-        for length in kept:
+        for length in kept if first else (middle,):
             more = {"contenders": (*WHOLE[:-1], *OTHERS, CEILING)} if length == middle else {}
-            yield FP32.of(model, length, max(fewest, ids // length), **(more if first else {}))
+            windows = max(fewest, ids // length)
+            yield FP32.of(model, length, windows, **(more if first else {}))
+            yield BF16.of(model, length, windows)
         yield STRIDED.of(model, middle, max(2 * fewest, ids_per_turn // middle))
         if first:
             windows = max(fewest, ids // middle)
@@ -229,34 +343,20 @@ def alternations(
             check = {"check": middle, "check_windows": 2 * windows}
             yield BEST_ENGINE.of(model, middle, windows, **check)
             yield DECODING.of(model, middle, max(1, ids // middle), check=min(128, middle // 2))
-        for length in kept:
-            yield BF16.of(model, length, max(fewest, ids // length))
 
 
-def growth_sections() -> Iterator[Section]:
-    """Yield the points of each axis, smallest first: `growth-AXIS-SIZE`.
-
-    The models are random Llamas: the question is how a cost grows, and not how large it is. So
-    time is the processor's, on one thread: other work on the machine does not move it.
-    """
-    for name, axis in AXES.items():
-        for size in axis.sizes:
-            windows, length, vocabulary = axis.at(size)
-            model = f"llama-{vocabulary}-{axis.layers}"
-            config = SMALL_LLAMA | {"vocab_size": vocabulary, "num_hidden_layers": axis.layers}
-            MODELS[model] = ("sidebyside.checkpoints:random_llama", config)
-            question = f"How do time and memory grow with the {name}? At {size}."
-            point = Section("", question, **GROWING).of(model, length, windows)
-            yield replace(point, name=f"growth-{name}-{size}")
+def fixed_sections(quick: bool, fewest: int) -> Iterator[Section]:
+    """Yield the sections of one size. fewest: windows in a turn."""
+    for section in FIXED:
+        changed = replace(section, **section.quick) if quick else section
+        if changed.contenders and not changed.windows:
+            usual = fewest if quick else IDS_PER_TURN // changed.max_length
+            changed = replace(changed, windows=max(fewest, usual))
+        yield replace(changed, name=changed.kind)
 
 
-def aims_of(name: str) -> tuple[Aim, ...]:
-    """Return the aims of the entry that a record's name belongs to; of growth there are none."""
-    kind = KINDS.get(name.rsplit("-", 2)[min(1, name.count("-"))])
-    return kind.aims if kind else {entry.name: entry.aims for entry in FUNCTIONS}.get(name, ())
-
-
-def section_order(name: str) -> tuple[str, int, int]:
-    """Return where a section comes in a table: by model, what is measured, and size."""
-    model, kind, size = name.rsplit("-", 2)
-    return model, [*KINDS, *AXES].index(kind), int(size)
+def section_order(kind: str, name: str) -> tuple[int, list[tuple[int, str]]]:
+    """Return where a record comes in the report: by the table's entry, by model, by size."""
+    return list(KINDS).index(kind), [
+        (int(part), "") if part.isdigit() else (0, part) for part in name.split("-")
+    ]

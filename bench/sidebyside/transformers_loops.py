@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from sidebyside.contenders import Prepare, Scored, Setting
-from sidebyside.workloads import Workload
+from sidebyside.contenders import Score, Scored, Setting, Workload
 
 EVALUATE_BATCH = 16  # the metric's default
 
@@ -32,14 +31,9 @@ def _single(workload: Workload) -> list[Tensor]:
     return [torch.from_numpy(window.ids_T).long()[None] for window in workload.windows()]
 
 
-def _contender(loop: Callable[[Any, Workload], Scored]) -> Callable[[Setting], Prepare]:
+def _contender(loop: Callable[[Any, Workload], Scored]) -> Callable[[Setting], Score]:
     """Return what opens a loop. The loop makes its own tensors, as its source does."""
-
-    def open_loop(setting: Setting) -> Prepare:
-        model = load_transformers(setting)
-        return lambda workload: partial(torch.no_grad()(loop), model, workload)
-
-    return open_loop
+    return lambda setting: partial(torch.no_grad()(loop), load_transformers(setting))
 
 
 @_contender

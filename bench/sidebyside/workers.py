@@ -1,25 +1,26 @@
-"""Contenders in processes of their own, which are asked one thing at a time."""
+"""Worker processes: each measurement has its own, and so has each contender that takes turns."""
 
+import ctypes
+import gc
 import os
+import resource
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from perplexit.resources.loaded_torch import synchronize
-from perplexit.resources.memory_advice import return_freed_memory
-from perplexit.resources.memory_tracker import MemoryTracker
-from sidebyside.contenders import Scored, Setting, Turn, open_contender
-from sidebyside.workloads import Workload
+import perplexit as px
+from sidebyside.contenders import Setting, Workload, open_contender
 
-THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+LIBRARIES = ("OMP", "MKL", "OPENBLAS", "RAYON", "TVM")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
 
 
@@ -30,15 +31,28 @@ class WorkerError(Exception):
 class OwnProcess:
     """A process with so many threads and cores, in which functions are called.
 
-    log: the file to which everything goes that the process prints; None: where the parent's goes.
+    log: the file for all that it prints; None: where the parent's goes. without: an engine trick
+    that is switched off. source: the `src` of another version, imported in place of this one.
     """
 
-    def __init__(self, threads: int, log: Path | None = None) -> None:
-        os.environ.update(dict.fromkeys(THREAD_COUNTS, str(threads)) | OFFLINE)
+    def __init__(
+        self,
+        threads: int,
+        *,
+        log: Path | None = None,
+        without: str = "",
+        source: Path | None = None,
+    ) -> None:
+        counts = {f"{library}_NUM_THREADS": str(threads) for library in LIBRARIES}
+        os.environ.update(counts | OFFLINE)
         self._log = log
         self._executor = ProcessPoolExecutor(
-            1, get_context("spawn"), initializer=_begin, initargs=(threads, log)
+            1, get_context("spawn"), initializer=_begin, initargs=(threads, log, without)
         )
+        path = list(sys.path)
+        sys.path[:0] = [] if source is None else [str(source)]
+        self._executor.submit(os.getpid)  # starts the process, with this one's path
+        sys.path[:] = path
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         """Start the call; what is returned waits for its result and raises WorkerError."""
@@ -57,87 +71,13 @@ class OwnProcess:
         self._executor.shutdown(cancel_futures=True)
 
 
-class OpenContender:
-    """A loaded contender, in its own process, that is asked for turns.
+def in_own_process(threads: int, function: str, *arguments: Any, **where: Any) -> Any:
+    """Return what a function returns in a new process that ends with it.
 
-    warm_up: a short workload. Its turn maps the weights and whatever else is loaded when it is
-        first used.
+    function: `MODULE:FUNCTION` of this package, or `MODULE:FUNCTION:ARGUMENT`, a last argument.
+    where:    of OwnProcess.
     """
-
-    def __init__(self, name: str, setting: Setting, warm_up: Workload) -> None:
-        began = time.perf_counter()
-        self._prepare = open_contender(name, setting)
-        self.load_seconds = time.perf_counter() - began
-        self._on_cuda = setting.device != "cpu"
-        self._prepare(warm_up)()
-        self._turn: Turn | None = None
-
-    def prepare(self, workload: Workload) -> None:
-        """Get ready for turns of the workload."""
-        self._turn = self._prepare(workload)
-
-    def turn(self) -> dict[str, Any]:
-        """Take a turn with its seconds; the nll of single tokens is left out."""
-        synchronize()
-        cpu, began = time.process_time(), time.perf_counter()
-        scored = self._scored()
-        synchronize()
-        seconds = time.perf_counter() - began
-        found = {"seconds": scored.seconds or seconds, "cpu_seconds": time.process_time() - cpu}
-        return asdict(scored) | {"nll": None} | found
-
-    def memory(self) -> dict[str, Any]:
-        """Take a turn with the peak of memory beyond what was held before it, untimed.
-
-        It is the resident set's on the CPU, and that of torch's allocator on CUDA.
-        """
-        with PeakMemory() as memory:
-            scored = self._scored()
-        beyond = memory.torch_cuda_peak_bytes if self._on_cuda else memory.host_rss_peak_bytes
-        return asdict(scored) | {
-            "loaded_bytes": memory.host_rss_total_peak_bytes - memory.host_rss_peak_bytes,
-            # Where a part of the turn is timed alone, the turn's memory belongs to nobody.
-            "peak_bytes": None if scored.seconds else beyond,
-        }
-
-    def _scored(self) -> Scored:
-        if self._turn is None:
-            raise ValueError("expected a workload before a turn")
-        return self._turn()
-
-
-class PeakMemory(MemoryTracker):
-    """The peak of a stretch alone, without what was freed or reached before it.
-
-    What was freed is given back to the system first, and the kernel's high-water mark of the
-    resident set begins anew (Linux; elsewhere the resident set is sampled).
-    """
-
-    def __init__(self) -> None:
-        return_freed_memory()
-        mark = Path("/proc/self/clear_refs")
-        if mark.exists():
-            mark.write_text("5")
-        super().__init__(python=False, torch_cpu=False)
-
-
-_OPEN: list[OpenContender] = []  # the one contender of a worker's process
-
-
-def load(name: str, setting: Setting, warm_up: Workload) -> float:
-    """Open this process's contender; return the seconds that it took."""
-    _OPEN.append(OpenContender(name, setting, warm_up))
-    return _OPEN[0].load_seconds
-
-
-def ask(method: str, *arguments: Any) -> Any:
-    """Return what the method of this process's contender returns."""
-    return getattr(_OPEN[0], method)(*arguments)
-
-
-def in_own_process(threads: int, function: str, *arguments: Any) -> Any:
-    """Return what `module:function` returns in a new process that ends with it."""
-    process = OwnProcess(threads)
+    process = OwnProcess(threads, **where)
     try:
         return process.start(_call, function, *arguments)()
     finally:
@@ -145,11 +85,13 @@ def in_own_process(threads: int, function: str, *arguments: Any) -> Any:
 
 
 def _call(function: str, *arguments: Any) -> Any:
-    module, _, name = function.partition(":")
-    return getattr(import_module(module), name)(*arguments)
+    module, name, *more = function.split(":")
+    return getattr(import_module(f"sidebyside.{module}"), name)(*arguments, *more)
 
 
-def _begin(threads: int, log: Path | None) -> None:
+def _begin(threads: int, log: Path | None, without: str) -> None:
+    if without:
+        os.environ["PERPLEXIT_WITHOUT"] = without
     if sys.platform == "linux":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if log is not None:
@@ -165,3 +107,98 @@ def _stated(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     except Exception as error:
         traceback.print_exc()
         raise WorkerError(f"{type(error).__name__}: {error}") from None
+
+
+class OpenContender:
+    """A loaded contender, in its own process, that is asked for turns."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.score = open_contender(name, setting)
+        self.on_cuda = setting.device != "cpu"
+
+    def prepare(self, workload: Workload) -> None:
+        """Let the contender get ready for turns of the workload, where it wants that."""
+        getattr(self.score, "prepare", lambda _: None)(workload)
+
+    def turn(self, workload: Workload) -> dict[str, Any]:
+        """Take a turn with its seconds; the nll of single tokens is left out."""
+        synchronize()
+        cpu, began = time.process_time(), time.perf_counter()
+        scored = self.score(workload)
+        synchronize()
+        seconds = time.perf_counter() - began
+        found = {"seconds": scored.seconds or seconds, "cpu_seconds": time.process_time() - cpu}
+        return _known(asdict(scored) | {"nll": None} | found)
+
+    def memory(self, workload: Workload) -> dict[str, Any]:
+        """Take a turn with the peak of memory beyond what was held before it.
+
+        It is the resident set's on the CPU, and that of torch's allocator on CUDA.
+        process_bytes: the process's own peak so far, loading included.
+        """
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        with PeakMemory() as memory:
+            scored = self.score(workload)
+        total, beyond = memory.host_rss_total_peak_bytes, memory.host_rss_peak_bytes
+        peak = memory.torch_cuda_peak_bytes if self.on_cuda else beyond
+        found = {
+            "first_seconds": memory.duration_seconds,
+            "loaded_bytes": total - beyond,
+            "process_bytes": max(highest, total),
+            # Where a part of the turn is timed alone, the turn's memory belongs to nobody.
+            "peak_bytes": None if scored.seconds else peak,
+        }
+        return _known(asdict(scored) | found)
+
+    def tensor_bytes(self, workload: Workload) -> dict[str, Any]:
+        """Take a turn while torch's operations are counted, which costs time and memory."""
+        with px.MemoryTracker(python=False) as memory:
+            self.score(workload)
+        return {"tensor_bytes": memory.torch_cpu_peak_bytes}
+
+
+_OPEN: list[OpenContender] = []  # the one contender of a worker's process
+
+
+def load(name: str, setting: Setting, warm_up: Workload) -> float:
+    """Open this process's contender; return the seconds that it took.
+
+    warm_up: a short workload. Its turn maps the weights and whatever else is loaded at first use.
+    """
+    began = time.perf_counter()
+    _OPEN.append(OpenContender(name, setting))
+    seconds = time.perf_counter() - began
+    _OPEN[0].prepare(warm_up)
+    _OPEN[0].score(warm_up)
+    return seconds
+
+
+def ask(method: str, workload: Workload) -> Any:
+    """Return what the method of this process's contender returns."""
+    return getattr(_OPEN[0], method)(workload)
+
+
+class PeakMemory(px.MemoryTracker):
+    """The peak of a stretch alone, without what was freed or reached before it.
+
+    What was freed is given back to the system first, and the kernel's high-water mark of the
+    resident set begins anew (Linux; elsewhere the resident set is sampled).
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        super().__init__(python=False, torch_cpu=False)
+
+
+def synchronize() -> None:
+    """Wait until CUDA devices have done the work queued so far."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _known(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if value is not None}

@@ -1,7 +1,6 @@
-"""What is scored in a turn: windows of ids in a token file, the same for every contender."""
+"""What is scored: windows of ids in a token file, the same for every contender; and the texts."""
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,39 +11,12 @@ from perplexit.cli.demo_files import TEXT_FILE, TEXT_PACKAGE, packaged_file
 from perplexit.inputs.corpus_document import Document
 from perplexit.inputs.encoded_batch import EncodedBatch
 from perplexit.inputs.protocols import resolve_protocol
-from perplexit.inputs.token_file import TokenFile
 from perplexit.inputs.token_file_writer import TOKEN_FILE, TokenFileWriter
-from perplexit.inputs.windows import WindowIds
 from perplexit.protected_outputs import OutputFile
+from sidebyside.contenders import Workload
 
 NUM_NEWEST = 4  # addresses: some 40,000 ids; the first is newer than the demo's model
-NUM_RANDOM, ABOVE_RANDOM = 2**17 + 1, 4096  # ids below 4096 are ids of every model here
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """A token file of one text's windows, each of `max_length` ids, the last target included.
-
-    strided:    windows advance by half a window and score what is new, as the guide of Hugging Face
-        does. Else windows share one id with the one before, so that every id but the text's first
-        is scored once, with the context that lm-evaluation-harness gives it.
-    batch_size: windows per call, for those contenders that can be told; None: their own default.
-    """
-
-    path: Path
-    max_length: int
-    strided: bool = False
-    batch_size: int | None = None
-
-    @property
-    def tokens(self) -> TokenFile:
-        """Return the token file, opened."""
-        return TokenFile.open(self.path)
-
-    def windows(self) -> list[WindowIds]:
-        """Return the ids of each window and the positions in it that are scored."""
-        tokens = self.tokens
-        return [tokens.window_ids(index) for index in range(tokens.num_windows)]
+NUM_RANDOM, ABOVE_RANDOM = 2**22, 4096  # ids below 4096 are ids of every model here
 
 
 def write_workload(
@@ -64,9 +36,8 @@ def write_workload(
     if len(ids) < num_ids:
         raise ValueError(f"expected {num_ids} ids, got {len(ids)}")
     if strided:
-        protocol = resolve_protocol(
-            "hf-guide", max_length=max_length, stride=max_length // 2, bos="none"
-        )
+        sizes = {"max_length": max_length, "stride": max_length // 2}
+        protocol = resolve_protocol("hf-guide", bos="none", **sizes)
         lengths, ids = [num_ids], ids[:num_ids]
     else:
         protocol = resolve_protocol("document", bos="none")
@@ -91,11 +62,15 @@ def write_workload(
     return Workload(path, max_length, strided, batch_size)
 
 
-def speeches(count: int) -> list[str]:
-    """Return the newest State of the Union addresses, newest first."""
+def speech_files(first: int = 0, last: int = 9999) -> list[Path]:
+    """Return the State of the Union addresses of these years, oldest first."""
     folder = packaged_file(TEXT_PACKAGE, TEXT_FILE).parent
-    files = sorted(folder.glob("*.txt"), reverse=True)[:count]
-    return [file.read_text(encoding="utf-8") for file in files]
+    return [p for p in sorted(folder.glob("*.txt")) if first <= int(p.name.split("-")[0]) <= last]
+
+
+def speeches(count: int) -> list[str]:
+    """Return the texts of the newest addresses, newest first."""
+    return [path.read_text(encoding="utf-8") for path in speech_files()[::-1][:count]]
 
 
 def ids_of_speeches(tokenizer_folder: Path) -> NDArray[np.int32]:

@@ -15,9 +15,16 @@ from tests.resident import mapped
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
-import run as bench_run  # noqa: E402 - scripts beside the package
-from sidebyside import contenders, growth, records, report, sections, workers  # noqa: E402
-from sidebyside.contenders import Prepare, Scored, Setting  # noqa: E402
+from sidebyside import (  # noqa: E402 - scripts beside the package
+    command,
+    contenders,
+    growth,
+    records,
+    report,
+    sections,
+    workers,
+)
+from sidebyside.contenders import Score, Scored, Setting, Workload  # noqa: E402
 from sidebyside.paired_ratios import (  # noqa: E402
     ForwardFlops,
     Spread,
@@ -29,7 +36,7 @@ from sidebyside.paired_ratios import (  # noqa: E402
     tokens_per_second,
     turns,
 )
-from sidebyside.workloads import Workload, write_workload  # noqa: E402
+from sidebyside.workloads import write_workload  # noqa: E402
 
 WINDOW, NUM_WINDOWS = 40, 3
 
@@ -60,7 +67,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 def test_flops() -> None:
-    assert product_flops([(2, 3), (3, 5)], 7) == 2 * 7 * (6 + 15)
+    assert product_flops([2 * 3, 3 * 5], 7) == 2 * 7 * (6 + 15)
     # window of 3 ids: 1 + 2 + 3 pairs, two products of width multiply-adds each
     assert attention_flops([3], num_layers=2, width=8) == 2 * (1 + 2 + 3) * 2 * 8 * 2
 
@@ -124,22 +131,30 @@ def test_a_workload_needs_its_ids(scratch: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def opened(tiny_llama_dir: Path, scratch: Path) -> Callable[[str], Prepare]:
-    def of(name: str) -> Prepare:
+def opened(tiny_llama_dir: Path, scratch: Path) -> Callable[[str], Score]:
+    def of(name: str) -> Score:
         program = None
         if name == "llama.cpp":
             pytest.importorskip("llama_cpp")
-            from sidebyside.checkpoints import compiled  # noqa: PLC0415 - imports torch
+            from sidebyside.perplexit_contenders import compiled  # noqa: PLC0415 - imports torch
 
-            program = str(compiled(tiny_llama_dir, scratch / "gguf", "gguf", None))
-        return contenders.open_contender(name, Setting(str(tiny_llama_dir), "float32", 1, program))
+            program = contenders.CONTENDERS[name].program
+            program = compiled(tiny_llama_dir, str(scratch / "gguf"), program)
+        setting = Setting(str(tiny_llama_dir), "float32", 1, program)
+        opened = workers.OpenContender(name, setting)
+
+        def score(workload: Workload) -> Scored:
+            opened.prepare(workload)
+            return opened.score(workload)
+
+        return score
 
     return of
 
 
 @pytest.fixture(scope="module")
-def ours(opened: Callable[[str], Prepare], workload: Workload) -> Scored:
-    return opened("perplexit")(workload)()
+def ours(opened: Callable[[str], Score], workload: Workload) -> Scored:
+    return opened("perplexit")(workload)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +174,9 @@ def ours(opened: Callable[[str], Prepare], workload: Workload) -> Scored:
     ],
 )
 def test_contenders_score_the_same(
-    name: str, opened: Callable[[str], Prepare], workload: Workload, ours: Scored
+    name: str, opened: Callable[[str], Score], workload: Workload, ours: Scored
 ) -> None:
-    found = opened(name)(workload)()
+    found = opened(name)(workload)
     assert found.num_tokens == ours.num_tokens == workload.tokens.num_targets
     assert found.nll_sum == pytest.approx(ours.nll_sum, rel=1e-5)
     if found.nll is not None and ours.nll is not None:
@@ -169,10 +184,10 @@ def test_contenders_score_the_same(
 
 
 def test_the_guides_loop_gives_the_guides_number(
-    opened: Callable[[str], Prepare], scratch: Path
+    opened: Callable[[str], Score], scratch: Path
 ) -> None:
     workload = write_workload(scratch, IDS, NUM_WINDOWS, WINDOW, strided=True)
-    theirs, mine = (opened(name)(workload)() for name in ("hf guide", "perplexit"))
+    theirs, mine = (opened(name)(workload) for name in ("hf guide", "perplexit"))
     assert theirs.nll_sum == pytest.approx(mine.nll_sum, rel=1e-5)
     assert theirs.own_perplexity == pytest.approx(mine.own_perplexity, rel=1e-5)
     assert theirs.own_perplexity != pytest.approx(
@@ -181,11 +196,11 @@ def test_the_guides_loop_gives_the_guides_number(
 
 
 def test_long_windows_are_decoded_at_sampled_positions(
-    opened: Callable[[str], Prepare], scratch: Path
+    opened: Callable[[str], Score], scratch: Path
 ) -> None:
     workload = write_workload(scratch, IDS, 1, 257)
-    loop = opened("one token a call")(workload)()
-    together = opened("perplexit cached, 64 windows")(workload)()
+    loop = opened("one token a call")(workload)
+    together = opened("perplexit cached, 64 windows")(workload)
     assert together.num_tokens == 64 * loop.num_tokens
     assert (loop.seconds or 0) > 0
     assert (together.seconds or 0) > 0
@@ -208,7 +223,9 @@ def test_the_ceiling_is_all_the_models_products(
     head = 320 * 32
     body = sum(matrices.values()) - matrices.get("lm_head.weight", 0)
     rows = 2 * (WINDOW - 1)
-    scored = ceiling.prepare(write_workload(scratch, IDS, 2, WINDOW))()
+    workload = write_workload(scratch, IDS, 2, WINDOW)
+    ceiling.prepare(workload)
+    scored = ceiling(workload)
     assert scored.flops is not None
     assert scored.flops.products == 2 * rows * (body + head)
     assert scored.nll_sum is None
@@ -226,26 +243,41 @@ def test_sections_have_known_contenders_and_their_base() -> None:
     for section in found:
         assert section.windows >= 2  # one a thread
         assert set(section.contenders) <= contenders.CONTENDERS.keys()
-        assert {section.base, section.reference} <= set(section.contenders)
-    ordered = sorted(names, key=sections.section_order)
-    assert ordered[:4] == ["demo-fp32-512", "demo-fp32-1024", "demo-fp32-2048", "demo-bf16-512"]
+        assert section.base in section.contenders
+    order = {section.name: sections.section_order(section.kind, section.name) for section in found}
+    ordered = sorted(names, key=lambda name: order[name])
+    assert ordered[:3] == ["demo-fp32-512", "demo-fp32-1024", "demo-fp32-2048"]
+    assert ordered[3:5] == ["gpt2-fp32-1024", "demo-bf16-512"]
+
+
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [("fp32-1024", 2), ("openvino", 1), ("igf", 1), ("growth", 21), ("against-", 4), ("1gb", 1)],
+)
+def test_sections_are_chosen_by_name(
+    only: str, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = list(command._plan(command._options(["--only", only], None)))
+    assert len(plan) == count
+    assert all(only in section.name for section in plan)
 
 
 def test_every_aim_is_about_contenders_of_its_section() -> None:
-    for kind in sections.KINDS.values():
+    for kind in (kind for kind in sections.KINDS.values() if kind.contenders):
         for aim in kind.aims:
             assert aim.measure in records.MEASURES
             assert {aim.name, aim.base} <= {*kind.contenders, "", records.BEST}
 
 
 def test_growth_is_a_section_for_each_point() -> None:
-    names = [section.name for section in sections.growth_sections()]
+    names = [section.name for section in growth.growth_sections()]
     assert names[0] == "growth-window-256"
-    assert names[-1] == "growth-batch-32"
-    assert len(set(names)) == len(names) == 17
+    assert names[-1] == "growth-documents-64000"
+    assert len(set(names)) == len(names) == 21
 
 
 RECORD: dict[str, Any] = {
+    "kind": "fp32",
     "base": "plain loop",
     "flops": {"products": 100.0, "attention": 10.0},
     "contenders": {
@@ -266,7 +298,7 @@ RECORD: dict[str, Any] = {
 
 
 def test_aims_are_held_against_what_was_measured() -> None:
-    aims = sections.aims_of("demo-fp32-512")
+    aims = sections.KINDS["fp32"].aims
     found = {f.what: f for f in records.findings("demo-fp32-512", RECORD, aims)}
     assert found["perplexit × plain loop"].found == pytest.approx(1.2)
     assert found["perplexit × plain loop"].met
@@ -298,21 +330,40 @@ def test_the_table_has_a_row_a_contender() -> None:
     assert len(rows) == 4
     assert "1.20" in rows[0]
     assert "failed: no such / thing" in rows[2]
-    assert {row.count(" |") for row in rows} == {10}
+    assert {row.count(" |") for row in rows} == {12}
 
 
-def test_the_report_says_where_it_was_measured() -> None:
-    machine = dict.fromkeys(("processor", "cores", "memory_gib", "system", "python"), "P")
-    machine |= {"instructions": ["avx2"], "versions": {"torch": "2", "openvino": None}}
-    record = RECORD | {"machine": machine, "date": "2026-01-01"}
-    record["conditions"] = {"threads": 2, "rounds": 5}
+def test_the_report_says_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(report.platform, "python_version", lambda: "9.9")
+    record = RECORD | {"machine": report.machine(), "date": "2026-01-01", "took_seconds": 90.0}
+    record["conditions"] = {"threads": 2, "rounds": 5, "quick": False}
     lines = list(report.report({"demo-fp32-512": record}))
-    assert lines[0].startswith("2026-01-01, P, P cores (avx2)")
-    assert "torch 2" in lines[0]
-    assert "openvino" not in lines[0]
-    assert "2 threads, 5 rounds" in lines[0]
-    assert any(line.startswith("| perplexit × plain loop |") for line in lines)
+    assert lines[0].startswith("2026-01-01, ")
+    assert " cores (" in lines[0]
+    assert "Python 9.9; torch 2" in lines[0]
+    assert "no-such-package" not in lines[0]
+    text = "\n".join(lines)
+    assert "`python bench/run.py --only fp32`" in text
+    assert "2 threads, 5 rounds, 1.5 minutes" in text
+    assert "| perplexit × plain loop |" in text
+    assert "| perplexit |" in text
+    assert "tensors (MiB)" not in text  # nothing was measured for that column
     assert list(report.report({})) == []
+
+
+def test_rows_of_a_function_are_a_table() -> None:
+    record = {
+        "kind": "prepare",
+        "rows": [{"MB": 1.5, "times `encode_batch`": [1.0, 1.1, 1.3], "same": True, "p": None}],
+        "machine": "M",
+        "date": "2026-01-01",
+        "took_seconds": 1.0,
+        "conditions": {"threads": 2, "rounds": 3, "quick": False},
+    }
+    text = "\n".join(report.report({"prepare": record}))
+    assert "| 1.5 | 1.1 (1–1.3) | True |  |" in text
+    assert "| times `encode_batch` | prepare | ≤ 1.2 | 1.1 | yes |" in text
 
 
 def test_the_page_keeps_its_prose(tmp_path: Path) -> None:
@@ -356,10 +407,11 @@ def test_growth_is_drawn_with_its_exponents(tmp_path: Path) -> None:
 
 def test_growth_is_read_from_the_records_of_all_points() -> None:
     entry = {"cpu_seconds": [3.0, 1.0, 2.0], "memory": {"peak_bytes": 7}}
-    taken = {"contenders": {"perplexit nll": entry, "plain loop": entry}}
-    found = {section.name: taken for section in sections.growth_sections()}
-    assert growth.growth_axes(found) is None
-    found["growth-documents"] = {"label": "documents", "points": {}}
+    found = {
+        section.name: {"contenders": dict.fromkeys(section.contenders, entry)}
+        for section in growth.growth_sections()
+    }
+    assert growth.growth_axes({name: found[name] for name in list(found)[1:]}) is None
     axes = growth.growth_axes(found)
     assert axes is not None
     assert list(axes) == ["window", "vocabulary", "batch", "documents"]
@@ -372,19 +424,18 @@ def test_growth_is_read_from_the_records_of_all_points() -> None:
 
 def test_a_worker_measures_a_turn(tiny_llama_dir: Path, workload: Workload) -> None:
     setting = Setting(str(tiny_llama_dir), "float32", 1)
-    opened = workers.OpenContender("plain loop", setting, workload)
-    with pytest.raises(ValueError, match="a workload before a turn"):
-        opened.turn()
+    opened = workers.OpenContender("plain loop", setting)
     opened.prepare(workload)
-    timed, measured = opened.turn(), opened.memory()
+    timed, measured = opened.turn(workload), opened.memory(workload)
     assert timed["num_tokens"] == measured["num_tokens"] == NUM_WINDOWS * (WINDOW - 1)
     assert timed["nll_sum"] == pytest.approx(measured["nll_sum"])
     assert timed["seconds"] > 0
     assert measured["loaded_bytes"] > measured["peak_bytes"] >= 0
+    assert measured["process_bytes"] >= measured["loaded_bytes"]
 
 
 def test_a_process_says_what_went_wrong(tmp_path: Path) -> None:
-    process = workers.OwnProcess(1, tmp_path / "log")
+    process = workers.OwnProcess(1, log=tmp_path / "log")
     with pytest.raises(workers.WorkerError, match="ValueError: invalid literal"):
         process.start(int, "x")()
     with pytest.raises(workers.WorkerError, match=r"ended early; see .*log"):
@@ -410,12 +461,12 @@ def test_one_section_from_end_to_end(
     tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Workers in processes of their own; measured once, kept the second time."""
-    command = [
+    arguments = [
         *(sys.executable, str(ROOT / "bench" / "run.py"), "--quick", "--threads", "1"),
         *("-o", str(tmp_path), "--model", f"tiny={tiny_llama_dir}", "--windows", "64"),
-        *("--only", "fp32-64", "--contenders", "perplexit,plain loop,gemm", "--rounds", "2"),
+        *("--only", "fp32-64", "--contenders", "perplexit", "plain loop", "gemm", "--rounds", "2"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "tiny-fp32-64.json").read_text())
     assert list(record["contenders"]) == ["perplexit", "plain loop", "gemm"]
@@ -428,6 +479,6 @@ def test_one_section_from_end_to_end(
     assert "| tiny-fp32-64 | perplexit |" in done.stdout
 
     capsys.readouterr()
-    assert bench_run.main(command[2:]) == 0
+    assert command.main(arguments[2:]) == 0
     assert "kept" in capsys.readouterr().err
     assert json.loads((tmp_path / "tiny-fp32-64.json").read_text()) == record

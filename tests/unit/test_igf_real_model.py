@@ -19,7 +19,7 @@ SGD = StepRule("sgd", clip_norm=None)
 def test_fast_gains_agree_with_exact_ones_on_real_contexts(
     real_model_dir: Path, real_text: str
 ) -> None:
-    """Ten contexts, an objective of four: `bench/igf_labels.py fidelity` does it at length."""
+    """Ten contexts, an objective of four: `bench/run.py --only igf-fidelity` does it at length."""
     half = len(real_text) // 2
     model = load_model(real_model_dir)
     known, wanted = (

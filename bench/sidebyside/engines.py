@@ -1,0 +1,107 @@
+"""Every engine and precision on one text: one `perplexit eval` each, in a process of its own."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import perplexit as px
+from perplexit.cli.demo_files import (
+    MODEL_FILE,
+    MODEL_PACKAGE,
+    TEXT_FILE,
+    TEXT_PACKAGE,
+    packaged_file,
+)
+from sidebyside.alternation import Bench, say
+from sidebyside.report import MIB
+
+ENTRY = "from perplexit.cli.app import main; main()"
+FIRST = "PyTorch fp32"
+QUICK = (FIRST, "ONNX Runtime int8", "llama.cpp Q4_1, as shipped")
+FIXED = "--max-length 512 --batch-size 1"
+# name → the address's engine, or the options of `perplexit compile`; the options of `eval`.
+ROWS = {
+    FIRST: ("hf", ""),
+    "PyTorch bf16": ("hf", "--dtype bf16"),
+    "PyTorch nf4": ("hf", "--quantization nf4"),
+    "PyTorch int8": ("hf", "--quantization int8"),
+    "PyTorch q4f16_0": ("hf", "--quantization q4f16_0"),
+    "PyTorch mxfp6": ("hf", "--quantization mxfp6"),
+    "PyTorch mxint8": ("hf", "--quantization mxint8"),
+    "ONNX Runtime fp32": ("--to onnx", ""),
+    "ONNX Runtime int8": ("--to onnx --quantization int8", ""),
+    "ONNX Runtime int4": ("--to onnx --quantization int4", ""),
+    "OpenVINO fp32": ("--to openvino", ""),
+    "OpenVINO bf16": ("--to openvino", "--dtype bf16"),
+    "OpenVINO int8": ("--to openvino --quantization int8", ""),
+    "OpenVINO int4": ("--to openvino --quantization int4", ""),
+    "TVM fp32": (f"--to tvm {FIXED}", ""),
+    "TVM q4f16_0": (f"--to tvm --quantization q4f16_0 {FIXED}", ""),
+    "AOTInductor fp32": ("--to pt2", ""),
+    "llama.cpp Q4_1, as shipped": ("gguf", ""),
+    "llama.cpp Q8_0": ("--to gguf --quantization q8_0", ""),
+    "llama.cpp Q4_K_M": ("--to gguf --quantization q4_k_m", ""),
+}
+
+
+def every_engine(bench: Bench) -> dict[str, Any]:
+    """Return perplexity, ratio to the first row, largest difference and cost of each row.
+
+    The text is the address of 2026 in disjoint windows of 512 ids; with `--quick` its first 6,000
+    characters, by three engines. A second call keeps the runs of the first.
+    """
+    folder = bench.subfolder("engines-quick" if bench.quick else "engines")
+    text = packaged_file(TEXT_PACKAGE, TEXT_FILE).read_text(encoding="utf-8")
+    tokens = folder / "address.safetensors"
+    part = [text[: 6_000 if bench.quick else None]]
+    gguf = packaged_file(MODEL_PACKAGE, MODEL_FILE)
+    px.prepare(part, tokenizer=gguf, output=tokens, protocol="disjoint", max_length=512)
+    runs: dict[str, px.Run | None] = {}
+    for name in QUICK if bench.quick else ROWS:
+        runs[name] = _run_of(name, tokens, bench, folder)
+    return {"rows": [_row(name, run, runs[FIRST]) for name, run in runs.items()]}
+
+
+def _run_of(name: str, tokens: Path, bench: Bench, folder: Path) -> px.Run | None:
+    """Return the row's run, whose commands are printed; None where one fails."""
+    gguf = packaged_file(MODEL_PACKAGE, MODEL_FILE)
+    run = folder / "runs" / name.lower().replace(" ", "-").replace(",", "")
+    compiled, evaluated = ROWS[name]
+    address = f"{compiled}:{gguf}"
+    if compiled.startswith("--"):
+        address = str(folder / "programs" / compiled.replace("--", "").replace(" ", "-"))
+        command = ("compile", f"hf:{gguf}", *compiled.split(), "-o", address)
+        if not Path(address).exists() and not _done(*command):
+            return None
+    options = ("--threads", str(bench.threads), *evaluated.split(), "--run", str(run))
+    if not (run / "run.json").exists() and not _done("eval", address, str(tokens), *options):
+        return None
+    return px.Run.open(run)
+
+
+def _done(*arguments: str) -> bool:
+    say(f"perplexit {shlex.join(arguments)}")
+    command = [sys.executable, "-c", ENTRY, *arguments]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    if ended.returncode != 0:
+        say(ended.stderr[-2000:])
+    return ended.returncode == 0
+
+
+def _row(name: str, run: px.Run | None, first: px.Run | None) -> dict[str, Any]:
+    """Return the row of a run, or that it failed."""
+    if run is None or first is None:
+        return {"engine": f"{name}: failed"}
+    found = {} if run.folder == first.folder else px.compare(first, run).to_json()
+    return {
+        "engine": name,
+        "perplexity": [run.perplexity_low, run.perplexity, run.perplexity_high],
+        "ratio": [found.get(f"ppl_ratio{end}") for end in ("_low", "", "_high")],
+        "verdict": found.get("verdict"),
+        "largest difference (nats)": found.get("max_abs_nll_difference"),
+        "bits per weight": (run.session.get("quantization") or {}).get("effective_bits"),
+        "peak memory (MiB)": (run.peak_memory_bytes.get("host_rss") or 0) / MIB,
+        "tokens/s": run.tokens_per_second,
+    }
