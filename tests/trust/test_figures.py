@@ -400,7 +400,7 @@ def test_c5_sibling_no_other_protocol_has_a_tool_that_counts_words(byte_tokenize
 
 
 def test_c6_the_demo_and_the_page_say_what_was_measured() -> None:
-    """`bench/run.py --only rounded-twice`: int4 costs 1.074 times more on weights rounded before."""
+    """`bench/run.py --only rounded-twice`: int4 costs 1.074 times more on rounded weights."""
     page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
     said = " ".join(NOTES)
     assert "costs more on weights that were rounded before" in said
