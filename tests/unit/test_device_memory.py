@@ -79,10 +79,10 @@ def test_copies_keep_what_they_copy() -> None:
     ids = np.arange(6).reshape(2, 3)
     assert torch.equal(to_device(ids, CPU), torch.arange(6).reshape(2, 3))
     statistics = token_statistics(torch.randn(4, 9), torch.arange(4), top_k=2)
-    coming = to_host(statistics).wait()
+    coming = to_host(statistics)()
     assert torch.equal(coming.nll_N, statistics.nll_N)
     assert torch.equal(coming.top_ids_NK, statistics.top_ids_NK)
-    assert to_host(token_statistics(torch.randn(1, 3), torch.zeros(1).long(), with_details=False))
+    assert to_host(token_statistics(torch.randn(1, 3), torch.zeros(1).long(), with_details=False))()
 
 
 @pytest.mark.parametrize(

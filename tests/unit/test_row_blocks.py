@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perplexit.functional.row_blocks import equal_blocks
+from perplexit.functional.nll import equal_blocks
 
 
 @given(num_rows=st.integers(0, 5000), most=st.integers(1, 600))

@@ -11,7 +11,7 @@ Shape suffixes: B = windows, T = ids of a window.
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,19 +73,13 @@ class LengthDependentRope:
     @contextmanager
     def held_at(self, length: int) -> Iterator[None]:
         """Hold the angles at a window of `length` ids in every call inside the block."""
-        handles = [
-            handle
-            for module in self._modules
-            for handle in (
-                module.register_forward_pre_hook(_Lengthened(module, length), with_kwargs=True),
-                module.register_forward_hook(_shortened),
-            )
-        ]
-        try:
+        with ExitStack() as stack:
+            for module in self._modules:
+                lengthened = _Lengthened(module, length)
+                before = module.register_forward_pre_hook(lengthened, with_kwargs=True)
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(_shortened).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def held_at(rope: LengthDependentRope | None, length: int) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 Shape suffixes: B = batch, T = ids of a row.
 """
 
+import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -110,10 +111,20 @@ def input_embedding(module: nn.Module) -> Any | None:
 def _layer(module: nn.Module, method: str) -> Any | None:
     get = getattr(module, method, None)
     try:
-        layer = get() if get is not None else None
+        return get() if get is not None else None
     except (NotImplementedError, AttributeError):
         return None
-    return layer if isinstance(layer, nn.Module) else None
+
+
+def twin_with(model: Any, path: str, replacement: nn.Module) -> Any:
+    """Return a shallow copy that shares all with `model` but the submodule at `path`."""
+    name, _, rest = path.partition(".")
+    twin = copy.copy(model)
+    if "_old_forward" in twin.__dict__:  # accelerate's, which is bound to the model itself
+        del twin.__dict__["forward"]
+    inner = twin_with(model.get_submodule(name), rest, replacement) if rest else replacement
+    twin._modules = {**model._modules, name: inner}
+    return twin
 
 
 def num_embeddings(module: nn.Module) -> int | None:

@@ -95,21 +95,13 @@ def widened(model: nn.Module) -> Iterator[None]:
             def restore(module: nn.Module, *_: Any) -> None:
                 _restore(kept.pop(id(module), []))
 
-            stack.enter_context(_removed(module.register_forward_pre_hook(widen)))
-            stack.enter_context(_removed(module.register_forward_hook(restore, always_call=True)))
+            stack.callback(module.register_forward_pre_hook(widen).remove)
+            stack.callback(module.register_forward_hook(restore, always_call=True).remove)
         try:
             yield
         finally:
             for tensors in kept.values():
                 _restore(tensors)
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

@@ -4,7 +4,6 @@ Shape suffixes: B = windows, T = ids per window, D = hidden size, V = vocabulary
 alive at a time.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
+from perplexit.checkpoints.module_call import twin_with
 from perplexit.errors import CompilationError
 from perplexit.program_record import ProgramShapes
 
@@ -81,13 +81,6 @@ class _GivenStates(nn.Module):
         return _BodyOutput(last_hidden_state=inputs_embeds)
 
 
-def head_of(model: Any) -> nn.Module:
-    """Return the model's own `forward` without its body, with its soft-cap, scale and bias."""
-    head = copy.copy(model)
-    head._modules = {**model._modules, model.base_model_prefix: _GivenStates()}
-    return head  # type: ignore[no-any-return]
-
-
 class Body(nn.Module):
     """Ids_BT → the hidden states_BTD that the head reads; right padding needs no mask.
 
@@ -107,11 +100,14 @@ class Body(nn.Module):
 
 
 class LogitsHead(nn.Module):
-    """Hidden states → float32 logits, by the model's own code."""
+    """Hidden states → float32 logits, by the model's own `forward` without its body.
+
+    So its soft-cap, scale and bias are there.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.head = head_of(model)
+        self.head = twin_with(model, model.base_model_prefix, _GivenStates())
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Map (B, T, D) → (B, T, V)."""

@@ -9,7 +9,6 @@ Shape suffixes: N = targets over all windows, R = rows of a turn, L = turns, D =
 V = vocabulary, C = columns of a block, K = blocks.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from openvino import opset13 as ops
 from torch import Tensor, nn
 
+from perplexit.checkpoints.module_call import twin_with
 from perplexit.compilation.body_and_head import LogitsHead
 from perplexit.compilation.openvino_attention import ints
 from perplexit.errors import CompilationError
@@ -152,7 +152,7 @@ class _LogitsInBlocks(nn.Module):
         super().__init__()
         path, linear = _output_linear(model)
         self.turns = _BlocksInTurn(linear, columns)
-        self.head = LogitsHead(_with_module(model, path.split("."), self.turns))
+        self.head = LogitsHead(twin_with(model, path, self.turns))
 
     def forward(self, hidden_RD: Tensor) -> list[Tensor]:
         """Map (R, D) to K times (R, C)."""
@@ -181,15 +181,6 @@ def _output_linear(model: Any) -> tuple[str, nn.Linear]:
             "compile it with --no-perplexity"
         )
     return path, output
-
-
-def _with_module(module: Any, path: list[str], replacement: nn.Module) -> Any:
-    """Return a shallow copy of `module` with another one at `path`; the original is unchanged."""
-    name, rest = path[0], path[1:]
-    changed = copy.copy(module)
-    inner = _with_module(module._modules[name], rest, replacement) if rest else replacement
-    changed._modules = {**module._modules, name: inner}
-    return changed
 
 
 def _int(value: int) -> Any:

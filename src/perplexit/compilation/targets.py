@@ -84,42 +84,6 @@ TARGETS = {
 }
 
 
-def request_for(
-    to: str,
-    *,
-    quantization: str | None,
-    perplexity: bool,
-    dtype: str | None,
-    sizes: tuple[int | None, int | None],
-    device: str | None,
-) -> CompileRequest:
-    """Return what is asked of the target `to`, before anything heavy is imported.
-
-    sizes: (windows of a batch, ids of a window); None: any.
-    Raises CapabilityError for what the target cannot do, QuantizationError for a precision that
-    it does not have, UsageError for sizes that are too small.
-    """
-    target = target_of(to)
-    if quantization is not None and dtype is not None and target.dtype_or_quantization:
-        raise CapabilityError(
-            f"expected a quantization or a dtype for the matrices of {target.noun}, got both "
-            f"({quantization} and {dtype}); leave one out"
-        )
-    number_type = _dtype(target, dtype)
-    if quantization is not None and number_type != target.dtypes[0]:
-        raise CapabilityError(
-            f"expected {target.noun} with quantized weights to compute in {target.dtypes[0]}, got "
-            f"quantization {quantization} and dtype {dtype}; leave one out"
-        )
-    return CompileRequest(
-        perplexity=perplexity,
-        dtype=number_type,
-        recipe=recipe_for(quantization, engine=to) if quantization is not None else None,
-        shapes=_shapes(target, *sizes),
-        device=_device(target, device),
-    )
-
-
 def target_of(to: str) -> Target:
     """Return the entry of an engine. Raises CapabilityError for one that is not compiled to."""
     if to not in TARGETS:
@@ -148,12 +112,22 @@ def load_builder(to: str) -> tuple[Callable[..., Any], Builder]:
     return loading.load_checkpoint, builder
 
 
-def _dtype(target: Target, asked: str | None) -> str:
+def _dtype(target: Target, asked: str | None, quantization: str | None) -> str:
+    if quantization is not None and asked is not None and target.dtype_or_quantization:
+        raise CapabilityError(
+            f"expected a quantization or a dtype for the matrices of {target.noun}, got both "
+            f"({quantization} and {asked}); leave one out"
+        )
     dtype = canonical_dtype(asked or target.dtypes[0])
     if dtype not in target.dtypes:
         raise CapabilityError(
             f"expected dtype {' or '.join(target.dtypes)} for {target.noun}, got {asked}; leave it "
             "out, or ask for smaller weights with a quantization"
+        )
+    if quantization is not None and dtype != target.dtypes[0]:
+        raise CapabilityError(
+            f"expected {target.noun} with quantized weights to compute in {target.dtypes[0]}, got "
+            f"quantization {quantization} and dtype {asked}; leave one out"
         )
     return dtype
 
@@ -175,8 +149,6 @@ def _shapes(target: Target, batch_size: int | None, length: int | None) -> Progr
             f"expected neither --max-length nor --batch-size for {target.noun}: it takes windows "
             "of any length; leave them out"
         )
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"expected a batch size of at least 1, got {batch_size}")
     if length is not None and length < 2:
         raise UsageError(
             f"expected a max_length of at least 2 (a target needs a token before it), got {length}"
@@ -224,27 +196,26 @@ def compile(
     QuantizationError, ModelError, UsageError, and CapabilityError for what no engine here can do.
     """
     check_numbers(max_length=max_length, batch_size=batch_size)
-    sizes = batch_size, max_length
-    request = request_for(
-        to,
-        quantization=quantization,
+    target = target_of(to)  # all is checked before anything heavy is imported
+    request = CompileRequest(
         perplexity=perplexity,
-        dtype=dtype,
-        sizes=sizes,
-        device=device,
+        dtype=_dtype(target, dtype, quantization),
+        recipe=recipe_for(quantization, engine=to) if quantization is not None else None,
+        shapes=_shapes(target, batch_size, max_length),
+        device=_device(target, device),
     )
     asked = json.loads(json.dumps({"to": to, **asdict(request)}))
     checkpoint = str(model).removeprefix("hf:")
-    target = OutputFolder(Path(output), PROGRAM, paths_among(checkpoint), force)
+    place = OutputFolder(Path(output), PROGRAM, paths_among(checkpoint), force)
     load_checkpoint, build_program = load_builder(to)
-    if target.exists:
+    if place.exists:
         find_checkpoint = import_module("perplexit.checkpoints.location").find_checkpoint
         fingerprint = find_checkpoint(model).fingerprint
-        target.check_replaceable(_is_same(target.path, asked, fingerprint))
-    with target.staged() as temporary:
+        place.check_replaceable(_is_same(place.path, asked, fingerprint))
+    with place.staged() as temporary:
         metadata = replace(build_program(load_checkpoint(model), temporary, request), request=asked)
         metadata.write(temporary)
-    return CompiledProgram(target.path, metadata)
+    return CompiledProgram(place.path, metadata)
 
 
 def _is_program(folder: Path) -> bool:

@@ -14,8 +14,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from perplexit.functional.nll import TokenStatistics
-from perplexit.functional.row_blocks import equal_blocks
+from perplexit.functional.nll import TokenStatistics, equal_blocks
 
 BLOCKED_COLUMNS = frozenset({"nll", "entropy", "rank"})  # without whole logits
 _LOG2_E = 1.0 / math.log(2.0)

@@ -22,6 +22,7 @@ from torch import Tensor
 from perplexit.token_columns import TOKEN_COLUMNS, ColumnSet, TokenDetails
 
 _LOG2_E = 1.0 / math.log(2.0)
+_TILE = 16  # rows that a matrix product's kernel takes at a time
 _BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: both buffers of a block stay in a core's cache
 _DEVICE_BLOCK_ELEMENTS = 1 << 24  # 64 MiB: few launches, and still little beside the logits
 
@@ -60,6 +61,20 @@ class TokenStatistics(ColumnSet[Tensor]):
 def slices_of_rows(num_rows: int, size: int) -> list[slice]:
     """Return the slices of `size` rows that cover all rows in order; at least one, maybe empty."""
     return [slice(start, start + size) for start in range(0, max(1, num_rows), size)]
+
+
+def equal_blocks(num_rows: int, most: int) -> list[slice]:
+    """Return blocks that cover rows 0 … `num_rows` in order, all of one size up to `most`.
+
+    The last may begin before the one before it has ended. A block of another size would be another
+    product: oneDNN prepares each shape once, at half a megabyte of memory, and thin ones are slow.
+    """
+    if num_rows <= most:
+        return [slice(0, num_rows)]
+    count = -(-num_rows // most)
+    size = min(most, -(-num_rows // (count * _TILE)) * _TILE)
+    starts = (min(index * size, num_rows - size) for index in range(count))
+    return [slice(start, start + size) for start in starts]
 
 
 def token_statistics(

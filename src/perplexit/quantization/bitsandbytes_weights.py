@@ -18,55 +18,34 @@ def quantize_matrices(model: nn.Module, matrices: list[Matrix], precision: str) 
     """Replace the layers; return each matrix's bytes, scales included, by module name."""
     num_bytes = {}
     for matrix in matrices:
-        linear = as_linear(model, matrix).module
-        layer = _llm_int8(linear) if precision == "llm-int8" else _four_bit(linear, precision)
+        layer = _quantized(as_linear(model, matrix).module, precision)
         replace_module(model, matrix.name, layer)
         num_bytes[matrix.name] = _num_bytes(layer, precision)
     return num_bytes
 
 
-def _four_bit(linear: Any, quant_type: str) -> Any:
+def _quantized(linear: Any, precision: str) -> Any:
     weight: torch.Tensor = linear.weight
     num_outputs, num_inputs = weight.shape
-    layer: Any = Linear4bit(  # type: ignore[no-untyped-call]
-        num_inputs,
-        num_outputs,
-        bias=False,
-        compute_dtype=weight.dtype,
-        quant_type=quant_type,
-        compress_statistics=False,
-        device="meta",
-    )
-    packed: Any = Params4bit(
-        weight.detach().cpu(),
-        requires_grad=False,
-        blocksize=BLOCK_SIZE,
-        quant_type=quant_type,
-        compress_statistics=False,
-        module=layer,
-    )
-    layer.weight = packed.to(weight.device)
-    layer.bias = linear.bias
-    # On CPUs with AVX512-BF16 the first forward pass would repack the codes and round their
-    # scales to bfloat16: other losses than elsewhere, and a corrupt state_dict afterwards.
-    layer.support_avx512bf16_for_cpu = False
-    return layer
-
-
-def _llm_int8(linear: Any) -> Any:
-    weight: torch.Tensor = linear.weight
-    num_outputs, num_inputs = weight.shape
-    layer: Any = Linear8bitLt(
-        num_inputs,
-        num_outputs,
-        bias=False,
-        has_fp16_weights=False,
-        threshold=OUTLIER_THRESHOLD,
-        device="meta",
-    )
-    codes: Any = Int8Params(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
-    layer.weight = codes.to(weight.device)
-    layer.bias = linear.bias
+    plain = weight.detach().cpu()
+    layer: Any
+    codes: Any
+    shape: Any = {"bias": False, "device": "meta"}
+    if precision == "llm-int8":
+        layer = Linear8bitLt(
+            num_inputs, num_outputs, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, **shape
+        )
+        codes = Int8Params(plain, requires_grad=False, has_fp16_weights=False)
+    else:
+        kind: Any = {"quant_type": precision, "compress_statistics": False}
+        layer = Linear4bit(  # type: ignore[no-untyped-call]
+            num_inputs, num_outputs, compute_dtype=weight.dtype, **kind, **shape
+        )
+        codes = Params4bit(plain, requires_grad=False, blocksize=BLOCK_SIZE, module=layer, **kind)
+        # On CPUs with AVX512-BF16 the first forward pass would repack the codes and round their
+        # scales to bfloat16: other losses than elsewhere, and a corrupt state_dict afterwards.
+        layer.support_avx512bf16_for_cpu = False
+    layer.weight, layer.bias = codes.to(weight.device), linear.bias
     return layer
 
 

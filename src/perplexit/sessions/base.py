@@ -148,6 +148,9 @@ class SpellsTokens(Protocol):
         """Return the engine's text of each id, None where it tells none."""
 
 
+Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # (rows, columns) of a block of ids
+
+
 class FedRows(Protocol):
     """What a model made of some of the positions that were fed to it, before its head."""
 
@@ -162,12 +165,7 @@ class KeyValueCache(Protocol):
     """Keys and values of the ids that were fed so far, one row per window."""
 
     def feed(
-        self,
-        ids_BT: NDArray[np.int64],
-        *,
-        first_row: int,
-        start: int,
-        picked: tuple[NDArray[np.int64], NDArray[np.int64]],
+        self, ids_BT: NDArray[np.int64], *, first_row: int, start: int, picked: Places
     ) -> FedRows:
         """Put ids into rows `first_row…` at positions `start…`; what becomes of the picked places.
 

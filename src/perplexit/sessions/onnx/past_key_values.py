@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError
-from perplexit.sessions.base import FedRows
+from perplexit.sessions.base import FedRows, Places
 from perplexit.sessions.logit_rows import details_of_rows
 from perplexit.sessions.onnx.ports import GraphPorts
 from perplexit.token_columns import TokenDetails
@@ -43,12 +43,7 @@ class OnnxCache:
         self._groups: list[_Group] = []
 
     def feed(
-        self,
-        ids_BT: NDArray[np.int64],
-        *,
-        first_row: int,
-        start: int,
-        picked: tuple[NDArray[np.int64], NDArray[np.int64]],
+        self, ids_BT: NDArray[np.int64], *, first_row: int, start: int, picked: Places
     ) -> FedRows:
         """Feed a block of ids, in the calls that the program's shapes allow."""
         group = self._group(len(ids_BT), first_row, start)

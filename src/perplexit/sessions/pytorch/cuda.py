@@ -4,7 +4,6 @@ Everything works on the CPU too, where copies are plain and peaks None.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,27 +45,23 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-@dataclass(frozen=True, slots=True)
-class ComingStatistics:
-    """Statistics on their way to the host; `wait` gives them once they are there."""
+def to_host(statistics: TokenStatistics) -> Callable[[], TokenStatistics]:
+    """Start to copy the statistics to the host; return what waits for them.
 
-    statistics: TokenStatistics
-    arrived: Callable[[], None]
-
-    def wait(self) -> TokenStatistics:
-        """Wait until the statistics are in host memory, and return them."""
-        self.arrived()
-        return self.statistics
-
-
-def to_host(statistics: TokenStatistics) -> ComingStatistics:
-    """Copy the statistics to the host; from CUDA queued into pinned memory, with an event."""
+    From CUDA, the copy is queued into pinned memory, with an event behind it.
+    """
     if statistics.nll_N.device.type != "cuda":
-        return ComingStatistics(statistics.each(Tensor.cpu), lambda: None)
+        host = statistics.each(Tensor.cpu)
+        return lambda: host
     host = statistics.each(_into_pinned)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(statistics.nll_N.device))
-    return ComingStatistics(host, event.synchronize)
+
+    def wait() -> TokenStatistics:
+        event.synchronize()
+        return host
+
+    return wait
 
 
 def _into_pinned(column: Tensor) -> Tensor:

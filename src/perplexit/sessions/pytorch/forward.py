@@ -93,19 +93,14 @@ class LinearHead:
     """
 
     def __init__(self, linear: nn.Linear, *, blocked: bool = True) -> None:
-        self._linear = linear
+        self.linear = linear
         self._room = threading.local()  # windows may be scored side by side
         self.blocked = blocked and linear.weight.device.type == "cpu"
 
-    @property
-    def linear(self) -> nn.Linear:
-        """Return the layer."""
-        return self._linear
-
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Return the logits, valid until the next call."""
-        weight: Tensor = self._linear.weight
-        bias: Tensor | None = self._linear.bias
+        weight: Tensor = self.linear.weight
+        bias: Tensor | None = self.linear.bias
         buffer: Tensor | None = getattr(self._room, "buffer_NV", None)
         if buffer is None or len(buffer) < len(hidden_ND) or buffer.dtype != hidden_ND.dtype:
             buffer = hidden_ND.new_empty(len(hidden_ND), len(weight))
@@ -125,8 +120,8 @@ class LinearHead:
         return blocked_statistics(
             hidden_ND,
             targets_N,
-            self._linear.weight,
-            self._linear.bias,
+            self.linear.weight,
+            self.linear.bias,
             with_details=request.with_details,
             block_rows=request.chunk_rows,
         )

@@ -9,7 +9,6 @@ Shape suffixes: B = batch, T = ids of a row, N = rows picked for the head, D = h
 V = vocabulary, X = D or V.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
-from perplexit.checkpoints.module_call import field_of, plain_output, position_limit
+from perplexit.checkpoints.module_call import field_of, plain_output, position_limit, twin_with
 from perplexit.errors import ModelError
 from perplexit.sessions.pytorch.forward import (
     ChunkedForward,
@@ -195,22 +194,11 @@ class _OwnForwardHead:
     """The model's own forward over a stub: whatever it does after its layers is done here too."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
-        self._model = _with_stub(model, path)
+        self._model = twin_with(model, path, _Stub())
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         output = self._model(inputs_embeds=hidden_ND[None], use_cache=False)
         return field_of(output, "logits")[0]
-
-
-def _with_stub(model: nn.Module, path: str) -> nn.Module:
-    """Return a shallow copy that shares all with `model` but the submodule at `path`."""
-    name, _, rest = path.partition(".")
-    twin = copy.copy(model)
-    if "_old_forward" in twin.__dict__:  # accelerate's, which is bound to the model itself
-        del twin.__dict__["forward"]
-    twin._modules = dict(model._modules)
-    twin._modules[name] = _with_stub(model.get_submodule(name), rest) if rest else _Stub()
-    return twin
 
 
 class _Stub(nn.Module):

@@ -21,7 +21,7 @@ from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, hel
 from perplexit.checkpoints.module_call import Past, config_integer
 from perplexit.errors import CacheMismatchError, CapabilityError
 from perplexit.functional.nll import HeadRequest, head_statistics
-from perplexit.sessions.base import MOST_CACHED_IDS, FedRows
+from perplexit.sessions.base import MOST_CACHED_IDS, FedRows, Places
 from perplexit.sessions.pytorch.device_choice import free_bytes
 from perplexit.sessions.pytorch.forward import ForwardPass
 from perplexit.sessions.pytorch.window_batches import WindowBatches
@@ -84,12 +84,7 @@ class PytorchCache:
         self._layers = Cache(layers=[_AllocatedLayer(self._rows) for _ in range(num_layers)])
 
     def feed(
-        self,
-        ids_BT: NDArray[np.int64],
-        *,
-        first_row: int,
-        start: int,
-        picked: tuple[NDArray[np.int64], NDArray[np.int64]],
+        self, ids_BT: NDArray[np.int64], *, first_row: int, start: int, picked: Places
     ) -> FedRows:
         """Feed a block of ids; the hidden states of the picked places. See KeyValueCache."""
         self._rows.start = start

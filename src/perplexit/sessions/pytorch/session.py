@@ -102,13 +102,13 @@ class PytorchInferenceSession(ClosedByWith):
         """Return the nll of each target, window by window; see InferenceSession."""
         self._check(windows)
         launched = self._within_memory(windows, self._windows.launch, windows, False, 0)
-        return [details.nll_N for details in self._within_memory(windows, launched.collect)]
+        return [details.nll_N for details in self._within_memory(windows, launched)]
 
     def token_details(self, windows: Sequence[WindowIds], *, top_k: int = 0) -> list[TokenDetails]:
         """Return the nll with entropy, rank and alternatives; see DetailedSession."""
         self._check(windows)
         launched = self._within_memory(windows, self._windows.launch, windows, True, top_k)
-        return self._within_memory(windows, launched.collect)
+        return self._within_memory(windows, launched)
 
     @property
     def queues(self) -> bool:
@@ -121,7 +121,7 @@ class PytorchInferenceSession(ClosedByWith):
         """Launch `token_details` and return what waits for its results; see QueueingSession."""
         self._check(windows)
         launched = self._within_memory(windows, self._windows.launch, windows, True, top_k)
-        return partial(self._within_memory, windows, launched.collect)
+        return partial(self._within_memory, windows, launched)
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int

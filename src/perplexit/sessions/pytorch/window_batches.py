@@ -6,36 +6,23 @@ the first is collected, so that the device never waits for the host's statistics
 Shape suffixes: N = targets of a batch, X = what the head is given for one of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
-from perplexit.functional.nll import HeadRequest, head_statistics
+from perplexit.functional.nll import HeadRequest, TokenStatistics, head_statistics
 from perplexit.inputs.windows import WindowIds
 from perplexit.sessions.pytorch.batch import PaddedBatch, batches_of
 from perplexit.sessions.pytorch.cpu_kernels.window_threads import WindowThreads
-from perplexit.sessions.pytorch.cuda import ComingStatistics, to_host
+from perplexit.sessions.pytorch.cuda import to_host
 from perplexit.sessions.pytorch.forward import ForwardPass
 from perplexit.token_columns import TokenDetails
 
-
-@dataclass(frozen=True, slots=True)
-class LaunchedWindows:
-    """Windows under way; a part is what was padded together: places, counts of targets, results."""
-
-    parts: Sequence[tuple[Sequence[int], Sequence[int], ComingStatistics]]
-    results: list[TokenDetails]
-
-    def collect(self) -> list[TokenDetails]:
-        """Return the results of each window, once everything has arrived."""
-        for places, counts, coming in self.parts:
-            details = coming.wait().to_numpy().split(counts)
-            for place, window_details in zip(places, details, strict=True):
-                self.results[place] = window_details
-        return self.results
+# What was padded together: places of windows, their counts of targets, what waits for the results.
+_Coming = tuple[list[int], Sequence[int], Callable[[], TokenStatistics]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +43,14 @@ class WindowBatches:
 
     def launch(
         self, windows: Sequence[WindowIds], with_details: bool, top_k: int
-    ) -> LaunchedWindows:
-        """Start to score the windows; one without targets has its empty result at once."""
+    ) -> Callable[[], list[TokenDetails]]:
+        """Start to score the windows; return what waits for the results of each, to be called once.
+
+        A window without targets has an empty result.
+        """
         statistics_of = head_statistics(self.forward.head)
 
-        def score(places: list[int]) -> tuple[list[int], Sequence[int], ComingStatistics]:
+        def score(places: list[int]) -> _Coming:
             batch, rows_NX = self._rows([windows[place] for place in places])
             statistics = statistics_of(
                 rows_NX,
@@ -73,7 +63,15 @@ class WindowBatches:
             with_details=with_details, num_alternatives=min(top_k, self.num_logits)
         )
         run = map if self.threads is None else self.threads.map
-        return LaunchedWindows(list(run(score, self._parts(windows))), [empty] * len(windows))
+        parts, results = list(run(score, self._parts(windows))), [empty] * len(windows)
+
+        def collect() -> list[TokenDetails]:
+            for places, counts, wait in parts:
+                for place, details in zip(places, wait().to_numpy().split(counts), strict=True):
+                    results[place] = details
+            return results
+
+        return collect
 
     def target_rows(self, windows: Sequence[WindowIds]) -> list[Tensor]:
         """Return what the head is given for each target, window by window, each (N, X)."""

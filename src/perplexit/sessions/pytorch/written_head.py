@@ -8,6 +8,7 @@ Shape suffixes: N = rows, D = hidden size, V = vocabulary.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,13 +87,11 @@ def _seen_at_output_layer(
 
     inside = set(layer.modules())
     leaves = [m for m in model.modules() if not list(m.children()) and m not in inside]
-    handles = [layer.register_forward_hook(at_layer)]
-    handles += [leaf.register_forward_hook(at_leaf) for leaf in leaves]
-    try:
+    with ExitStack() as stack:
+        stack.callback(layer.register_forward_hook(at_layer).remove)
+        for leaf in leaves:
+            stack.callback(leaf.register_forward_hook(at_leaf).remove)
         head(hidden_ND)
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(caught) != 1:
         raise _cannot(f"its output layer runs {len(caught)} times")
     given, made = (tensor.reshape(len(hidden_ND), -1) for tensor in caught[0])

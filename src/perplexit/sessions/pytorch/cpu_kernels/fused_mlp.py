@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perplexit.functional.row_blocks import equal_blocks
+from perplexit.functional.nll import equal_blocks
 from perplexit.sessions.pytorch.cpu_kernels.packed_linear import PackedLinear
 
 _BLOCK_BYTES = 3 << 19  # of one activation, of which two exist at a time
