@@ -118,7 +118,14 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        return _indexed_files(index)
+        files = [folder / name for name in sorted(set(weight_map(index).values()))]
+        for file in files:
+            if not file.is_file():
+                raise ModelError(
+                    f"{index.name} names {file.name}, which is not in {folder}; "
+                    "is the download complete?"
+                )
+        return files
     pickles = sorted(file.name for file in folder.glob("*.bin") if file.is_file())
     if pickles:
         raise ModelError(
@@ -135,17 +142,6 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_map(index: Path) -> dict[str, str]:
     """Read the file of each tensor from an index of sharded weights. Raises ModelError."""
     return read_json(index, _INDEX, _Index, largest=LARGEST_TABLE)["weight_map"]
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    files = [index.parent / name for name in sorted(set(weight_map(index).values()))]
-    for file in files:
-        if not file.is_file():
-            raise ModelError(
-                f"{index.name} names {file.name}, which is not in {index.parent}; "
-                "is the download complete?"
-            )
-    return files
 
 
 def deciding_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -127,6 +127,29 @@ def twin_with(model: Any, path: str, replacement: nn.Module) -> Any:
     return twin
 
 
+def without_layers(model: Any, path: str) -> Any:
+    """Return the model's own forward over given hidden states, `inputs_embeds`.
+
+    A stub returns them in place of the layers at `path`: whatever the model does after its layers
+    (a soft-cap, a scale, a bias) is done here too.
+    """
+    return twin_with(model, path, _Stub())
+
+
+class _Stub(nn.Module):
+    """Returns its `inputs_embeds` as if they were the last layer's hidden states."""
+
+    def forward(self, *args: object, **kwargs: Any) -> "_StubOutput":
+        return _StubOutput((kwargs["inputs_embeds"],))
+
+
+class _StubOutput(tuple[Tensor]):
+    """An output whose first item is the hidden state; no cache, no attentions, no router."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
 def num_embeddings(module: nn.Module) -> int | None:
     """Return the rows of the input embedding, where the module says which one that is."""
     weight = getattr(input_embedding(module), "weight", None)

@@ -6,15 +6,13 @@ alive at a time.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope
-from perplexit.checkpoints.module_call import twin_with
+from perplexit.checkpoints.module_call import without_layers
 from perplexit.errors import CompilationError
 from perplexit.program_record import ProgramShapes
 
@@ -27,19 +25,6 @@ def rows_at_a_time(vocab_size: int) -> int:
     """Return how many rows of logits the head inside a program makes at a time."""
     rows = _HEAD_LOGITS_BYTES // (4 * vocab_size)
     return max(_FEWEST_ROWS, min(_MOST_ROWS, rows // 16 * 16))
-
-
-@dataclass
-class _BodyOutput(ModelOutput):
-    """All that the heads of transformers read from a body's output."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-    router_logits: Any = None
-    image_hidden_states: Any = None
 
 
 def check_rotary(model: Any, shapes: ProgramShapes) -> None:
@@ -74,13 +59,6 @@ def exportable_attention(model: Any) -> Iterator[None]:
         model.set_attn_implementation("eager")
 
 
-class _GivenStates(nn.Module):
-    """Stands in for a model's body: returns the hidden states that it is given."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _BodyOutput:
-        return _BodyOutput(last_hidden_state=inputs_embeds)
-
-
 class Body(nn.Module):
     """Ids_BT → the hidden states_BTD that the head reads; right padding needs no mask.
 
@@ -107,7 +85,7 @@ class LogitsHead(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.head = twin_with(model, model.base_model_prefix, _GivenStates())
+        self.head = without_layers(model, model.base_model_prefix)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Map (B, T, D) → (B, T, V)."""

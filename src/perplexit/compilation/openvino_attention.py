@@ -25,7 +25,11 @@ def skip_future_keys(body: ov.Model) -> int:
     The graph is changed in place. That the model is causal is the caller's to check, as every
     compilation does: the finished program's losses must be the checkpoint's.
     """
-    attentions = [op for op in body.get_ordered_ops() if _is_masked_attention(op)]
+    attentions = [
+        op
+        for op in body.get_ordered_ops()
+        if op.get_type_name() == _ATTENTION and op.get_input_size() > _MASK
+    ]
     bounds: dict[Any, list[Any]] = {}
     masks: dict[Any, list[Any]] = {}  # the layers share one mask, or one of each kind
     for op in attentions:
@@ -37,10 +41,6 @@ def skip_future_keys(body: ov.Model) -> int:
         op.output(0).replace(_in_blocks(op, bounds[place], masks[place]).output(0))
     body.validate_nodes_and_infer_types()
     return len(attentions)
-
-
-def _is_masked_attention(op: Any) -> bool:
-    return bool(op.get_type_name() == _ATTENTION and op.get_input_size() > _MASK)
 
 
 def _bounds(mask: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """The engines that `compile` makes programs for: one entry each, and the one lazy door to them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -211,7 +211,9 @@ def compile(
     if place.exists:
         find_checkpoint = import_module("perplexit.checkpoints.location").find_checkpoint
         fingerprint = find_checkpoint(model).fingerprint
-        place.check_replaceable(_is_same(place.path, asked, fingerprint))
+        found = ProgramMetadata.read(place.path)
+        same_weights = found.model.weights_fingerprint == fingerprint
+        place.check_replaceable(same_weights and found.request == asked)
     with place.staged() as temporary:
         metadata = replace(build_program(load_checkpoint(model), temporary, request), request=asked)
         metadata.write(temporary)
@@ -228,9 +230,3 @@ def _is_program(folder: Path) -> bool:
 
 
 PROGRAM = Kind("a compiled program", _is_program)
-
-
-def _is_same(folder: Path, asked: Mapping[str, Any], fingerprint: str) -> bool:
-    """Return whether the program there was made from the same checkpoint with the same settings."""
-    found = ProgramMetadata.read(folder)
-    return found.model.weights_fingerprint == fingerprint and found.request == asked

@@ -224,9 +224,5 @@ def _quiet_stderr() -> Iterator[None]:
 def _decompositions() -> Any:
     """Return PyTorch's own, and squares as products: TVM calls the C library's `pow` otherwise."""
     table = torch.export.default_decompositions()
-    table[torch.ops.aten.pow.Tensor_Scalar] = _power
+    table[torch.ops.aten.pow.Tensor_Scalar] = lambda x, n: x * x if n == 2 else NotImplemented
     return table
-
-
-def _power(x: Any, exponent: Any) -> Any:
-    return x * x if exponent == 2 else NotImplemented

@@ -31,13 +31,10 @@ def compress_weights(
     settings: dict[str, Any] = {"mode": "int8_asym", "group": "one output row"}
     options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
     if recipe.weights.bits == 4:
-        settings = {"mode": "int4_asym", "group": recipe.weights.block_size, "ratio": 1.0}
+        group = recipe.weights.block_size
+        settings = {"mode": "int4_asym", "group": group, "ratio": 1.0}
         settings["embedding and last layer"] = "int8_asym"
-        options = {
-            "mode": nncf.CompressWeightsMode.INT4_ASYM,
-            "group_size": recipe.weights.block_size,
-            "ratio": 1.0,
-        }
+        options = {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": group, "ratio": 1.0}
     with quiet_logger("nncf"), redirect_stdout(StringIO()):  # tables and progress bars
         compressed = nncf.compress_weights(graph, ignored_scope=scope, **options)
     codes, others = _constants(compressed)

@@ -11,13 +11,12 @@ V = vocabulary, X = D or V.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
-from perplexit.checkpoints.module_call import field_of, plain_output, position_limit, twin_with
+from perplexit.checkpoints.module_call import field_of, plain_output, position_limit, without_layers
 from perplexit.errors import ModelError
 from perplexit.sessions.pytorch.forward import (
     ChunkedForward,
@@ -194,25 +193,11 @@ class _OwnForwardHead:
     """The model's own forward over a stub: whatever it does after its layers is done here too."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
-        self._model = twin_with(model, path, _Stub())
+        self._model = without_layers(model, path)
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         output = self._model(inputs_embeds=hidden_ND[None], use_cache=False)
         return field_of(output, "logits")[0]
-
-
-class _Stub(nn.Module):
-    """Returns its `inputs_embeds` as if they were the last layer's hidden states."""
-
-    def forward(self, *args: object, **kwargs: Any) -> "_StubOutput":
-        return _StubOutput((kwargs["inputs_embeds"],))
-
-
-class _StubOutput(tuple[Tensor]):
-    """An output whose first item is the hidden state; no cache, no attentions, no router."""
-
-    def __getattr__(self, name: str) -> Tensor | None:
-        return self[0] if name == "last_hidden_state" else None
 
 
 def _near(expected: Tensor, got: Tensor, tolerance: tuple[float, float]) -> bool:

@@ -30,8 +30,10 @@ _ACTIVATIONS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
     ("gelu", "none"): functional.gelu,
     ("gelu", "tanh"): partial(functional.gelu, approximate="tanh"),
 }
-_GATED = (("gate_proj", "up_proj", "down_proj", "act_fn"),)
-_UNGATED = (
+# The layers by name, from the first to the last, and the activation of the first; a layer between
+# them gives what the activations are multiplied with (a gated block).
+_BLOCKS = (
+    ("gate_proj", "up_proj", "down_proj", "act_fn"),
     ("c_fc", "c_proj", "act"),
     ("fc1", "fc2", "activation_fn"),
     ("dense_h_to_4h", "dense_4h_to_h", "act"),
@@ -58,39 +60,24 @@ def restore_forwards(model: nn.Module) -> None:
 def _fused(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """Return the fused forward of a block, where its parts are known."""
     parts = dict(block.named_children())
-    for *names, activation in _GATED + _UNGATED:
+    for *names, activation in _BLOCKS:
         layers = [part for n in names if isinstance(part := parts.get(n), PackedLinear)]
-        if len(layers) < len(names):
-            continue
-        named = _named_activation(getattr(block, activation, None))
-        if named is None:
-            continue
-        if len(layers) == 3:
-            gate, up, down = layers
-            return partial(_gated, gate, up, down, named)
-        first, second = layers
-        return partial(_ungated, first, second, named)
+        if len(layers) == len(names):
+            named = _named_activation(getattr(block, activation, None))
+            if named is not None:
+                return partial(_fused_forward, layers, named)
     return None
 
 
-def _gated(
-    gate: PackedLinear, up: PackedLinear, down: PackedLinear, named: tuple[str, str], x: Tensor
-) -> Tensor:
-    """Return `down(act(gate(x)) * up(x))`, computed a block of rows at a time."""
-    out_XD = x.new_empty(*x.shape[:-1], down.out_features)
-    for rows_ND, out_ND in _row_blocks(x, out_XD, gate.out_features):
-        gated = gate.product(rows_ND, *named)
-        out_ND.copy_(down.product(up.product_times(rows_ND, gated)))
-    return out_XD
-
-
-def _ungated(
-    first: PackedLinear, second: PackedLinear, named: tuple[str, str], x: Tensor
-) -> Tensor:
-    """Return `second(act(first(x)))`, computed a block of rows at a time."""
-    out_XD = x.new_empty(*x.shape[:-1], second.out_features)
+def _fused_forward(layers: list[PackedLinear], named: tuple[str, str], x: Tensor) -> Tensor:
+    """Return `last(act(first(x)))`, or `last(act(first(x)) * up(x))`, a block of rows at a time."""
+    first, *factors, last = layers
+    out_XD = x.new_empty(*x.shape[:-1], last.out_features)
     for rows_ND, out_ND in _row_blocks(x, out_XD, first.out_features):
-        out_ND.copy_(second.product(first.product(rows_ND, *named)))
+        inner = first.product(rows_ND, *named)
+        for up in factors:
+            inner = up.product_times(rows_ND, inner)
+        out_ND.copy_(last.product(inner))
     return out_XD
 
 

@@ -7,7 +7,6 @@ Shape suffixes: O = outputs, I = inputs, X = any leading axes.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -126,7 +125,12 @@ def pack_linears(model: nn.Module) -> int:
     layer with a plain weight.
     """
     output = output_layer(model)
-    places = [place for place in _linears(model) if place[2] is not output]
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) in (nn.Linear, Conv1D) and _is_plain(child) and child is not output
+    ]
     # Shared weights have one reading of `id` under two modules; embeddings are read too.
     shares = Counter(
         id(weight)
@@ -150,13 +154,6 @@ def unpack_linears(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, PackedLinear):
                 setattr(parent, name, child.unpacked())
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, Conv1D) and _is_plain(child):
-                yield parent, name, child
 
 
 def _is_plain(layer: nn.Module) -> bool:
