@@ -20,7 +20,7 @@ _Kept = list[tuple[dict[str, Any], str, Tensor]]
 
 @dataclass(frozen=True)
 class OwnLogits:
-    """What a model gave for fixed random ids before its layers were changed.
+    """The log-probabilities of fixed random ids that a model gave before its layers were changed.
 
     logprobs: (rows, ids, vocabulary), computed in float32 or better.
     most:     how far, in root mean square, a changed model may be from them, in nats.
@@ -116,7 +116,7 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
 
 
 def _widen(parts: list[nn.Module]) -> _Kept:
-    """Put float32 copies in place of narrow tensors; what was there before."""
+    """Put float32 copies in place of narrow tensors; return what was there before."""
     kept: _Kept = []
     for part in parts:
         places: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)

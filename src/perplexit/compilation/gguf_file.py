@@ -114,7 +114,7 @@ def _probe_ids(config: Any) -> NDArray[np.int32]:
 
 
 def _check(nll: NDArray[np.float64], reference: NDArray[np.float64], precision: str) -> float:
-    """Return the largest difference a token. Raises CompilationError where it is too large."""
+    """Return the largest difference, in nats. Raises CompilationError where it is too large."""
     difference = float(np.abs(nll - reference).max())
     mean = float(abs((nll - reference).mean()))
     if not (difference <= _TOLERANCES.get(precision, np.inf) and mean <= _MEAN_TOLERANCE):

@@ -37,7 +37,7 @@ from perplexit.quantization.precisions import Recipe
 MODEL_FILE = "model.onnx"
 _PACKAGES = ("torch", "transformers", "onnxscript", "onnxruntime")
 _LARGE_SHARE = 0.01  # a tensor with at least 1 % of the parameters is large
-# Nats a token. In float16, PyTorch and ONNX Runtime round their sums at other places.
+# Nats per token. In float16, PyTorch and ONNX Runtime round their sums at other places.
 _TOLERANCES = {"float32": TOLERANCE, "float16": 0.1}
 
 

@@ -14,7 +14,12 @@ from perplexit.fingerprints import json_fingerprint, sha256_of_file
 from perplexit.program_record import ProgramShapes
 
 _PLACE = "checkpoint"  # where a cached graph says that a weight is: its name is enough
-_EXPORTER = ("onnx_export.py", "onnx_key_values.py", "body_and_head.py")
+_EXPORTER = (
+    "compilation/onnx_export.py",
+    "compilation/onnx_key_values.py",
+    "compilation/body_and_head.py",
+    "checkpoints/module_call.py",
+)
 _MADE_BY = ("torch", "transformers", "onnxscript", "onnx-ir")
 
 
@@ -37,7 +42,7 @@ def cached_graph(
         "shapes": asdict(shapes),
         "dtypes": sorted({str(tensor.dtype) for tensor in parameters.values()}),
         "made_by": {name: metadata.version(name) for name in _MADE_BY},
-        "exporter": [sha256_of_file(Path(__file__).parent / name) for name in _EXPORTER],
+        "exporter": [sha256_of_file(Path(__file__).parents[1] / name) for name in _EXPORTER],
     }
     path = cache_folder() / "onnx-graphs" / f"{json_fingerprint(conditions)}.onnx"
     graph = _read(path, parameters) if path.is_file() else None

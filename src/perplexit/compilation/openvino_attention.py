@@ -20,7 +20,7 @@ _IDS = -2  # the axis of ids in BHTA, and of queries in a mask
 
 
 def skip_future_keys(body: ov.Model) -> int:
-    """Cut every masked attention of a causal model into blocks of queries; how many there were.
+    """Cut every masked attention of a causal model into blocks of queries; return their number.
 
     The graph is changed in place. That the model is causal is the caller's to check, as every
     compilation does: the finished program's losses must be the checkpoint's.

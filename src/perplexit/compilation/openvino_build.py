@@ -27,7 +27,7 @@ _PACKAGES = ("torch", "transformers", "openvino", "nncf")
 def build_openvino_program(
     checkpoint: Checkpoint, folder: Path, request: CompileRequest
 ) -> ProgramMetadata:
-    """Fill `folder` with the program; its record.
+    """Compile the checkpoint into a program in `folder`; return the program's record.
 
     The full-precision program is held to the checkpoint's losses in float32 before any weight is
     compressed. Raises CompilationError, QuantizationError.

@@ -29,7 +29,7 @@ from perplexit.program_record import (
 )
 
 IN_FLOAT32 = "the checkpoint in PyTorch float32"
-TOLERANCE = 1e-3  # nats a token
+TOLERANCE = 1e-3  # nats per token
 _MEAN_TOLERANCE = 4.0  # in the mean, of quantized weights on random ids; noise costs tens
 _LEAST_CHANGE = 1e-6  # nats: less than this is rounding, no quantization
 _LENGTHS = (64, 37, 2)  # ids: unequal, so that padding and masks are tested

@@ -24,7 +24,7 @@ PACKAGE_FILE = "model.pt2"
 def build_pt2_program(
     checkpoint: Checkpoint, folder: Path, request: CompileRequest
 ) -> ProgramMetadata:
-    """Fill `folder` with the package; its record.
+    """Compile the checkpoint into a package in `folder`; return the program's record.
 
     Raises CapabilityError where there is no C++ compiler, CompilationError.
     """

@@ -153,7 +153,7 @@ def _spread(schedule: Any, block: Any) -> None:
 def build_tvm_program(
     checkpoint: Checkpoint, folder: Path, request: CompileRequest
 ) -> ProgramMetadata:
-    """Fill `folder` with the library and its parameters; the record.
+    """Compile the checkpoint into a library and parameters in `folder`; return the record.
 
     A packed program is held to PyTorch over the same packed weights, within 1e-3 nats a token.
     Raises CompilationError, QuantizationError, CapabilityError for a device that TVM lacks.

@@ -1,4 +1,4 @@
-"""Two distributions a token in, their divergences out.
+"""The divergences between two distributions of each token.
 
 Shape suffixes: N = targets, V = vocabulary, K = how many top tokens are compared.
 

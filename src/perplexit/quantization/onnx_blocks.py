@@ -61,7 +61,7 @@ class QuantizedWeight:
 def quantize_weights(
     model: ir.Model, blocks: WeightBlocks, *, keep: Collection[str]
 ) -> list[QuantizedWeight]:
-    """Replace every MatMul and Gemm by a constant matrix with MatMulNBits; what was replaced.
+    """Replace every MatMul and Gemm by a constant matrix with MatMulNBits; return the weights.
 
     Weights named in `keep` are left, and so is all inside subgraphs (the perplexity head's).
     Raises QuantizationError where nothing was replaced.

@@ -167,7 +167,7 @@ class KeyValueCache(Protocol):
     def feed(
         self, ids_BT: NDArray[np.int64], *, first_row: int, start: int, picked: Places
     ) -> FedRows:
-        """Put ids into rows `first_row…` at positions `start…`; what becomes of the picked places.
+        """Feed ids to rows `first_row…` at positions `start…`; return the picked places' rows.
 
         Every one of these rows has been fed exactly `start` ids. picked: (rows, columns) of the
         block. Raises EngineOutOfMemoryError.

@@ -86,7 +86,7 @@ class PytorchCache:
     def feed(
         self, ids_BT: NDArray[np.int64], *, first_row: int, start: int, picked: Places
     ) -> FedRows:
-        """Feed a block of ids; the hidden states of the picked places. See KeyValueCache."""
+        """Feed a block of ids; return the rows of the picked places. See KeyValueCache."""
         self._rows.start = start
 
         def work() -> Tensor:
@@ -155,7 +155,7 @@ class _AllocatedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values of the new ids; views of all so far, shape BHSD."""
+        """Write keys and values of the new ids; return views of all so far, shape BHSD."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         place = self._rows

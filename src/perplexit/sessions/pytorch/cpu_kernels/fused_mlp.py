@@ -41,7 +41,7 @@ _BLOCKS = (
 
 
 def fuse_mlps(model: nn.Module) -> int:
-    """Give the feed-forward blocks of a model a fused forward; how many there are."""
+    """Give the feed-forward blocks of a model a fused forward; return how many got one."""
     count = 0
     for block in model.modules():
         fused = _fused(block)

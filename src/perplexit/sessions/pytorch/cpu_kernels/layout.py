@@ -59,7 +59,7 @@ def heads_in_blocks(name: str | None) -> bool:
 def kernels_for(
     opened: OpenedModule, name: str | None, *, compiled: bool = False
 ) -> Mapping[str, Any]:
-    """Choose the kernels of a module, pack it in place where it is to be packed; the record.
+    """Choose the kernels of a module and pack its weights in place; return the record's entries.
 
     A module that was handed in belongs to its owner, a compiled one to torch.compile; quantized
     layers and adapters have products of their own. Off the CPU, and in dtypes without packed
