@@ -39,13 +39,13 @@ def compare(
             metavar="GATE",
             help="A bound that must hold: 'ppl_ratio<=1.01', 'mean_kl<=0.02', "
             "'top1_agreement>=0.97', or the presets fp16 (ratio 1.001) and mx (1.01). "
-            "One that fails ends with exit code 3.",
+            "If one fails, the exit code is 3.",
         ),
     ] = None,
     gate_on: Annotated[
         Literal["interval", "value"],
         typer.Option(
-            help="Hold gates against the interval's bad end, or the value. Without an interval a "
+            help="Judge gates by the interval's bad end, or by the value. Without an interval a "
             "gate fails as not measured, unless the value is asked for."
         ),
     ] = "interval",
@@ -57,7 +57,7 @@ def compare(
         typer.Option(
             "--markdown",
             metavar="FILE",
-            help="Append the gates as a Markdown table, as to $GITHUB_STEP_SUMMARY.",
+            help="Append the gates as a Markdown table, e.g. to $GITHUB_STEP_SUMMARY.",
         ),
     ] = None,
     force: Force = False,
@@ -72,7 +72,8 @@ def compare(
     """Compare runs token by token: worse, better, equivalent or inconclusive, with an interval.
 
     Several candidates are ranked, ties shown as ties. Runs of different tokenizers over the same
-    text are compared byte by byte; runs over different texts are refused, with what differs.
+    text are compared byte by byte. Runs over different texts are refused, and the error says what
+    differs.
     """
     runs = [reference, *candidates]
     junit_file = None if junit is None else junit_output(junit, inputs=runs, force=force)

@@ -73,7 +73,7 @@ def compile_model(
         bool, typer.Option("--json", help="Print the program's record as JSON on stdout.")
     ] = False,
 ) -> None:
-    """Compile a checkpoint for another engine, its loss computed inside the program in float32."""
+    """Compile a checkpoint into a program for another engine; it computes the loss in float32."""
     with stdout_kept_clean():
         program = px.compile(
             model,

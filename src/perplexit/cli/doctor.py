@@ -26,8 +26,8 @@ def doctor(
         Path | None,
         typer.Argument(
             metavar="INPUT",
-            help="The token file that figures will be taken over; without it, a packaged text in "
-            "the model's own tokenizer.",
+            help="The token file that you will evaluate; without it, a packaged text, "
+            "tokenised by the model's own tokenizer.",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -47,7 +47,7 @@ def doctor(
     json: AsJson = False,
     **options: Unpack[EngineOptions],
 ) -> None:
-    """Check a model on its engine before anyone trusts a number of it.
+    """Check a model on its engine before you trust its numbers.
 
     BOS, tokenizer, vocabulary, batches and padding, caches, dropout, long context, and more: each
     check passes, warns, fails, or is skipped and says why; exit code 1 where a check fails.

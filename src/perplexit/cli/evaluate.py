@@ -68,7 +68,7 @@ def evaluate(
         bool,
         typer.Option(
             "--save-reference",
-            help="Keep the final hidden states, so that candidates can be held against this run.",
+            help="Keep the final hidden states, so that candidates can be compared with this run.",
         ),
     ] = False,
     reference: Annotated[
@@ -83,15 +83,15 @@ def evaluate(
         bool,
         typer.Option(
             "--measure-noise-floor",
-            help="Score some windows again in batches of another size; to `compare` a difference "
-            "that is not larger is too small to matter.",
+            help="Score some windows again in batches of another size. `compare` then takes a "
+            "difference up to the one measured as too small to matter.",
         ),
     ] = False,
     other_tokenizer: Annotated[
         bool,
         typer.Option(
             "--other-tokenizer",
-            help="Go on where the model comes with another tokenizer than the input's.",
+            help="Continue although the model has another tokenizer than the input.",
         ),
     ] = False,
     json: Annotated[
@@ -105,7 +105,7 @@ def evaluate(
 
     Fastest on a CPU that has bfloat16: --dtype bf16, with the model itself or with a program made
     by `perplexit compile MODEL --to openvino -o PROGRAM` (its head stays in float32).
-    docs/benchmarks.md says by how much, and how near the perplexity stays.
+    docs/benchmarks.md says by how much, and how close the perplexity stays.
     """
     folder = run or _new_run_folder(tokens)
     again = shlex.join(["perplexit", "eval", model, str(tokens), "--run", str(folder)])

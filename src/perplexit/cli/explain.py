@@ -17,14 +17,14 @@ EXAMPLES = examples(
 
 
 def explain(
-    first: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder to begin with.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder to arrive at.")],
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="The first run's folder.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="The second run's folder.")],
     inputs: Annotated[
         list[Path] | None,
         typer.Option(
             "--input",
             metavar="FILE",
-            help="A run's token file, where it is no longer where the run found it.",
+            help="A run's token file, if it was moved.",
         ),
     ] = None,
     models: Annotated[
@@ -32,14 +32,14 @@ def explain(
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="A run's model, where it is no longer where the run found it.",
+            help="A run's model, if it was moved.",
         ),
     ] = None,
     measure: Annotated[
         bool,
         typer.Option(
-            help="Evaluate again between the two, one setting turned at a time, to tell how many "
-            "nats each difference contributes."
+            help="Change one setting at a time and evaluate again, to measure how many nats each "
+            "difference contributes."
         ),
     ] = True,
     json: AsJson = False,
@@ -47,7 +47,7 @@ def explain(
     """Name every difference between two runs, and how many nats each contributes.
 
     Text, tokenizer, windows, BOS, scored tokens, precision, engine, weights. The contributions add
-    up to the whole difference; they need the runs' inputs and models to be at hand.
+    up to the whole difference; measuring them needs the runs' inputs and models.
     """
     with stdout_kept_clean():
         explanation = px.explain(first, second, inputs=inputs or (), model=models, measure=measure)

@@ -48,7 +48,7 @@ def finetune(
     ] = None,
     lora_targets: Annotated[
         str | None,
-        typer.Option(help="Modules to adapt, divided by commas. \\[default: PEFT's own]"),
+        typer.Option(help="Modules to adapt, separated by commas. \\[default: PEFT's own]"),
     ] = None,
     checkpoints: Annotated[
         Path | None,
@@ -128,7 +128,7 @@ def experiment(
     methods: Annotated[
         str,
         typer.Option(
-            help=f"Divided by commas; the others are compared with the first: {options.METHODS}."
+            help=f"Separated by commas; the first is the baseline: {options.METHODS}."
         ),
     ] = "standard,igf-constant,igf-shifting,igf-quantile,random-skip,high-loss,perplexity-band",
     seeds: Annotated[

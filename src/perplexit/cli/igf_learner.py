@@ -38,7 +38,7 @@ def collect(
         list[Path] | None,
         typer.Option(
             metavar="CORPUS",
-            help="Articles of the kind that the model shall become good at. "
+            help="Articles of the kind that the model should become good at. "
             "\\[default: a hash split of CORPUS]",
         ),
     ] = None,

@@ -101,7 +101,7 @@ def prepare(
     from_ids: Annotated[
         bool,
         typer.Option(
-            "--from-ids", help="CORPUS is one file of ids: one window per line, blanks between."
+            "--from-ids", help="CORPUS is one file of ids: one window per line, with blanks."
         ),
     ] = False,
     export_ids: Annotated[
@@ -113,7 +113,7 @@ def prepare(
         typer.Option(
             metavar="FILE",
             help="Calibration or training data (text, JSONL, Parquet or a token file): say how "
-            "much of the corpus stands in it too.",
+            "much of the corpus is also in it.",
         ),
     ] = None,
     force: Force = False,

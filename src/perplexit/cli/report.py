@@ -40,12 +40,12 @@ def report(
         typer.Option(
             "--input",
             metavar="INPUT",
-            help="The runs' input, where it is not at its place any more.",
+            help="The runs' input, if it was moved.",
         ),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Spells the alternatives, where the models' folders are not at hand."),
+        typer.Option(help="Spells the alternatives, if the models' folders are missing."),
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=0, help="How many tokens of text the page holds.")
@@ -58,8 +58,8 @@ def report(
 ) -> None:
     """Write a report: the verdict, figures with intervals, charts, and the text by surprise.
 
-    One self-contained file without network. Runs over different inputs are refused, with what
-    differs.
+    The file needs no other file and no network. Runs over different texts are refused, and the
+    error says what differs.
     """
     with stdout_kept_clean():
         written = px.write_report(

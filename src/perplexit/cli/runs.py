@@ -92,7 +92,7 @@ def export(
         typer.Option("--output", "-o", metavar="FILE", help="Ends in .csv, .parquet or .jsonl."),
     ],
     words: Annotated[
-        bool, typer.Option("--words", help="A row a word: its surprisal and character offsets.")
+        bool, typer.Option("--words", help="One row per word: surprisal and offsets.")
     ] = False,
     documents: Annotated[
         bool, typer.Option("--documents", help="One row for each document: source and figures.")
@@ -102,7 +102,7 @@ def export(
         typer.Option(
             "--input",
             metavar="INPUT",
-            help="With --words: the run's input, where it is not at its place any more.",
+            help="With --words: the run's input, if it was moved.",
         ),
     ] = None,
     force: Force = False,

@@ -47,11 +47,11 @@ class FinetuneSettings:
 class NetworkOptions(TypedDict, total=False):
     """How a learner's network is trained."""
 
-    max_epochs: Annotated[int, Option("The cnn's most epochs.", 15, lowest=1)]
+    max_epochs: Annotated[int, Option("The cnn's largest number of epochs.", 15, lowest=1)]
     batch_size: Annotated[int, Option("The cnn's batch size.", 128, lowest=1)]
     learning_rate: Annotated[float, Option("The cnn's learning rate.", 1e-5)]
     patience: Annotated[
-        int, Option("Epochs without a better one before the cnn stops.", 5, lowest=1)
+        int, Option("Epochs without improvement before the cnn stops.", 5, lowest=1)
     ]
 
 

@@ -62,7 +62,7 @@ class EngineOptions(TypedDict, total=False):
         str | None,
         Option(
             "PyTorch: how hidden states become losses: chunked; compiled (torch.compile); on CUDA "
-            "also liger and cce, which give the loss alone. [default: chunked]"
+            "also liger and cce, which give only the loss. [default: chunked]"
         ),
     ]
     compile_mode: Annotated[
