@@ -127,9 +127,7 @@ def experiment(
     ],
     methods: Annotated[
         str,
-        typer.Option(
-            help=f"Separated by commas; the first is the baseline: {options.METHODS}."
-        ),
+        typer.Option(help=f"Separated by commas; the first is the baseline: {options.METHODS}."),
     ] = "standard,igf-constant,igf-shifting,igf-quantile,random-skip,high-loss,perplexity-band",
     seeds: Annotated[
         int, typer.Option(min=2, help="Fine-tunings per method: seeds 0 to N-1.")
