@@ -35,7 +35,11 @@ CLAMP = 16.0  # nats below the largest logit
 _HEADER_BYTES = 20
 _STEPS = 65535
 _ROUNDING = 1e-2  # nats that float32 may give a log-probability above 0
-_EXPECTED = Expected("llama.cpp's log-probabilities", ModelError, "write the file again")
+_EXPECTED = Expected(
+    "log-probabilities that llama-perplexity --kl-divergence-base wrote",
+    ModelError,
+    "write the file again",
+)
 _LARGEST = 1 << 24  # ids of a chunk, and of a vocabulary
 
 
@@ -82,14 +86,11 @@ class KlBaseFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not is_kl_base_file(self.path):
-            raise ModelError(
-                f"expected log-probabilities that llama-perplexity --kl-divergence-base wrote, got "
-                f"{self.path}, which does not begin with {MAGIC.decode()!r}"
-            )
+            _EXPECTED.refuse(self.path, f"a file that does not begin with {MAGIC.decode()!r}")
         header = np.fromfile(self.path, dtype="<i4", count=3, offset=len(MAGIC))
         sound = len(header) == 3 and 2 < header[0] < _LARGEST and 0 < header[1] < _LARGEST
         if not sound or header[2] <= 0:
-            raise ModelError(f"{self.path} has a damaged header; write it again")
+            _EXPECTED.refuse(self.path, "a damaged header")
         self.num_context, self.vocab_size, self.num_chunks = (int(value) for value in header)
         self.num_targets = self.num_context - 1 - self.num_context // 2
         row_width = 2 * ((self.vocab_size + 1) // 2) + 4
@@ -99,10 +100,11 @@ class KlBaseFile:
         expected = self._rows_offset + 2 * math.prod(self._shape)
         found = self.path.stat().st_size
         if found != expected:
-            raise ModelError(
-                f"expected {expected:,} bytes in {self.path} ({self.num_chunks} chunks of "
-                f"{self.num_context} ids, a vocabulary of {self.vocab_size:,}), got {found:,}: it "
-                "was cut off, or its header is damaged; write it again"
+            chunks = f"{self.num_chunks} chunks of {self.num_context} ids"
+            _EXPECTED.refuse(
+                self.path,
+                f"{found:,} bytes where {chunks}, with a vocabulary of {self.vocab_size:,}, take "
+                f"{expected:,}: it was cut off, or its header is damaged",
             )
 
     @cached_property

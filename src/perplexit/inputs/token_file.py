@@ -125,7 +125,6 @@ class TokenFile:
         """
         place = Path(path)
         metadata, tensors = read_container(place)
-        _check_version(place, metadata)
         _check_content(place, metadata, tensors)
         return cls(place, metadata, tensors)
 
@@ -218,16 +217,13 @@ def target_counts(
     return counts_W
 
 
-def _check_version(path: Path, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        EXPECTED.refuse(path, "another safetensors file")
-    if metadata.get("format_version") != FORMAT_VERSION:
-        version = metadata.get("format_version")
-        EXPECTED.refuse(path, f"one of version {version!r} (this Perplexit reads {FORMAT_VERSION})")
-
-
 def _check_content(path: Path, metadata: dict[str, str], tensors: dict[str, NDArray[Any]]) -> None:
     """Raise TokenFileError unless all is what was fingerprinted, and makes sense."""
+    if metadata.get("format") != FORMAT:
+        EXPECTED.refuse(path, "another safetensors file")
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        EXPECTED.refuse(path, f"one of version {version!r} (this Perplexit reads {FORMAT_VERSION})")
     if metadata.get("input_fingerprint") != input_fingerprint(metadata):
         EXPECTED.refuse(path, "damaged metadata, which do not hash to their input_fingerprint")
     missing = {"spec", "tensors", "text_fingerprint", "tokenizer_fingerprint"} - set(metadata)
