@@ -2,7 +2,7 @@
 
 from typing import Annotated, TypedDict
 
-from perplexit.sessions.options import Option
+from perplexit.declared_options import Option
 
 
 class ComparisonOptions(TypedDict):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from perplexit.sessions.options import Option, declared
+from perplexit.declared_options import Option, declared
 
 Command = Callable[..., None]
 
@@ -42,6 +42,8 @@ def _parameter(name: str, hint: Any, option: Option) -> inspect.Parameter:
     typed = typer.Option(
         *flags, help=option.help.replace("[", r"\["), metavar=option.metavar, min=option.lowest
     )
+    if Sequence[str] in get_args(hint):
+        hint = list[str] | None
     if Path in get_args(hint):  # the command line reads one type
         hint = Path | None
     annotation = Annotated[hint, typed]

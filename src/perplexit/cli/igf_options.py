@@ -11,9 +11,9 @@ import typer
 from perplexit import igf
 from perplexit.cli.command_group import continued_by
 from perplexit.cli.output import Draw, progress_bar, stdout_kept_clean, tell
+from perplexit.declared_options import Option
 from perplexit.errors import UsageError
 from perplexit.igf.training_options import FinetuneSettings
-from perplexit.sessions.options import Option
 
 Corpus = Annotated[
     list[Path],

@@ -1,12 +1,13 @@
 """`perplexit prepare`: text → a token file."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import (
     Force,
     people,
@@ -17,6 +18,7 @@ from perplexit.cli.output import (
 )
 from perplexit.cli.record_tables import input_record, input_table
 from perplexit.errors import UsageError
+from perplexit.inputs.preparing_options import PreparingOptions
 from perplexit.protected_outputs import Kind, check_place
 
 EXAMPLES = examples(
@@ -29,19 +31,7 @@ EXAMPLES = examples(
 )
 
 
-# The options of px.prepare: with --from-ids they have nothing to decide about.
-TEXT_OPTIONS = [
-    "protocol",
-    "max_length",
-    "stride",
-    "bos",
-    "text_key",
-    "domain_key",
-    "prompt_key",
-    "keep",
-]
-
-
+@takes_options(PreparingOptions)
 def prepare(
     context: typer.Context,
     corpus: Annotated[
@@ -59,43 +49,6 @@ def prepare(
         str | None,
         typer.Option(
             help="A tokenizer folder, tokenizer.json, SentencePiece model, GGUF file or hub id."
-        ),
-    ] = None,
-    protocol: Annotated[
-        str,
-        typer.Option(
-            help="How windows are chosen: sliding, disjoint, document, or as another tool does: "
-            "lm-eval, hf-guide, hf-evaluate, llama-cpp, vllm, gptq-2048, qefficient, mlc."
-        ),
-    ] = "sliding",
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Ids fed forward in one window. \\[default: the protocol's own]"),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(min=1, help="How far windows advance. \\[default: half of --max-length]"),
-    ] = None,
-    bos: Annotated[
-        str,
-        typer.Option(help="BOS policy: auto (what the tokenizer itself adds), none, first, every."),
-    ] = "auto",
-    text_key: Annotated[
-        str | None,
-        typer.Option(help="The column of a table that holds the text. \\[default: text]"),
-    ] = None,
-    domain_key: Annotated[
-        str | None, typer.Option(help="The column that names a document's domain.")
-    ] = None,
-    prompt_key: Annotated[
-        str | None,
-        typer.Option(help="The column of a prompt: it is context, and only the text is scored."),
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A column that stays with each document, beside its file and row; repeatable.",
         ),
     ] = None,
     from_ids: Annotated[
@@ -120,6 +73,7 @@ def prepare(
     json: Annotated[
         bool, typer.Option("--json", help="Print the token file's record as JSON on stdout.")
     ] = False,
+    **options: Unpack[PreparingOptions],
 ) -> None:
     """Tokenise a corpus once, into a token file that says which tokens are scored in which window.
 
@@ -140,7 +94,6 @@ def prepare(
                 "expected --tokenizer, got none; name the model's folder or tokenizer.json"
             )
         else:
-            options = {name: context.params[name] for name in TEXT_OPTIONS}
             with preparing_progress() as progress:
                 token_file = px.prepare(
                     corpus,
@@ -153,7 +106,7 @@ def prepare(
         if export_ids is not None:
             px.export_id_lines(token_file, export_ids)
         overlaps = {
-            str(file): px.ngram_overlap(token_file, file, text_key=text_key or "text")
+            str(file): px.ngram_overlap(token_file, file, text_key=options["text_key"] or "text")
             for file in check_overlap or ()
         }
     people().print(input_table(token_file))
@@ -168,7 +121,7 @@ def _refuse_text_options(context: typer.Context) -> None:
     """Raise UsageError for an option that has no meaning where windows are given as ids."""
     given = [
         f"--{name.replace('_', '-')}"
-        for name in TEXT_OPTIONS
+        for name in PreparingOptions.__annotations__
         if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
     ]
     if given:

@@ -17,7 +17,7 @@ from perplexit.evaluation.input_fit import (
 )
 from perplexit.evaluation.request import Request, check_asked_conditions
 from perplexit.evaluation.run_in_progress import Progress, RunInProgress
-from perplexit.inputs.text_inputs import PreparingOptions
+from perplexit.inputs.preparing_options import PreparingOptions
 from perplexit.inputs.token_file import TokenFile
 from perplexit.reference.request import requested_reference
 from perplexit.resources.host_memory import HostMemory

@@ -6,8 +6,8 @@ The command line makes its options of these entries. Needs no engine.
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict
 
+from perplexit.declared_options import Option, declared
 from perplexit.errors import UsageError
-from perplexit.sessions.options import Option, declared
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from perplexit.atomic_files import cache_folder
 from perplexit.errors import TokenFileError, UsageError
@@ -15,6 +15,7 @@ from perplexit.inputs.compressed_files import TEXT_OR_TABLE
 from perplexit.inputs.corpus import files_of
 from perplexit.inputs.corpus_pass import Progress
 from perplexit.inputs.preparing import prepare, protocol_for_tokenizer
+from perplexit.inputs.preparing_options import PreparingOptions
 from perplexit.inputs.token_file import FORMAT_VERSION, TokenFile
 from perplexit.inputs.tokenizer_sources import load_tokenizer
 from perplexit.untrusted_files import check_regular
@@ -23,19 +24,6 @@ Texts = str | Path | Iterable[str | Path]
 
 _LOOKS_LIKE_A_PATH = re.compile(r"\S*[/\\]\S*\.[A-Za-z]\w{0,9}")
 _GIVE = "give a text, a list of texts, or the path of a file"
-
-
-class PreparingOptions(TypedDict, total=False):
-    """The options of `prepare` that decide what is made of a text."""
-
-    protocol: str
-    max_length: int | None
-    stride: int | None
-    bos: str
-    text_key: str | None
-    domain_key: str | None
-    prompt_key: str | None
-    keep: str | Sequence[str] | None
 
 
 def prepared_texts(

@@ -6,30 +6,17 @@ here, and its use in a session.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict
 
+from perplexit.declared_options import Option, declared
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.option_ranges import check_numbers
 from perplexit.quantization.precisions import precisions_by_engine
 
 DeviceMap = Mapping[str, str | int]
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """What the command line says of an option.
-
-    flag: where it is not the option's name. lowest: the smallest value of a number.
-    """
-
-    help: str
-    default: Any = None
-    flag: str | None = None
-    metavar: str | None = None
-    lowest: int | None = None
 
 
 class EngineOptions(TypedDict, total=False):
@@ -119,23 +106,6 @@ _ADAPTER_REMEDY = (
     "adapters are for hf: (PyTorch). For another engine, merge the adapter into the checkpoint, "
     "save that, and compile it"
 )
-
-
-def declared(kind: type[Any]) -> dict[str, tuple[Any, Option]]:
-    """Return the type and the entry of each option, by name, in the order of declaration.
-
-    kind: a TypedDict, or a dataclass, whose defaults are its own.
-    """
-    found = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        shown, *notes = get_args(hint) or (hint,)
-        if notes and isinstance(notes[0], Option):
-            found[name] = (shown, notes[0])
-    for field in fields(kind) if is_dataclass(kind) else ():
-        if field.name in found:
-            shown, option = found[field.name]
-            found[field.name] = (shown, replace(option, default=field.default))
-    return found
 
 
 _DECLARED = {name: option for name, (_, option) in declared(ScoringOptions).items()}
