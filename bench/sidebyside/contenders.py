@@ -4,6 +4,7 @@ Only names that older versions of Perplexit have are used here, in `workers` and
 `perplexit_contenders`: with `--against` these modules run over an older version.
 """
 
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -98,59 +99,9 @@ class Contender:
     before: bool = False
 
 
-EVALUATION, LOSSES = "perplexit_contenders:evaluation", "perplexit_contenders:losses_alone"
-FLOAT32, BFLOAT16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
-OPENVINO, INT8 = {"to": "openvino"}, {"to": "openvino", "quantization": "int8"}
 CEILING = "gemm"
-FUSED_ON_CUDA = {
-    "perplexit, liger": {"head": "liger"},
-    "perplexit, cce": {"head": "cce"},
-    "perplexit, compiled layers": {"compile_mode": "default", "head": "compiled"},
-    "perplexit, graphs": {"compile_mode": "reduce-overhead", "head": "compiled"},
-}
-CONTENDERS = {
-    "perplexit": Contender(EVALUATION),
-    "perplexit nll": Contender(LOSSES),
-    "perplexit bf16": Contender(EVALUATION, BFLOAT16),
-    "perplexit cached, 128 a call": Contender("perplexit_contenders:chunked_prefill"),
-    "perplexit cached, 64 windows": Contender("decoding:windows_together"),
-    "perplexit, compiled head": Contender(EVALUATION, {"head": "compiled"}),
-    **{name: Contender(EVALUATION, options) for name, options in FUSED_ON_CUDA.items()},
-    "openvino": Contender(EVALUATION, {}, OPENVINO),
-    "openvino fp32": Contender(EVALUATION, FLOAT32, OPENVINO),
-    "openvino bf16": Contender(EVALUATION, BFLOAT16, OPENVINO),
-    "openvino int8": Contender(EVALUATION, FLOAT32, INT8),
-    "openvino int8 bf16": Contender(EVALUATION, BFLOAT16, INT8),
-    **{
-        f"{engine}{', logits' * (not inside)}": Contender(
-            LOSSES, FLOAT32, {"to": engine, "max_length": 1024, "perplexity": inside}
-        )
-        for engine in ("tvm", "pt2")
-        for inside in (True, False)
-    },
-    "run": Contender("costs:run_kept", {"replays": False}),
-    "run, replayed": Contender("costs:run_kept", {"replays": True}),
-    "prepare": Contender("costs:DocumentsPrepared"),
-    "evaluate": Contender("costs:without_model"),
-    "objects": Contender("costs:tracked", {"work": "objects"}),
-    "objects, traced": Contender("costs:tracked", {"work": "objects", "torch_cpu": False}),
-    "operations": Contender("costs:tracked", {"work": "operations"}),
-    "operations, counted": Contender("costs:tracked", {"work": "operations", "python": False}),
-    "operations, both": Contender("costs:tracked", {"work": "operations", "python": True}),
-    "plain loop": Contender("transformers_loops:plain_loop"),
-    "hf evaluate": Contender("transformers_loops:hf_evaluate"),
-    "hf guide": Contender("transformers_loops:hf_guide"),
-    "mlc's hf loop": Contender("transformers_loops:mlc_hf_loop"),
-    "lm-eval": Contender("lm_eval_peer:rolling_loglikelihood"),
-    "lm-eval's algorithm": Contender("transformers_loops:lm_eval_algorithm"),
-    "llama.cpp": Contender("llama_cpp_peer:PythonBinding", {}, {"to": "gguf", "perplexity": False}),
-    "one token a call": Contender("decoding:one_token_a_call"),
-    CEILING: Contender("gemm:GemmCeiling"),
-    **{
-        f"igf {way}": Contender("igf_labels:labels", {"way": way})
-        for way in ("exact", "first-order", "directional", "original", "context pass", "forward")
-    },
-}
+TABLES = tomllib.loads((Path(__file__).parent / "sections.toml").read_text(encoding="utf-8"))
+CONTENDERS = {name: Contender(**entry) for name, entry in TABLES["contenders"].items()}
 
 
 def contender_named(name: str) -> Contender:

@@ -15,35 +15,12 @@ from perplexit.cli.demo_files import (
     packaged_file,
 )
 from sidebyside.alternation import Bench, say
+from sidebyside.contenders import TABLES
 from sidebyside.report import MIB
 
 ENTRY = "from perplexit.cli.app import main; main()"
 FIRST = "PyTorch fp32"
 QUICK = (FIRST, "ONNX Runtime int8", "llama.cpp Q4_1, as shipped")
-FIXED = "--max-length 512 --batch-size 1"
-# name → the address's engine, or the options of `perplexit compile`; the options of `eval`.
-ROWS = {
-    FIRST: ("hf", ""),
-    "PyTorch bf16": ("hf", "--dtype bf16"),
-    "PyTorch nf4": ("hf", "--quantization nf4"),
-    "PyTorch int8": ("hf", "--quantization int8"),
-    "PyTorch q4f16_0": ("hf", "--quantization q4f16_0"),
-    "PyTorch mxfp6": ("hf", "--quantization mxfp6"),
-    "PyTorch mxint8": ("hf", "--quantization mxint8"),
-    "ONNX Runtime fp32": ("--to onnx", ""),
-    "ONNX Runtime int8": ("--to onnx --quantization int8", ""),
-    "ONNX Runtime int4": ("--to onnx --quantization int4", ""),
-    "OpenVINO fp32": ("--to openvino", ""),
-    "OpenVINO bf16": ("--to openvino", "--dtype bf16"),
-    "OpenVINO int8": ("--to openvino --quantization int8", ""),
-    "OpenVINO int4": ("--to openvino --quantization int4", ""),
-    "TVM fp32": (f"--to tvm {FIXED}", ""),
-    "TVM q4f16_0": (f"--to tvm --quantization q4f16_0 {FIXED}", ""),
-    "AOTInductor fp32": ("--to pt2", ""),
-    "llama.cpp Q4_1, as shipped": ("gguf", ""),
-    "llama.cpp Q8_0": ("--to gguf --quantization q8_0", ""),
-    "llama.cpp Q4_K_M": ("--to gguf --quantization q4_k_m", ""),
-}
 
 
 def every_engine(bench: Bench) -> dict[str, Any]:
@@ -59,7 +36,7 @@ def every_engine(bench: Bench) -> dict[str, Any]:
     gguf = packaged_file(MODEL_PACKAGE, MODEL_FILE)
     px.prepare(part, tokenizer=gguf, output=tokens, protocol="disjoint", max_length=512)
     runs: dict[str, px.Run | None] = {}
-    for name in QUICK if bench.quick else ROWS:
+    for name in QUICK if bench.quick else TABLES["engines"]:
         runs[name] = _run_of(name, tokens, bench, folder)
     return {"rows": [_row(name, run, runs[FIRST]) for name, run in runs.items()]}
 
@@ -68,7 +45,7 @@ def _run_of(name: str, tokens: Path, bench: Bench, folder: Path) -> px.Run | Non
     """Return the row's run, whose commands are printed; None where one fails."""
     gguf = packaged_file(MODEL_PACKAGE, MODEL_FILE)
     run = folder / "runs" / name.lower().replace(" ", "-").replace(",", "")
-    compiled, evaluated = ROWS[name]
+    compiled, evaluated = TABLES["engines"][name]
     address = f"{compiled}:{gguf}"
     if compiled.startswith("--"):
         address = str(folder / "programs" / compiled.replace("--", "").replace(" ", "-"))

@@ -1,6 +1,6 @@
 """How time and memory grow: the points of each axis, exponents, their table, and the pictures."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,40 +8,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from sidebyside.contenders import TABLES
 from sidebyside.paired_ratios import growth_exponent
 from sidebyside.records import Record
 from sidebyside.report import MIB, table
-from sidebyside.sections import GROWTH, MODELS, SMALL_LLAMA, Section
+from sidebyside.sections import KINDS, MODELS, SMALL_LLAMA, Section
 
 Points = Mapping[str, Sequence[Mapping[str, float]]]  # of each way: size, seconds, peak_bytes
-LOSSES, VERBS = ("perplexit nll", "plain loop"), ("prepare", "evaluate")
-# axis → its label, who takes turns, its sizes, and (windows, length, vocabulary, layers) at a size.
-AXES: dict[str, tuple[str, tuple[str, ...], tuple[int, ...], Callable[[int], Any]]] = {
-    "window": (
-        "ids per window",
-        LOSSES,
-        (256, 512, 1024, 2048, 4096, 8192),
-        lambda size: (1, size, 16384, 6),
-    ),
-    "vocabulary": (
-        "vocabulary",
-        LOSSES,
-        (8192, 16384, 32768, 65536, 131072),
-        lambda size: (2, 512, size, 2),
-    ),
-    "batch": (
-        "windows of 256 ids in a batch",
-        LOSSES,
-        (1, 2, 4, 8, 16, 32),
-        lambda size: (size, 256, 16384, 6),
-    ),
-    "documents": (
-        "documents",
-        VERBS,
-        (1_000, 4_000, 16_000, 64_000),
-        lambda size: (size, 51, None, None),
-    ),
-}
 # Okabe and Ito's colours; the markers tell the lines apart without them.
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"))
 # what is counted → its unit, the axis's words, the picture's title and file.
@@ -63,34 +36,34 @@ def growth_sections(most: int | None = None) -> Iterator[Section]:
     time is the processor's, on one thread: other work on the machine does not move it.
     most: points of an axis; None: all.
     """
-    for axis, (_, ways, sizes, at) in AXES.items():
-        for size in sizes[:most]:
-            windows, length, vocabulary, layers = at(size)
-            model = f"llama-{vocabulary}-{layers}" if vocabulary else "demo"
-            if vocabulary:
-                config = SMALL_LLAMA | {"vocab_size": vocabulary, "num_hidden_layers": layers}
-                MODELS[model] = ("checkpoints:random_llama", config)
+    for axis, entry in TABLES["axes"].items():
+        for size in entry["sizes"][:most]:
+            at = {name: size if x == "size" else x for name, x in entry["at"].items()}
+            changes = {"windows": at.pop("windows"), "max_length": at.pop("max_length")}
+            model = "-".join(str(word) for word in ("llama", *at.values())) if at else "demo"
+            MODELS.setdefault(model, ("checkpoints:random_llama", SMALL_LLAMA | at))
             question = f"How do time and memory grow with the {axis}? At {size}."
-            names: dict[str, Any] = {"name": f"growth-{axis}-{size}", "question": question}
-            names |= {"model": model, "contenders": ways, "base": ways[-1]}
-            yield replace(GROWTH, max_length=length, windows=windows, **names)
+            changes |= {"name": f"growth-{axis}-{size}", "question": question, "model": model}
+            ways = tuple(entry["contenders"])
+            yield replace(KINDS["growth"], contenders=ways, base=ways[-1], **changes)
 
 
 def growth_axes(records: Mapping[str, Record]) -> dict[str, dict[str, Any]] | None:
     """Return label and points of each axis, by its name; None where a point was not measured."""
     found: dict[str, dict[str, Any]] = {}
-    for name, (label, ways, sizes, _) in AXES.items():
+    for name, entry in TABLES["axes"].items():
+        ways = entry["contenders"]
         points: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-        for size in sizes:
+        for size in entry["sizes"]:
             record = records.get(f"growth-{name}-{size}", {"contenders": {}})
             for way in ways:
-                entry = record["contenders"].get(way, {"error": "not measured"})
-                if "error" in entry:
+                turns = record["contenders"].get(way, {"error": "not measured"})
+                if "error" in turns:
                     return None
                 # The least of the processor's: what disturbs a turn only ever adds to it.
-                seconds, peak = min(entry["cpu_seconds"]), entry["memory"]["peak_bytes"]
+                seconds, peak = min(turns["cpu_seconds"]), turns["memory"]["peak_bytes"]
                 points[way].append({"size": size, "seconds": seconds, "peak_bytes": peak})
-        found[name] = {"label": label, "points": points}
+        found[name] = {"label": entry["label"], "points": points}
     return found
 
 

@@ -5,7 +5,6 @@ continues where it was.
 """
 
 import json
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,85 +17,32 @@ import perplexit.igf as igf
 from perplexit.igf.articles import Articles
 from perplexit.igf.losses import context_losses
 from sidebyside.alternation import Bench, say
+from sidebyside.contenders import TABLES
 from sidebyside.igf_labels import OBJECTIVE_YEARS, POOL_YEARS
 from sidebyside.workloads import speech_files
 
 TEST_YEARS = (2013, 2026)
 VOCAB_SIZE = 2048
-SIXTY_STEPS = igf.FinetuneSettings(steps=60, batch_size=16, eval_interval=10, learning_rate=5e-4)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What an experiment varies.
-
-    model_years: the small GPT-2 is trained up to this year, in `training_steps`; None: SmolLM2.
-    """
-
-    title: str = "small GPT-2 tuned on 1790-1899; candidates 1790-1999"
-    model_name: str = "a GPT-2 of 4 layers"
-    model_years: int | None = 1899
-    training_steps: int = 1000
-    num_pairs: int = 3000
-    pair_rate: float = 5e-4
-    learner_rate: float = 1e-3
-    methods: str = "standard igf-shifting igf-quantile random-skip high-loss igf-constant"
-    num_seeds: int = 12
-    num_test: int = 200
-    finetune: igf.FinetuneSettings = SIXTY_STEPS
-
-
-SHIFT = Experiment()
-EXPERIMENTS = {
-    "shift": SHIFT,
-    "same-domain": replace(
-        SHIFT,
-        title="small GPT-2 tuned on 1790-1999; candidates 1790-1999",
-        model_years=1999,
-        methods="standard igf-shifting igf-quantile random-skip high-loss",
-    ),
-    "longer": replace(
-        SHIFT,
-        title="small GPT-2 tuned on 1790-1899; candidates 1790-1999; 1080 steps",
-        methods="standard igf-constant",
-        num_seeds=3,
-        finetune=replace(SIXTY_STEPS, steps=1080, eval_interval=60),
-    ),
-    "demo": Experiment(
-        title="SmolLM2-135M-Instruct; candidates 1790-1999",
-        model_name="SmolLM2-135M-Instruct",
-        model_years=None,
-        num_pairs=300,
-        pair_rate=5e-5,
-        learner_rate=1e-4,
-        methods="standard igf-quantile random-skip",
-        num_seeds=5,
-        num_test=40,
-        finetune=igf.FinetuneSettings(steps=30, batch_size=4, eval_interval=15, learning_rate=5e-5),
-    ),
-}
-QUICK: dict[str, Any] = {"training_steps": 30, "num_pairs": 40, "num_seeds": 2, "num_test": 4}
 
 
 def experiment(bench: Bench, name: str) -> dict[str, Any]:
     """Make labels, both learners, the experiment and its figure; return a row for each method."""
     torch.set_num_threads(bench.threads)
-    asked, folder = EXPERIMENTS[name], bench.subfolder("igf-quick" if bench.quick else "igf")
+    asked, folder = TABLES["experiments"][name], bench.subfolder("igf-quick" * bench.quick or "igf")
     if bench.quick:
-        few = replace(asked.finetune, steps=4, batch_size=2, eval_interval=2)
-        asked = replace(asked, finetune=few, methods="standard random-skip igf-quantile", **QUICK)
-    years, out = asked.model_years, folder / name
+        asked = asked | TABLES["quick_experiment"]
+    years, out = asked["model_years"], folder / name
     out.mkdir(exist_ok=True)
-    path = small_gpt2(folder, years, asked.training_steps) if years else bench.model("demo")
+    path = small_gpt2(folder, years, 30 if bench.quick else 1000) if years else bench.model("demo")
     model, train = igf.load_model(path), igf.read_articles(speech_files(*POOL_YEARS), path)
     pairs = igf.collect_pairs(
         model,
-        igf.ContextStream(train, 32, seed=1_000_000).take(0, asked.num_pairs),
+        igf.ContextStream(train, 32, seed=1_000_000).take(0, asked["num_pairs"]),
         igf.objective_contexts(igf.read_articles(speech_files(*OBJECTIVE_YEARS), path), seed=3),
         output=out / "pairs.safetensors",
         mode="first-order",
-        rule=igf.StepRule(learning_rate=asked.pair_rate),
-        model_name=asked.title,
+        rule=igf.StepRule(learning_rate=asked["pair_rate"]),
+        model_name=asked["title"],
     )
     learners = {kind: _learner(kind, pairs, model, asked, out) for kind in ("ridge", "cnn")}
     seconds = json.loads((out / "pairs.seconds.json").read_text("utf-8"))
@@ -104,17 +50,17 @@ def experiment(bench: Bench, name: str) -> dict[str, Any]:
     document = igf.run_experiment(
         model,
         train,
-        igf.objective_contexts(test, number=asked.num_test, seed=4),
+        igf.objective_contexts(test, number=asked["num_test"], seed=4),
         plan=igf.ExperimentPlan(
-            methods=tuple(asked.methods.split()),
-            seeds=tuple(range(asked.num_seeds)),
-            settings=asked.finetune,
+            methods=tuple(asked["methods"]),
+            seeds=tuple(range(asked["num_seeds"])),
+            settings=igf.FinetuneSettings(**asked["finetune"]),
         ),
         output=out / "experiment",
         learner=learners["ridge"],
         labelling={**seconds, "num_pairs": len(pairs), "mode": "first-order"},
-        model_name=asked.model_name,
-        title=asked.title,
+        model_name="a GPT-2 of 4 layers" if years else "SmolLM2-135M-Instruct",
+        title=asked["title"],
     )
     igf.draw_experiment(document, out / "experiment")
     compared = {row["method"]: row for row in document["comparisons"]}
@@ -123,10 +69,10 @@ def experiment(bench: Bench, name: str) -> dict[str, Any]:
     return {"rows": rows, "learners": scores}
 
 
-def _learner(kind: Any, pairs: Any, model: Any, asked: Experiment, out: Path) -> Any:
+def _learner(kind: Any, pairs: Any, model: Any, asked: dict[str, Any], out: Path) -> Any:
     """Return the learner that was trained before, or train it."""
     if not (out / f"{kind}.json").exists():
-        options = {"learning_rate": asked.learner_rate, "max_epochs": 40, "batch_size": 32}
+        options = {"learning_rate": asked["learner_rate"], "max_epochs": 40, "batch_size": 32}
         igf.save_learner(igf.train_learner(pairs, kind=kind, model=model, **options), out / kind)
     return igf.load_learner(out / kind)
 
