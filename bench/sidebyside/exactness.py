@@ -1,6 +1,5 @@
 """How exact figures are on a real model: a stored reference's KL, int4 twice, drifting losses."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,15 +39,12 @@ def stored_reference(bench: Bench) -> dict[str, Any]:
     with torch.no_grad():
         weight.add_(torch.randn_like(weight) * weight.std() * SHARE)
     networks[1].save_pretrained(scratch / "damaged")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for dtype in ("float32", "float16"):
-        folder = scratch / f"reference-{dtype}"
-        options: dict[str, Any] = {"threads": bench.threads}
-        kept: dict[str, Any] = {"run": folder, "save_reference": True, "reference_dtype": dtype}
-        px.evaluate(f"hf:{model}", tokens, **kept, **options)
-        found = px.evaluate(
-            f"hf:{scratch / 'damaged'}", tokens, reference=folder, other_tokenizer=True, **options
-        ).tokens
+        options: dict[str, Any] = {"threads": bench.threads, "run": scratch / dtype}
+        px.evaluate(f"hf:{model}", tokens, save_reference=True, reference_dtype=dtype, **options)
+        options |= {"reference": scratch / dtype, "run": None, "other_tokenizer": True}
+        found = px.evaluate(f"hf:{scratch / 'damaged'}", tokens, **options).tokens
         errors = []
         for index in range(0, tokens.num_windows, EVERY):
             exact = _whole_kl(networks, tokens.window_ids(index))
@@ -79,33 +75,26 @@ def rounded_twice(bench: Bench) -> dict[str, Any]:
     """
     model = _network(bench.model("demo"))
     ids = ids_of_speeches(bench.model("demo"))[: NUM_IDS // (4 if bench.quick else 1)]
-    layers = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
-    ]
+    layers = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
     shipped = [layer.weight.detach().clone() for layer in layers]
+    like_shipped = [like_q4_1(weight) for weight in shipped]
 
-    def losses(*roundings: Callable[[torch.Tensor], torch.Tensor]) -> Floats:
-        for layer, weight in zip(layers, shipped, strict=True):
-            rounded = weight
-            for rounding in roundings:
-                rounded = rounding(rounded)
-            layer.weight.data.copy_(rounded)
+    def losses(weights: list[torch.Tensor]) -> Floats:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.data.copy_(weight)
         return _losses(model, torch.from_numpy(ids).long())
 
-    plain, once = losses(), losses(like_q4_1)
-    from_shipped, from_once = losses(int4) - plain, losses(like_q4_1, int4) - once
-    error, twice = relative_error(shipped), relative_error([like_q4_1(w) for w in shipped])
-    return {
-        "rows": [
-            _row("rounded once more, like Q4_1", once - plain),
-            _row("int4 from the shipped weights", from_shipped, error),
-            _row("int4 from those rounded once more", from_once, twice),
-            _row("the last over the one before", from_once - from_shipped),
-        ],
-        "perplexity": float(np.exp(plain.mean())),
-    }
+    plain, once = losses(shipped), losses(like_shipped)
+    from_shipped = losses([int4(weight) for weight in shipped]) - plain
+    from_once = losses([int4(weight) for weight in like_shipped]) - once
+    error, twice = relative_error(shipped), relative_error(like_shipped)
+    rows = [
+        _row("rounded once more, like Q4_1", once - plain),
+        _row("int4 from the shipped weights", from_shipped, error),
+        _row("int4 from those rounded once more", from_once, twice),
+        _row("the last over the one before", from_once - from_shipped),
+    ]
+    return {"rows": rows, "perplexity": float(np.exp(plain.mean()))}
 
 
 def int4(weight: torch.Tensor) -> torch.Tensor:

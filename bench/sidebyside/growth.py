@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter
 
 from sidebyside.contenders import TABLES
 from sidebyside.paired_ratios import growth_exponent
 from sidebyside.records import Record
 from sidebyside.report import MIB, table
-from sidebyside.sections import KINDS, MODELS, SMALL_LLAMA, Section
+from sidebyside.sections import KINDS, MODELS, Section
 
 Points = Mapping[str, Sequence[Mapping[str, float]]]  # of each way: size, seconds, peak_bytes
-# Okabe and Ito's colours; the markers tell the lines apart without them.
-_STYLES = (("#0072B2", "o"), ("#D55E00", "s"))
 # what is counted → its unit, the axis's words, the picture's title and file.
 COSTS = {
     "seconds": (1.0, "processor seconds", "Time, one thread", "scaling-time.png"),
@@ -41,7 +39,7 @@ def growth_sections(most: int | None = None) -> Iterator[Section]:
             at = {name: size if x == "size" else x for name, x in entry["at"].items()}
             changes = {"windows": at.pop("windows"), "max_length": at.pop("max_length")}
             model = "-".join(str(word) for word in ("llama", *at.values())) if at else "demo"
-            MODELS.setdefault(model, ("checkpoints:random_llama", SMALL_LLAMA | at))
+            MODELS.setdefault(model, ("checkpoints:random_llama", TABLES["small_llama"] | at))
             question = f"How do time and memory grow with the {axis}? At {size}."
             changes |= {"name": f"growth-{axis}-{size}", "question": question, "model": model}
             ways = tuple(entry["contenders"])
@@ -52,17 +50,16 @@ def growth_axes(records: Mapping[str, Record]) -> dict[str, dict[str, Any]] | No
     """Return label and points of each axis, by its name; None where a point was not measured."""
     found: dict[str, dict[str, Any]] = {}
     for name, entry in TABLES["axes"].items():
-        ways = entry["contenders"]
-        points: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        points: dict[str, list[dict[str, float]]] = {way: [] for way in entry["contenders"]}
         for size in entry["sizes"]:
             record = records.get(f"growth-{name}-{size}", {"contenders": {}})
-            for way in ways:
-                turns = record["contenders"].get(way, {"error": "not measured"})
-                if "error" in turns:
+            for way, rows in points.items():
+                turns = record["contenders"].get(way, {})
+                if "memory" not in turns:
                     return None
                 # The least of the processor's: what disturbs a turn only ever adds to it.
                 seconds, peak = min(turns["cpu_seconds"]), turns["memory"]["peak_bytes"]
-                points[way].append({"size": size, "seconds": seconds, "peak_bytes": peak})
+                rows.append({"size": size, "seconds": seconds, "peak_bytes": peak})
         found[name] = {"label": entry["label"], "points": points}
     return found
 
@@ -109,21 +106,16 @@ def draw_growth(axes: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Pat
 def _draw(panel: Any, name: str, axis: Mapping[str, Any], cost: str) -> None:
     unit, words = COSTS[cost][:2]
     found = exponents(axis["points"])
-    for (way, rows), (colour, marker) in zip(axis["points"].items(), _STYLES, strict=True):
-        x = [row["size"] for row in rows]
+    for (way, rows), marker in zip(axis["points"].items(), "os", strict=True):
         y = [max(row[cost], 1e-9) / unit for row in rows]
         exponent = found[way][cost]
         label = f"{way}: size^{exponent:.2f}" if abs(exponent) > _FLAT else f"{way}: flat"
-        panel.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log")
-    panel.set_xticks(x, [f"{size:,}" for size in x], fontsize=8)
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.loglog([row["size"] for row in rows], y, marker=marker, label=label, base=2)
+    sizes = [row["size"] for row in rows]
+    panel.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.minorticks_off()
-    panel.set_xlabel(axis["label"], fontsize=9)
-    panel.set_ylabel(words, fontsize=9)
-    panel.set_title(name, fontsize=10, loc="left")
-    panel.legend(frameon=False, fontsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(alpha=0.25, linewidth=0.6)
+    panel.set_xlabel(axis["label"])
+    panel.set_ylabel(words)
+    panel.set_title(name, loc="left")
+    panel.legend(frameon=False)
+    panel.grid(alpha=0.25)

@@ -4,7 +4,7 @@ A figure that was not measured raises KeyError.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -57,15 +57,6 @@ def best_within(record: Record, base: str, tolerance: float) -> str:
     return rates[max(rates, default=0.0)]
 
 
-class Aim(NamedTuple):
-    """A limit on one measure of a contender, beside another one where the measure needs it."""
-
-    measure: str
-    name: str
-    base: str
-    limit: float
-
-
 class Finding(NamedTuple):
     """An aim: its words, the section, the limit, what was measured, and whether that meets it."""
 
@@ -76,16 +67,28 @@ class Finding(NamedTuple):
     met: bool
 
 
-def findings(section: str, record: Record, aims: tuple[Aim, ...]) -> Iterator[Finding]:
+def findings(section: str, record: Record, aims: Sequence[Sequence[Any]]) -> Iterator[Finding]:
     """Yield every aim of the section that something was measured for."""
-    for aim in aims:
-        words, find, at_most = MEASURES[aim.measure]
+    for measure, asked, base, limit in aims:
+        words, find, at_most = MEASURES[measure]
         with suppress(KeyError):
-            name = best_within(record, aim.base, SAME_TEXT) if aim.name == BEST else aim.name
-            found = find(record, name, aim.base)
-            met = found <= aim.limit if at_most else found >= aim.limit
-            what = words.format(name=name, base=aim.base)
-            yield Finding(what, section, f"{'≤' if at_most else '≥'} {aim.limit:g}", found, met)
+            name = best_within(record, base, SAME_TEXT) if asked == BEST else asked
+            found = find(record, name, base)
+            met = found <= limit if at_most else found >= limit
+            what = words.format(name=name, base=base)
+            yield Finding(what, section, f"{'≤' if at_most else '≥'} {limit:g}", found, met)
+
+
+def _speed(record: Record, name: str, base: str) -> float:
+    return rate_ratio(record, name, base).median
+
+
+def _ceiling(record: Record, name: str, _: str) -> float:
+    return shares(record, name)[0].median
+
+
+def _peak(record: Record, name: str, base: str) -> float:
+    return memory_bytes(record, name) / memory_bytes(record, base)
 
 
 def _token(record: Record, name: str, _: str) -> float:
@@ -99,28 +102,12 @@ def _row(record: Record, name: str, _: str) -> float:
 
 # What an aim can be about: its words, how it is found, and whether the limit is the most.
 MEASURES: dict[str, tuple[str, Callable[[Record, str, str], float], bool]] = {
-    "speed": ("{name} × {base}", lambda *of: rate_ratio(*of).median, False),
-    "best": (
-        "the best of `perplexit eval` ({name}) × {base} fp32",
-        lambda *of: rate_ratio(*of).median,
-        False,
-    ),
-    "ceiling": (
-        "share of the GEMM ceiling",
-        lambda record, name, _: shares(record, name)[0].median,
-        False,
-    ),
-    "peak": (
-        "peak beyond the weights, against {base}",
-        lambda record, name, base: memory_bytes(record, name) / memory_bytes(record, base),
-        True,
-    ),
+    "speed": ("{name} × {base}", _speed, False),
+    "best": ("the best of `perplexit eval` ({name}) × {base} fp32", _speed, False),
+    "share": ("{name}, share of {base}", lambda *of: 1 / _speed(*of), True),
+    "ceiling": ("share of the GEMM ceiling", _ceiling, False),
+    "peak": ("peak beyond the weights, against {base}", _peak, True),
     "token": ("{name}, largest difference of a token (nats)", _token, True),
     "perplexity": ("{name}, perplexity apart from {base}", perplexity_apart, True),
-    "share": (
-        "{name}, share of {base}",
-        lambda *of: 1 / rate_ratio(*of).median,
-        True,
-    ),
     "row": ("{name}", _row, True),
 }

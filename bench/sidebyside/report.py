@@ -65,8 +65,8 @@ def _section(kind: str, members: Mapping[str, Record]) -> Iterator[str]:
     yield ""
     yield (
         f"**{KINDS[kind].question}** `python bench/run.py --only {kind}{options}`, {dates}, "
-        f"{conditions['threads']} threads, {conditions['rounds']} rounds, {minutes:.1f} minutes; "
-        f"{KINDS[kind].unit} per second."
+        f"{conditions['threads']} threads, {conditions['rounds']} rounds, {minutes:.1f} minutes"
+        + (f"; {KINDS[kind].unit} per second." if KINDS[kind].contenders else ".")
     )
     yield ""
     rows = [row for record in members.values() for row in record.get("rows", ())]
@@ -137,7 +137,9 @@ def machine() -> str:
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
     features = ", ".join(name for name in INSTRUCTIONS if f" {name} " in text)
-    installed = {found.name.lower(): found.version for found in metadata.distributions()}
+    installed = {
+        found.name.lower().replace("_", "-"): found.version for found in metadata.distributions()
+    }
     versions = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     return (
         f"{model[1] if model else platform.processor()}, {num_cores()} cores ({features}), "

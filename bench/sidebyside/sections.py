@@ -6,7 +6,6 @@ from typing import Any
 
 from perplexit.resources.engine_tricks import ENGINE_TRICKS
 from sidebyside.contenders import TABLES
-from sidebyside.records import Aim
 
 GPT2_POSITIONS = 1024
 IDS_PER_TURN = 2048
@@ -20,6 +19,7 @@ class Section:
     """An entry of the table: an alternation, or a function that measures and returns a record.
 
     kind:       the table's entry; name: the same with model and size, where it has them.
+    aims:       limits: a name of MEASURES, a contender, another one where it needs it, the limit.
     contenders: who take turns; losses are compared, token by token, with the first one's. base: the
         one whose speed the others' is compared with.
     function:   `MODULE:FUNCTION`, called with a Bench in a process of its own; it returns a record
@@ -34,8 +34,8 @@ class Section:
 
     kind: str
     question: str
-    contenders: tuple[str, ...] = ()
-    aims: tuple[Aim, ...] = ()
+    contenders: Sequence[str] = ()
+    aims: Sequence[Sequence[Any]] = ()
     name: str = ""
     function: str = ""
     opt_in: bool = False
@@ -91,38 +91,22 @@ def _trick(trick: str, short: str) -> Section:
     )
 
 
-def _of_table(kind: str, entry: Mapping[str, Any]) -> Section:
-    """Return the section of an entry of `sections.toml`."""
-    aims = tuple(Aim(*limit) for limit in entry.get("aims", ()))
-    tuples = {"aims": aims, "contenders": tuple(entry.get("contenders", ()))}
-    return Section(kind, **{**entry, **tuples})
-
-
-_LISTED = (
+_SECTIONS = (
+    *(Section(kind, **entry) for kind, entry in TABLES["sections"].items()),
     *(_trick(trick, short) for trick in ENGINE_TRICKS for short in DTYPES),
     *(_against(name, short) for name in ("perplexit", "openvino") for short in DTYPES),
 )
-KINDS = {kind: _of_table(kind, entry) for kind, entry in TABLES["sections"].items()}
-KINDS |= {section.kind: section for section in _LISTED}
-SMALL_LLAMA = {
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 65536,
-}
+KINDS = {section.kind: section for section in _SECTIONS}
 # name → the function that makes the checkpoint, and what it is given beside a folder.
 MODELS: dict[str, tuple[Any, ...]] = {
     "demo": ("checkpoints:demo_model",),
     "gpt2": ("checkpoints:random_gpt2",),
+    **{name: ("checkpoints:random_llama", sizes) for name, sizes in TABLES["models"].items()},
 }
-MODELS |= {name: ("checkpoints:random_llama", sizes) for name, sizes in TABLES["models"].items()}
 
 
 def alternations(
-    models: Sequence[str],
-    lengths: tuple[int, ...],
-    ids_per_turn: int = IDS_PER_TURN,
-    fewest: int = 2,
+    models: Sequence[str], lengths: Sequence[int], ids_per_turn: int = IDS_PER_TURN, fewest: int = 2
 ) -> Iterator[Section]:
     """Yield the alternations of every model and window length.
 
