@@ -94,10 +94,9 @@ OPTION = Trial(
 """,
         ),
         (
-            f"{SOURCES}/sessions/pytorch/session.py",
-            "        self._chunk_rows = chunk_rows_for("
-            "self._device, self._num_logits, max_logits_bytes)",
-            """        self._chunk_rows = given["chunk_rows"] or self._chunk_rows
+            f"{SOURCES}/sessions/pytorch/model_setup.py",
+            "    chunk_rows = chunk_rows_for(opened.device, num_logits, max_logits_bytes)",
+            """    chunk_rows = given["chunk_rows"] or chunk_rows
 """,
         ),
     ),

@@ -63,14 +63,9 @@ def ready_model(
         )
         forward = _wrapped(forward, opened, given["compile_mode"], given["head"])
     aside = on_kernels.get("windows_side_by_side") and opened.threads > 1
-    windows = WindowBatches(
-        forward,
-        opened.device,
-        chunk_rows_for(opened.device, num_logits, max_logits_bytes),
-        num_logits,
-        WindowThreads(opened.threads) if aside else None,
-        rope,
-    )
+    threads = WindowThreads(opened.threads) if aside else None
+    chunk_rows = chunk_rows_for(opened.device, num_logits, max_logits_bytes)
+    windows = WindowBatches(forward, opened.device, chunk_rows, num_logits, threads, rope)
     description = _described(opened, windows, given["compile_mode"], on_kernels)
     return ReadyModel(opened, windows, min(num_rows or num_logits, num_logits), description)
 
