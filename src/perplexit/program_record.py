@@ -41,9 +41,7 @@ class ProgramModel:
 class ProgramQuantization(QuantizationDescription):
     """What a quantization did to the weights, counted on the finished program.
 
-    effective_bits: 8 · bytes of all weights in the program / the checkpoint's parameters.
-    unquantized:    by the checkpoint's names.
-    settings:       the format and the arithmetic (bits, block size, accuracy level).
+    settings: the format and the arithmetic (bits, block size, accuracy level).
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +74,7 @@ class ProgramCache:
 class ProgramVerification:
     """How far the program's losses were from the checkpoint's when it was compiled.
 
-    reference: what was compared with, in words. The difference is the largest a token, in nats.
+    reference: what was compared with, in words. The difference is that of the worst token, in nats.
     """
 
     reference: str

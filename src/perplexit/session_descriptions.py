@@ -1,7 +1,7 @@
 """What a session says of its model and of itself, and what a run records of both."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -18,7 +18,7 @@ class AdapterDescription:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """Whose numbers these are; `weights_fingerprint` is of weights, configuration and adapter."""
+    """The loaded model; `weights_fingerprint` is of weights, configuration and adapter."""
 
     address: str
     architecture: str
@@ -31,14 +31,25 @@ class ModelDescription:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationDescription:
-    """What a quantization really did, counted on the loaded model."""
+    """What a quantization really did, counted on the model.
+
+    num_bytes:      of the quantized tensors, scales included.
+    effective_bits: bits of all weights / the checkpoint's parameters.
+    unquantized:    the large tensors that were left as they were, by the checkpoint's names.
+    """
 
     name: str
     library: str
     num_modules: int
-    num_bytes: int  # bytes of the quantized tensors, scales included
-    effective_bits: float  # bits per parameter over the whole model
-    unquantized: tuple[str, ...] = ()  # names of the large tensors that were left alone
+    num_bytes: int
+    effective_bits: float
+    unquantized: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, found: "QuantizationDescription | None") -> "QuantizationDescription | None":
+        """Return the description in a record that may say more; None where nothing was done."""
+        names = [each.name for each in fields(cls)]
+        return found and cls(**{name: getattr(found, name) for name in names})
 
 
 @dataclass(frozen=True, slots=True)

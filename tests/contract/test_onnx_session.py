@@ -81,7 +81,7 @@ def test_dtype_and_quantization_cannot_be_changed_afterwards(loss_folder):
 
 def test_a_device_that_this_build_lacks_is_refused(loss_folder, monkeypatch):
     monkeypatch.setattr(
-        "perplexit.sessions.onnx.engine.onnxruntime.get_available_providers",
+        "perplexit.sessions.onnx.session.onnxruntime.get_available_providers",
         lambda: ["CPUExecutionProvider"],
     )
     with pytest.raises(CapabilityError, match="onnxruntime-gpu"):

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from perplexit.errors import CompilationError
-from perplexit.program_batches import program_nll
+from perplexit.program_batches import ProgramCalls
 from perplexit.program_record import ProgramShapes
 from tests.oracles import oracle_details, random_window
 from tests.tiny_models import VOCAB_SIZE
@@ -26,7 +26,7 @@ def nll_of(model, windows, shapes=None):
     shapes = shapes or ProgramShapes()
     graph = convert_graph(model, perplexity=True, shapes=shapes)
     program = open_program(graph, threads=1)
-    return np.concatenate(program_nll(program.run, windows, shapes))
+    return np.concatenate(ProgramCalls(program.run, shapes).nll(windows))
 
 
 def exact_nll(model, windows):
@@ -81,7 +81,7 @@ def test_targets_that_fill_the_last_turn_and_those_that_do_not(num_targets, llam
     windows = [
         random_window(seed, n + 1, VOCAB_SIZE) for seed, n in enumerate((99, num_targets - 99))
     ]
-    nll = np.concatenate(program_nll(program.run, windows, ProgramShapes()))
+    nll = np.concatenate(ProgramCalls(program.run, ProgramShapes()).nll(windows))
     assert len(nll) == num_targets
     assert np.abs(nll - exact_nll(model, windows)).max() < 1e-4
 
@@ -100,7 +100,7 @@ def test_windows_shorter_than_the_blocks_of_queries(length, llama_graph):
     """Of two ids, two of the four blocks of queries are empty."""
     model, program = llama_graph
     windows = [random_window(length, length, VOCAB_SIZE)]
-    nll = np.concatenate(program_nll(program.run, windows, ProgramShapes()))
+    nll = np.concatenate(ProgramCalls(program.run, ProgramShapes()).nll(windows))
     assert np.abs(nll - exact_nll(model, windows)).max() < 1e-4
 
 

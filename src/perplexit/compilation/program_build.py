@@ -18,7 +18,7 @@ from perplexit.compilation.body_and_head import rows_at_a_time
 from perplexit.compilation.targets import CompileRequest
 from perplexit.errors import CompilationError, QuantizationError
 from perplexit.inputs.windows import WindowIds
-from perplexit.program_batches import RunProgram, program_nll, target_logit_rows
+from perplexit.program_batches import ProgramCalls, RunProgram
 from perplexit.program_record import (
     ProgramMemory,
     ProgramMetadata,
@@ -61,11 +61,11 @@ class ProgramBuild:
         return np.concatenate([window_nll(self.module, window.ids_T) for window in self.windows])
 
     def program_losses(self, run: RunProgram, *, masked: bool = False) -> Losses:
-        """Return the program's own losses, or those of its logits; see `program_nll`."""
+        """Return the program's own losses, or those of its logits; see `ProgramCalls`."""
+        calls = ProgramCalls(run, self.shapes, masked=masked)
         if self.request.perplexity:
-            nll = program_nll(run, self.windows, self.shapes, masked=masked)
-            return np.concatenate(nll).astype(np.float64)
-        rows = target_logit_rows(run, self.windows, self.shapes, masked=masked)
+            return np.concatenate(calls.nll(self.windows)).astype(np.float64)
+        rows = calls.logit_rows(self.windows)
         return np.concatenate([_nll_of_rows(r, w) for r, w in zip(rows, self.windows, strict=True)])
 
     def record(

@@ -20,7 +20,7 @@ from perplexit.resources.host_memory import HostMemory
 from perplexit.runs.run import SCHEMA_VERSION, Run
 from perplexit.runs.run_figures import figures_of
 from perplexit.runs.store import RunStore, ScoredBatch
-from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory, MeasuresWorkingMemory
+from perplexit.sessions.base import InferenceSession, MeasuresDeviceMemory
 
 Progress = Callable[[ProgressUpdate], None]
 
@@ -172,6 +172,9 @@ class RunInProgress:
             num_windows_resumed=resumed.num_windows,
             loaded_tokens=results.run_tokens(),
         )
+        peak = peak_beyond_weights = None
+        if isinstance(self.session, MeasuresDeviceMemory):
+            peak, peak_beyond_weights = self.session.peak_device_bytes()
         run = replace(
             run,
             **figures_of(
@@ -182,16 +185,8 @@ class RunInProgress:
             ),
             peak_memory_bytes={
                 "host_rss": self.memory.peak_bytes,
-                "torch_device": (
-                    self.session.peak_device_bytes()
-                    if isinstance(self.session, MeasuresDeviceMemory)
-                    else None
-                ),
-                "torch_device_beyond_weights": (
-                    self.session.peak_device_bytes_beyond_weights()
-                    if isinstance(self.session, MeasuresWorkingMemory)
-                    else None
-                ),
+                "torch_device": peak,
+                "torch_device_beyond_weights": peak_beyond_weights,
             },
             seconds={
                 "load": self.load_seconds,

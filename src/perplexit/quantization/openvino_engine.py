@@ -12,7 +12,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError
+from perplexit.errors import CapabilityError, engine_error
 from perplexit.resources.cores import has_virtual_amx
 
 # OpenVINO's bindings look NumPy up when a tensor's data are first used. Two threads that do so at
@@ -68,7 +68,7 @@ class OpenedProgram:
                 hidden_BTD = body.infer({"input_ids": feed["input_ids"]})[0]
                 result = head.infer({"hidden_states": hidden_BTD, **rest})[0]
         except (RuntimeError, MemoryError) as error:
-            raise _translated(error, "running the program") from error
+            raise engine_error("OpenVINO", "running the program", error) from error
         finally:
             if requests:
                 self._idle.put(requests)
@@ -114,7 +114,7 @@ def open_program(
         body = core.compile_model(body_graph, "CPU", {**_BFLOAT16, **counted})
         head = core.compile_model(head_graph, "CPU", {**_EXACT, **counted})
     except (RuntimeError, MemoryError) as error:
-        raise _translated(error, "loading the program") from error
+        raise engine_error("OpenVINO", "loading the program", error) from error
     properties = {"body": _checked(body, "bf16"), "head": _checked(head, "f32")}
     return OpenedProgram((body, head), properties)
 
@@ -156,11 +156,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, ov.Type):
         return str(value.to_string())
     return str(value).rpartition(".")[2] if "ExecutionMode." in str(value) else str(value)
-
-
-def _translated(error: Exception, doing: str) -> Exception:
-    first_line = next((x for x in str(error).splitlines() if x.strip()), repr(error)).strip()
-    memory = ("bad_alloc", "out of memory", "not enough memory", "could not allocate")
-    if isinstance(error, MemoryError) or any(x in str(error).lower() for x in memory):
-        return EngineOutOfMemoryError(f"OpenVINO ran out of memory {doing}: {first_line}")
-    return ModelError(f"OpenVINO failed {doing}: {first_line}")

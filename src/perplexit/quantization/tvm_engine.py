@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tvm import relax
 
-from perplexit.errors import CapabilityError, ModelError
+from perplexit.errors import CapabilityError, engine_error
 
 LIBRARY_FILE, PARAMETERS_FILE = "model.so", "parameters.safetensors"
 # What the function takes, in order; a program without the head takes the first alone.
@@ -87,19 +87,17 @@ class OpenedLibrary:
             library = tvm.runtime.load_module(str(folder / LIBRARY_FILE))
             self._main = relax.VirtualMachine(library, self._device)["main"]
         except (RuntimeError, AttributeError, ValueError) as error:
-            first_line = str(error).strip().partition("\n")[0]
-            raise ModelError(f"TVM failed to load the program: {first_line}") from error
+            raise engine_error("TVM", "loading the program", error) from error
         stored = load_file(folder / PARAMETERS_FILE)
         self._parameters = [self._tensor(stored[name]) for name in sorted(stored)]
 
     def run(self, feed: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-        """Run the program; return its output. Raises ModelError."""
+        """Run the program; return its output. Raises EngineOutOfMemoryError, ModelError."""
         inputs = [self._tensor(feed[name]) for name in INPUTS if name in feed]
         try:
             result: NDArray[np.float32] = self._main(*inputs, *self._parameters).numpy()
         except RuntimeError as error:
-            first_line = str(error).strip().partition("\n")[0]
-            raise ModelError(f"TVM failed running the program: {first_line}") from error
+            raise engine_error("TVM", "running the program", error) from error
         return result
 
     def _tensor(self, array: NDArray[Any]) -> Any:

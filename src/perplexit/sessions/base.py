@@ -128,8 +128,11 @@ class HiddenStateSession(LogitsSession, Protocol):
 class MeasuresDeviceMemory(Protocol):
     """A session that knows how much accelerator memory its process has used at most."""
 
-    def peak_device_bytes(self) -> int | None:
-        """Return the peak since the session was made, in bytes; None where it runs on the host."""
+    def peak_device_bytes(self) -> tuple[int | None, int | None]:
+        """Return (the peak since the session was made, the peak beyond the weights), in bytes.
+
+        None where the model runs on the host.
+        """
 
 
 @runtime_checkable
@@ -237,11 +240,3 @@ class QueueingSession(DetailedSession, Protocol):
         The function is called once. Both calls may raise what `token_details` raises,
         EngineOutOfMemoryError included.
         """
-
-
-@runtime_checkable
-class MeasuresWorkingMemory(Protocol):
-    """A session that tells its working memory from the memory of its weights."""
-
-    def peak_device_bytes_beyond_weights(self) -> int | None:
-        """Return the peak since the model was loaded, less what it held then; None on the host."""

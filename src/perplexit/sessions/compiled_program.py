@@ -16,15 +16,7 @@ from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError, TrustWarning, UsageError
 from perplexit.inputs.windows import WindowIds
-from perplexit.program_batches import (
-    MOST_IDS_A_CALL,
-    Feed,
-    RunProgram,
-    check_vocabulary,
-    program_nll,
-    windows_at_once,
-)
-from perplexit.program_batches import target_logit_rows as logit_rows
+from perplexit.program_batches import Feed, ProgramCalls, RunProgram, check_vocabulary
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.resources.memory_advice import return_freed_memory
@@ -55,7 +47,7 @@ class RunningProgram:
 class ProgramSession(ClosedByWith, ABC):
     """A program in a folder that `perplexit compile` made; see `InferenceSession`.
 
-    A program that gives logits is opened as the engine's `ProgramLogits` class.
+    A program that gives logits is opened as a class that is a `ProgramLogits` too.
     Raises ModelError where the folder holds no such program or a damaged one, CapabilityError
     where it is not what was asked for.
     """
@@ -89,23 +81,20 @@ class ProgramSession(ClosedByWith, ABC):
                 TrustWarning,
                 stacklevel=2,
             )
-        made_from = {
-            **asdict(self._metadata.model),
-            "address": address or f"{self._engine}:{folder}",
-        }
-        self._model = ModelDescription(**made_from)
+        address = address or f"{self._engine}:{folder}"
+        self.model = ModelDescription(**{**asdict(self._metadata.model), "address": address})
         program = self._open(path, asked)
         self._program: RunningProgram | None = program
-        self._calls_at_a_time = program.calls_at_a_time
-        self._description = self._describe(program, dtype)
+        self._calls = ProgramCalls(
+            self._run, self._metadata.shapes, program.calls_at_a_time, self._takes_mask
+        )
+        self.description = self._describe(program, dtype)
 
     @classmethod
     def _class_for(cls, folder: str | Path) -> type[Self]:
-        """Return the class that has the abilities of the program in `folder`."""
+        """Return the class that has the abilities of the program in `folder`, made if need be."""
         record = ProgramMetadata.read(path_of_program(folder, cls._engine), engine=cls._engine)
-        if record.perplexity:
-            return cls
-        return next(each for each in cls.__subclasses__() if issubclass(each, ProgramLogits))
+        return cls if record.perplexity else type(cls.__name__, (ProgramLogits, cls), {})
 
     def _read(self, folder: Path) -> ProgramMetadata:
         """Return the record of the program in `folder`."""
@@ -115,35 +104,15 @@ class ProgramSession(ClosedByWith, ABC):
     def _open(self, folder: Path, asked: EngineOptions) -> RunningProgram:
         """Open the program to run as asked, in the dtype given; None leaves a setting to it."""
 
-    @property
-    def model(self) -> ModelDescription:
-        """Return the checkpoint that the program was made from, at the program's address."""
-        return self._model
-
-    @property
-    def description(self) -> SessionDescription:
-        """Return the engine and the settings in effect."""
-        return self._description
-
     def token_nll(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """Return the nll of each target, from the head inside the program; see InferenceSession."""
         self._check_windows(windows)
-        return program_nll(
-            self._run,
-            windows,
-            self._metadata.shapes,
-            calls_at_a_time=self._calls_at_a_time,
-            masked=self._takes_mask,
-        )
+        return self._calls.nll(windows)
 
     def max_batch_size(self, window_length: int) -> int:
         """Return how many windows of that length fit half of the free memory and one batch."""
-        return windows_at_once(
-            window_length,
-            self._metadata.shapes,
-            window_bytes=self._window_bytes(window_length),
-            most_ids=max(self._most_ids, self._calls_at_a_time * MOST_IDS_A_CALL),
-            calls_at_a_time=self._calls_at_a_time,
+        return self._calls.windows_at_once(
+            window_length, window_bytes=self._window_bytes(window_length), most_ids=self._most_ids
         )
 
     def close(self) -> None:
@@ -152,7 +121,7 @@ class ProgramSession(ClosedByWith, ABC):
         return_freed_memory()
 
     def _check_windows(self, windows: Sequence[WindowIds]) -> None:
-        check_vocabulary(windows, self._model.vocab_size)
+        check_vocabulary(windows, self.model.vocab_size)
 
     def _window_bytes(self, length: int) -> int:
         memory = self._metadata.memory
@@ -160,7 +129,7 @@ class ProgramSession(ClosedByWith, ABC):
 
     def _running(self) -> RunningProgram:
         if self._program is None:
-            raise UsageError(f"the session of {self._model.address} is closed; load it again")
+            raise UsageError(f"the session of {self.model.address} is closed; load it again")
         return self._program
 
     def _run(self, feed: Feed) -> NDArray[np.float32]:
@@ -199,17 +168,14 @@ class ProgramSession(ClosedByWith, ABC):
             "program_files": {file.name: file.sha256 for file in metadata.files},
             "made_by": dict(metadata.made_by),
         }
-        quantization = None
-        if metadata.quantization is not None:
-            fields = asdict(metadata.quantization)
-            settings["weights"] = {**fields.pop("settings"), **program.settings.get("weights", {})}
-            quantization = QuantizationDescription(**fields)
+        if (made := metadata.quantization) is not None:
+            settings["weights"] = {**made.settings, **program.settings.get("weights", {})}
         return SessionDescription(
             engine=program.engine,
             version=program.version,
             dtype=dtype,
             device=program.device,
-            quantization=quantization,
+            quantization=QuantizationDescription.of(metadata.quantization),
             threads=program.threads,
             settings=settings,
         )
@@ -230,11 +196,11 @@ class ProgramLogits(ScoresByDetails, ProgramSession):
 
     def _window_bytes(self, length: int) -> int:
         # The logits of every position, and a second copy while they are passed on.
-        return super()._window_bytes(length) + 2 * 4 * length * self._model.vocab_size
+        return super()._window_bytes(length) + 2 * 4 * length * self.model.vocab_size
 
     def _logit_rows(self, windows: Sequence[WindowIds]) -> Iterator[NDArray[np.float32]]:
         self._check_windows(windows)
-        return logit_rows(self._run, windows, self._metadata.shapes, masked=self._takes_mask)
+        return self._calls.logit_rows(windows)
 
     def _details(
         self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int

@@ -8,8 +8,8 @@ Shape suffixes: T = ids of a window, R = rows of logits in one chunk, V = vocabu
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perplexit.checkpoints.identity import weights_fingerprint
-from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError
+from perplexit.errors import CapabilityError, EngineOutOfMemoryError, ModelError, TokenizerError
 from perplexit.inputs.windows import WindowIds
 from perplexit.program_batches import check_vocabulary
+from perplexit.program_record import PROGRAM_FILE, ProgramMetadata
 from perplexit.quantization.gguf_header import GgufHeader, read_gguf_header
 from perplexit.quantization.llamacpp_library import last_words, library_log, requantized_gguf
 from perplexit.quantization.precisions import canonical_dtype
@@ -30,13 +31,6 @@ from perplexit.session_descriptions import (
     SessionDescription,
 )
 from perplexit.sessions.base import LogitsChunk
-from perplexit.sessions.llamacpp_settings import (
-    checked_device,
-    effective_settings,
-    logged_setting,
-    model_file,
-    own_token_ids,
-)
 from perplexit.sessions.logit_rows import ScoresByDetails, details_of_rows
 from perplexit.sessions.options import EngineOptions, engine_options
 from perplexit.token_columns import TokenDetails
@@ -60,9 +54,9 @@ class LlamaCppInferenceSession(ScoresByDetails):
         self, path: str | Path, *, address: str | None = None, **options: Unpack[EngineOptions]
     ) -> None:
         asked = engine_options("gguf", options)
-        original = model_file(Path(path))
+        original = _model_file(Path(path))
         self._dtype = canonical_dtype(asked["dtype"] or "float32")
-        self._device = checked_device(asked["device"])
+        self._device = _checked_device(asked["device"])
         self._threads = asked["threads"] or os.cpu_count() or 1
         self._path = requantized_gguf(original, asked["quantization"], threads=self._threads)
         header = read_gguf_header(self._path)
@@ -75,7 +69,7 @@ class LlamaCppInferenceSession(ScoresByDetails):
         self._context_length = 0
         self._rope_border = header.rope_border
         try:
-            effective = effective_settings(self._make_context(1))
+            effective = self._make_context(1)
         except BaseException:
             self.close()
             raise
@@ -93,10 +87,12 @@ class LlamaCppInferenceSession(ScoresByDetails):
         self, windows: Sequence[WindowIds], *, chunk_rows: int
     ) -> Iterator[LogitsChunk]:
         """Yield the logits of every target, a decoded chunk at a time; see LogitsSession."""
-        self._prepare(windows)
+        check_vocabulary(windows, self._vocab_size)
+        if self._rope_border is None:
+            self._fit(max((len(window.ids_T) for window in windows), default=0))
         for place, window in enumerate(windows):
             first = 0
-            for logits_RV, _ in self._window_logits(window):
+            for logits_RV in self._window_logits(window):
                 for start in range(0, len(logits_RV), chunk_rows):
                     yield LogitsChunk(place, first + start, logits_RV[start : start + chunk_rows])
                 first += len(logits_RV)
@@ -107,8 +103,20 @@ class LlamaCppInferenceSession(ScoresByDetails):
         return 1
 
     def own_token_ids(self, text: str, *, special: bool) -> list[int]:
-        """Return the ids of `text` by the file's own tokenizer; see TokenizesText."""
-        return own_token_ids(self._model, text, special=special)
+        """Return the ids of `text` by the file's own tokenizer; see TokenizesText.
+
+        Raises TokenizerError where the file holds no vocabulary to tokenise with.
+        """
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        if llama_cpp.llama_vocab_type(vocabulary) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+            raise TokenizerError("expected a GGUF file with a vocabulary, got one without")
+        data = text.encode("utf-8")
+        size = len(data) + 8  # a token is at least a byte, and a few special ones are added
+        ids = (llama_cpp.llama_token * size)()
+        count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, size, special, True)
+        if count < 0:
+            raise TokenizerError(f"llama.cpp could not tokenise a text of {len(data)} bytes")
+        return list(ids[:count])
 
     def close(self) -> None:
         """Release the context, the batch and the model."""
@@ -122,13 +130,17 @@ class LlamaCppInferenceSession(ScoresByDetails):
     def _details(
         self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int
     ) -> list[TokenDetails]:
-        self._prepare(windows)
-        return [self._window_details(window, with_details, top_k) for window in windows]
-
-    def _prepare(self, windows: Sequence[WindowIds]) -> None:
-        check_vocabulary(windows, self._vocab_size)
-        if self._rope_border is None:
-            self._fit(max((len(window.ids_T) for window in windows), default=0))
+        k = min(top_k, self._vocab_size)
+        empty = TokenDetails.empty(with_details=with_details, num_alternatives=k)
+        parts = [[empty] for _ in windows]
+        for chunk in self.target_logits(windows, chunk_rows=self._chunk):
+            window, stop = windows[chunk.place], chunk.start + len(chunk.logits_NV)
+            ids_R = window.ids_T[window.targets_N[chunk.start : stop]]
+            details = details_of_rows(
+                chunk.logits_NV, ids_R, with_details=with_details, top_k=top_k
+            )
+            parts[chunk.place].append(details)
+        return [TokenDetails.joined(part) for part in parts]
 
     def _fit(self, length: int) -> None:
         """Make a context that a window fits in, with the frequencies of its own length.
@@ -148,18 +160,8 @@ class LlamaCppInferenceSession(ScoresByDetails):
                 f"in {self._path.name}; score the checkpoint itself (hf:…), or longer windows"
             )
 
-    def _window_details(self, window: WindowIds, with_details: bool, top_k: int) -> TokenDetails:
-        k = min(top_k, self._vocab_size)
-        parts = [TokenDetails.empty(with_details=with_details, num_alternatives=k)]
-        for logits_RV, targets_R in self._window_logits(window):
-            part = details_of_rows(logits_RV, targets_R, with_details=with_details, top_k=top_k)
-            parts.append(part)
-        return TokenDetails.joined(parts)
-
-    def _window_logits(
-        self, window: WindowIds
-    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
-        """Yield (logits, ids) of consecutive targets; each view is valid until the next one."""
+    def _window_logits(self, window: WindowIds) -> Iterator[NDArray[np.float32]]:
+        """Yield the logits of consecutive targets; each view is valid until the next one."""
         # From an empty cache: reusing the overlap of sliding windows would be another protocol.
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         if self._rope_border is not None:
@@ -172,7 +174,7 @@ class LlamaCppInferenceSession(ScoresByDetails):
             end = min(start + self._chunk, stop)
             logits_RV = self._decode(ids_T, start, end, wanted_T)
             if len(logits_RV):
-                yield logits_RV, ids_T[np.flatnonzero(wanted_T[start:end]) + start + 1]
+                yield logits_RV
 
     def _decode(
         self, ids_T: NDArray[np.int32], start: int, end: int, wanted_T: NDArray[np.int8]
@@ -206,7 +208,7 @@ class LlamaCppInferenceSession(ScoresByDetails):
             log = list(lines)
         if (
             llama_cpp.llama_model_has_encoder(model)
-            or logged_setting(log, r"causal attn += (\d)") == "0"
+            or _logged_setting(log, r"causal attn += (\d)") == "0"
         ):
             llama_cpp.llama_model_free(model)
             raise CapabilityError(
@@ -215,8 +217,8 @@ class LlamaCppInferenceSession(ScoresByDetails):
             )
         return model
 
-    def _make_context(self, length: int) -> list[str]:
-        """Replace the context by one for windows of `length` ids; returns what was logged."""
+    def _make_context(self, length: int) -> dict[str, str]:
+        """Replace the context by one for windows of `length` ids; return what is in effect."""
         if self._context is not None:
             llama_cpp.llama_free(self._context)
             self._context, self._context_length = None, 0
@@ -236,21 +238,20 @@ class LlamaCppInferenceSession(ScoresByDetails):
                 f"llama.cpp could not make a context of {length} ids: {last_words(log)}"
             )
         self._context, self._context_length = context, length
-        return log
+        kv_type = _logged_setting(log, r"K \((\w+)\)")
+        return {
+            "kv_cache": canonical_dtype(kv_type) if kv_type else "none (no KV cache)",
+            "flash_attention": _logged_setting(log, r"flash_attn += (\w+)") or "unknown",
+        }
 
     def _describe(self, header: GgufHeader, effective: dict[str, str]) -> SessionDescription:
         narrow = [x for x in (effective["kv_cache"], header.matrix_dtype) if x != "float32"]
-        quantization = None
-        if header.quantization is not None:
-            counted = asdict(header.quantization)
-            del counted["settings"]
-            quantization = QuantizationDescription(**counted)
         return SessionDescription(
             engine="llama.cpp",
             version=f"llama-cpp-python {llama_cpp.__version__}",
             dtype=narrow[0] if narrow else "float32",
             device=self._device,
-            quantization=quantization,
+            quantization=QuantizationDescription.of(header.quantization),
             threads=self._threads,
             settings={
                 **effective,
@@ -263,3 +264,36 @@ class LlamaCppInferenceSession(ScoresByDetails):
 
 def _array(pointer: Any, shape: int | tuple[int, int]) -> NDArray[Any]:
     return np.ctypeslib.as_array(pointer, shape=(shape,) if isinstance(shape, int) else shape)
+
+
+def _logged_setting(log: list[str], pattern: str) -> str | None:
+    """Return the first group of `pattern` in what llama.cpp logged; None where it says nothing."""
+    found = re.search(pattern, "".join(log))
+    return found.group(1) if found else None
+
+
+def _model_file(path: Path) -> Path:
+    """Return the GGUF file at `path`, or in the folder `path`.
+
+    Raises ModelError where there is none, or where a record beside it is of another file.
+    """
+    file = path / "model.gguf" if path.is_dir() else path
+    if not file.is_file():
+        hint = " (a folder needs a model.gguf; make one with: perplexit compile --to gguf)"
+        raise ModelError(
+            f"expected a GGUF file, found none at {file}{hint if path.is_dir() else ''}"
+        )
+    if path.is_dir() and (path / PROGRAM_FILE).is_file():
+        ProgramMetadata.read(path, engine="gguf").check_files(path)
+    return file
+
+
+def _checked_device(device: str | None) -> str:
+    """Return the device's name; cpu by default. Raises CapabilityError if this build lacks it."""
+    name = (device or "cpu").lower()
+    if name != "cpu" and not llama_cpp.llama_supports_gpu_offload():
+        raise CapabilityError(
+            f"expected device cpu: this build of llama.cpp cannot offload to {device!r}; "
+            "reinstall llama-cpp-python with CMAKE_ARGS for that backend"
+        )
+    return name

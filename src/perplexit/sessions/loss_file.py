@@ -2,25 +2,26 @@
 
 Four forms of one record, where `position` counts a window's fed ids from 0:
 
-- JSONL: `{"window": 0, "ids": [5, 7, 9], "logprobs": [null, -1.5, -0.2]}` a line; `logprobs[i]`
+- JSONL: `{"window": 0, "ids": [5, 7, 9], "logprobs": [null, -1.5, -0.2]}` per line; `logprobs[i]`
   is that of `ids[i]`, null where there is none (at position 0, and at context).
 - llama.cpp's `--kl-divergence-base` file: the reference's own losses, to compare candidates with.
 - Parquet and CSV: the columns `window, position, token_id, logprob`, one row per scored token.
 
-JSONL and Parquet may list the most likely tokens too: `top_ids` and `top_logprobs`, a list a
-position (null where there is none), in any order.
+JSONL and Parquet may list the most likely tokens too: `top_ids` and `top_logprobs`, one
+list per position (null where there is none), in any order.
 
-What the recording is of may stand in `FILE.json` beside it, in Parquet's `perplexit` metadata, or
-in a first JSONL line `{"model": {…}, "session": {…}, "log_base": 2}`.
+A description of the recording may stand in `FILE.json` beside it, in Parquet's `perplexit`
+metadata, or in a first JSONL line `{"model": {…}, "session": {…}, "log_base": 2}`.
 
 Shape suffixes: N = targets of one window, K = alternatives per target.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,11 +32,15 @@ from perplexit.inputs.windows import WindowIds
 from perplexit.session_descriptions import ModelDescription, SessionDescription
 from perplexit.sessions.base import ClosedByWith
 from perplexit.sessions.logit_rows import contradiction, most_likely_first
-from perplexit.sessions.loss_file_formats import RecordedWindow, base_file_identity, read_recording
+from perplexit.sessions.loss_file_formats import (
+    RecordedWindow,
+    RecordingIdentity,
+    base_file_identity,
+    read_recording,
+)
 from perplexit.sessions.options import EngineOptions, engine_options, without_settings
 from perplexit.token_columns import TokenDetails
 
-_ANY_ID = np.iinfo(np.int32).max
 _ROUNDING_NATS = 1e-2  # devices write half precision, or a few digits
 _ONLY = without_settings("a recording", "its numbers were made elsewhere; leave the option out")
 
@@ -54,8 +59,9 @@ class RecordedInferenceSession(ClosedByWith):
         engine_options("recorded", options, only=_ONLY)
         self._path = Path(path)
         identity, self._windows = read_recording(self._path)
-        self._num_alternatives = _fewest_alternatives(self._windows)
-        self._nats = _nats_a_unit(identity.get("log_base", "e"), self._path)
+        counts = [window.fewest_alternatives() for window in self._windows.values()]
+        self._num_alternatives = min((n for n in counts if n is not None), default=0)
+        self._nats = _nats_a_unit(identity.log_base, self._path)
         self.model, self.description = _described(
             identity, address or f"recorded:{self._path}", weights_fingerprint(self._path)
         )
@@ -66,7 +72,7 @@ class RecordedInferenceSession(ClosedByWith):
         Raises FingerprintMismatchError where the recording is of other ids or lacks a target, and
         ModelError where a log-probability is positive. A recorded NaN stays one.
         """
-        return [self._window_nll(window) for window in windows]
+        return [self._window(window, 0).nll_N for window in windows]
 
     def token_alternatives(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
         """Return the recorded nll with the `top_k` most likely tokens that were recorded.
@@ -80,7 +86,7 @@ class RecordedInferenceSession(ClosedByWith):
                 f"{self._path}, which lists {self._num_alternatives}; record top_ids and "
                 "top_logprobs (JSONL or Parquet), ask for fewer, or leave --top-k out"
             )
-        return [self._window_details(window, top_k) for window in windows]
+        return [self._window(window, top_k) for window in windows]
 
     def max_batch_size(self, window_length: int) -> int:
         """Return as many windows as are wanted: the recording is in memory."""
@@ -90,15 +96,13 @@ class RecordedInferenceSession(ClosedByWith):
         """Release the recording."""
         self._windows = {}
 
-    def _window_nll(self, window: WindowIds) -> NDArray[np.float32]:
+    def _window(self, window: WindowIds, top_k: int) -> TokenDetails:
         recorded, row_N = self._rows(window)
         nll_N = -recorded.logprobs_P[row_N] * self._nats
         self._check_sign(window, nll_N)
-        return nll_N.astype(np.float32)
-
-    def _window_details(self, window: WindowIds, top_k: int) -> TokenDetails:
-        nll_N = self._window_nll(window)
-        recorded, row_N = self._rows(window)
+        nll_N = nll_N.astype(np.float32)
+        if not top_k:
+            return TokenDetails({"nll": nll_N})
         if recorded.top_ids_PK is None or recorded.top_logprobs_PK is None:
             raise self._mismatch(f"no alternatives in window {window.index}")
         top_ids_NK, top_logprobs_NK = most_likely_first(
@@ -126,18 +130,14 @@ class RecordedInferenceSession(ClosedByWith):
         recorded = self._windows[window.index]
         positions = recorded.positions_P
         self._check_ids(window, positions, recorded.ids_P)
-        row_N = np.searchsorted(positions, window.targets_N)
-        found_N = np.zeros(len(row_N), dtype=bool)
-        inside_N = row_N < len(positions)
-        found_N[inside_N] = positions[row_N[inside_N]] == window.targets_N[inside_N]
-        found_N[inside_N] &= recorded.is_given_P[row_N[inside_N]]
-        if not found_N.all():
-            missing = int(window.targets_N[~found_N][0])
+        missing = np.setdiff1d(window.targets_N, positions[recorded.is_given_P])
+        if len(missing):
+            num_targets = len(window.targets_N)
             raise self._mismatch(
-                f"{int(found_N.sum())} of {len(found_N)} targets of window {window.index}; the "
-                f"first that is missing is at position {missing}",
+                f"{num_targets - len(missing)} of {num_targets} targets of window {window.index}; "
+                f"the first that is missing is at position {int(missing[0])}",
             )
-        return recorded, row_N.astype(np.int64)
+        return recorded, np.searchsorted(positions, window.targets_N)
 
     def _check_ids(
         self, window: WindowIds, positions: NDArray[np.int64], ids: NDArray[np.int64]
@@ -180,32 +180,22 @@ def described_base_file(file: KlBaseFile) -> tuple[ModelDescription, SessionDesc
 
 
 def _described(
-    identity: Mapping[str, Any], address: str, digest: str
+    identity: RecordingIdentity, address: str, digest: str
 ) -> tuple[ModelDescription, SessionDescription]:
-    model, session = identity.get("model", {}), identity.get("session", {})
-    return ModelDescription(
-        address=address,
-        architecture=str(model.get("architecture", "unknown")),
-        num_parameters=int(model.get("num_parameters", 0)),
-        weights_fingerprint=str(model.get("weights_fingerprint", digest)),
-        vocab_size=int(model.get("vocab_size", _ANY_ID)),
-        max_length=model.get("max_length"),
-    ), SessionDescription(
-        engine=f"recorded ({session.get('engine', 'unknown engine')})",
-        version=str(session.get("version", "unknown")),
-        dtype=str(session.get("dtype", "unknown")),
-        device=str(session.get("device", "unknown")),
+    session = identity.session
+    model = msgspec.structs.asdict(identity.model)
+    model["weights_fingerprint"] = model["weights_fingerprint"] or digest
+    return ModelDescription(address=address, **model), SessionDescription(
+        engine=f"recorded ({session.engine})",
+        version=str(session.version),
+        dtype=session.dtype,
+        device=session.device,
         settings={
-            **session.get("settings", {}),
+            **session.settings,
             "recording_sha256": digest,  # of the file alone: the unit may stand in one beside it
-            "log_base": identity.get("log_base", "e"),
+            "log_base": identity.log_base,
         },
     )
-
-
-def _fewest_alternatives(windows: dict[int, RecordedWindow]) -> int:
-    counts = [window.fewest_alternatives() for window in windows.values()]
-    return min((count for count in counts if count is not None), default=0)
 
 
 def _nats_a_unit(base: object, path: Path) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 import numpy as np
@@ -50,42 +50,45 @@ _LARGEST_RECTANGLE, _WIDEST = 1 << 22, 64  # padded entries, and padded entries 
 Positive = Annotated[int, msgspec.Meta(gt=0, le=_LARGEST)]
 
 
-class RecordedModel(TypedDict):
-    """The model whose numbers were recorded."""
+class RecordedModel(msgspec.Struct, frozen=True):
+    """The model whose numbers were recorded; no fingerprint: the recording's own stands for it."""
 
-    architecture: NotRequired[str]
-    num_parameters: NotRequired[Annotated[int, msgspec.Meta(ge=0)]]
-    weights_fingerprint: NotRequired[str]
-    vocab_size: NotRequired[Positive]
-    max_length: NotRequired[Positive | None]
+    architecture: str = "unknown"
+    num_parameters: Annotated[int, msgspec.Meta(ge=0)] = 0
+    weights_fingerprint: str = ""
+    vocab_size: Positive = int(np.iinfo(np.int32).max)  # any id
+    max_length: Positive | None = None
 
 
-class RecordedSession(TypedDict):
+class RecordedSession(msgspec.Struct, frozen=True):
     """What it was run on."""
 
-    engine: NotRequired[str]
-    version: NotRequired[str | float]
-    dtype: NotRequired[str]
-    device: NotRequired[str]
-    settings: NotRequired[dict[str, Any]]
+    engine: str = "unknown engine"
+    version: str | int | float = "unknown"
+    dtype: str = "unknown"
+    device: str = "unknown"
+    settings: dict[str, Any] = {}
 
 
-class RecordingIdentity(TypedDict):
+class RecordingIdentity(msgspec.Struct, frozen=True):
     """The description of a recording; there may be more keys."""
 
-    model: NotRequired[RecordedModel]
-    session: NotRequired[RecordedSession]
-    log_base: NotRequired[float | str]
+    model: RecordedModel = RecordedModel()
+    session: RecordedSession = RecordedSession()
+    log_base: int | float | str = "e"
 
 
-class RecordedLine(RecordingIdentity):
+class RecordedLine(TypedDict, total=False):
     """One line of a recording: a window, or (without `window`) the recording's description."""
 
-    window: NotRequired[int]
-    ids: NotRequired[list[int]]
-    logprobs: NotRequired[list[float | None]]
-    top_ids: NotRequired[list[list[int] | None]]
-    top_logprobs: NotRequired[list[list[float] | None]]
+    model: RecordedModel
+    session: RecordedSession
+    log_base: int | float | str
+    window: int
+    ids: list[int]
+    logprobs: list[float | None]
+    top_ids: list[list[int] | None]
+    top_logprobs: list[list[float] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ class RecordedWindow:
         return int((self.top_ids_PK[self.is_given_P] != NO_ID).sum(axis=1).min())
 
 
-def read_recording(path: Path) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:
+def read_recording(path: Path) -> tuple[RecordingIdentity, dict[int, RecordedWindow]]:
     """Return (the recording's description, its windows). Raises ModelError for another file."""
     if not path.is_file():
         raise ModelError(f"expected a recording (.jsonl, .parquet or .csv), found none at {path}")
@@ -134,9 +137,8 @@ def read_recording(path: Path) -> tuple[dict[str, Any], dict[int, RecordedWindow
             own, windows = _windows_of_lines(path)
         for number, window in windows.items():
             _check_window(number, window)
-    whole = {**own, **identity}
-    typed(whole, _SIDECAR, RecordingIdentity, place=beside if identity else path)
-    return whole, windows
+    place = beside if identity else path
+    return typed({**own, **identity}, _SIDECAR, RecordingIdentity, place=place), windows
 
 
 def _check_window(number: int, window: RecordedWindow) -> None:
@@ -147,7 +149,7 @@ def _check_window(number: int, window: RecordedWindow) -> None:
             raise ValueError(f"window {number} has a position or an id out of range")
 
 
-def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:
+def _of_base_file(file: KlBaseFile) -> tuple[RecordingIdentity, dict[int, RecordedWindow]]:
     """Read the losses that llama.cpp's file holds.
 
     A clamped target has the clamp as its log-probability, as in llama.cpp's own figures: its loss
@@ -164,15 +166,15 @@ def _of_base_file(file: KlBaseFile) -> tuple[dict[str, Any], dict[int, RecordedW
         num_clamped += int(np.count_nonzero(~np.isfinite(own)))
         logprobs = np.minimum(np.where(np.isfinite(own), own, np.log(rows.cap_N)), 0.0)
         windows[chunk] = RecordedWindow(positions, ids, logprobs, np.ones(len(ids), dtype=bool))
-    identity = base_file_identity(file)
-    identity["session"]["settings"] = {"num_clamped_targets": num_clamped}
-    return identity, windows
+    return base_file_identity(file, num_clamped_targets=num_clamped), windows
 
 
-def base_file_identity(file: KlBaseFile) -> dict[str, Any]:
+def base_file_identity(file: KlBaseFile, **settings: int) -> RecordingIdentity:
     """Return the description of llama.cpp's file, without reading its rows."""
-    model = {"weights_fingerprint": file.fingerprint, "vocab_size": file.vocab_size}
-    return {"model": model, "session": {"engine": "llama.cpp", "dtype": "uint16 steps"}}
+    return RecordingIdentity(
+        RecordedModel(weights_fingerprint=file.fingerprint, vocab_size=file.vocab_size),
+        RecordedSession("llama.cpp", dtype="uint16 steps", settings=settings),
+    )
 
 
 def _windows_of_lines(path: Path) -> tuple[dict[str, Any], dict[int, RecordedWindow]]:

@@ -8,7 +8,7 @@ import openvino
 from perplexit.quantization.openvino_engine import open_program
 from perplexit.resources.cores import num_cores
 from perplexit.resources.engine_tricks import is_on
-from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
+from perplexit.sessions.compiled_program import ProgramSession, RunningProgram
 from perplexit.sessions.options import EngineOptions
 
 _MODEL_FILE = "model.xml"
@@ -17,7 +17,7 @@ _MOST_STREAMS = 4
 
 
 class OpenVinoInferenceSession(ProgramSession):
-    """A compiled program on OpenVINO; with logits, it is an `OpenVinoLogitsSession`.
+    """A compiled program on OpenVINO.
 
     folder:  made by `perplexit compile --to openvino`.
     dtype:   float32 (the default), or bfloat16: the body in bfloat16, the head in float32.
@@ -59,7 +59,3 @@ class OpenVinoInferenceSession(ProgramSession):
             settings,
             program.streams,
         )
-
-
-class OpenVinoLogitsSession(ProgramLogits, OpenVinoInferenceSession):
-    """An OpenVINO program that gives logits."""

@@ -9,8 +9,8 @@ Shape suffixes: B = windows, T = ids of a window, M = targets of all windows, N 
 window or call, X = hidden size or vocabulary, V = vocabulary, K = alternatives.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,7 @@ from numpy.typing import NDArray
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.resources.timer import Timer
-from perplexit.session_descriptions import (
-    ModelDescription,
-    SessionDescription,
-)
+from perplexit.session_descriptions import ModelDescription
 from perplexit.sessions.base import (
     CachingSession,
     FedRows,
@@ -31,14 +28,46 @@ from perplexit.sessions.base import (
     KeyValueCache,
     LogitsChunk,
     MeasuresDeviceMemory,
-    MeasuresWorkingMemory,
     PhaseSeconds,
 )
 from perplexit.sessions.logit_rows import ScoresByDetails
-from perplexit.sessions.window_blocks import Take, WindowBlock, window_blocks
 from perplexit.token_columns import TokenDetails
 
 _KEPT_LOGITS_BYTES = 512 * 2**20  # logits of whole windows held at a time, where asked for
+
+
+# What the model made of the picked places, the slots of their targets, the targets' ids.
+_Take = Callable[[FedRows, NDArray[np.int64], NDArray[np.int64]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _WindowBlock:
+    """Windows that share a cache, longest first, and where each target's result belongs.
+
+    places: of the windows in the call. lengths_B: ids to feed, those before the last target.
+    ids_BT: padded on the right with each window's own last id.
+    row_M, column_M: where the prediction of each target stands, by column and then by row.
+    id_M: the target's id. slot_M: its index among the targets of all windows of the call.
+    """
+
+    places: list[int]
+    lengths_B: NDArray[np.int64]
+    ids_BT: NDArray[np.int64]
+    row_M: NDArray[np.int64]
+    column_M: NDArray[np.int64]
+    id_M: NDArray[np.int64]
+    slot_M: NDArray[np.int64]
+
+    def feed(self, cache: KeyValueCache, rows: slice, columns: slice, take: _Take) -> None:
+        """Feed a rectangle of the ids and hand over what precedes its targets."""
+        first, last = np.searchsorted(self.column_M, [columns.start, columns.stop])
+        row_N = self.row_M[first:last]
+        inside = np.flatnonzero((row_N >= rows.start) & (row_N < rows.stop)) + first
+        picked = self.row_M[inside] - rows.start, self.column_M[inside] - columns.start
+        ids_BT = np.ascontiguousarray(self.ids_BT[rows, columns])
+        fed = cache.feed(ids_BT, first_row=rows.start, start=columns.start, picked=picked)
+        if len(inside):
+            take(fed, self.slot_M[inside], self.id_M[inside])
 
 
 def cached_session(
@@ -71,7 +100,7 @@ class CachedInferenceSession(ScoresByDetails):
     def __init__(self, session: CachingSession, *, prompt_len: int, decode_chunk: int) -> None:
         self._session, self._prompt_len, self._decode_chunk = session, prompt_len, decode_chunk
         described = session.description
-        self._description = replace(
+        self.description = replace(
             described,
             settings={**described.settings, "cache": dict(session.caching())},
             mode="cached",
@@ -84,11 +113,6 @@ class CachedInferenceSession(ScoresByDetails):
     def model(self) -> ModelDescription:
         """Describe the loaded model."""
         return self._session.model
-
-    @property
-    def description(self) -> SessionDescription:
-        """Describe the engine with the mode and its sizes."""
-        return self._description
 
     def target_logits(
         self, windows: Sequence[WindowIds], *, chunk_rows: int
@@ -105,16 +129,12 @@ class CachedInferenceSession(ScoresByDetails):
         """Return how many windows to decode together; more than whole windows fit, for speed."""
         return self._session.max_cached_windows(window_length)
 
-    def peak_device_bytes(self) -> int | None:
-        """Return the peak of device memory in bytes; None where it is not measured."""
+    def peak_device_bytes(self) -> tuple[int | None, int | None]:
+        """Return both peaks of the engine's session; see MeasuresDeviceMemory."""
         session = self._session
-        return session.peak_device_bytes() if isinstance(session, MeasuresDeviceMemory) else None
-
-    def peak_device_bytes_beyond_weights(self) -> int | None:
-        """Return the peak of device memory beyond the weights; None where it is not measured."""
-        if isinstance(self._session, MeasuresWorkingMemory):
-            return self._session.peak_device_bytes_beyond_weights()
-        return None
+        if not isinstance(session, MeasuresDeviceMemory):
+            return None, None
+        return session.peak_device_bytes()
 
     def take_seconds(self) -> PhaseSeconds:
         """Return the seconds of prefill and decode since this was last called."""
@@ -130,21 +150,17 @@ class CachedInferenceSession(ScoresByDetails):
         self, windows: Sequence[WindowIds], *, with_details: bool, top_k: int
     ) -> list[TokenDetails]:
         counts = [len(window.targets_N) for window in windows]
-        columns: dict[str, NDArray[Any]] = {}
+        whole = TokenDetails({})
 
         def take(rows: FedRows, slots_N: NDArray[np.int64], ids_N: NDArray[np.int64]) -> None:
             details = rows.details(ids_N, with_details=with_details, top_k=top_k)
-            for name, values in details.columns.items():
-                if name not in columns:
-                    columns[name] = np.empty((sum(counts), *values.shape[1:]), values.dtype)
-                columns[name][slots_N] = values
+            whole.put(slots_N, details, num_targets=sum(counts))
 
         self._sweep(windows, take)
-        if not columns:
+        if not whole.columns:
             k = min(top_k, self.model.vocab_size)
-            empty = TokenDetails.empty(with_details=with_details, num_alternatives=k)
-            return [empty] * len(windows)
-        return list(TokenDetails(columns).split(counts))
+            whole = TokenDetails.empty(with_details=with_details, num_alternatives=k)
+        return list(whole.split(counts))
 
     def _rows(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """Return what the head makes each target's logits of, window by window."""
@@ -168,21 +184,21 @@ class CachedInferenceSession(ScoresByDetails):
         most = max((len(window.targets_N) for window in windows), default=1)
         return max(1, _KEPT_LOGITS_BYTES // (4 * max(1, most) * self.model.vocab_size))
 
-    def _sweep(self, windows: Sequence[WindowIds], take: Take) -> None:
+    def _sweep(self, windows: Sequence[WindowIds], take: _Take) -> None:
         """Feed the windows that have targets; `take` gets the rows before each target once."""
-        prefill, decode = Timer("prefill"), Timer("decode")
-        seconds = [0.0, 0.0]
-        for block in window_blocks(windows, self._session.cache_rows):
+        prefill_seconds = decode_seconds = 0.0
+        for block in _window_blocks(windows, self._session.cache_rows):
             cache = self._session.open_cache([windows[place] for place in block.places])
-            with prefill:
+            with Timer("prefill") as prefill:
                 self._prefill(cache, block, take)
-            with decode:
+            with Timer("decode") as decode:
                 self._decode(cache, block, take)
-            seconds = [seconds[0] + prefill.seconds, seconds[1] + decode.seconds]
-        self._prefill_seconds += seconds[0]
-        self._decode_seconds += seconds[1]
+            prefill_seconds += prefill.seconds
+            decode_seconds += decode.seconds
+        self._prefill_seconds += prefill_seconds
+        self._decode_seconds += decode_seconds
 
-    def _prefill(self, cache: KeyValueCache, block: WindowBlock, take: Take) -> None:
+    def _prefill(self, cache: KeyValueCache, block: _WindowBlock, take: _Take) -> None:
         # As many windows at a time as whole windows of that length: activations need room too.
         prompt_len = min(self._prompt_len, int(block.lengths_B[0]))
         size = self._session.cache_rows or self._session.max_batch_size(prompt_len)
@@ -191,7 +207,7 @@ class CachedInferenceSession(ScoresByDetails):
             rows = slice(first, min(first + size, len(block.places)))
             block.feed(cache, rows, slice(0, stop), take)
 
-    def _decode(self, cache: KeyValueCache, block: WindowBlock, take: Take) -> None:
+    def _decode(self, cache: KeyValueCache, block: _WindowBlock, take: _Take) -> None:
         longest = int(block.lengths_B[0])
         for start in range(self._prompt_len, longest, self._decode_chunk):
             still_going = int(np.count_nonzero(block.lengths_B > start))
@@ -200,16 +216,13 @@ class CachedInferenceSession(ScoresByDetails):
 
 
 class CachedHiddenStateSession(CachedInferenceSession):
-    """Of a model whose final hidden states can be kept; see HiddenStateSession."""
+    """Prefill and decode of a model whose hidden states can be kept; see HiddenStateSession."""
 
     def target_hidden_states(self, windows: Sequence[WindowIds]) -> list[NDArray[np.float32]]:
         """Return one array per window, (targets, hidden size); see HiddenStateSession."""
         if self._session.rows_are_logits:
-            raise CapabilityError(
-                f"expected a model whose head can be told from its layers, but "
-                f"{self.model.address} is scored by its whole forward pass; compare with two "
-                "models in one process instead: eval CANDIDATE --reference MODEL"
-            )
+            session: Any = self._session  # which has no states without their head, and says so
+            return session.target_hidden_states(windows)  # type: ignore[no-any-return]
         return self._rows(windows)
 
     def logits_of(self, hidden_ND: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -220,3 +233,36 @@ class CachedHiddenStateSession(CachedInferenceSession):
         """Return the head to keep with states, as the engine's session gives it."""
         give = getattr(self._session, "head_to_keep", None)
         return None if give is None else give()
+
+
+def _window_blocks(windows: Sequence[WindowIds], cache_rows: int | None) -> Iterator[_WindowBlock]:
+    """Yield the windows with targets, longest first, as many per block as one cache holds."""
+    counts = np.array([len(window.targets_N) for window in windows], dtype=np.int64)
+    first_slots = np.cumsum(counts) - counts
+    lengths = np.array(
+        [int(window.targets_N[-1]) if n else 0 for window, n in zip(windows, counts, strict=True)]
+    )
+    order = [int(place) for place in np.argsort(-lengths, kind="stable") if counts[place]]
+    size = cache_rows or max(1, len(order))
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        yield _block_of(windows, places, lengths[places], first_slots)
+
+
+def _block_of(
+    windows: Sequence[WindowIds],
+    places: list[int],
+    lengths_B: NDArray[np.int64],
+    first_slots: NDArray[np.int64],
+) -> _WindowBlock:
+    ids_BT = np.empty((len(places), int(lengths_B[0])), dtype=np.int64)
+    parts = []
+    for row, (place, fed) in enumerate(zip(places, lengths_B.tolist(), strict=True)):
+        ids_T, targets_N = windows[place].ids_T, windows[place].targets_N
+        ids_BT[row, :fed], ids_BT[row, fed:] = ids_T[:fed], ids_T[fed - 1]
+        slots_N = first_slots[place] + np.arange(len(targets_N))
+        rows_N = np.full(len(targets_N), row)
+        parts.append(np.stack([rows_N, targets_N - 1, ids_T[targets_N], slots_N]))
+    targets_4M = np.concatenate(parts, axis=1).astype(np.int64)
+    by_column_then_row = np.lexsort(targets_4M[:2])
+    return _WindowBlock(places, lengths_B, ids_BT, *targets_4M[:, by_column_then_row])

@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from perplexit.errors import ModelError
+from perplexit.errors import engine_error
 from perplexit.program_batches import Feed
-from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
+from perplexit.sessions.compiled_program import ProgramSession, RunningProgram
 from perplexit.sessions.options import EngineOptions
 
 _PACKAGE_FILE = "model.pt2"
 
 
 class Pt2InferenceSession(ProgramSession):
-    """A compiled package of AOTInductor; with logits, it is a `Pt2LogitsSession`.
+    """A compiled package of AOTInductor.
 
     folder:  made by `perplexit compile --to pt2`. Shorter windows and smaller batches are padded.
     device:  "cpu". threads: of torch; None: as they are.
@@ -31,8 +31,7 @@ class Pt2InferenceSession(ProgramSession):
         try:
             program = torch._inductor.aoti_load_package(str(folder / _PACKAGE_FILE))
         except (RuntimeError, OSError) as error:
-            first_line = str(error).strip().partition("\n")[0]
-            raise ModelError(f"AOTInductor failed to load the program: {first_line}") from error
+            raise engine_error("AOTInductor", "loading the program", error) from error
 
         def run(feed: Feed) -> NDArray[np.float32]:
             names = [x for x in ("input_ids", "target_rows", "target_ids") if x in feed]
@@ -44,7 +43,3 @@ class Pt2InferenceSession(ProgramSession):
         settings = {"made_for": self._metadata.made_by.get("processor", ""), "native_code": True}
         threads = torch.get_num_threads()
         return RunningProgram(run, "aotinductor", torch.__version__, "cpu", threads, settings)
-
-
-class Pt2LogitsSession(ProgramLogits, Pt2InferenceSession):
-    """An AOTInductor program that gives logits."""

@@ -119,12 +119,9 @@ def opened_session(model: Any, **options: Unpack[EngineOptions]) -> Iterator[Inf
     Raises UsageError for another object, and for options of a session that is open already; and
     what loading raises.
     """
-    if isinstance(model, str | Path):
-        with load_session(model, **options) as session:
-            yield session
-        return
-    if _is_module(model):
-        with _session_class("hf")(model, **options) as session:
+    if isinstance(model, str | Path) or _is_module(model):
+        opens = _session_class("hf") if _is_module(model) else load_session
+        with opens(model, **options) as session:
             yield session
         return
     require_model(model)

@@ -6,12 +6,12 @@ import tvm
 
 from perplexit.errors import CapabilityError
 from perplexit.quantization.tvm_engine import OpenedLibrary
-from perplexit.sessions.compiled_program import ProgramLogits, ProgramSession, RunningProgram
+from perplexit.sessions.compiled_program import ProgramSession, RunningProgram
 from perplexit.sessions.options import EngineOptions
 
 
 class TvmInferenceSession(ProgramSession):
-    """A compiled model library on TVM; with logits, it is a `TvmLogitsSession`.
+    """A compiled model library on TVM.
 
     folder:  made by `perplexit compile --to tvm`. Shorter windows and smaller batches are padded.
     device:  what it was compiled for; None: that. threads: TVM_NUM_THREADS sets them.
@@ -36,7 +36,3 @@ class TvmInferenceSession(ProgramSession):
         library = OpenedLibrary(folder, target, level)
         settings = {"target": target, "processor_level": level, "native_code": True}
         return RunningProgram(library.run, "tvm", tvm.__version__, own, threads, settings)
-
-
-class TvmLogitsSession(ProgramLogits, TvmInferenceSession):
-    """A TVM program that gives logits."""

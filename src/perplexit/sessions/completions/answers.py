@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from perplexit.errors import ModelError
 from perplexit.untrusted_files import Expected, parse_json
@@ -71,19 +73,18 @@ class _Cards(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class PromptAnswer:
-    """The log-probability and the text of each prompt id, as one answer reports them.
+    """What one answer says of the T ids of a prompt; of the first, which has no context, nothing.
 
-    logprobs:     one per id; None for the first, which has no context.
-    texts:        the server's text of each id, None where it gives none.
-    alternatives: (id, log-probability) of the most likely tokens in the place of each id, none for
-                  the first. None unless asked for.
-    ranks:        the server's rank of each id, None where it gives none.
+    logprobs_T: NaN for the first id. texts, ranks: the server's own, None where it gives none.
+    top_ids_TK, top_logprobs_TK: the K most likely tokens in the place of each id, most likely
+        first; K is 0 unless they were asked for.
     """
 
-    logprobs: tuple[float | None, ...]
+    logprobs_T: NDArray[np.float64]
     texts: tuple[str | None, ...]
-    alternatives: tuple[tuple[tuple[int, float], ...], ...] | None = None
-    ranks: tuple[int | None, ...] = ()
+    ranks: tuple[int | None, ...]
+    top_ids_TK: NDArray[np.int64]
+    top_logprobs_TK: NDArray[np.float64]
 
     def without(self, hide: Callable[[str], str]) -> "PromptAnswer":
         """Return the answer with `hide` applied to each text."""
@@ -133,23 +134,19 @@ def answer_of_prompt_logprobs(choice: Choice, ids: list[int], top_k: int) -> Pro
     _check_count(len(entries), ids, "prompt_logprobs")
     if entries[0] is not None:
         raise PromptAnswerError("it gives the first id a log-probability: it has added a BOS")
-    found, alternatives = [], []
+    own = [Entry()]
     for position, (index, entry) in enumerate(zip(ids[1:], entries[1:], strict=True), start=1):
-        own = (entry or {}).get(str(index))
-        if own is None:
+        found = (entry or {}).get(str(index))
+        if found is None:
             raise PromptAnswerError(
                 f"its prompt_logprobs do not hold the prompt's id {index} at position {position}"
             )
-        found.append(_as_entry(own))
-        if top_k and entry:
-            named = {_id_of(name): _as_entry(value).logprob for name, value in entry.items()}
-            alternatives.append(_most_likely(named, top_k, position))
-    return PromptAnswer(
-        _checked_values((None, *(item.logprob for item in found))),
-        (None, *(item.decoded_token for item in found)),
-        ((), *alternatives) if top_k else None,
-        (None, *(item.rank for item in found)),
-    )
+        own.append(_as_entry(found))
+    listed = [
+        {_id_of(name): _as_entry(value).logprob for name, value in (entry or {}).items()}
+        for entry in (entries[1:] if top_k else [])
+    ]
+    return _answer(own, listed, top_k)
 
 
 def answer_of_echo(choice: Choice, ids: list[int], top_k: int) -> PromptAnswer:
@@ -177,8 +174,15 @@ def answer_of_echo(choice: Choice, ids: list[int], top_k: int) -> PromptAnswer:
     for position, (index, text) in enumerate(zip(ids, texts, strict=True)):
         if str(text).startswith(_ID_PREFIX) and text != f"{_ID_PREFIX}{index}":
             raise PromptAnswerError(f"it echoes {text} at position {position} for id {index}")
-    alternatives = _echoed_alternatives(echoed, ids, top_k) if top_k else None
-    return PromptAnswer(_checked_values(tuple(values[: len(ids)])), tuple(texts), alternatives)
+    alternatives = (echoed.top_logprobs or []) if top_k else []
+    if top_k and len(alternatives) < len(ids):
+        _check_count(len(alternatives), ids, "top_logprobs")
+    listed = [
+        {_id_of(name, _ID_PREFIX): value for name, value in (entry or {}).items()}
+        for entry in alternatives[1 : len(ids)]
+    ]
+    own = [Entry(value, decoded_token=text) for value, text in zip(values, texts, strict=False)]
+    return _answer(own, listed, top_k)
 
 
 def generated_of(choice: Choice) -> dict[str, float]:
@@ -221,17 +225,25 @@ class KnownTexts:
             self._text_of.setdefault(index, text)
 
 
-def _echoed_alternatives(
-    echoed: Echoed, ids: list[int], top_k: int
-) -> tuple[tuple[tuple[int, float], ...], ...]:
-    entries = echoed.top_logprobs or []
-    if len(entries) < len(ids):
-        _check_count(len(entries), ids, "top_logprobs")
-    found: list[tuple[tuple[int, float], ...]] = [()]
-    for position, entry in enumerate(entries[1 : len(ids)], start=1):
-        named = {_id_of(name, _ID_PREFIX): value for name, value in (entry or {}).items()}
-        found.append(_most_likely(named, top_k, position))
-    return tuple(found)
+def _answer(
+    own: Sequence[Entry], listed: Sequence[Mapping[int, float | None]], top_k: int
+) -> PromptAnswer:
+    """Return the answer for each id's own entry, and the tokens listed for all but the first."""
+    logprobs = [_number(entry.logprob, place) for place, entry in enumerate(own[1:], start=1)]
+    for position, number in enumerate(logprobs, start=1):
+        if number > _ROUNDING_NATS:
+            raise PromptAnswerError(f"its log-probability at position {position} is {number:g} > 0")
+    top = [_most_likely(named, top_k, position) for position, named in enumerate(listed, start=1)]
+    pairs_TK2 = np.zeros((len(own), top_k, 2))
+    if top_k:
+        pairs_TK2[1:] = np.array(top, dtype=np.float64).reshape(-1, top_k, 2)
+    return PromptAnswer(
+        np.array([np.nan, *logprobs]),
+        tuple(entry.decoded_token for entry in own),
+        tuple(entry.rank for entry in own),
+        pairs_TK2[..., 0].astype(np.int64),
+        pairs_TK2[..., 1],
+    )
 
 
 def _id_of(name: str, mark: str = "") -> int:
@@ -249,7 +261,7 @@ def _id_of(name: str, mark: str = "") -> int:
 
 def _most_likely(
     named: Mapping[int, float | None], top_k: int, position: int
-) -> tuple[tuple[int, float], ...]:
+) -> list[tuple[int, float]]:
     """Return the K most likely; the prompt's own id may be listed beside them, in any order."""
     values = {index: _number(value, position) for index, value in named.items()}
     if len(values) < top_k:
@@ -257,7 +269,7 @@ def _most_likely(
             f"it gives {len(values)} alternatives at position {position} where {top_k} were asked "
             "for"
         )
-    return tuple(sorted(values.items(), key=lambda item: (-item[1], item[0]))[:top_k])
+    return sorted(values.items(), key=lambda item: (-item[1], item[0]))[:top_k]
 
 
 def _as_entry(item: Entry | float | None) -> Entry:
@@ -270,14 +282,6 @@ def _check_count(count: int, ids: list[int], what: str) -> None:
             f"its {what} has {count} entries for {len(ids)} ids: a truncated answer (a prefix "
             "cache?), or ids that were decoded and tokenised again"
         )
-
-
-def _checked_values(values: tuple[float | None, ...]) -> tuple[float | None, ...]:
-    numbers = [_number(value, position) for position, value in enumerate(values[1:], start=1)]
-    for position, number in enumerate(numbers, start=1):
-        if number > _ROUNDING_NATS:
-            raise PromptAnswerError(f"its log-probability at position {position} is {number:g} > 0")
-    return (None, *numbers)
 
 
 def _number(value: float | None, position: int) -> float:

@@ -192,22 +192,15 @@ class CompletionsClient:
             stop=tenacity.stop_after_attempt(self._attempts),
             wait=_wait_seconds,
             sleep=asyncio.sleep,
+            before_sleep=lambda state: last.append(state.outcome and state.outcome.exception()),
             reraise=True,
         )
-        last: list[ModelError] = []
-
-        async def once() -> bytes:
-            try:
-                return await self._http.reply(
-                    path, question, largest=largest, seconds=reply_seconds
-                )
-            except ModelError as error:
-                last.append(error)
-                raise
-
+        last: list[Any] = []  # errors of the tries before
         try:
             async with asyncio.timeout(seconds):
-                return await retrying(once)
+                return await retrying(
+                    self._http.reply, path, question, largest=largest, seconds=reply_seconds
+                )
         except StatusError as error:
             raise self._refused(error) from None
         except TimeoutError:

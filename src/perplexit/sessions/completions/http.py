@@ -37,14 +37,12 @@ _LOGGERS = ("httpx2", "httpcore2.http11", "httpcore2.connection", "httpcore2.pro
 class StatusError(ModelError):
     """The server answered, but with another status than 200.
 
-    said:        its own words, short and printable, without the key.
-    retry_after: the header of that name, unchanged.
+    said: its own words, short and printable, without the key. retry_after: that header, unchanged.
     """
 
     def __init__(self, status: int, said: str, retry_after: str | None = None) -> None:
         super().__init__(f"HTTP {status}: {said}" if said else f"HTTP {status}")
         self.status = status
-        self.said = said
         self.retry_after = retry_after
 
     @property
@@ -72,9 +70,8 @@ class HttpServer:
         self.base_url = base_url
         secret = key if key and len(key) >= _SHORTEST_SECRET else None
         self._secret = re.compile(re.escape(secret), re.IGNORECASE) if secret else None
-        self._log_filter = _Redacting(self)
         for name in _LOGGERS:
-            logging.getLogger(name).addFilter(self._log_filter)
+            logging.getLogger(name).addFilter(self._redact)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -100,7 +97,7 @@ class HttpServer:
     def close(self) -> None:
         """Abort what is under way and close the connections; takes a second at most."""
         for name in _LOGGERS:
-            logging.getLogger(name).removeFilter(self._log_filter)
+            logging.getLogger(name).removeFilter(self._redact)
         if self._loop.is_running():
             asyncio.run_coroutine_threadsafe(self._end(), self._loop)
             self._thread.join(1.0)
@@ -149,6 +146,11 @@ class HttpServer:
     def without_key(self, text: str) -> str:
         """Return the text with the key replaced, in case the server repeated it."""
         return self._secret.sub("[the API key]", text) if self._secret else text
+
+    def _redact(self, record: logging.LogRecord) -> bool:
+        """Take the key out of a record of the HTTP libraries' logs, which show headers."""
+        record.msg, record.args = self.without_key(record.getMessage()), ()
+        return True
 
     async def _refusal(self, response: httpx2.Response) -> ModelError:
         status, headers = response.status_code, response.headers
@@ -213,18 +215,6 @@ def checked_url(url: str) -> str:
             "completions:http://127.0.0.1:8000/v1#my-model"
         )
     return url.rstrip("/") if parts.path.strip("/") else url.rstrip("/") + "/v1"
-
-
-class _Redacting(logging.Filter):
-    """Keeps the key out of the HTTP libraries' logs, which show a server's headers."""
-
-    def __init__(self, server: HttpServer) -> None:
-        super().__init__()
-        self._server = server
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = self._server.without_key(record.getMessage()), ()
-        return True
 
 
 async def _body(response: httpx2.Response, largest: int) -> tuple[bytes, bool]:

@@ -3,7 +3,7 @@
 Servers ignore `echo`, shift it by one, tokenise again or cut it short, and none of them says so.
 What is known without the model:
 
-1. one log-probability an id, none for the first (length, re-tokenising, an added BOS);
+1. one log-probability per id, none for the first (length, re-tokenising, an added BOS);
 2. the same request twice gives the same (a prefix cache that drops positions);
 3. another last id changes nothing before it, and a shorter prompt gives the same numbers
    (a log-probability depends on the ids up to its own and no further);
@@ -15,6 +15,8 @@ The fourth is what finds logits taken one position late: they pass all the other
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from perplexit.errors import CapabilityError
 from perplexit.sessions.completions.answers import STYLES, PromptAnswer, PromptAnswerError, Style
@@ -69,7 +71,7 @@ def check_still_the_same(before: PromptAnswer, now: PromptAnswer | PromptAnswerE
     """
     if isinstance(now, PromptAnswerError):
         raise now
-    _check_equal(before, now, len(before.logprobs), "asking the first question again")
+    _check_equal(before, now, len(before.logprobs_T), "asking the first question again")
 
 
 def check_alternatives(
@@ -110,12 +112,13 @@ def _check(client: CompletionsClient, all_ids: list[int], style: Style) -> Promp
 
 
 def _check_equal(answer: PromptAnswer, other: PromptAnswer, stop: int, what: str) -> None:
-    for position in range(1, stop):
-        ours, theirs = answer.logprobs[position], other.logprobs[position]
-        if ours is None or theirs is None or not abs(ours - theirs) <= _SPREAD:
-            raise PromptAnswerError(
-                f"{what} changes the log-probability at position {position} from {ours} to {theirs}"
-            )
+    ours_T, theirs_T = answer.logprobs_T[:stop], other.logprobs_T[:stop]
+    wrong = np.flatnonzero(~(np.abs(ours_T - theirs_T) <= _SPREAD))[1:]  # the first id has none
+    if len(wrong):
+        raise PromptAnswerError(
+            f"{what} changes the log-probability at position {wrong[0]} from {ours_T[wrong[0]]} to "
+            f"{theirs_T[wrong[0]]}"
+        )
 
 
 def _check_against_generation(
@@ -129,8 +132,8 @@ def _check_against_generation(
         generated = client.next_tokens(context)
         likely = [(text, value) for text, value in generated.items() if text in id_of_text]
         for text, known in likely[:_KNOWN_A_POSITION]:
-            reported = client.prompt_answer([*context, id_of_text[text]], style).logprobs[-1]
-            if reported is None or not abs(known - reported) <= _SPREAD:
+            reported = client.prompt_answer([*context, id_of_text[text]], style).logprobs_T[-1]
+            if not abs(known - reported) <= _SPREAD:
                 raise PromptAnswerError(
                     f"it says {reported:.3f} for {text!r} at position {position}, but "
                     f"{known:.3f} where it generates it: shifted by one"

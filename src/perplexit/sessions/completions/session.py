@@ -34,7 +34,7 @@ from perplexit.sessions.completions.probe import (
     check_still_the_same,
     working_style,
 )
-from perplexit.sessions.logit_rows import contradiction, most_likely_first
+from perplexit.sessions.logit_rows import contradiction
 from perplexit.sessions.options import EngineOptions, engine_options, without_settings
 from perplexit.token_columns import TokenDetails
 
@@ -47,7 +47,7 @@ _ONLY = without_settings(
 
 
 class CompletionsInferenceSession(ClosedByWith):
-    """A served model. `dtype`, `quantization` and `device` are the server's affair.
+    """A served model. The server decides its dtype, quantization and device.
 
     location:    `URL#MODEL`; without `#MODEL`, the server's only model.
     concurrency: requests under way at a time.
@@ -143,7 +143,7 @@ class CompletionsInferenceSession(ClosedByWith):
     def _details(self, windows: Sequence[WindowIds], *, top_k: int) -> list[TokenDetails]:
         if not windows:
             return []
-        longest = _longest(windows)
+        longest: list[int] = max(windows, key=lambda window: len(window.ids_T)).ids_T.tolist()
         checked = self._probed(longest)
         if top_k and top_k != self._checked_top_k:
             answer = check_alternatives(self._client, longest, checked.style, top_k)
@@ -171,11 +171,10 @@ class CompletionsInferenceSession(ClosedByWith):
             if isinstance(answer, PromptAnswerError):
                 raise answer
             self._texts.check(window.ids_T.tolist(), answer.texts)
-            logprobs_T = np.array([np.nan, *answer.logprobs[1:]], dtype=np.float64)
-            nll_N = (-logprobs_T[window.targets_N]).astype(np.float32)
+            nll_N = (-answer.logprobs_T[window.targets_N]).astype(np.float32)
             if not top_k:
                 return TokenDetails({"nll": nll_N})
-            top_ids_NK, top_logprobs_NK = _alternatives(answer, window, top_k)
+            top_ids_NK, top_logprobs_NK = _alternatives(answer, window)
             return TokenDetails(
                 {
                     "nll": nll_N,
@@ -192,22 +191,17 @@ class CompletionsInferenceSession(ClosedByWith):
             ) from None
 
 
-def _longest(windows: Sequence[WindowIds]) -> list[int]:
-    ids: list[int] = max(windows, key=lambda window: len(window.ids_T)).ids_T.tolist()
-    return ids
-
-
 def _alternatives(
-    answer: PromptAnswer, window: WindowIds, top_k: int
+    answer: PromptAnswer, window: WindowIds
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return (ids, log-probabilities) of each target's alternatives. Raises PromptAnswerError."""
-    listed = answer.alternatives or ()
-    pairs_NK2 = np.array([listed[int(target)] for target in window.targets_N], dtype=np.float64)
-    pairs_NK2 = pairs_NK2.reshape(len(window.targets_N), top_k, 2)
-    found = most_likely_first(pairs_NK2[..., 0].astype(np.int64), pairs_NK2[..., 1], top_k)
-    targets_N = window.ids_T[window.targets_N].astype(np.int64)
-    own_N = np.array([answer.logprobs[int(t)] for t in window.targets_N], dtype=np.float64)
-    wrong = contradiction(targets_N, own_N, found, slack=_ROUNDING_NATS)
+    at_N = window.targets_N
+    found = (
+        answer.top_ids_TK[at_N].astype(np.int32),
+        answer.top_logprobs_TK[at_N].astype(np.float32),
+    )
+    targets_N = window.ids_T[at_N].astype(np.int64)
+    wrong = contradiction(targets_N, answer.logprobs_T[at_N], found, slack=_ROUNDING_NATS)
     if wrong is not None:
         position = int(window.targets_N[wrong[0]])
         raise PromptAnswerError(f"its alternatives at position {position} hold {wrong[1]}")

@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from perplexit.errors import CapabilityError, ModelError
@@ -20,7 +19,7 @@ from perplexit.sessions.onnx.ports import GraphPorts
 from perplexit.token_columns import TokenDetails
 
 Feed = dict[str, Any]
-Run = Callable[[list[str], Feed], list[Any]]  # names of outputs, inputs → OrtValues
+Run = Callable[[list[str], Feed], list[Any]]  # names of outputs, OrtValues or arrays → OrtValues
 
 
 @dataclass
@@ -29,7 +28,7 @@ class _Group:
 
     num_rows: int
     num_ids: int
-    values: list[Any]  # OrtValues, in the order of the ports' caches
+    values: list[Any]  # in the order of the ports' caches: OrtValues, or arrays to make them of
 
 
 class OnnxCache:
@@ -65,7 +64,7 @@ class OnnxCache:
         if start == 0:
             if first_row == 0:
                 self._groups = []
-            group = _Group(num_rows, 0, self._empty(num_rows))
+            group = _Group(num_rows, 0, self._ports.empty_pasts(self._ports.batch_size or num_rows))
             self._groups.append(group)
             return group
         if self._ports.batch_size is None:
@@ -73,15 +72,6 @@ class OnnxCache:
             if len(kept) > 1 or kept[0].num_rows > num_rows:
                 self._groups = [_joined(kept, num_rows)]
         return self._groups[0]
-
-    def _empty(self, num_rows: int) -> list[Any]:
-        rows = self._ports.batch_size or num_rows
-        return [
-            onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((rows, c.heads, self._ports.capacity or 0, c.head_size), c.past.dtype)
-            )
-            for c in self._ports.caches
-        ]
 
     def _pieces(self, length: int, column_N: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Return the block cut so that each piece is a call that gives all that is picked in it."""
@@ -100,31 +90,11 @@ class OnnxCache:
         """Return one call's logits, (rows fed, ids fed or 1, V), float32; the cache moves on."""
         num_rows, num_ids = ids_BT.shape
         block_BT = self._padded(ids_BT, start)
-        feed = self._inputs(block_BT, start, group.values)
+        feed = self._ports.inputs(block_BT, start, group.values)
         names = [self._ports.logits.name, *(cache.present for cache in self._ports.caches)]
         logits, *group.values = self._run(names, feed)
         group.num_ids = start + num_ids
         return self._checked(logits.numpy(), block_BT)[:num_rows, :num_ids]
-
-    def inputs_of(self, ids_BT: NDArray[np.int64]) -> Feed:
-        """Return what the program takes for a first block of ids."""
-        return self._inputs(ids_BT, 0, self._empty(len(ids_BT)))
-
-    def _inputs(self, block_BT: NDArray[np.int64], start: int, pasts: list[Any]) -> Feed:
-        ports, stop = self._ports, start + block_BT.shape[1]
-        feed: Feed = {ports.ids.name: _value(block_BT, ports.ids.dtype)}
-        if (mask := ports.mask) is not None:
-            mask_BS = np.ones((len(block_BT), stop), mask.dtype)
-            if (width := mask.size(1)) is not None:
-                mask_BS = np.pad(mask_BS, ((0, 0), (0, width - stop)))
-            feed[mask.name] = _value(mask_BS, mask.dtype)
-        if ports.positions is not None:
-            position_BT = np.broadcast_to(np.arange(start, stop), block_BT.shape)
-            feed[ports.positions.name] = _value(position_BT, ports.positions.dtype)
-        if ports.use_cache_branch is not None:
-            feed[ports.use_cache_branch] = _value(np.array([start > 0]), np.dtype(np.bool_))
-        named = zip(ports.caches, pasts, strict=True)
-        return feed | {cache.past.name: value for cache, value in named}
 
     def _padded(self, ids_BT: NDArray[np.int64], start: int) -> NDArray[np.int64]:
         """Return the ids at the program's fixed sizes.
@@ -139,7 +109,7 @@ class OnnxCache:
             raise CapabilityError(
                 f"expected a block of {self._ports.length} ids, for which {self._program} was "
                 f"compiled, got one of {ids_BT.shape[1]} at position {start}; choose prompt_len "
-                "and decode_chunk so that blocks are whole, or compile for one id a call"
+                "and decode_chunk so that blocks are whole, or compile for one id per call"
             )
         return np.pad(ids_BT, ((0, rows), (0, columns)), mode="edge")
 
@@ -171,7 +141,7 @@ def with_logits_probed(ports: GraphPorts, run: Run) -> GraphPorts:
     if ports.length is not None or len(ports.logits.shape) == 2 or ports.logits.size(1) is not None:
         return ports
     rows = ports.batch_size or 1
-    feed = OnnxCache(ports, run, program="a probe").inputs_of(np.zeros((rows, 2), np.int64))
+    feed = ports.inputs(np.zeros((rows, 2), np.int64), 0, ports.empty_pasts(rows))
     (logits,) = run([ports.logits.name], feed)
     shape = ports.logits.shape
     positions = 1 if logits.shape()[1] == 1 else shape[1]
@@ -194,14 +164,5 @@ class _OnnxRows:
 def _joined(groups: list[_Group], num_rows: int) -> _Group:
     """Return the first rows of several groups as one."""
     columns = zip(*(group.values for group in groups), strict=True)
-    values = [
-        onnxruntime.OrtValue.ortvalue_from_numpy(
-            np.ascontiguousarray(np.concatenate([value.numpy() for value in column])[:num_rows])
-        )
-        for column in columns
-    ]
-    return _Group(num_rows, groups[0].num_ids, values)
-
-
-def _value(array: NDArray[Any], dtype: np.dtype[Any]) -> Any:
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype))
+    joined = (np.concatenate([value.numpy() for value in column]) for column in columns)
+    return _Group(num_rows, groups[0].num_ids, [values[:num_rows] for values in joined])

@@ -47,16 +47,8 @@ class CachePort:
 
     past: Port
     present: str
-
-    @property
-    def heads(self) -> int:
-        """Return H."""
-        return self.past.size(1) or 0
-
-    @property
-    def head_size(self) -> int:
-        """Return D."""
-        return self.past.size(3) or 0
+    heads: int
+    head_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +95,43 @@ class GraphPorts:
         Pasts have no ids, which makes the call a plain forward pass.
         """
         ids_BT = feed["input_ids"]
-        named = {self.ids.name: ids_BT.astype(self.ids.dtype, copy=False)}
+        pasts = self.empty_pasts(len(ids_BT))
+        named = self.inputs(ids_BT, 0, pasts, mask_BS=feed["attention_mask"])
+        return named | {name: feed[name] for name in _OURS if name in feed}
+
+    def inputs(
+        self,
+        ids_BT: NDArray[np.int64],
+        start: int,
+        pasts: Sequence[Any],
+        *,
+        mask_BS: NDArray[np.int64] | None = None,
+    ) -> dict[str, Any]:
+        """Return the graph's inputs for ids at positions `start…`; `pasts` go in as they are.
+
+        mask_BS: None for rows of which each has all ids up to the last of these.
+        """
+        stop = start + ids_BT.shape[1]
+        named: dict[str, Any] = {self.ids.name: ids_BT.astype(self.ids.dtype, copy=False)}
         if self.mask is not None:
-            named[self.mask.name] = feed["attention_mask"].astype(self.mask.dtype, copy=False)
+            if mask_BS is None:
+                mask_BS = np.ones((len(ids_BT), self.mask.size(1) or stop), np.int64)
+                mask_BS[:, stop:] = 0
+            named[self.mask.name] = mask_BS.astype(self.mask.dtype, copy=False)
         if self.positions is not None:
-            position_T = np.arange(ids_BT.shape[1], dtype=self.positions.dtype)
+            position_T = np.arange(start, stop, dtype=self.positions.dtype)
             named[self.positions.name] = np.broadcast_to(position_T, ids_BT.shape).copy()
         if self.use_cache_branch is not None:
-            named[self.use_cache_branch] = np.array([False])
-        for cache in self.caches:
-            shape = (len(ids_BT), cache.heads, 0, cache.head_size)
-            named[cache.past.name] = np.empty(shape, cache.past.dtype)
-        return named | {name: feed[name] for name in _OURS if name in feed}
+            named[self.use_cache_branch] = np.array([start > 0])
+        taken = zip(self.caches, pasts, strict=True)
+        return named | {cache.past.name: past for cache, past in taken}
+
+    def empty_pasts(self, num_rows: int) -> list[NDArray[Any]]:
+        """Return what the caches take before a first call, each of shape (B, H, S, D)."""
+        return [
+            np.zeros((num_rows, c.heads, self.capacity or 0, c.head_size), c.past.dtype)
+            for c in self.caches
+        ]
 
 
 def ports_of(session: Any, *, program: str) -> GraphPorts:
@@ -147,8 +164,8 @@ def ports_of(session: Any, *, program: str) -> GraphPorts:
             f"{missing[0][0]}'s {missing[0][1]}"
         )
     caches = tuple(
-        CachePort(inputs[name], presents[key])
-        for name, key in sorted(pasts.items(), key=lambda item: item[1])
+        CachePort(past, presents[key], past.size(1) or 0, past.size(3) or 0)
+        for past, key in ((inputs[n], pasts[n]) for n in sorted(pasts, key=lambda n: pasts[n]))
     )
     return GraphPorts(
         ids=inputs["input_ids"],

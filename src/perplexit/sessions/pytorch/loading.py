@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,7 @@ class OpenedModule:
 
     def describe_quantization(self) -> QuantizationDescription | None:
         """Describe what was quantized; None where nothing was."""
-        if self.quantization is None:
-            return None
-        names = [each.name for each in fields(QuantizationDescription)]
-        return QuantizationDescription(*(getattr(self.quantization, name) for name in names))
+        return QuantizationDescription.of(self.quantization)
 
 
 def open_module(

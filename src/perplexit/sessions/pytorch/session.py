@@ -221,13 +221,9 @@ class PytorchInferenceSession(ClosedByWith):
         """Return how many windows to decode together; see CachingSession."""
         return cached_windows_for(self._device, self._module, window_length)
 
-    def peak_device_bytes(self) -> int | None:
-        """Return the most that torch's CUDA allocator has held since loading; None elsewhere."""
-        return self._memory.peak_bytes()
-
-    def peak_device_bytes_beyond_weights(self) -> int | None:
-        """Return the same beyond what it held once the model was loaded; None elsewhere."""
-        return self._memory.peak_beyond_weights()
+    def peak_device_bytes(self) -> tuple[int | None, int | None]:
+        """Return the peaks of torch's CUDA allocator since loading; see MeasuresDeviceMemory."""
+        return self._memory.peak_bytes(), self._memory.peak_beyond_weights()
 
     def close(self) -> None:
         """Release the model; one that was handed in stays with its owner."""
