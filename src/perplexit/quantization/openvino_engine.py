@@ -12,7 +12,8 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from perplexit.errors import CapabilityError, engine_error
+from perplexit.errors import CapabilityError
+from perplexit.quantization.engine_errors import engine_error
 from perplexit.resources.cores import has_virtual_amx
 
 # OpenVINO's bindings look NumPy up when a tensor's data are first used. Two threads that do so at

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tvm import relax
 
-from perplexit.errors import CapabilityError, engine_error
+from perplexit.errors import CapabilityError
+from perplexit.quantization.engine_errors import engine_error
 
 LIBRARY_FILE, PARAMETERS_FILE = "model.so", "parameters.safetensors"
 # What the function takes, in order; a program without the head takes the first alone.

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from perplexit.errors import engine_error
 from perplexit.program_batches import Feed
+from perplexit.quantization.engine_errors import engine_error
 from perplexit.sessions.compiled_program import ProgramSession, RunningProgram
 from perplexit.sessions.options import EngineOptions
 

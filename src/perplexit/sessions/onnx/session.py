@@ -14,10 +14,11 @@ import onnxruntime
 import psutil
 from numpy.typing import NDArray
 
-from perplexit.errors import CapabilityError, ModelError, UsageError, engine_error
+from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.inputs.windows import WindowIds
 from perplexit.program_batches import Feed
 from perplexit.program_record import ProgramMetadata
+from perplexit.quantization.engine_errors import engine_error
 from perplexit.resources.cores import num_cores
 from perplexit.resources.memory_advice import return_freed_memory
 from perplexit.sessions.base import MOST_CACHED_IDS
