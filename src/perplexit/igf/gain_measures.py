@@ -206,7 +206,15 @@ class DirectionalGain(GainMeasure):
         super().__init__(model, objective_NT, rule)
         self._parameters = trainable_parameters(model)
         gradient = objective_gradient(model, objective_NT)
-        self._h = shift / _square_norm(gradient)
+        square_norm = sum(
+            float(torch.linalg.vector_norm(g)) ** 2 for g in gradient if g is not None
+        )
+        if square_norm == 0:
+            raise UsageError(
+                "expected an objective that the trainable parameters can change, got a gradient of "
+                "zero; check which parameters are trainable"
+            )
+        self._h = shift / square_norm
         self._above, self._below = _shifted(self._parameters, gradient, self._h)
 
     def gains(self, contexts_BT: Tensor) -> NDArray[np.float64]:
@@ -219,17 +227,6 @@ class DirectionalGain(GainMeasure):
     def _losses(self, weights: list[Tensor], contexts_BT: Tensor) -> NDArray[np.float64]:
         with replaced_weights(self._parameters, weights):
             return self._scorer.losses(contexts_BT)
-
-
-def _square_norm(gradient: list[Tensor | None]) -> float:
-    norms = (float(torch.linalg.vector_norm(g)) for g in gradient if g is not None)
-    found = sum(norm**2 for norm in norms)
-    if found == 0:
-        raise UsageError(
-            "expected an objective that the trainable parameters can change, got a gradient of "
-            "zero; check which parameters are trainable"
-        )
-    return found
 
 
 def _shifted(

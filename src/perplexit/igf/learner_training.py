@@ -97,7 +97,7 @@ def train_learner(
     embedding from `model`; the best epoch on the choose part is kept, and training stops after
     `patience` epochs without a better one. Ridge takes the best penalty of PENALTIES.
     """
-    options = network_options(network)
+    options = network_options(**network)
     divided = divide_by_article(pairs, seed=seed)
     learner: RidgeLearner | ConvolutionLearner
     if kind == "ridge":

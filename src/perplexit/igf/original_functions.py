@@ -188,12 +188,7 @@ def train_secondary_learner(  # noqa: PLR0917 - the original's
     """
     learner_output(igf_model_path, force=True)  # fails before the training, not after it
     options = network_options(
-        {
-            "max_epochs": max_epochs,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "patience": patience,
-        }
+        max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience
     )
     divided = divide_by_article(pairs_of(train_dataset), seed=seed)
     with torch.random.fork_rng(devices=[]):

@@ -139,15 +139,6 @@ def loss_band(low: float, high: float = math.inf, name: str = "high-loss") -> Se
     return Selection(name, accepts, bounds, costs_forward_pass=True)
 
 
-def _check_reached(predicted_N: NDArray[np.float64], threshold: float) -> None:
-    if not (predicted_N >= threshold).any():
-        raise UsageError(
-            f"expected a learner that predicts {threshold:+g} or more for some contexts, got at "
-            f"most {predicted_N.max():+.3f} on {len(predicted_N)} of them, so the filter would "
-            "accept next to nothing; use igf-quantile, lower the threshold, or collect more pairs"
-        )
-
-
 def threshold_within_reach(
     predicted_N: NDArray[np.float64], threshold: float, *, least: float = 0.01
 ) -> float:
@@ -212,12 +203,16 @@ def selection_named(
         return loss_band(float(low), float(high), name)
     if learner is None:
         raise UsageError(f"expected a secondary learner for {name}; train one first")
+    predicted_N = None if calibration_NT is None else learner.predict(calibration_NT)
     if name == "igf-quantile":
-        if calibration_NT is None:
+        if predicted_N is None:
             raise UsageError("expected contexts to calibrate the quantile with, got none")
-        threshold = quantile_threshold(learner.predict(calibration_NT), share)
-        return by_predicted_gain(learner, threshold, name)
-    if calibration_NT is not None:
-        _check_reached(learner.predict(calibration_NT), constant)
+        return by_predicted_gain(learner, quantile_threshold(predicted_N, share), name)
+    if predicted_N is not None and not (predicted_N >= constant).any():
+        raise UsageError(
+            f"expected a learner that predicts {constant:+g} or more for some contexts, got at "
+            f"most {predicted_N.max():+.3f} on {len(predicted_N)} of them, so the filter would "
+            "accept next to nothing; use igf-quantile, lower the threshold, or collect more pairs"
+        )
     shifting = name == "igf-shifting"
     return by_predicted_gain(learner, ShiftingThreshold(constant) if shifting else constant, name)

@@ -4,7 +4,7 @@ The command line makes its options of these entries. Needs no engine.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, Unpack
 
 from perplexit.declared_options import Option, declared
 from perplexit.errors import UsageError
@@ -55,7 +55,7 @@ class NetworkOptions(TypedDict, total=False):
     ]
 
 
-def network_options(given: NetworkOptions) -> dict[str, Any]:
+def network_options(**given: Unpack[NetworkOptions]) -> dict[str, Any]:
     """Return every option of the network: the given ones, and the defaults of the others.
 
     Raises UsageError for an unknown name, and where no epoch is allowed.
