@@ -1,16 +1,18 @@
 """`perplexit compile`: a checkpoint → a program with the perplexity head inside."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict, Unpack
 
 import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
+from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
 from perplexit.cli.record_tables import program_table
 from perplexit.compilation.targets import TARGETS
 from perplexit.quantization.precisions import known_precisions
+from perplexit.sessions.options import Option
 
 EXAMPLES = examples(
     "perplexit compile smollm2/ --to onnx -o program/",
@@ -21,6 +23,39 @@ EXAMPLES = examples(
 )
 
 
+class CompilationOptions(TypedDict, total=False):
+    """What a program is made of and for: the keywords of `compile` of these names."""
+
+    quantization: Annotated[
+        str | None,
+        Option(
+            "Weights in blocks of integers. "
+            + " ".join(f"For {to}: {', '.join(known_precisions(to)) or 'none'}." for to in TARGETS)
+        ),
+    ]
+    dtype: Annotated[
+        str | None,
+        Option(
+            "The program's numbers: float32; float16 for onnx (its head stays float32); float16 or "
+            "bfloat16 for gguf. [default: float32]"
+        ),
+    ]
+    max_length: Annotated[
+        int | None, Option("Fix the window's length. [default: any; tvm, pt2: 512]", lowest=1)
+    ]
+    batch_size: Annotated[
+        int | None, Option("Fix the batch's size. [default: any; tvm, pt2: 1]", lowest=1)
+    ]
+    device: Annotated[
+        str | None,
+        Option(
+            "Where the program is to run: for tvm llvm, cuda, opencl or vulkan, else cpu. "
+            "[default: llvm, cpu]"
+        ),
+    ]
+
+
+@takes_options(CompilationOptions)
 def compile_model(
     model: Annotated[
         str,
@@ -30,13 +65,6 @@ def compile_model(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The program's folder.")
     ],
-    quantization: Annotated[
-        str | None,
-        typer.Option(
-            help="Weights in blocks of integers. "
-            + " ".join(f"For {to}: {', '.join(known_precisions(to)) or 'none'}." for to in TARGETS)
-        ),
-    ] = None,
     perplexity: Annotated[
         bool,
         typer.Option(
@@ -46,46 +74,16 @@ def compile_model(
             "way.",
         ),
     ] = True,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="The program's numbers: float32; float16 for onnx (its head stays float32); "
-            "float16 or bfloat16 for gguf. "
-            "\\[default: float32]"
-        ),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Fix the window's length. \\[default: any; tvm, pt2: 512]"),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Fix the batch's size. \\[default: any; tvm, pt2: 1]")
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the program is to run: for tvm llvm, cuda, opencl or vulkan, else cpu. "
-            "\\[default: llvm, cpu]"
-        ),
-    ] = None,
     force: Force = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the program's record as JSON on stdout.")
     ] = False,
+    **options: Unpack[CompilationOptions],
 ) -> None:
     """Compile a checkpoint into a program for another engine; it computes the loss in float32."""
     with stdout_kept_clean():
         program = px.compile(
-            model,
-            to=to,
-            output=output,
-            quantization=quantization,
-            perplexity=perplexity,
-            dtype=dtype,
-            max_length=max_length,
-            batch_size=batch_size,
-            device=device,
-            force=force,
+            model, to=to, output=output, perplexity=perplexity, force=force, **options
         )
     record = program.to_json()
     people().print(program_table(record))

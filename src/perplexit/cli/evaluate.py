@@ -13,7 +13,7 @@ from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import people, print_json, scoring_progress, stdout_kept_clean, tell
 from perplexit.cli.record_tables import run_table
 from perplexit.errors import UsageError
-from perplexit.sessions.options import ScoringOptions
+from perplexit.sessions.options import Option, ScoringOptions
 
 EXAMPLES = examples(
     "perplexit eval smollm2/ speech.safetensors --run runs/fp32",
@@ -27,7 +27,44 @@ EXAMPLES = examples(
 )
 
 
-@takes_options(ScoringOptions)
+class EvaluationOptions(ScoringOptions, total=False):
+    """How a model is scored and what is recorded: the keywords of `evaluate` of these names."""
+
+    top_k: Annotated[int, Option("Keep the K most likely tokens of every position.", 0, lowest=0)]
+    confidence: Annotated[float, Option("Coverage of the interval, in (0, 1).", 0.95)]
+    on_non_finite: Annotated[
+        Literal["error", "count"],
+        Option("A NaN or infinite loss stops the run, or is counted and left out.", "error"),
+    ]
+    save_reference: Annotated[
+        bool,
+        Option(
+            "Keep the final hidden states, so that candidates can be compared with this run.", False
+        ),
+    ]
+    reference: Annotated[
+        str | None,
+        Option(
+            "A run made with --save-reference (or --top-k), a model to score in step, or "
+            "llama.cpp's --kl-divergence-base file: every token gets its KL divergence from it.",
+            metavar="RUN|MODEL|FILE",
+        ),
+    ]
+    measure_noise_floor: Annotated[
+        bool,
+        Option(
+            "Score some windows again in batches of another size. `compare` then takes a "
+            "difference up to the one measured as too small to matter.",
+            False,
+        ),
+    ]
+    other_tokenizer: Annotated[
+        bool,
+        Option("Continue although the model has another tokenizer than the input.", False),
+    ]
+
+
+@takes_options(EvaluationOptions)
 def evaluate(
     model: Annotated[
         str,
@@ -56,48 +93,10 @@ def evaluate(
     batch_size: Annotated[
         str, typer.Option(metavar="auto|N", help="Windows in one forward pass.")
     ] = "auto",
-    top_k: Annotated[
-        int, typer.Option(min=0, help="Keep the K most likely tokens of every position.")
-    ] = 0,
-    confidence: Annotated[float, typer.Option(help="Coverage of the interval, in (0, 1).")] = 0.95,
-    on_non_finite: Annotated[
-        Literal["error", "count"],
-        typer.Option(help="A NaN or infinite loss stops the run, or is counted and left out."),
-    ] = "error",
-    save_reference: Annotated[
-        bool,
-        typer.Option(
-            "--save-reference",
-            help="Keep the final hidden states, so that candidates can be compared with this run.",
-        ),
-    ] = False,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN|MODEL|FILE",
-            help="A run made with --save-reference (or --top-k), a model to score in step, or "
-            "llama.cpp's --kl-divergence-base file: every token gets its KL divergence from it.",
-        ),
-    ] = None,
-    measure_noise_floor: Annotated[
-        bool,
-        typer.Option(
-            "--measure-noise-floor",
-            help="Score some windows again in batches of another size. `compare` then takes a "
-            "difference up to the one measured as too small to matter.",
-        ),
-    ] = False,
-    other_tokenizer: Annotated[
-        bool,
-        typer.Option(
-            "--other-tokenizer",
-            help="Continue although the model has another tokenizer than the input.",
-        ),
-    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the run's record as JSON on stdout.")
     ] = False,
-    **options: Unpack[ScoringOptions],
+    **options: Unpack[EvaluationOptions],
 ) -> None:
     """Score a token file or a text: perplexity with its interval, losses, memory and time.
 
@@ -114,20 +113,9 @@ def evaluate(
         stdout_kept_clean(),
         scoring_progress(tokens.name) as progress,
     ):
+        size = _batch_size(batch_size)
         result = px.evaluate(
-            model,
-            tokens,
-            run=folder,
-            batch_size=_batch_size(batch_size),
-            top_k=top_k,
-            confidence=confidence,
-            on_non_finite=on_non_finite,
-            save_reference=save_reference,
-            reference=reference,
-            measure_noise_floor=measure_noise_floor,
-            other_tokenizer=other_tokenizer,
-            progress=progress,
-            **options,
+            model, tokens, run=folder, batch_size=size, progress=progress, **options
         )
     people().print(run_table(result.to_json()))
     tell(f"The run is in {folder}")
