@@ -11,8 +11,8 @@ from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import Force, people, print_json, stdout_kept_clean, tell
 from perplexit.cli.record_tables import program_table
 from perplexit.compilation.targets import TARGETS
+from perplexit.declared_options import Option
 from perplexit.quantization.precisions import known_precisions
-from perplexit.sessions.options import Option
 
 EXAMPLES = examples(
     "perplexit compile smollm2/ --to onnx -o program/",

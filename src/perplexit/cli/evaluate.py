@@ -12,8 +12,9 @@ from perplexit.cli.command_group import continued_by, examples
 from perplexit.cli.engine_options import takes_options
 from perplexit.cli.output import people, print_json, scoring_progress, stdout_kept_clean, tell
 from perplexit.cli.record_tables import run_table
+from perplexit.declared_options import Option
 from perplexit.errors import UsageError
-from perplexit.sessions.options import Option, ScoringOptions
+from perplexit.sessions.options import ScoringOptions
 
 EXAMPLES = examples(
     "perplexit eval smollm2/ speech.safetensors --run runs/fp32",
