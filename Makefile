@@ -80,7 +80,7 @@ check: setup
 	$(if $(filter no,$(FAST_TESTS)),,$(PYTEST) -m 'not slow and not real_model')
 
 # The peers are development packages, so they run in the same environment on the same libraries.
-# Sections that are measured already are kept: `make bench BENCH_FLAGS=--again` measures them anew.
+# Sections that are measured already are kept: `make bench BENCH_FLAGS=--again` measures them again.
 bench: setup
 	$(BIN)/python bench/run.py --page docs/benchmarks.md $(BENCH_FLAGS)
 

@@ -31,7 +31,9 @@ def stored_reference(bench: Bench) -> dict[str, Any]:
     every sixth window is computed in full.
     """
     model, scratch = bench.model("demo"), bench.subfolder("scratch")
-    text = speech_files(2024, 2024)[0].read_text("utf-8")[: CHARACTERS // (6 if bench.quick else 1)]
+    text = speech_files(2024, 2024)[0].read_text("utf-8")[
+        : CHARACTERS // (16 if bench.quick else 1)
+    ]
     tokens = px.prepare([text], tokenizer=model, max_length=WINDOW, stride=WINDOW // 2)
     networks = [_network(model), _network(model)]
     torch.manual_seed(0)
@@ -147,7 +149,7 @@ def loss_drift(bench: Bench) -> dict[str, Any]:
     """
     model, rows = bench.model("demo"), []
     for year in (2023, 2024):
-        text = speech_files(year, year)[0].read_text("utf-8")[: 4_000 if bench.quick else None]
+        text = speech_files(year, year)[0].read_text("utf-8")[: 1_500 if bench.quick else None]
         tokens = px.prepare([text], tokenizer=model, max_length=WINDOW, stride=WINDOW // 2)
         run = px.evaluate(f"hf:{model}", tokens, threads=bench.threads)
         nll = run.tokens.nll.astype(np.float64)
