@@ -24,8 +24,8 @@ from perplexit.report import token_data as token_data_module
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.html_page import json_block
 from perplexit.report.labelled_runs import LabelledRuns, labels_of
-from perplexit.report.measurement_table import conditions_of, notes_of
 from perplexit.report.run_charts import agreement_rows, charts_of
+from perplexit.report.run_tables import conditions_of, notes_of
 from perplexit.report.token_data import CONTINUATION, GAP, PLAIN, packed, token_data
 from perplexit.runs.run import Run
 from tests.report_runs import toy_runs, with_kl

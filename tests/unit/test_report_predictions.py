@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import perplexit as px
 from perplexit.report.labelled_runs import LabelledRuns
-from perplexit.report.prediction_tables import aligned_rows, changed_choices, prediction_rows
+from perplexit.report.run_tables import aligned_rows, changed_choices, prediction_rows
 from tests.report_runs import toy_runs
 from tests.tiny_models import save_tiny_model
 from tests.toy_sessions import BigramSession

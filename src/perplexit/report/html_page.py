@@ -17,10 +17,15 @@ from perplexit.metrics.estimate import counted, figure, figure_with_interval, in
 from perplexit.report.experiment_section import ExperimentSection
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of
-from perplexit.report.measurement_table import conditions_of, notes_of
 from perplexit.report.page_assets import asset, loaded
-from perplexit.report.prediction_tables import aligned_rows, changed_choices, prediction_rows
 from perplexit.report.run_charts import charts_of
+from perplexit.report.run_tables import (
+    aligned_rows,
+    changed_choices,
+    conditions_of,
+    notes_of,
+    prediction_rows,
+)
 
 SCRIPTS = ("columns.js", "tokens.js", "details.js", "list.js", "page.js", "start.js")
 _ESCAPES = {
