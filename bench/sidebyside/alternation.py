@@ -73,8 +73,8 @@ class Alternation:
         warm_up = write(1, WARM_UP_IDS, strided=section.strided)
         check = write(section.check_windows, section.check) if section.check else None
         with ExitStack() as stack:
-            self._each("starting", partial(self._start, stack, warm_up))
-            self._each("loading", partial(self._first, check, workload))
+            self._each("starting", partial(self._start, stack))
+            self._each("loading", partial(self._first, warm_up, check, workload))
             for number, name in turns(section.contenders, section.rounds or self._bench.rounds):
                 self._attempt(name, partial(self._turn, workload, number))
         if all("error" in entry for entry in self._found.values()):
@@ -90,7 +90,7 @@ class Alternation:
             "load_average": [before, round(psutil.getloadavg()[0], 2)],
         }
 
-    def _start(self, stack: ExitStack, warm_up: Workload, name: str) -> None:
+    def _start(self, stack: ExitStack, name: str) -> None:
         section, bench, contender = self._section, self._bench, contender_named(name)
         source = bench.against if contender.before else None
         if contender.before and source is None:
@@ -109,12 +109,19 @@ class Alternation:
         log = bench.subfolder("logs") / (name.replace(" ", "-").replace("'", "") + ".log")
         process = self._processes[name] = OwnProcess(threads, log=log, **where)
         stack.callback(process.close)
-        self._loading[name] = process.start(load, name, setting, warm_up)
+        self._loading[name] = process.start(load, name, setting)
 
-    def _first(self, check: Workload | None, workload: Workload, name: str) -> None:
-        """Get the contender ready: its losses and its memory, from its first turn."""
+    def _first(
+        self, warm_up: Workload, check: Workload | None, workload: Workload, name: str
+    ) -> None:
+        """Get the contender ready: its losses and its memory, from its first turn.
+
+        The warm-up maps the weights and whatever else is loaded at first use.
+        """
         found = self._found[name]
         found["load_seconds"] = self._loading[name]()
+        self._ask("prepare", warm_up, name)
+        self._ask("turn", warm_up, name)
         if check is not None:
             self._ask("prepare", check, name)
             found["check"] = self._ask("memory", check, name)

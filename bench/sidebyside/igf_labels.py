@@ -31,11 +31,15 @@ SGD = igf.StepRule("sgd", clip_norm=None)
 
 def contexts_of(folder: Path, size: int, length: int, count: int) -> tuple[Tensor, Tensor]:
     """Return the ids of an objective of `size` contexts, and of `count` candidates."""
-    aim = igf.read_articles(speech_files(*OBJECTIVE_YEARS), folder)
-    pool = igf.read_articles(speech_files(*POOL_YEARS), folder)
+    aim, pool = _articles(folder, *OBJECTIVE_YEARS), _articles(folder, *POOL_YEARS)
     objective = igf.objective_contexts(aim, number=size, length=length, seed=3)
     candidates = igf.ContextStream(pool, CONTEXT, 11).take(0, count)
     return torch.from_numpy(objective.ids_NT).long(), torch.from_numpy(candidates.ids_NT).long()
+
+
+@cache  # reading takes longer than most turns
+def _articles(folder: Path, first: int, last: int) -> Any:
+    return igf.read_articles(speech_files(first, last), folder)
 
 
 def measure_of(mode: Any, model: nn.Module, objective: Tensor, rule: Any = None) -> GainMeasure:

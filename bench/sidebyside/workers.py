@@ -160,17 +160,11 @@ class OpenContender:
 _OPEN: list[OpenContender] = []  # the one contender of a worker's process
 
 
-def load(name: str, setting: Setting, warm_up: Workload) -> float:
-    """Open this process's contender; return the seconds that it took.
-
-    warm_up: a short workload. Its turn maps the weights and whatever else is loaded at first use.
-    """
+def load(name: str, setting: Setting) -> float:
+    """Open this process's contender; return the seconds that it took."""
     began = time.perf_counter()
     _OPEN.append(OpenContender(name, setting))
-    seconds = time.perf_counter() - began
-    _OPEN[0].prepare(warm_up)
-    _OPEN[0].score(warm_up)
-    return seconds
+    return time.perf_counter() - began
 
 
 def ask(method: str, workload: Workload) -> Any:
