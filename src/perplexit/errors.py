@@ -8,6 +8,9 @@ CacheMismatchError a CapabilityError, an UnknownPrecisionError a QuantizationErr
 a ResumeError a RunError.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PerplexitError(Exception):
     """The root of the tree: catch this to catch everything Perplexit raises on purpose."""
@@ -102,6 +105,21 @@ class MemoryBoundError(PerplexitError):
 
 class MissingPackageError(PerplexitError, ImportError):
     """An optional package is missing; the message is the command that installs it."""
+
+
+@contextmanager
+def needing(what: str, install: str, package: str | None = None) -> Iterator[None]:
+    """Raise MissingPackageError where an import inside the block fails, but not of Perplexit's own.
+
+    what: what needs the package, as the message begins. package: None names the one that fails.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error, MissingPackageError) or (error.name or "").startswith("perplexit"):
+            raise
+        missing = package or error.name
+        raise MissingPackageError(f"{what} needs the package {missing}: {install}") from error
 
 
 class GateError(PerplexitError):

@@ -8,7 +8,7 @@ from torch import nn
 
 from perplexit.checkpoints.identity import file_digest
 from perplexit.checkpoints.own_logits import OwnLogits
-from perplexit.errors import CapabilityError, MissingPackageError, ModelError
+from perplexit.errors import CapabilityError, ModelError, needing
 from perplexit.fingerprints import json_fingerprint
 from perplexit.session_descriptions import AdapterDescription
 from perplexit.untrusted_files import Expected, read_json, typed
@@ -88,12 +88,8 @@ def with_adapter(model: nn.Module, adapter: AdapterDescription) -> nn.Module:
     Raises ModelError where the adapter was made for another model's shapes or layers,
     CapabilityError where it cannot be merged, MissingPackageError without PEFT.
     """
-    try:
+    with needing("evaluating an adapter", "pip install 'perplexit[adapters]'", "peft"):
         from peft import PeftModel, get_peft_model_state_dict  # noqa: PLC0415 - an optional package
-    except ImportError as error:
-        raise MissingPackageError(
-            "evaluating an adapter needs the package peft: pip install 'perplexit[adapters]'"
-        ) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that keys are missing is an error below

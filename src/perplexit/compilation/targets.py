@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
+from perplexit.errors import CapabilityError, ModelError, UsageError, needing
 from perplexit.option_ranges import check_numbers
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata, ProgramShapes
 from perplexit.protected_outputs import Kind, OutputFolder, paths_among
@@ -100,15 +100,9 @@ def load_builder(to: str) -> tuple[Callable[..., Any], Builder]:
     """
     target = target_of(to)
     module, _, name = target.home.partition(":")
-    try:
+    with needing(f"compiling to {to}", f"pip install 'perplexit[{target.extra}]'"):
         builder: Builder = getattr(import_module(module), name)
         loading = import_module("perplexit.checkpoints.loading")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("perplexit"):
-            raise
-        raise MissingPackageError(
-            f"compiling to {to} needs {error.name}: pip install 'perplexit[{target.extra}]'"
-        ) from error
     return loading.load_checkpoint, builder
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perplexit.errors import CapabilityError, MissingPackageError
+from perplexit.errors import CapabilityError, needing
 from perplexit.functional.nll import HeadRequest, TokenStatistics, slices_of_rows
 
 # (weight, hidden, targets, bias) → nll; logits exist for some rows, or tiles, at a time.
@@ -37,22 +37,18 @@ def fused_kernel(name: str, device: torch.device) -> LinearNll:
     Triton's interpreter (TRITON_INTERPRET=1) runs Liger's kernels on the CPU, for tests alone.
     Raises CapabilityError off CUDA, MissingPackageError with the command that installs it.
     """
-    package, install = KERNELS[name]
+    _, install = KERNELS[name]
     interpreted = name == "liger" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         raise CapabilityError(
             f"the head {name!r} is made of CUDA kernels, got the device {device}; leave --head "
             "out, or choose compiled"
         )
-    try:  # the one lazy door to these libraries
+    with needing(f"the head {name!r}", install):  # the one lazy door to these libraries
         if name == "liger":
             ops = import_module("liger_kernel.ops")
             return partial(_liger_nll, ops.LigerFusedLinearCrossEntropyFunction)
         return partial(_cut_nll, import_module("cut_cross_entropy").linear_cross_entropy)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"the head {name!r} needs the package {error.name or package}: {install}"
-        ) from error
 
 
 def _liger_nll(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from perplexit.atomic_files import cache_folder
-from perplexit.errors import MissingPackageError
+from perplexit.errors import needing
 
 Runs = Mapping[int, Mapping[str, Any]]  # seed → the curve of a fine-tuning
 _RESAMPLES = 2000
@@ -199,11 +199,8 @@ def _figure_class() -> Any:
     if not chosen:
         os.environ["MPLCONFIGDIR"] = str(cache_folder() / "matplotlib")
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package's door
-    except ImportError:
-        raise MissingPackageError(
-            "the figure needs matplotlib: pip install 'perplexit[igf]'"
-        ) from None
+        with needing("the figure", "pip install 'perplexit[igf]'", "matplotlib"):
+            from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package's door
     finally:
         if not chosen:
             del os.environ["MPLCONFIGDIR"]

@@ -237,7 +237,7 @@ class _Tuning:
         return np.concatenate(found)
 
     def _accepted_of_next(self, step: int, wanted: int) -> NDArray[np.int32]:
-        """Look at the next candidates, and return the ids of at most `wanted` accepted ones."""
+        """Return the ids of at most `wanted` accepted ones among the next candidates."""
         ids_NT = self._stream.take(self.candidate, self._settings.batch_size).ids_NT
         accepts = self._selection.accepts(ids_NT, self.candidate, step, self._losses)
         rows = np.flatnonzero(accepts)[:wanted]

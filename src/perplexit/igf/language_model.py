@@ -12,7 +12,7 @@ from torch import nn
 from perplexit.atomic_files import write_json
 from perplexit.checkpoints.loading import load_checkpoint
 from perplexit.checkpoints.quiet import quiet_transformers
-from perplexit.errors import MissingPackageError, UsageError
+from perplexit.errors import UsageError, needing
 from perplexit.igf.tensors_with_record import PICKLE_SUFFIXES, object_in
 from perplexit.option_ranges import check_numbers
 from perplexit.protected_outputs import Kind, OutputFolder, paths_among
@@ -56,12 +56,8 @@ def with_lora(
     """
     if rank < 1:
         raise UsageError(f"expected a LoRA rank of at least 1, got {rank}")
-    try:
+    with needing("LoRA", "pip install 'perplexit[igf]'", "peft"):
         from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - an optional package's door
-    except ImportError:
-        raise MissingPackageError(
-            "LoRA needs the package peft: pip install 'perplexit[igf]'"
-        ) from None
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,

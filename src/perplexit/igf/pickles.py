@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from perplexit.errors import MissingPackageError, TrustWarning, UsageError
+from perplexit.errors import TrustWarning, UsageError, needing
 from perplexit.igf.tensors_with_record import StoredFileError
 
 RIGHTS = "the code in the file is run with your full rights: it can read, change and send any file"
@@ -25,12 +25,8 @@ def read_pickle(path: str | Path, *, allowed: bool) -> Any:
             f"{RIGHTS}. If you trust whoever made it, allow it with --allow-pickle "
             "(allow_pickle=True)"
         )
-    try:
+    with needing(f"reading {path}", "pip install 'perplexit[igf]'", "joblib"):
         import joblib  # noqa: PLC0415 - an optional package's door
-    except ImportError:
-        raise MissingPackageError(
-            f"reading {path} needs joblib: pip install 'perplexit[igf]'"
-        ) from None
     warnings.warn(f"{path} is a pickle and was allowed: {RIGHTS}", TrustWarning, stacklevel=2)
     try:
         return joblib.load(path)

@@ -13,7 +13,7 @@ import msgspec
 import tokenizers
 
 from perplexit.atomic_files import cache_folder, kept_folder
-from perplexit.errors import MissingPackageError, TokenizerError
+from perplexit.errors import TokenizerError, needing
 from perplexit.inputs.gguf_header_check import metadata_fingerprint
 from perplexit.inputs.tokenizer import Tokenizer
 from perplexit.inputs.tokenizer_backends import HuggingFaceBackend, SentencePieceBackend
@@ -265,9 +265,5 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
 def _optional(package: str, extra: str) -> Any:
     """Import an optional package; this is the one place. Raises MissingPackageError."""
-    try:
+    with needing("this tokenizer", f"pip install 'perplexit[{extra}]'", package):
         return import_module(package)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"This tokenizer needs the package {package}: pip install 'perplexit[{extra}]'"
-        ) from error

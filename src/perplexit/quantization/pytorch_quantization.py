@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from perplexit.errors import MissingPackageError, QuantizationError, UsageError
+from perplexit.errors import QuantizationError, UsageError, needing
 from perplexit.program_record import ProgramQuantization
 from perplexit.quantization.matrices import (
     Matrix,
@@ -118,15 +118,9 @@ def quantize_model(model: nn.Module, wanted: PytorchRecipe) -> PytorchQuantizati
 
 def _library(recipe: Recipe) -> Callable[[nn.Module, list[Matrix], str], dict[str, int]]:
     """Import the recipe's library, through the one lazy door to the packages that quantize."""
-    try:
+    install = "pip install 'perplexit[quantization]'"
+    with needing(f"the precision {recipe.precision}", install, recipe.library):
         module = import_module(_HOMES[recipe.library])
-    except ImportError as error:
-        if (error.name or "").startswith("perplexit"):
-            raise
-        raise MissingPackageError(
-            f"the precision {recipe.precision} needs the package {recipe.library}: "
-            "pip install 'perplexit[quantization]'"
-        ) from error
     quantize: Callable[[nn.Module, list[Matrix], str], dict[str, int]] = module.quantize_matrices
     return quantize
 

@@ -3,7 +3,7 @@
 from importlib import import_module, resources
 from typing import Any
 
-from perplexit.errors import MissingPackageError
+from perplexit.errors import needing
 
 
 def asset(name: str) -> str:
@@ -13,10 +13,5 @@ def asset(name: str) -> str:
 
 def loaded(module: str) -> Any:
     """Import a module of the extra `report`. Raises MissingPackageError with what to install."""
-    try:
+    with needing("a report", "pip install 'perplexit[report]'", module.replace("_", "-")):
         return import_module(module)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"a report needs the package {module.replace('_', '-')}, which is not installed "
-            f"({error}): pip install 'perplexit[report]'"
-        ) from None

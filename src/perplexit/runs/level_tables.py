@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from perplexit.errors import MissingPackageError, RunError, UsageError
+from perplexit.errors import RunError, UsageError, needing
 from perplexit.inputs.token_file import TokenFile
 from perplexit.metrics.likelihood import exp_or_inf
 from perplexit.protected_outputs import Kind, OutputFile, paths_among
@@ -172,12 +172,8 @@ def level_frame(run: Run, level: Level, *, tokens: TokenFile | None = None) -> A
     Raises MissingPackageError where pandas is not installed.
     """
     table = level_table(run, level, tokens=tokens)
-    try:
+    with needing("a DataFrame", "pip install pandas", "pandas"):
         return table.to_pandas()
-    except ImportError as error:
-        raise MissingPackageError(
-            "a DataFrame needs the package pandas: pip install pandas"
-        ) from error
 
 
 def export_level(

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from perplexit.errors import CapabilityError, MissingPackageError, ModelError, UsageError
+from perplexit.errors import CapabilityError, ModelError, UsageError, needing
 from perplexit.program_record import PROGRAM_FILE
 from perplexit.quantization.precisions import canonical_dtype, require_known_precision
 from perplexit.sessions.base import InferenceSession, OpenSession
@@ -215,12 +215,5 @@ def _session_class(prefix: str) -> Any:
         raise CapabilityError(
             f"the engine {prefix!r} is not in this version of Perplexit; it has {', '.join(here)}"
         )
-    try:
+    with needing(f"the engine {prefix!r}", f"pip install 'perplexit[{engine.extra}]'"):
         return getattr(import_module(module), name)
-    except ImportError as error:
-        if isinstance(error, MissingPackageError) or (error.name or "").startswith("perplexit"):
-            raise
-        raise MissingPackageError(
-            f"the engine {prefix!r} needs the package {error.name}: "
-            f"pip install 'perplexit[{engine.extra}]'"
-        ) from error
