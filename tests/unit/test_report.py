@@ -19,7 +19,7 @@ import perplexit as px
 from perplexit.comparison.compared_tokens import exceedance
 from perplexit.errors import FingerprintMismatchError, MissingPackageError, RunError, UsageError
 from perplexit.metrics.estimate import decimals, figure, interval, quantity
-from perplexit.report import page_assets
+from perplexit.report import chart_drawings
 from perplexit.report import token_data as token_data_module
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.html_page import json_block
@@ -301,9 +301,9 @@ def test_without_the_extra_the_message_is_the_command(monkeypatch: pytest.Monkey
     def missing(module: str) -> Any:
         raise ImportError(f"No module named {module!r}")
 
-    monkeypatch.setattr(page_assets, "import_module", missing)
+    monkeypatch.setattr(chart_drawings, "import_module", missing)
     with pytest.raises(MissingPackageError, match=r"pip install 'perplexit\[report\]'"):
-        page_assets.loaded("vl_convert")
+        chart_drawings.loaded("vl_convert")
 
 
 def test_alternatives_are_spelled_by_the_tokenizer_and_no_other(

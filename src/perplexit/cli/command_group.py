@@ -9,8 +9,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from perplexit.declared_options import check_finite, check_whole
 from perplexit.errors import PerplexitError, TrustWarning
-from perplexit.option_ranges import check_finite, check_whole
 
 INTERRUPTED = 130
 

@@ -7,9 +7,8 @@ import typer
 
 import perplexit as px
 from perplexit.cli.command_group import examples
-from perplexit.cli.comparison_options import ComparisonOptions
+from perplexit.cli.comparison_options import ComparisonOptions, MarkdownSummary, junit_output
 from perplexit.cli.engine_options import takes_options
-from perplexit.cli.gate_files import MarkdownSummary, junit_output
 from perplexit.cli.output import Force, print_json, stdout_kept_clean, tell, tell_wrapped
 from perplexit.errors import GateError, UsageError
 

@@ -15,11 +15,11 @@ from perplexit.comparison.pairing import Pairs, opened, paired, require_same_inp
 from perplexit.comparison.token_comparison import ChangedToken, Comparison, DomainRatio
 from perplexit.comparison.verdict_record import run_conditions, verdict_fields, with_ends
 from perplexit.comparison.verdicts import margin_of, verdict_of
+from perplexit.declared_options import check_numbers
 from perplexit.metrics.bootstrap import bootstrap_check
 from perplexit.metrics.intervals import clusters_within, mean_interval, paired_interval
 from perplexit.metrics.likelihood import exp_or_inf, json_figure, mean_nll
 from perplexit.metrics.totals import NllTotals
-from perplexit.option_ranges import check_numbers
 from perplexit.runs.run import Run
 
 

@@ -7,8 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from perplexit.declared_options import check_numbers
 from perplexit.errors import CapabilityError, ModelError, UsageError, needing
-from perplexit.option_ranges import check_numbers
 from perplexit.program_record import PROGRAM_FILE, ProgramMetadata, ProgramShapes
 from perplexit.protected_outputs import Kind, OutputFolder, paths_among
 from perplexit.quantization.precisions import Recipe, canonical_dtype, recipe_for

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from perplexit.declared_options import check_numbers
 from perplexit.errors import ResumeError, UsageError
-from perplexit.option_ranges import check_numbers
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
 from perplexit.runs.measurement import (
     MOST_NAMED,

@@ -12,9 +12,9 @@ from torch import nn
 from perplexit.atomic_files import write_json
 from perplexit.checkpoints.loading import load_checkpoint
 from perplexit.checkpoints.quiet import quiet_transformers
+from perplexit.declared_options import check_numbers
 from perplexit.errors import UsageError, needing
 from perplexit.igf.tensors_with_record import PICKLE_SUFFIXES, object_in
-from perplexit.option_ranges import check_numbers
 from perplexit.protected_outputs import Kind, OutputFolder, paths_among
 
 GPT2 = "openai-community/gpt2"

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from perplexit.declared_options import check_numbers
 from perplexit.errors import EmptyScoreError, UsageError
 from perplexit.inputs.protocol_table import PROTOCOLS, Aggregate, Protocol
 from perplexit.inputs.windows import BosPolicy, WindowArray
-from perplexit.option_ranges import check_numbers
 
 BosOption = Literal["auto", "none", "first", "every"]
 

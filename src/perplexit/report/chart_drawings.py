@@ -9,9 +9,22 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module, resources
 from typing import Any
 
-from perplexit.report.page_assets import asset, loaded
+from perplexit.errors import needing
+
+
+def asset(name: str) -> str:
+    """Return a file of the page as text."""
+    return (resources.files("perplexit.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def loaded(module: str) -> Any:
+    """Import a module of the extra `report`. Raises MissingPackageError with what to install."""
+    with needing("a report", "pip install 'perplexit[report]'", module.replace("_", "-")):
+        return import_module(module)
+
 
 VEGA_LITE = "5.21"
 WIDTH = 400

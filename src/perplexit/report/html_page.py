@@ -14,10 +14,10 @@ from typing import Any
 from perplexit import __version__
 from perplexit.comparison.verdict_record import precision_name
 from perplexit.metrics.estimate import counted, figure, figure_with_interval, interval, mebibytes
+from perplexit.report.chart_drawings import asset, loaded
 from perplexit.report.experiment_section import ExperimentSection
 from perplexit.report.headlines import findings_of, headline
 from perplexit.report.labelled_runs import LabelledRuns, peak_bytes_of
-from perplexit.report.page_assets import asset, loaded
 from perplexit.report.run_charts import charts_of
 from perplexit.report.run_tables import (
     aligned_rows,

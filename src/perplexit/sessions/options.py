@@ -11,9 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypedDict
 
-from perplexit.declared_options import Option, declared
+from perplexit.declared_options import Option, check_numbers, declared
 from perplexit.errors import CapabilityError, UsageError
-from perplexit.option_ranges import check_numbers
 from perplexit.quantization.precisions import precisions_by_engine
 
 DeviceMap = Mapping[str, str | int]

@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import nn
 
+from perplexit.declared_options import check_numbers
 from perplexit.errors import UsageError
-from perplexit.option_ranges import check_numbers
 from perplexit.resources.cores import num_cores
 
 # Larger batches than this many ids gain nothing: the matrix products already fill the machine.
