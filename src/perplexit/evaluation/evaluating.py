@@ -93,7 +93,10 @@ def evaluate(
         memory = stack.enter_context(HostMemory())
         token_file = token_file_of(tokens, model, tokenizer)
         wanted_reference = requested_reference(
-            reference, token_file, save_reference=save_reference, dtype=request.states_dtype
+            reference,
+            token_file,
+            save_reference=save_reference,
+            dtype=request.option("reference_dtype"),
         )
         store = None if run is None else stack.enter_context(RunStore(run))
         recorded = None if store is None else store.record()
@@ -111,7 +114,7 @@ def evaluate(
                     opened,
                     reference=wanted_reference,
                     save_in=None if not save_reference else (store.folder if store else "memory"),
-                    dtype=request.states_dtype,
+                    dtype=request.option("reference_dtype"),
                 )
             )
         wanted = under_way.begun(recorded)
@@ -134,9 +137,11 @@ def _opened_model(
         address = ":".join(split_address(model))
         checked = check_tokenizer(address, tokens, other_tokenizer=other_tokenizer)
     session = stack.enter_context(opened_session(model, **request.engine_options))
-    if request.mode == "cached":
+    if request.option("mode") == "cached":
         session = cached_session(
-            session, prompt_len=request.prompt_len, decode_chunk=request.decode_chunk
+            session,
+            prompt_len=request.option("prompt_len") or 1,
+            decode_chunk=request.option("decode_chunk") or 1,
         )
     if checked is None:  # a model of the hub is here only now
         address = session.model.address

@@ -15,7 +15,7 @@ from perplexit.runs.measurement import (
     plain_json,
 )
 from perplexit.runs.run import Run
-from perplexit.sessions.options import EngineOptions
+from perplexit.sessions.options import DECLARED, EngineOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,25 +41,9 @@ class Request:
         own = EngineOptions.__annotations__
         return cast(EngineOptions, {n: x for n, x in self.options.items() if n in own})
 
-    @property
-    def states_dtype(self) -> Any:
-        """Return how hidden states are stored."""
-        return self.options.get("reference_dtype", "float32")
-
-    @property
-    def mode(self) -> str:
-        """Return "full" or "cached"."""
-        return str(self.options.get("mode", "full"))
-
-    @property
-    def prompt_len(self) -> int:
-        """Return how many ids the prefill takes in cached mode."""
-        return int(self.options.get("prompt_len", 1))
-
-    @property
-    def decode_chunk(self) -> int:
-        """Return how many ids each decode call takes in cached mode."""
-        return int(self.options.get("decode_chunk", 1))
+    def option(self, name: str) -> Any:
+        """Return an option of ScoringOptions; its default where it was left out."""
+        return self.options.get(name, DECLARED[name].default)
 
     def check(self) -> None:
         """Raise UsageError for a value that is out of range, or that another one rules out."""
@@ -75,10 +59,11 @@ class Request:
             raise UsageError(
                 f"on_non_finite must be 'error' or 'count', got {self.on_non_finite!r}"
             )
-        if self.mode not in ("full", "cached"):
-            raise UsageError(f"mode must be 'full' or 'cached', got {self.mode!r}")
+        mode = self.option("mode")
+        if mode not in ("full", "cached"):
+            raise UsageError(f"mode must be 'full' or 'cached', got {mode!r}")
         for name, value in sizes.items():
-            if value is not None and self.mode == "full":
+            if value is not None and mode == "full":
                 raise UsageError(
                     f"{name} is a setting of prefill and decode, but the mode is 'full', which has "
                     "neither; ask for mode 'cached', or leave it out"
@@ -91,22 +76,20 @@ def check_asked_conditions(recorded: Run, asked: Request, input_fingerprint: str
     It spares the loading of a model. `check_same_conditions` asks again with everything that the
     loaded model says.
     """
-    session, cached = recorded.session, asked.mode == "cached"
+    session, mode = recorded.session, asked.option("mode")
     quantization = (session.get("quantization") or {}).get("name")
     pairs: dict[str, tuple[Any, Any]] = {
         "input_fingerprint": (recorded.input_fingerprint, input_fingerprint),
         "top_k": (recorded.top_k, asked.top_k),
         "on_non_finite": (recorded.on_non_finite, asked.on_non_finite),
         "confidence": (recorded.confidence, asked.confidence),
-        "mode": (session.get("mode", "full"), asked.mode),
-        "prompt_len": (session.get("prompt_len"), asked.prompt_len if cached else None),
-        "decode_chunk": (
-            session.get("decode_chunk"),
-            asked.decode_chunk if cached else None,
-        ),
+        "mode": (session.get("mode", "full"), mode),
         "save_reference": (recorded.saved_reference is not None, asked.saves_reference),
         "reference": (recorded.reference is not None, asked.has_reference),
     }
+    for name in ("prompt_len", "decode_chunk"):
+        wanted_size = asked.option(name) or 1
+        pairs[name] = (session.get(name), wanted_size if mode == "cached" else None)
     # An open session has its own settings; other engines may spell the same settings otherwise.
     if asked.loads_model and session.get("engine") == "pytorch":
         dtype = canonical_dtype(asked.options.get("dtype", "float32"))

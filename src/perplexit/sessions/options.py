@@ -107,8 +107,8 @@ _ADAPTER_REMEDY = (
 )
 
 
-_DECLARED = {name: option for name, (_, option) in declared(ScoringOptions).items()}
-_DEFAULTS = {name: _DECLARED[name].default for name in EngineOptions.__annotations__}
+DECLARED = {name: option for name, (_, option) in declared(ScoringOptions).items()}
+_DEFAULTS = {name: DECLARED[name].default for name in EngineOptions.__annotations__}
 
 
 def given_options(kind: type[EngineOptions], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,9 +120,9 @@ def given_options(kind: type[EngineOptions], options: Mapping[str, Any]) -> dict
     for name, value in options.items():
         if name not in known:
             raise UsageError(f"expected one of the options {', '.join(known)}; got {name!r:.60}")
-        if _DECLARED[name].lowest is not None:
+        if DECLARED[name].lowest is not None:
             check_numbers(**{name: value})
-    return {n: x for n, x in options.items() if x is not None and x != _DECLARED[n].default}
+    return {n: x for n, x in options.items() if x is not None and x != DECLARED[n].default}
 
 
 def without_settings(model: str, reason: str, values: tuple[str, ...] = ()) -> dict[str, Only]:
