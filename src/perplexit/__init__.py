@@ -58,7 +58,9 @@ _HOME_OF = {
     "calculate_perplexity": "perplexit.seed_api",
     "torch_perplexity": "perplexit.seed_api",
     "compute_perplexity": "perplexit.seed_api",
-    **dict.fromkeys((name for name in dir(errors) if name[0] != "_"), "perplexit.errors"),
+    **dict.fromkeys(
+        (n for n in vars(errors) if n.endswith(("Error", "Warning"))), "perplexit.errors"
+    ),
 }
 
 __all__ = ["__version__", *_HOME_OF]  # noqa: PLE0604 - strings, from the table above

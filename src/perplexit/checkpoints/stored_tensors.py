@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from perplexit.checkpoints.identity import weight_files, weight_map
@@ -159,17 +160,13 @@ class StoredTensors:
             one, other = _parameter(model, target), _parameter(model, source)
             if one is None or other is None or one is other or one.device.type == "meta":
                 continue
-            if one.data_ptr() != other.data_ptr() and not _equal(one, other):
+            elsewhere = one.data_ptr() != other.data_ptr()  # layers may be spread over devices
+            if elsewhere and not torch.equal(one, other.to(one.device)):
                 raise ModelError(
                     f"expected {target} to be {source}, as config.json of {self.source.folder} "
                     "says (tie_word_embeddings), but the files hold two that differ; set "
                     "tie_word_embeddings to false, or remove the one that is not the model's"
                 )
-
-
-def _equal(one: nn.Parameter, other: nn.Parameter) -> bool:
-    """Return whether two tensors hold the same; layers may be spread over devices."""
-    return one.shape == other.shape and bool((one == other.to(one.device)).all())
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:

@@ -197,7 +197,10 @@ def _table(document: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name == "method" else "right")
     compared = {row["method"]: row for row in document["comparisons"]}
     for method, found in document["methods"].items():
-        row = compared.get(method)
+        ratio = p_value = "-"
+        if (row := compared.get(method)) is not None:
+            ratio = f"{row['ratio']:.4f} \\[{row['ratio_low']:.4f}, {row['ratio_high']:.4f}]"
+            p_value = "not known" if row["p_t_holm"] is None else f"{row['p_t_holm']:.2g}"
         low, high = found["low_perplexity"][-1], found["high_perplexity"][-1]
         table.add_row(
             method,
@@ -205,13 +208,7 @@ def _table(document: dict[str, Any]) -> Table:
             escape(with_interval(found["median_perplexity"][-1], low, high)),
             f"{found['acceptance']:.0%}",
             f"{found['seconds']['select'] + found['seconds']['train']:.1f}",
-            "-"
-            if row is None
-            else f"{row['ratio']:.4f} \\[{row['ratio_low']:.4f}, {row['ratio_high']:.4f}]",
-            "-" if row is None else _p(row["p_t_holm"]),
+            ratio,
+            p_value,
         )
     return table
-
-
-def _p(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.2g}"

@@ -118,6 +118,7 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
 
 def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, session = record["model"], record["session"]
+    peaks = [f"{name} {in_mib(x)}" for name, x in record["peak_memory_bytes"].items() if x]
     rows = [
         ("status", str(record["status"])),
         ("perplexity", _estimate(record, "perplexity")),
@@ -137,7 +138,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("quantization", _quantization(session)),
         ("speed", _speed(record)),
-        ("peak memory", _memory(record["peak_memory_bytes"])),
+        ("peak memory", ", ".join(peaks) or "-"),
     ]
     if record["protocol_perplexity"] is not None:
         rows.insert(2, ("the protocol's own", _estimate(record, "protocol_perplexity")))
@@ -193,10 +194,6 @@ def _speed(record: Mapping[str, Any]) -> str:
     if speed is None or total is None:
         return "-"
     return f"{speed:,.0f} tokens/s, {total:.1f} s in all"
-
-
-def _memory(peaks: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {in_mib(value)}" for name, value in peaks.items() if value) or "-"
 
 
 def _count(value: int | None) -> str:

@@ -93,7 +93,8 @@ class Judged:
         if self.difference.low is None or self.difference.high is None:
             return self._without_interval()
         if self.verdict == "inconclusive":
-            return " ".join(filter(None, (self._range(), self._text_needed(), self._suggestion())))
+            range_ = f"Its {self.measure} may be anything {self._span()}."
+            return " ".join(filter(None, (range_, self._text_needed(), self._suggestion())))
         if self.verdict == "equivalent":
             return self._equivalent()
         value = self.difference.value
@@ -131,9 +132,6 @@ class Judged:
                 sizes = list(dict.fromkeys(end.removesuffix(side) for end in ends))
                 return f"{'from ' if len(sizes) > 1 else ''}{' to '.join(sizes)}{side}"
         return f"from {ends[0]} to {ends[1]}"
-
-    def _range(self) -> str:
-        return f"Its {self.measure} may be anything {self._span()}."
 
     def _equivalent(self) -> str:
         low, high = self.difference.low or 0.0, self.difference.high or 0.0

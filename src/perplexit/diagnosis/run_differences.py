@@ -173,7 +173,7 @@ def _of_scored_sets(first: Run, second: Run) -> Iterator[Difference]:
     rest = [side[~tail] for side, tail in zip(alone, tails, strict=True)]
     policies = {run.input_spec["protocol"]["bos"] for run in (first, second)}
     if len(policies) > 1:  # then a document's first id being scored is what the BOS does
-        rest = [side[_token_index(side) > 0] for side in rest]
+        rest = [side[side & ((1 << _INDEX_BITS) - 1) > 0] for side in rest]
     if any(len(side) for side in rest):
         yield Difference(
             "denominator",
@@ -193,10 +193,6 @@ def _scored(tokens: RunTokens) -> tuple[NDArray[np.int64], int]:
     rows = (tokens.document.astype(np.int64) << _INDEX_BITS) | tokens.token_index.astype(np.int64)
     keys = np.unique(rows)
     return keys, len(rows) - len(keys)
-
-
-def _token_index(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    return keys & ((1 << _INDEX_BITS) - 1)
 
 
 def _in_tail(alone: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -63,7 +63,7 @@ def _interval(run: Run, confidence: float) -> str:
 
 def _of(run: Run, confidence: float) -> dict[str, str]:
     model, session = run.model, run.session
-    seconds = run.seconds
+    seconds, settings = run.seconds, session.get("settings") or {}
     protocol = run.input_spec.get("protocol", {})
     return {
         "model": str(model.get("address", DASH)),
@@ -74,7 +74,7 @@ def _of(run: Run, confidence: float) -> dict[str, str]:
         "dtype": str(session.get("dtype", DASH)),
         "quantization": _quantization(session.get("quantization")),
         "device": str(session.get("device", DASH)),
-        "engine settings": _settings(session.get("settings")),
+        "engine settings": ", ".join(f"{k}={v}" for k, v in settings.items()) or DASH,
         "threads": DASH if run.threads is None else str(run.threads),
         "windows per batch": str(run.batch_plan.get("batch_size", DASH)),
         "load / score / total": " / ".join(
@@ -115,10 +115,6 @@ def _quantization(entry: Any) -> str:
         f"{entry.get('name')} by {entry.get('library')}: {entry.get('num_modules')} modules, "
         f"{float(entry.get('effective_bits', 0)):.2f} bits per parameter"
     )
-
-
-def _settings(settings: Any) -> str:
-    return ", ".join(f"{k}={v}" for k, v in (settings or {}).items()) or DASH
 
 
 @dataclass(frozen=True, slots=True)
