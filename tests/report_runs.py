@@ -8,10 +8,7 @@ import numpy as np
 
 import perplexit as px
 from perplexit.runs.run import Run
-from perplexit.session_descriptions import (
-    ModelDescription,
-    SessionDescription,
-)
+from perplexit.session_descriptions import ModelDescription, SessionDescription
 from tests.toy_sessions import BigramSession
 
 VOCAB_SIZE = 400

@@ -8,10 +8,7 @@ from numpy.typing import NDArray
 
 from perplexit.errors import EngineOutOfMemoryError
 from perplexit.inputs.windows import WindowIds
-from perplexit.session_descriptions import (
-    ModelDescription,
-    SessionDescription,
-)
+from perplexit.session_descriptions import ModelDescription, SessionDescription
 from perplexit.token_columns import TokenDetails
 
 

@@ -14,12 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import perplexit as px
-from perplexit.errors import (
-    CapabilityError,
-    FingerprintMismatchError,
-    ModelError,
-    RunError,
-)
+from perplexit.errors import CapabilityError, FingerprintMismatchError, ModelError, RunError
 from perplexit.inputs.token_file import TokenFile
 from perplexit.sessions.pytorch import PytorchInferenceSession
 from tests.tiny_models import save_tiny_model

@@ -18,15 +18,7 @@ from transformers import (
 
 from perplexit.checkpoints.loading import load_checkpoint
 from perplexit.errors import ModelError
-from tests.trust.loading_models import (
-    SIZES,
-    edited,
-    llama,
-    losses,
-    oracle,
-    oracle_of,
-    saved,
-)
+from tests.trust.loading_models import SIZES, edited, llama, losses, oracle, oracle_of, saved
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,7 @@ from tests.resident import mapped
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
-from sidebyside import (  # noqa: E402 - scripts beside the package
-    command,
-    contenders,
-    growth,
-    records,
-    report,
-    sections,
-    workers,
-)
+from sidebyside import command, contenders, growth, records, report, sections, workers  # noqa: E402 - scripts beside the package
 from sidebyside.contenders import Score, Scored, Setting, Workload  # noqa: E402
 from sidebyside.paired_ratios import (  # noqa: E402
     ForwardFlops,

@@ -13,11 +13,7 @@ from perplexit.errors import CorpusError, ResumeError, UsageError, VocabularyErr
 from perplexit.igf.articles import Articles
 from perplexit.igf.experiment_summary import draw_experiment, holm, median_interval, summarise
 from perplexit.igf.experiments import ExperimentPlan, run_experiment
-from perplexit.igf.finetuning import (
-    finetune_model,
-    last_context_gradient,
-    mean_gradient,
-)
+from perplexit.igf.finetuning import finetune_model, last_context_gradient, mean_gradient
 from perplexit.igf.language_model import with_lora
 from perplexit.igf.learners import ConvolutionLearner, RidgeLearner
 from perplexit.igf.losses import context_losses

@@ -144,11 +144,7 @@ def test_the_log_file_is_written_anew(tmp_path: Path, rows: np.ndarray, model: T
 
 
 def test_the_fourth_seeds_examples_run(rows: np.ndarray, model: TinyModel) -> None:
-    from perplexit import (  # noqa: PLC0415 - the examples' own line
-        MemoryTracker,
-        Timer,
-        compute_perplexity,
-    )
+    from perplexit import MemoryTracker, Timer, compute_perplexity  # noqa: PLC0415 - the examples' own line
 
     with MemoryTracker("Assembly") as tracker, Timer("Assembly") as timer:
         value = compute_perplexity(model, [torch.from_numpy(rows)], "cpu")

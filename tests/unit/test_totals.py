@@ -10,12 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from perplexit.errors import NonFiniteError, UsageError
-from perplexit.metrics.totals import (
-    NllTotals,
-    exact_sum,
-    finite_mask,
-    require_finite,
-)
+from perplexit.metrics.totals import NllTotals, exact_sum, finite_mask, require_finite
 
 losses = arrays.arrays(
     np.float32,

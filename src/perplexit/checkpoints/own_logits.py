@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perplexit.checkpoints.module_call import (
-    ModuleCall,
-    config_integer,
-    field_of,
-    num_embeddings,
-)
+from perplexit.checkpoints.module_call import ModuleCall, config_integer, field_of, num_embeddings
 
 _Kept = list[tuple[dict[str, Any], str, Tensor]]
 

@@ -8,12 +8,7 @@ import openvino as ov
 from perplexit.checkpoints.loading import Checkpoint
 from perplexit.compilation.openvino_graph import convert_graph
 from perplexit.compilation.openvino_head import HEAD_PREFIX, ROWS, columns_at_a_time
-from perplexit.compilation.program_build import (
-    Losses,
-    ProgramBuild,
-    verified,
-    verified_change,
-)
+from perplexit.compilation.program_build import Losses, ProgramBuild, verified, verified_change
 from perplexit.compilation.targets import CompileRequest
 from perplexit.program_record import ProgramMetadata
 from perplexit.quantization.openvino_engine import open_program

@@ -11,12 +11,7 @@ import torch
 from openvino import opset13 as ops
 
 from perplexit.checkpoints.quiet import quiet_transformers
-from perplexit.compilation.body_and_head import (
-    Body,
-    LogitsHead,
-    check_rotary,
-    exportable_attention,
-)
+from perplexit.compilation.body_and_head import Body, LogitsHead, check_rotary, exportable_attention
 from perplexit.compilation.compiler_errors import stated_by
 from perplexit.compilation.openvino_attention import ints, skip_future_keys
 from perplexit.compilation.openvino_head import mark_head, nll_of_targets

@@ -18,12 +18,7 @@ from perplexit.checkpoints.loading import Checkpoint
 from perplexit.compilation.compiler_errors import stated_by
 from perplexit.compilation.fixed_graph import exported_fixed, fixed_shapes
 from perplexit.compilation.four_bit_layers import pack_model, record_of
-from perplexit.compilation.program_build import (
-    IN_FLOAT32,
-    ProgramBuild,
-    verified,
-    verified_change,
-)
+from perplexit.compilation.program_build import IN_FLOAT32, ProgramBuild, verified, verified_change
 from perplexit.compilation.targets import CompileRequest
 from perplexit.program_record import ProgramMetadata, ProgramShapes
 from perplexit.quantization.tvm_engine import (

@@ -7,13 +7,7 @@ from typing import Any, Literal, cast
 from perplexit.declared_options import check_numbers
 from perplexit.errors import ResumeError, UsageError
 from perplexit.quantization.precisions import canonical_dtype, canonical_precision
-from perplexit.runs.measurement import (
-    MOST_NAMED,
-    differing_names,
-    flat_record,
-    further,
-    plain_json,
-)
+from perplexit.runs.measurement import MOST_NAMED, differing_names, flat_record, further, plain_json
 from perplexit.runs.run import Run
 from perplexit.sessions.options import DECLARED, EngineOptions
 

@@ -20,12 +20,7 @@ from torch import Tensor, nn
 
 from perplexit.atomic_files import write_json
 from perplexit.errors import UsageError, VocabularyError
-from perplexit.igf.tensors_with_record import (
-    StoredFileError,
-    TensorFile,
-    json_kind,
-    tensor_path,
-)
+from perplexit.igf.tensors_with_record import StoredFileError, TensorFile, json_kind, tensor_path
 from perplexit.protected_outputs import OutputFile, paths_among
 
 _FILE = TensorFile("a secondary learner")

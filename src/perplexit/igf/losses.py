@@ -12,12 +12,7 @@ from torch.nn import functional
 
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.errors import NonFiniteError, UsageError
-from perplexit.functional.nll import (
-    DEFAULT_LOGITS_BYTES,
-    HeadRequest,
-    head_statistics,
-    rows_within,
-)
+from perplexit.functional.nll import DEFAULT_LOGITS_BYTES, HeadRequest, head_statistics, rows_within
 from perplexit.sessions.pytorch.forward_probe import find_forward
 
 DEFAULT_BATCH_IDS = 1024

@@ -10,13 +10,7 @@ from typing import Any
 
 from perplexit.atomic_files import TemporaryFolder
 from perplexit.errors import OutputError, PerplexitError, TokenizerError, UsageError
-from perplexit.inputs.corpus import (
-    documents,
-    files_of,
-    is_read_in_folder,
-    is_table,
-    paths_of,
-)
+from perplexit.inputs.corpus import documents, files_of, is_read_in_folder, is_table, paths_of
 from perplexit.inputs.corpus_document import Keys
 from perplexit.inputs.corpus_pass import CorpusPass, Progress
 from perplexit.inputs.id_lines import id_lines_output

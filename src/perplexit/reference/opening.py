@@ -25,10 +25,7 @@ from perplexit.reference.window_scorers import (
 )
 from perplexit.runs.measurement import measurement_fingerprint, measurement_of
 from perplexit.runs.run import Run
-from perplexit.sessions.base import (
-    InferenceSession,
-    LogitsSession,
-)
+from perplexit.sessions.base import InferenceSession, LogitsSession
 from perplexit.sessions.loss_file import described_base_file
 from perplexit.sessions.registry import opened_session
 from perplexit.token_columns import TokenDetails

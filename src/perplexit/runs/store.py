@@ -22,12 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from perplexit.atomic_files import (
-    is_temporary,
-    remove_leftovers,
-    write_atomically,
-    write_bytes,
-)
+from perplexit.atomic_files import is_temporary, remove_leftovers, write_atomically, write_bytes
 from perplexit.errors import RunError
 from perplexit.fingerprints import sha256_of_file
 from perplexit.runs.level_tables import DOCUMENTS_FILE

@@ -734,9 +734,7 @@ def _change_arpa(folder: Path, random: Random) -> None:
 
 
 def _read_arpa(folder: Path) -> None:
-    from perplexit.sessions.ngram import (  # noqa: PLC0415 - KenLM has no wheel and may be missing
-        NgramInferenceSession,
-    )
+    from perplexit.sessions.ngram import NgramInferenceSession  # noqa: PLC0415 - KenLM has no wheel and may be missing
 
     session = NgramInferenceSession(folder / "model.arpa")
     window = WindowIds(0, np.array([1, 2, 3], np.int32), np.array([1, 2]))

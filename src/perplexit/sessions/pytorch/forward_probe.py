@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from perplexit.checkpoints.length_dependent_rope import LengthDependentRope, held_at
 from perplexit.checkpoints.module_call import field_of, plain_output, position_limit, without_layers
 from perplexit.errors import ModelError
-from perplexit.sessions.pytorch.forward import (
-    ChunkedForward,
-    ForwardPass,
-    LinearHead,
-    WholeForward,
-)
+from perplexit.sessions.pytorch.forward import ChunkedForward, ForwardPass, LinearHead, WholeForward
 
 _PROBE_LENGTH = 8
 _IDS = 24  # of a row: more than a tiny index or window holds, and quick

@@ -13,11 +13,7 @@ from torch import nn
 from perplexit.checkpoints.adapters import adapted_fingerprint, find_adapter, with_adapter
 from perplexit.checkpoints.loading import Checkpoint, load_checkpoint
 from perplexit.checkpoints.location import CheckpointSource, find_checkpoint
-from perplexit.checkpoints.module_call import (
-    config_integer,
-    dtype_name,
-    rounded_activations,
-)
+from perplexit.checkpoints.module_call import config_integer, dtype_name, rounded_activations
 from perplexit.checkpoints.module_identity import module_fingerprint
 from perplexit.errors import CapabilityError, ModelError, UsageError
 from perplexit.quantization.precisions import canonical_dtype

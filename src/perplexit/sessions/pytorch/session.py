@@ -14,11 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from perplexit.checkpoints.module_call import (
-    activation_bytes_per_id,
-    dtype_name,
-    position_limit,
-)
+from perplexit.checkpoints.module_call import activation_bytes_per_id, dtype_name, position_limit
 from perplexit.errors import CapabilityError, UsageError
 from perplexit.functional.output_head import OutputHead
 from perplexit.inputs.windows import WindowIds
@@ -35,11 +31,7 @@ from perplexit.sessions.pytorch.batch import (
 from perplexit.sessions.pytorch.cuda import DeviceMemory
 from perplexit.sessions.pytorch.device_choice import batch_size_for
 from perplexit.sessions.pytorch.forward import WholeForward
-from perplexit.sessions.pytorch.key_value_cache import (
-    PytorchCache,
-    cached_windows_for,
-    check_cache,
-)
+from perplexit.sessions.pytorch.key_value_cache import PytorchCache, cached_windows_for, check_cache
 from perplexit.sessions.pytorch.model_setup import ready_model
 from perplexit.sessions.pytorch.placement import devices_of
 from perplexit.sessions.pytorch.written_head import written_head
