@@ -98,7 +98,8 @@ class Alternation:
         where: Found = {"without": contender.without, "source": source}
         model, program = bench.model(section.model), None
         if contender.program is not None:
-            words = (section.model, *contender.program.values(), contender.without, source)
+            options = (f"{option}-{value}" for option, value in contender.program.items())
+            words = (section.model, *options, contender.without, source)
             named = "-".join(str(word).replace("/", "-") for word in words if word)
             program = str(bench.folder / "programs" / named)
             if not Path(program).exists():
@@ -120,8 +121,9 @@ class Alternation:
         """
         found = self._found[name]
         found["load_seconds"] = self._loading[name]()
-        self._ask("prepare", warm_up, name)
-        self._ask("turn", warm_up, name)
+        if self._section.warms_up:
+            self._ask("prepare", warm_up, name)
+            self._ask("turn", warm_up, name)
         if check is not None:
             self._ask("prepare", check, name)
             found["check"] = self._ask("memory", check, name)

@@ -12,9 +12,12 @@ _OUT_OF_MEMORY = (
 )
 
 
-def engine_error(engine: str, doing: str, error: Exception) -> PerplexitError:
-    """Return EngineOutOfMemoryError or ModelError, with the first line of the engine's message."""
+def engine_error(engine: str, task: str, error: Exception) -> PerplexitError:
+    """Return EngineOutOfMemoryError or ModelError, with the first line of the engine's message.
+
+    task: what the engine was to do, such as "load the program".
+    """
     said = next((line for line in str(error).splitlines() if line.strip()), repr(error)).strip()
     if isinstance(error, MemoryError) or any(x in str(error).lower() for x in _OUT_OF_MEMORY):
-        return EngineOutOfMemoryError(f"{engine} ran out of memory {doing}: {said}")
-    return ModelError(f"{engine} failed {doing}: {said}")
+        return EngineOutOfMemoryError(f"{engine} ran out of memory and failed to {task}: {said}")
+    return ModelError(f"{engine} failed to {task}: {said}")

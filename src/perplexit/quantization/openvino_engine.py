@@ -69,7 +69,7 @@ class OpenedProgram:
                 hidden_BTD = body.infer({"input_ids": feed["input_ids"]})[0]
                 result = head.infer({"hidden_states": hidden_BTD, **rest})[0]
         except (RuntimeError, MemoryError) as error:
-            raise engine_error("OpenVINO", "running the program", error) from error
+            raise engine_error("OpenVINO", "run the program", error) from error
         finally:
             if requests:
                 self._idle.put(requests)
@@ -115,7 +115,7 @@ def open_program(
         body = core.compile_model(body_graph, "CPU", {**_BFLOAT16, **counted})
         head = core.compile_model(head_graph, "CPU", {**_EXACT, **counted})
     except (RuntimeError, MemoryError) as error:
-        raise engine_error("OpenVINO", "loading the program", error) from error
+        raise engine_error("OpenVINO", "load the program", error) from error
     properties = {"body": _checked(body, "bf16"), "head": _checked(head, "f32")}
     return OpenedProgram((body, head), properties)
 

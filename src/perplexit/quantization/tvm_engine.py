@@ -88,7 +88,7 @@ class OpenedLibrary:
             library = tvm.runtime.load_module(str(folder / LIBRARY_FILE))
             self._main = relax.VirtualMachine(library, self._device)["main"]
         except (RuntimeError, AttributeError, ValueError) as error:
-            raise engine_error("TVM", "loading the program", error) from error
+            raise engine_error("TVM", "load the program", error) from error
         stored = load_file(folder / PARAMETERS_FILE)
         self._parameters = [self._tensor(stored[name]) for name in sorted(stored)]
 
@@ -98,7 +98,7 @@ class OpenedLibrary:
         try:
             result: NDArray[np.float32] = self._main(*inputs, *self._parameters).numpy()
         except RuntimeError as error:
-            raise engine_error("TVM", "running the program", error) from error
+            raise engine_error("TVM", "run the program", error) from error
         return result
 
     def _tensor(self, array: NDArray[Any]) -> Any:

@@ -31,7 +31,7 @@ class Pt2InferenceSession(ProgramSession):
         try:
             program = torch._inductor.aoti_load_package(str(folder / _PACKAGE_FILE))
         except (RuntimeError, OSError) as error:
-            raise engine_error("AOTInductor", "loading the program", error) from error
+            raise engine_error("AOTInductor", "load the program", error) from error
 
         def run(feed: Feed) -> NDArray[np.float32]:
             names = [x for x in ("input_ids", "target_rows", "target_ids") if x in feed]

@@ -114,7 +114,7 @@ class OnnxInferenceSession(ProgramSession):
         try:
             output = self._session.run([ports.logits.name], ports.whole_windows(feed))[0]
         except Exception as error:  # ONNX Runtime's errors have no common root
-            raise engine_error("ONNX Runtime", f"running {address}", error) from error
+            raise engine_error("ONNX Runtime", f"run {address}", error) from error
         result: NDArray[np.float32] = output.astype(np.float32, copy=False)
         if not self._metadata.perplexity and result.shape[:2] != feed["input_ids"].shape:
             raise ModelError(
@@ -185,7 +185,7 @@ class OnnxCachingSession(OnnxLogitsSession):
         try:
             results: list[Any] = self._session.run_with_ort_values(names, values)
         except Exception as error:  # ONNX Runtime's errors have no common root
-            raise engine_error("ONNX Runtime", f"running {self.model.address}", error) from error
+            raise engine_error("ONNX Runtime", f"run {self.model.address}", error) from error
         return results
 
 
@@ -234,7 +234,7 @@ def _open_session(path: Path, provider: str, threads: int) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # ONNX Runtime's errors have no common root
-        raise engine_error("ONNX Runtime", f"loading {path}", error) from error
+        raise engine_error("ONNX Runtime", f"load {path}", error) from error
     if session.get_providers()[0] != provider:  # it falls back to the CPU without an error
         raise CapabilityError(
             f"expected ONNX Runtime to run {path} on {provider}, but it fell back to "
