@@ -1,7 +1,7 @@
 """The runner of a section: programs compiled, contenders loaded, memory first, then turns."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +11,8 @@ from typing import Any
 import psutil
 
 from perplexit.errors import PerplexitError
-from sidebyside.contenders import CEILING, Setting, Workload, contender_named
-from sidebyside.paired_ratios import turns
-from sidebyside.sections import MODELS, Section
+from sidebyside.contenders import CEILING, TABLES, Setting, Workload, contender_named
+from sidebyside.sections import Section
 from sidebyside.workers import OwnProcess, WorkerError, ask, in_own_process, load
 from sidebyside.workloads import ids_of_speeches, random_ids, write_workload
 
@@ -38,11 +37,10 @@ class Bench:
     against: Path | None = None
 
     def model(self, name: str) -> Path:
-        """Return the folder of a checkpoint; one of MODELS is made where it is missing."""
+        """Return the folder of a checkpoint; one of the table's is made where it is missing."""
         if name not in self.models:
-            function, *arguments = MODELS[name]
-            path = self.folder / "models" / name
-            self.models[name] = in_own_process(self.threads, function, path, *arguments)
+            made = "checkpoints:checkpoint", self.folder / "models" / name, TABLES["models"][name]
+            self.models[name] = in_own_process(self.threads, *made)
         return self.models[name]
 
     def subfolder(self, name: str) -> Path:
@@ -63,19 +61,22 @@ class Alternation:
 
     def measure(self) -> Found:
         """Return the section's record; a contender that fails is in it with its error."""
-        section, before = self._section, round(psutil.getloadavg()[0], 2)
+        section, bench, before = self._section, self._bench, round(psutil.getloadavg()[0], 2)
         # GPT-2's vocabulary is the larger, so the demo model's ids are ids of both.
-        first = None if section.random_ids else self._bench.model(self._bench.first)
-        ids = random_ids() if first is None else ids_of_speeches(first)
+        ids = random_ids() if section.random_ids else ids_of_speeches(bench.model(bench.first))
         size: Found = {"strided": section.strided, "batch_size": section.batch_size}
-        write = partial(write_workload, self._bench.subfolder("scratch"), ids)
+        write = partial(write_workload, bench.subfolder("scratch"), ids)
         workload = write(section.windows, section.max_length, **size)
         warm_up = write(1, WARM_UP_IDS, strided=section.strided)
         check = write(section.check_windows, section.check) if section.check else None
         with ExitStack() as stack:
-            self._each("starting", partial(self._start, stack))
-            self._each("loading", partial(self._first, warm_up, check, workload))
-            for number, name in turns(section.contenders, section.rounds or self._bench.rounds):
+            start = partial(self._start, stack)
+            first_turn = partial(self._first, warm_up, check, workload)
+            for doing, work in (("starting", start), ("loading", first_turn)):
+                for name in self._found:
+                    say(f"{section.name}: {doing} {name}")
+                    self._attempt(name, work)
+            for number, name in turns(section.contenders, section.rounds or bench.rounds):
                 self._attempt(name, partial(self._turn, workload, number))
         if all("error" in entry for entry in self._found.values()):
             raise WorkerError("no contender could be measured")
@@ -143,11 +144,6 @@ class Alternation:
         answer: Found = self._processes[name].start(ask, method, workload)()
         return answer
 
-    def _each(self, doing: str, work: Callable[[str], None]) -> None:
-        for name in self._found:
-            say(f"{self._section.name}: {doing} {name}")
-            self._attempt(name, work)
-
     def _attempt(self, name: str, work: Callable[[str], None]) -> None:
         """Do the work, or leave the contender out from here on."""
         if "error" not in self._found[name]:
@@ -166,6 +162,11 @@ def _compare_tokens(found: dict[str, Found], reference: str) -> None:
             if nll and len(nll) == len(losses[reference]):
                 pairs = zip(nll, losses[reference], strict=True)
                 found[name][part]["largest_difference"] = max(abs(a - b) for a, b in pairs)
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Yield (round, name) of every turn: A B C A B C …, so that a slow minute hits all alike."""
+    return ((number, name) for number in range(rounds) for name in names)
 
 
 def say(what: str) -> None:

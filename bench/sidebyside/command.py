@@ -13,7 +13,6 @@ from typing import Any
 from perplexit.resources.cores import num_cores
 from sidebyside.alternation import Alternation, Bench, say
 from sidebyside.growth import draw_growth, growth_axes, growth_sections, growth_table
-from sidebyside.records import Record
 from sidebyside.report import machine, report, write_part
 from sidebyside.sections import IDS_PER_TURN, KINDS, Section, alternations, fixed_sections
 from sidebyside.workers import WorkerError, in_own_process
@@ -39,9 +38,8 @@ def _options(arguments: Sequence[str] | None, description: str | None) -> argpar
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument(
-        "--only", action="append", default=[], help="a kind of section, or part of a name"
-    )
+    only = "a kind of section, or part of a name"
+    parser.add_argument("--only", action="append", default=[], help=only)
     parser.add_argument("--contenders", nargs="+", help="only these, by name")
     parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--rounds", type=int, help="5, or 3 with --quick")
@@ -93,17 +91,17 @@ def measure(plan: Sequence[Section], options: argparse.Namespace) -> int:
     for section in plan:
         path = options.output / f"{section.name}.json"
         conditions = _conditions(section, options)
-        if not options.again and path.exists() and _read(path)["conditions"] == conditions:
+        kept = path.exists() and not options.again
+        if kept and json.loads(path.read_text("utf-8"))["conditions"] == conditions:
             say(f"{section.name}: kept")
             continue
         say(section.name)
         began = time.perf_counter()
         try:
-            record = (
-                in_own_process(bench.threads, section.function, bench)
-                if section.function
-                else Alternation(bench, section).measure()
-            )
+            if section.function:
+                record = in_own_process(bench.threads, section.function, bench)
+            else:
+                record = Alternation(bench, section).measure()
         except WorkerError as error:
             say(f"{section.name}: {error}")
             failed += 1
@@ -119,9 +117,8 @@ def measure(plan: Sequence[Section], options: argparse.Namespace) -> int:
 
 def _conditions(section: Section, options: argparse.Namespace) -> dict[str, Any]:
     """Return what a kept record must have been measured under."""
-    rounds = section.rounds or options.rounds
-    found = {"threads": section.threads or options.threads, "rounds": rounds}
-    found["quick"] = options.quick
+    found = {"threads": section.threads or options.threads, "quick": options.quick}
+    found["rounds"] = section.rounds or options.rounds
     if section.contenders:
         found |= {"windows": section.windows, "contenders": list(section.contenders)}
     if section.kind.startswith("against-"):
@@ -129,23 +126,21 @@ def _conditions(section: Section, options: argparse.Namespace) -> dict[str, Any]
     return found
 
 
-def _read(path: Path) -> Record:
-    record: Record = json.loads(path.read_text("utf-8"))
-    return record
-
-
 def write_report(folder: Path, page: Path | None = None) -> None:
     """Print the tables of all records and write them to `report.md`; also to the page, if given.
 
     The page has the usual sections and, where every point was measured, growth.
     """
-    found = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
-    records = {name: record for name, record in found.items() if record.get("kind") in KINDS}
-    axes = growth_axes(records)
-    growth = [] if axes is None else growth_table(axes)
+    found = {
+        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
+    }
+    records: dict[str, Any] = {name: r for name, r in found.items() if r.get("kind") in KINDS}
     usual = {name: r for name, r in records.items() if not KINDS[r["kind"]].opt_in}
-    in_table = records if axes is None else {n: r for n, r in records.items() if n[:6] != "growth"}
-    text = "\n".join([*report(in_table), "", *growth])
+    axes, growth = growth_axes(records), list[str]()
+    if axes is not None:
+        growth = growth_table(axes)
+        records = {name: r for name, r in records.items() if r["kind"] != "growth"}
+    text = "\n".join([*report(records), "", *growth])
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     if page is not None and usual:

@@ -1,19 +1,19 @@
 """The contenders: how each one is opened, what it scores, and what one of its turns gives back.
 
-Only names that older versions of Perplexit have are used here, in `workers` and in
-`perplexit_contenders`: with `--against` these modules run over an older version.
+With `--against`, this module, `workers` and `perplexit_contenders` run over an older version: they
+use only what older versions have.
 """
 
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import perplexit as px
-from sidebyside.paired_ratios import ForwardFlops
+
+open_token_file = cache(px.TokenFile.open)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,11 @@ class Workload:
     @property
     def tokens(self) -> px.TokenFile:
         """Return the token file, which is opened once."""
-        return _opened(self.path)
+        return open_token_file(self.path)
 
     def windows(self) -> list[Any]:
         """Return the ids of each window and the positions in it that are scored."""
         return [self.tokens.window_ids(index) for index in range(self.tokens.num_windows)]
-
-
-@cache
-def _opened(path: Path) -> px.TokenFile:
-    return px.TokenFile.open(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +61,9 @@ class Scored:
     own_perplexity: the tool's own aggregate, where it is not exp(nll_sum / num_tokens).
     seconds: of the part that counts, where that is not the whole turn.
     nll:     of each token, in the text's order, where the contender gives them.
-    flops:   of one forward pass over the workload; given by the ceiling alone.
+    flops:   floating-point operations of one forward pass over the workload, a multiply-add
+        counting as two: "products" of weight matrices, the head on scored rows alone, and
+        "attention" (the causal half); given by the ceiling alone.
     """
 
     nll_sum: float | None
@@ -74,7 +71,7 @@ class Scored:
     own_perplexity: float | None = None
     seconds: float | None = None
     nll: list[float] | None = None
-    flops: ForwardFlops | None = None
+    flops: dict[str, float] | None = None
 
 
 # An opened contender. One with a method `prepare` is given the workload there before its turns.
@@ -112,11 +109,3 @@ def contender_named(name: str) -> Contender:
     named, _, trick = name.partition(" without ")
     plain = named.removesuffix(", before")
     return replace(CONTENDERS[plain], without=trick, before=plain != named)
-
-
-def open_contender(name: str, setting: Setting) -> Score:
-    """Load the contender. Raises KeyError for a name that CONTENDERS does not have."""
-    contender = contender_named(name)
-    module, _, function = contender.opener.partition(":")
-    opener: Callable[..., Score] = getattr(import_module(f"sidebyside.{module}"), function)
-    return opener(setting, **contender.options)

@@ -5,7 +5,6 @@ They are given a workload as all contenders are; some use nothing of it but its 
 
 import shutil
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -87,8 +86,7 @@ class UniformSession:
         return [np.full(len(window.targets_N), np.log(2**20), np.float32) for window in windows]
 
     def max_batch_size(self, window_length: int) -> int:
-        """Return as many as anybody would want."""
-        del window_length
+        """Return 256, for windows of any length."""
         return 256
 
     def close(self) -> None:
@@ -97,7 +95,6 @@ class UniformSession:
 
 def without_model(setting: Setting) -> Score:
     """Open an evaluation whose model costs nothing."""
-    del setting
     return evaluation_in(UniformSession())
 
 
@@ -108,15 +105,12 @@ def tracked(setting: Setting, work: str, **counted: Any) -> Score:
     """
     torch.set_num_threads(setting.threads)
 
-    def score(workload: Workload) -> Scored:
-        del workload
+    def score(_workload: Workload) -> Scored:
         number = torch.ones(64)
-        with px.MemoryTracker(**counted) if counted else nullcontext():
-            began = time.perf_counter()
+        with px.MemoryTracker(**counted) if counted else nullcontext(), px.Timer() as timer:
             kept = [str(x) for x in range(NUM_REPEATED)] if work == "objects" else []
             for _ in range(0 if kept else NUM_REPEATED):
                 number = number + 1
-            seconds = time.perf_counter() - began
-        return Scored(None, NUM_REPEATED, seconds=seconds)
+        return Scored(None, NUM_REPEATED, seconds=timer.seconds)
 
     return score

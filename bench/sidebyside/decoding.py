@@ -5,8 +5,7 @@ positions spread evenly over them, on a cache of random keys and values. Short o
 both give the same losses) are decoded for real, from the first id to the last.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -18,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 import perplexit as px
 from perplexit.inputs.windows import WindowIds
 from sidebyside.contenders import Score, Scored, Setting, Workload
-from sidebyside.perplexit_contenders import evaluation_in
+from sidebyside.perplexit_contenders import evaluation_in, open_session
 from sidebyside.transformers_loops import load_transformers
 
 LONGEST_REAL = 128
@@ -30,27 +29,37 @@ Step = Callable[[], object]
 def one_token_a_call(setting: Setting) -> Score:
     """Open transformers' own model and cache, as a program with a cache of its own is run."""
     model = load_transformers(setting)
-
-    def score(workload: Workload) -> Scored:
-        if workload.max_length <= LONGEST_REAL:
-            return _decoded(model, workload)
-        return _timed(_steps(model, workload.max_length), 1)
-
-    return score
+    return _by_length(partial(_decoded, model), partial(_steps, model), 1)
 
 
 def windows_together(setting: Setting) -> Score:
     """Open `--mode cached` with 64 windows side by side, one token per call and window."""
-    sizes: dict[str, Any] = {"dtype": setting.dtype, "threads": setting.threads}
-    session = px.PytorchInferenceSession(setting.model, **sizes)
+    session = open_session(setting)
     whole = evaluation_in(session, mode="cached", prompt_len=1, decode_chunk=1)
     feed_of = cache(partial(_feed_of_windows, session))
+
+    def steps(max_length: int) -> Iterator[Step]:
+        return (partial(feed_of(max_length), at) for at in _sampled_positions(max_length))
+
+    return _by_length(whole, steps, WINDOWS_TOGETHER)
+
+
+def _by_length(whole: Score, steps: Callable[[int], Iterator[Step]], per_step: int) -> Score:
+    """Return a way to decode short windows whole, and to time steps of long ones, by their length.
+
+    The second call of each step is timed: the first one allocates. per_step: tokens.
+    """
 
     def score(workload: Workload) -> Scored:
         if workload.max_length <= LONGEST_REAL:
             return whole(workload)
-        feed, positions = feed_of(workload.max_length), _sampled_positions(workload.max_length)
-        return _timed((partial(feed, at) for at in positions), WINDOWS_TOGETHER)
+        seconds = []
+        for step in steps(workload.max_length):
+            step()
+            with px.Timer() as timer:
+                step()
+            seconds.append(timer.seconds)
+        return Scored(None, per_step * len(seconds), seconds=sum(seconds))
 
     return score
 
@@ -58,18 +67,6 @@ def windows_together(setting: Setting) -> Score:
 def _sampled_positions(max_length: int) -> list[int]:
     """Return places in a window, spread evenly."""
     return [int(place) for place in np.linspace(1, max_length - 3, POSITIONS)]
-
-
-def _timed(steps: Iterable[Step], tokens_per_step: int) -> Scored:
-    """Time the second call of each step: the first one allocates."""
-    seconds, count = 0.0, 0
-    for step in steps:
-        step()
-        began = time.perf_counter()
-        step()
-        seconds += time.perf_counter() - began
-        count += tokens_per_step
-    return Scored(None, count, seconds=seconds)
 
 
 def _decoded(model: Any, workload: Workload) -> Scored:

@@ -7,16 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import perplexit as px
-from perplexit.cli.demo_files import (
-    MODEL_FILE,
-    MODEL_PACKAGE,
-    TEXT_FILE,
-    TEXT_PACKAGE,
-    packaged_file,
-)
+from perplexit.cli.demo_files import MODEL_FILE, MODEL_PACKAGE, packaged_file
 from sidebyside.alternation import Bench, say
 from sidebyside.contenders import TABLES
 from sidebyside.report import MIB
+from sidebyside.workloads import speeches
 
 ENTRY = "from perplexit.cli.app import main; main()"
 FIRST = "PyTorch fp32"
@@ -30,20 +25,17 @@ def every_engine(bench: Bench) -> dict[str, Any]:
     characters, by three engines. A second call keeps the runs of the first.
     """
     folder = bench.subfolder("engines-quick" if bench.quick else "engines")
-    text = packaged_file(TEXT_PACKAGE, TEXT_FILE).read_text(encoding="utf-8")
-    tokens = folder / "address.safetensors"
-    part = [text[: 6_000 if bench.quick else None]]
-    gguf = packaged_file(MODEL_PACKAGE, MODEL_FILE)
+    tokens, gguf = folder / "address.safetensors", packaged_file(MODEL_PACKAGE, MODEL_FILE)
+    part = [speeches(1)[0][: 6_000 if bench.quick else None]]
     px.prepare(part, tokenizer=gguf, output=tokens, protocol="disjoint", max_length=512)
-    runs: dict[str, px.Run | None] = {}
-    for name in QUICK if bench.quick else TABLES["engines"]:
-        runs[name] = _run_of(name, tokens, bench, folder)
+    names = QUICK if bench.quick else TABLES["engines"]
+    runs = {name: _run_of(name, gguf, tokens, bench.threads) for name in names}
     return {"rows": [_row(name, run, runs[FIRST]) for name, run in runs.items()]}
 
 
-def _run_of(name: str, tokens: Path, bench: Bench, folder: Path) -> px.Run | None:
+def _run_of(name: str, gguf: Path, tokens: Path, threads: int) -> px.Run | None:
     """Return the row's run, whose commands are printed; None where one fails."""
-    gguf = packaged_file(MODEL_PACKAGE, MODEL_FILE)
+    folder = tokens.parent
     run = folder / "runs" / name.lower().replace(" ", "-").replace(",", "")
     compiled, evaluated = TABLES["engines"][name]
     address = f"{compiled}:{gguf}"
@@ -52,7 +44,7 @@ def _run_of(name: str, tokens: Path, bench: Bench, folder: Path) -> px.Run | Non
         command = ("compile", f"hf:{gguf}", *compiled.split(), "-o", address)
         if not Path(address).exists() and not _done(*command):
             return None
-    options = ("--threads", str(bench.threads), *evaluated.split(), "--run", str(run))
+    options = ("--threads", str(threads), *evaluated.split(), "--run", str(run))
     if not (run / "run.json").exists() and not _done("eval", address, str(tokens), *options):
         return None
     return px.Run.open(run)

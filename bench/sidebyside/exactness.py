@@ -5,37 +5,40 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
 import perplexit as px
 from perplexit.metrics.intervals import clusters_for, mean_interval
 from sidebyside.alternation import Bench
+from sidebyside.contenders import Setting
+from sidebyside.transformers_loops import load_transformers
 from sidebyside.workloads import ids_of_speeches, speech_files
 
 LAYER, SHARE, EVERY, CHARACTERS = 12, 0.5, 6, 24_000
 GROUP, WINDOW, NUM_IDS = 32, 512, 3_983
-LENGTHS = (16, 64, 256, 512, 1000, 1500)
+LENGTHS, LAGS = (16, 64, 256, 512, 1000, 1500), (1, 2, 4, 8, 16, 64, 256)
 Floats = NDArray[np.float64]
 
 
-def _network(model: Any) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return loaded.eval()
+def _network(bench: Bench) -> Any:
+    return load_transformers(Setting(str(bench.model("demo")), "float32", bench.threads))
+
+
+def _tokens_of(model: Any, year: int, characters: int | None) -> px.TokenFile:
+    """Return the beginning of an address in windows of 512 ids every 256."""
+    text = speech_files(year, year)[0].read_text("utf-8")[:characters]
+    return px.prepare([text], tokenizer=model, max_length=WINDOW, stride=WINDOW // 2)
 
 
 def stored_reference(bench: Bench) -> dict[str, Any]:
     """Return how far KL columns from stored states are from float64 KL of whole logits.
 
     The candidate is the demo model with noise of half its standard deviation in one layer's down
-    projection; the text, the first 24,000 bytes of the address of 2024 in windows of 512 every 256;
-    every sixth window is computed in full.
+    projection; the text, the first 24,000 characters of the address of 2024; every sixth window is
+    computed in full.
     """
     model, scratch = bench.model("demo"), bench.subfolder("scratch")
-    text = speech_files(2024, 2024)[0].read_text("utf-8")[
-        : CHARACTERS // (16 if bench.quick else 1)
-    ]
-    tokens = px.prepare([text], tokenizer=model, max_length=WINDOW, stride=WINDOW // 2)
-    networks = [_network(model), _network(model)]
+    tokens = _tokens_of(model, 2024, CHARACTERS // 16 if bench.quick else CHARACTERS)
+    networks = [_network(bench), _network(bench)]
     torch.manual_seed(0)
     weight = networks[1].model.layers[LAYER].mlp.down_proj.weight
     with torch.no_grad():
@@ -75,7 +78,7 @@ def rounded_twice(bench: Bench) -> dict[str, Any]:
     question is turned round: the shipped weights are rounded to int4 (symmetric, groups of 32) once
     directly, and once after another rounding in the manner of Q4_1 with groups that lie otherwise.
     """
-    model = _network(bench.model("demo"))
+    model = _network(bench)
     ids = ids_of_speeches(bench.model("demo"))[: NUM_IDS // (4 if bench.quick else 1)]
     layers = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
     shipped = [layer.weight.detach().clone() for layer in layers]
@@ -86,14 +89,19 @@ def rounded_twice(bench: Bench) -> dict[str, Any]:
             layer.weight.data.copy_(weight)
         return _losses(model, torch.from_numpy(ids).long())
 
+    def int4_losses(weights: list[torch.Tensor]) -> tuple[Floats, float]:
+        """Return the losses with int4 weights, and Σ (int4 - weight)² / Σ weight²."""
+        rounded = [int4(weight) for weight in weights]
+        wrong = sum(float(((a - b) ** 2).sum()) for a, b in zip(rounded, weights, strict=True))
+        return losses(rounded), wrong / sum(float((weight**2).sum()) for weight in weights)
+
     plain, once = losses(shipped), losses(like_shipped)
-    from_shipped = losses([int4(weight) for weight in shipped]) - plain
-    from_once = losses([int4(weight) for weight in like_shipped]) - once
-    error, twice = relative_error(shipped), relative_error(like_shipped)
+    (int4_once, error), (int4_twice, error_twice) = map(int4_losses, (shipped, like_shipped))
+    from_shipped, from_once = int4_once - plain, int4_twice - once
     rows = [
         _row("rounded once more, like Q4_1", once - plain),
         _row("int4 from the shipped weights", from_shipped, error),
-        _row("int4 from those rounded once more", from_once, twice),
+        _row("int4 from those rounded once more", from_once, error_twice),
         _row("the last over the one before", from_once - from_shipped),
     ]
     return {"rows": rows, "perplexity": float(np.exp(plain.mean()))}
@@ -113,12 +121,6 @@ def like_q4_1(weight: torch.Tensor) -> torch.Tensor:
     step = ((groups.amax(-1, keepdim=True) - low) / 15).clamp_min(1e-12)
     rounded = ((groups - low) / step).round() * step + low
     return rounded.reshape(weight.shape).roll(-GROUP // 2, 1)
-
-
-def relative_error(weights: list[torch.Tensor]) -> float:
-    """Return Σ (int4 - weight)² / Σ weight², over all weights."""
-    wrong = sum(float(((int4(weight) - weight) ** 2).sum()) for weight in weights)
-    return wrong / sum(float((weight**2).sum()) for weight in weights)
 
 
 @torch.inference_mode()
@@ -149,25 +151,16 @@ def loss_drift(bench: Bench) -> dict[str, Any]:
     """
     model, rows = bench.model("demo"), []
     for year in (2023, 2024):
-        text = speech_files(year, year)[0].read_text("utf-8")[: 1_500 if bench.quick else None]
-        tokens = px.prepare([text], tokenizer=model, max_length=WINDOW, stride=WINDOW // 2)
+        tokens = _tokens_of(model, year, 1_500 if bench.quick else None)
         run = px.evaluate(f"hf:{model}", tokens, threads=bench.threads)
         nll = run.tokens.nll.astype(np.float64)
-        enough = [n for n in LENGTHS if len(nll) >= 4 * n]
-        lengths = {f"n = {n}": inflation(nll, n) if n in enough else "" for n in LENGTHS}
-        largest = {"largest correlation at one lag": largest_correlation(nll)}
-        rows.append({"address of": str(year), "tokens": len(nll), **lengths, **largest})
+        row: dict[str, Any] = {"address of": str(year), "tokens": len(nll)}
+        for n in LENGTHS:
+            means = nll[: len(nll) // n * n].reshape(-1, n).mean(axis=1)
+            enough = len(means) >= 4
+            row[f"n = {n}"] = float(n * means.var(ddof=1) / nll.var(ddof=1)) if enough else ""
+        centred = nll - nll.mean()
+        products = [(centred[:-lag] * centred[lag:]).mean() for lag in LAGS]
+        row["largest correlation at one lag"] = float(max(products) / nll.var())
+        rows.append(row)
     return {"rows": rows}
-
-
-def inflation(nll: Floats, length: int) -> float:
-    """Return `length` · variance of the means of stretches / variance of the losses."""
-    means = nll[: len(nll) // length * length].reshape(-1, length).mean(axis=1)
-    return float(length * means.var(ddof=1) / nll.var(ddof=1))
-
-
-def largest_correlation(nll: Floats) -> float:
-    """Return the largest autocorrelation of the losses at any of some lags from 1 to 256."""
-    centred = nll - nll.mean()
-    products = [(centred[:-lag] * centred[lag:]).mean() for lag in (1, 2, 4, 8, 16, 64, 256)]
-    return float(max(products) / nll.var())

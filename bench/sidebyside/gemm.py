@@ -3,17 +3,15 @@
 Shape suffixes: M = rows (ids of a window), I, O = a matrix's in and out.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import perplexit as px
 from sidebyside.contenders import Scored, Setting, Workload
-from sidebyside.paired_ratios import ForwardFlops, attention_flops, product_flops
 from sidebyside.transformers_loops import load_transformers
-from sidebyside.workers import synchronize
 
 HEAD_ROWS = {"cpu": 512, "cuda": 1024}  # the head's product in pieces, as any scorer can do it
 
@@ -45,11 +43,11 @@ class GemmCeiling:
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        self._flops = ForwardFlops(
-            product_flops([m.numel() for m in self.body], sum(fed))
+        self._flops = {
+            "products": product_flops([m.numel() for m in self.body], sum(fed))
             + product_flops([self.head.numel()], targets),
-            attention_flops(fed, num_layers=config.num_hidden_layers, width=width),
-        )
+            "attention": attention_flops(fed, num_layers=config.num_hidden_layers, width=width),
+        }
 
     @torch.no_grad()
     def __call__(self, workload: Workload) -> Scored:
@@ -76,12 +74,23 @@ class GemmCeiling:
         return torch.randn(rows, columns, device=self.head.device).to(self.head.dtype)
 
 
+def attention_flops(lengths: Sequence[int], *, num_layers: int, width: int) -> float:
+    """Return `Σ 2 · layers · width · T (T + 1)` over windows of T fed ids, causal half alone.
+
+    width: heads · head size.
+    """
+    return float(sum(2 * num_layers * width * t * (t + 1) for t in lengths))
+
+
+def product_flops(sizes: Sequence[int], num_rows: int) -> float:
+    """Return `Σ 2 · rows · in · out` over weight matrices of these sizes, in · out."""
+    return float(2 * num_rows * sum(sizes))
+
+
 def _seconds(run: Callable[[], None]) -> float:
-    synchronize()
-    began = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - began
+    with px.Timer() as timer:
+        run()
+    return timer.seconds
 
 
 def _is_product(module: nn.Module) -> bool:

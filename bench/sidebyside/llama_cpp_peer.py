@@ -23,12 +23,12 @@ class PythonBinding:
         self._file, threads = Path(setting.program) / "model.gguf", setting.threads
         self._options: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads}
         self._options |= {"type_k": _FLOAT32, "type_v": _FLOAT32}
+        self._options |= {"logits_all": True, "verbose": False}
         self._engine: Any = None
 
     def prepare(self, workload: Workload) -> None:
         """Make an engine for the windows; mapping its weights is not a turn's memory."""
-        sizes: dict[str, Any] = {"n_ctx": workload.max_length, "logits_all": True, "verbose": False}
-        self._engine = Llama(str(self._file), **sizes, **self._options)
+        self._engine = Llama(str(self._file), n_ctx=workload.max_length, **self._options)
         self._engine.eval(workload.windows()[0].ids_T[:8].tolist())
 
     def __call__(self, workload: Workload) -> Scored:

@@ -17,17 +17,12 @@ def compiled(model: Path, folder: str, options: Mapping[str, Any]) -> str:
     return folder
 
 
-def evaluation(setting: Setting, **options: Any) -> Score:
+def evaluation(setting: Setting, *, scoring: Any = None, **opens: Any) -> Score:
     """Open what `perplexit eval` does: losses, entropies, ranks, intervals, the record.
 
-    options: of `load_session`, in place of the setting's.
+    scoring: options of `evaluate`. opens: of `load_session`, in place of the setting's.
     """
-    return evaluation_in(open_session(setting, **options))
-
-
-def chunked_prefill(setting: Setting) -> Score:
-    """Open the same against a key/value cache, 128 ids per call."""
-    return evaluation_in(open_session(setting), mode="cached", prompt_len=1, decode_chunk=128)
+    return evaluation_in(open_session(setting, **opens), **(scoring or {}))
 
 
 def evaluation_in(session: Any, **options: Any) -> Score:

@@ -1,10 +1,8 @@
 """What `perplexit.prepare` costs: beside the tokenizer's own batch encoding, and on 1 GB."""
 
 import json
-import time
 from collections.abc import Iterable
-from hashlib import sha256
-from itertools import cycle
+from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ from tokenizers import Tokenizer
 
 import perplexit as px
 from perplexit.resources.host_memory import rss_bytes
-from sidebyside.alternation import Bench
-from sidebyside.paired_ratios import turns
+from sidebyside.alternation import Bench, turns
 from sidebyside.report import MIB
 from sidebyside.workers import PeakMemory, in_own_process
 from sidebyside.workloads import speeches
@@ -26,11 +23,8 @@ NUM_BYTES = 10**9
 def _write_corpus(path: Path, texts: Iterable[str], num_bytes: int = NUM_BYTES) -> None:
     """Write texts as JSON Lines until there are so many bytes."""
     with path.open("w", encoding="utf-8") as file:
-        for text in texts:
-            if file.tell() < num_bytes:
-                file.write(json.dumps({"text": text}) + "\n")
-            else:
-                break
+        for text in takewhile(lambda _: file.tell() < num_bytes, texts):
+            file.write(json.dumps({"text": text}) + "\n")
 
 
 def beside_encoding(bench: Bench) -> dict[str, Any]:
@@ -43,9 +37,9 @@ def beside_encoding(bench: Bench) -> dict[str, Any]:
     texts = speeches(8 if bench.quick else 10_000)  # all there are
     _write_corpus(corpus, texts)
     seconds: dict[str, list[float]] = {"prepared": [], "encoded": []}
-    found: dict[str, str] = {}
+    ids: dict[str, Any] = {}
     for _, name in turns(tuple(seconds), bench.rounds):
-        took, found[name] = in_own_process(bench.threads, f"preparing:{name}", model, corpus)
+        took, ids[name] = in_own_process(bench.threads, f"preparing:{name}", model, corpus)
         seconds[name].append(took)
     pairs = zip(seconds["prepared"], seconds["encoded"], strict=True)
     row = {
@@ -53,31 +47,27 @@ def beside_encoding(bench: Bench) -> dict[str, Any]:
         "documents": len(texts),
         "`prepare` (s)": seconds["prepared"],
         "times `encode_batch`": [ours / raw for ours, raw in pairs],
-        "the same ids": found["prepared"] == found["encoded"],
+        "the same ids": np.array_equal(ids["prepared"], ids["encoded"]),
     }
     return {"rows": [row]}
 
 
-def prepared(model: Path, corpus: Path) -> tuple[float, str]:
-    """Return (seconds, digest of the ids) of `prepare`, from a file to a file."""
-    began = time.perf_counter()
+def prepared(model: Path, corpus: Path) -> tuple[float, NDArray[Any]]:
+    """Return (seconds, all ids) of `prepare`, from a file to a file."""
     output = corpus.with_suffix(".safetensors")
-    tokens = px.prepare(corpus, tokenizer=model, output=output, max_length=1024)
-    return time.perf_counter() - began, _digest(tokens.token_ids)
+    with px.Timer() as timer:
+        tokens = px.prepare(corpus, tokenizer=model, output=output, max_length=1024)
+    return timer.seconds, np.array(tokens.token_ids)
 
 
-def encoded(model: Path, corpus: Path) -> tuple[float, str]:
-    """Return (seconds, digest of the ids) of tokenizers alone, with the texts in memory."""
+def encoded(model: Path, corpus: Path) -> tuple[float, NDArray[Any]]:
+    """Return (seconds, all ids) of tokenizers alone, with the texts in memory."""
     texts = [json.loads(line)["text"] for line in corpus.read_text("utf-8").splitlines()]
-    began = time.perf_counter()
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-    ids = [encoding.ids for encoding in encodings]
-    return time.perf_counter() - began, _digest(np.concatenate([np.array(x) for x in ids]))
-
-
-def _digest(ids: NDArray[Any]) -> str:
-    return sha256(ids.astype(np.int64).tobytes()).hexdigest()
+    with px.Timer() as timer:
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+    return timer.seconds, np.concatenate([np.array(x) for x in ids])
 
 
 def large_corpus(bench: Bench) -> dict[str, Any]:

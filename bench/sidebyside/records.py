@@ -1,32 +1,69 @@
-"""What a section's record says of its contenders, and which aims it meets.
+"""What a section's record says of its contenders: medians, paired ratios, and the aims it meets.
 
 A figure that was not measured raises KeyError.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sidebyside.contenders import CEILING
-from sidebyside.paired_ratios import ForwardFlops, Spread, share_of_ceiling, times_faster
 
 Record = Mapping[str, Any]
 BEST = "the best"
 SAME_TEXT = 1e-3  # relative difference of perplexities that still counts as the same
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median with the least and the greatest value that it was taken over."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of at least one value. Raises ValueError without one."""
+        if not values:
+            raise ValueError("expected at least one value to take the median of, got none")
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __format__(self, spec: str) -> str:
+        if self.low == self.high:
+            return format(self.median, spec)
+        return f"{self.median:{spec}} ({self.low:{spec}}–{self.high:{spec}})"
+
+
+def rate(record: Record, name: str) -> Spread:
+    """Return how much the contender does in a second."""
+    entry = record["contenders"][name]
+    return Spread.of([entry["num_tokens"] / seconds for seconds in entry["seconds"]])
+
+
 def rate_ratio(record: Record, name: str, base: str) -> Spread:
-    """Return how many times the rate of `base` the contender's is."""
+    """Return how many times the rate of `base` the contender's is: the ratios round by round.
+
+    Tokens count where the two did not score equally many in a turn.
+    """
     ours, theirs = (record["contenders"][contender] for contender in (name, base))
-    tokens = {"base_tokens": theirs["num_tokens"], "tokens": ours["num_tokens"]}
-    return times_faster(theirs["seconds"], ours["seconds"], **tokens)
+    tokens = ours["num_tokens"] / theirs["num_tokens"]
+    pairs = zip(theirs["seconds"], ours["seconds"], strict=True)
+    return Spread.of([tokens * other / own for other, own in pairs])
 
 
-def shares(record: Record, name: str) -> tuple[Spread, Spread]:
-    """Return shares of the GEMM ceiling: weight products alone, and with attention counted."""
+def share(record: Record, name: str, *, attention: bool = False) -> Spread:
+    """Return the time of `torch.mm` over the same weight products, divided by the turn's.
+
+    Both are of one round. attention: count its operations too, at the same rate.
+    """
     gemm, ours = (record["contenders"][contender]["seconds"] for contender in (CEILING, name))
-    return share_of_ceiling(gemm, ours, ForwardFlops(**record["flops"]))
+    flops = record["flops"]
+    factor = 1 + attention * flops["attention"] / flops["products"]
+    return Spread.of([factor * (g / s) for g, s in zip(gemm, ours, strict=True)])
 
 
 def memory_bytes(record: Record, name: str, key: str = "peak_bytes") -> float:
@@ -83,21 +120,13 @@ def _speed(record: Record, name: str, base: str) -> float:
     return rate_ratio(record, name, base).median
 
 
-def _ceiling(record: Record, name: str, _: str) -> float:
-    return shares(record, name)[0].median
-
-
-def _peak(record: Record, name: str, base: str) -> float:
-    return memory_bytes(record, name) / memory_bytes(record, base)
-
-
 def _token(record: Record, name: str, _: str) -> float:
     return float(record["contenders"][name]["check"]["largest_difference"])
 
 
 def _row(record: Record, name: str, _: str) -> float:
     value = record["rows"][0][name]
-    return Spread.of(value if isinstance(value, list) else [value]).median
+    return statistics.median(value) if isinstance(value, list) else float(value)
 
 
 # What an aim can be about: its words, how it is found, and whether the limit is the most.
@@ -105,8 +134,12 @@ MEASURES: dict[str, tuple[str, Callable[[Record, str, str], float], bool]] = {
     "speed": ("{name} × {base}", _speed, False),
     "best": ("the best of `perplexit eval` ({name}) × {base} fp32", _speed, False),
     "share": ("{name}, share of {base}", lambda *of: 1 / _speed(*of), True),
-    "ceiling": ("share of the GEMM ceiling", _ceiling, False),
-    "peak": ("peak beyond the weights, against {base}", _peak, True),
+    "ceiling": ("share of the GEMM ceiling", lambda r, n, _: share(r, n).median, False),
+    "peak": (
+        "peak beyond the weights, against {base}",
+        lambda r, n, b: memory_bytes(r, n) / memory_bytes(r, b),
+        True,
+    ),
     "token": ("{name}, largest difference of a token (nats)", _token, True),
     "perplexity": ("{name}, perplexity apart from {base}", perplexity_apart, True),
     "row": ("{name}", _row, True),

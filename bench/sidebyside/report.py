@@ -3,6 +3,8 @@
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
@@ -11,19 +13,20 @@ from typing import Any
 import psutil
 
 from perplexit.resources.cores import num_cores
-from sidebyside.paired_ratios import Spread, tokens_per_second
-from sidebyside.records import Record, findings, mean_nll, memory_bytes, rate_ratio, shares
+from sidebyside.records import (
+    Record,
+    Spread,
+    findings,
+    mean_nll,
+    memory_bytes,
+    rate,
+    rate_ratio,
+    share,
+)
 from sidebyside.sections import KINDS, section_order
 
 MIB = 2**20
 AIMS_HEADER = ("what", "section", "aim", "measured", "met")
-MEMORY = ("loaded_bytes", "peak_bytes", "process_bytes", "tensor_bytes")
-CONTENDERS_HEADER = (
-    *("section", "", "per second", "× base", "× lm-eval"),
-    *("share of the GEMM ceiling", "with attention"),
-    *("loaded (MiB)", "peak beyond that (MiB)", "process (MiB)", "tensors (MiB)"),
-    "mean nll, nats from the base",
-)
 PACKAGES = (
     *("perplexit", "torch", "transformers", "lm-eval", "openvino", "llama-cpp-python"),
     *("tokenizers", "numpy"),
@@ -85,41 +88,34 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [text[0], "|" + "---|" * len(header), *text[1:]]
 
 
+# The columns of an alternation: heading, format, and how a contender's figure is found.
+COLUMNS: tuple[tuple[str, str, Callable[[Record, str], Any]], ...] = (
+    ("per second", ",.4g", rate),
+    ("× base", ".2f", lambda r, n: rate_ratio(r, n, r["base"])),
+    ("× lm-eval", ".2f", lambda r, n: rate_ratio(r, n, "lm-eval")),
+    ("share of the GEMM ceiling", ".2f", share),
+    ("with attention", ".2f", partial(share, attention=True)),
+    ("loaded (MiB)", ",.0f", lambda r, n: memory_bytes(r, n, "loaded_bytes") / MIB),
+    ("peak beyond that (MiB)", ",.0f", lambda r, n: memory_bytes(r, n, "peak_bytes") / MIB),
+    ("process (MiB)", ",.0f", lambda r, n: memory_bytes(r, n, "process_bytes") / MIB),
+    ("tensors (MiB)", ",.0f", lambda r, n: memory_bytes(r, n, "tensor_bytes") / MIB),
+    ("mean nll, nats from the base", "+.1e", lambda r, n: mean_nll(r, n) - mean_nll(r, r["base"])),
+)
+CONTENDERS_HEADER = ("section", "", *(heading for heading, _, _ in COLUMNS))
+
+
 def contender_rows(section: str, record: Record) -> Iterator[list[str]]:
-    """Yield the cells of every contender of an alternation."""
-    base = record["base"]
+    """Yield the cells of every contender of an alternation; empty: not measured."""
     for name, entry in record["contenders"].items():
+        cells = [""] * len(COLUMNS)
         if "error" in entry:
             error = " ".join(entry["error"].split()).replace("|", "/")[:160]
-            yield [section, name, f"failed: {error}", *[""] * (len(CONTENDERS_HEADER) - 3)]
+            yield [section, name, f"failed: {error}", *cells[1:]]
             continue
-        yield [
-            section,
-            f"{name} (the base)" if name == base else name,
-            _cell(",.4g", _rate, record, name),
-            _cell(".2f", rate_ratio, record, name, base),
-            _cell(".2f", rate_ratio, record, name, "lm-eval"),
-            _cell(".2f", lambda *of: shares(*of)[0], record, name),
-            _cell(".2f", lambda *of: shares(*of)[1], record, name),
-            *(
-                _cell(",.0f", lambda *of: memory_bytes(*of) / MIB, record, name, key)
-                for key in MEMORY
-            ),
-            _cell("+.1e", lambda r, a, b: mean_nll(r, a) - mean_nll(r, b), record, name, base),
-        ]
-
-
-def _rate(record: Record, name: str) -> Spread:
-    entry = record["contenders"][name]
-    return tokens_per_second(entry["seconds"], entry["num_tokens"])
-
-
-def _cell(spec: str, figure: Callable[..., Any], *of: Any) -> str:
-    """Return the figure as text; empty where it was not measured."""
-    try:
-        return format(figure(*of), spec)
-    except KeyError:
-        return ""
+        for column, (_, spec, figure) in enumerate(COLUMNS):
+            with suppress(KeyError):
+                cells[column] = format(figure(record, name), spec)
+        yield [section, f"{name} (the base)" if name == record["base"] else name, *cells]
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The sections of `sections.toml`, and those that follow from a list: models, tricks, versions."""
+"""The sections of `sections.toml`, and those that follow from a list: models, sizes, tricks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,51 +61,23 @@ class Section:
 
     def of(self, model: str, max_length: int, windows: int, **changes: Any) -> "Section":
         """Return the section of a model and a window length; its name says both."""
-        name = f"{model}-{self.kind}-{max_length}"
-        sized = replace(self, name=name, model=model, max_length=max_length, windows=windows)
-        return replace(sized, **changes)
-
-
-def _against(name: str, short: str) -> Section:
-    """Return the section of one way to score, in this version and in that of `--against`."""
-    return Section(
-        f"against-{name.replace('perplexit', 'pytorch')}-{short}",
-        f"{name}, {short}: how fast beside the version of `--against`?",
-        (name, f"{name}, before"),
-        opt_in=True,
-        base=f"{name}, before",
-        dtype=DTYPES[short],
-        max_length=1024,
-        rounds=7,
-        quick={"max_length": 256, "rounds": 2},
-    )
+        changes |= {"model": model, "max_length": max_length, "windows": windows}
+        return replace(self, name=f"{model}-{self.kind}-{max_length}", **changes)
 
 
 def _trick(trick: str, short: str) -> Section:
     """Return the section of one engine trick: scoring with it and without it."""
     engine = trick.partition("_")[0]
     name = engine if engine in ("openvino", "tvm") else "perplexit nll"
-    return replace(
-        _against(name, short),
-        kind=f"trick-{trick}-{short}",
-        question=f"What does the engine trick {trick} gain in {short}, in speed and in memory?",
-        contenders=(name, f"{name} without {trick}"),
-        base=f"{name} without {trick}",
-    )
+    without = f"{name} without {trick}"
+    question = f"What does the engine trick {trick} gain in {short}, in speed and in memory?"
+    options = {"base": without, "dtype": DTYPES[short], **TABLES["trick"]}
+    return Section(f"trick-{trick}-{short}", question, (name, without), **options)
 
 
-_SECTIONS = (
-    *(Section(kind, **entry) for kind, entry in TABLES["sections"].items()),
-    *(_trick(trick, short) for trick in ENGINE_TRICKS for short in DTYPES),
-    *(_against(name, short) for name in ("perplexit", "openvino") for short in DTYPES),
-)
-KINDS = {section.kind: section for section in _SECTIONS}
-# name → the function that makes the checkpoint, and what it is given beside a folder.
-MODELS: dict[str, tuple[Any, ...]] = {
-    "demo": ("checkpoints:demo_model",),
-    "gpt2": ("checkpoints:random_gpt2",),
-    **{name: ("checkpoints:random_llama", sizes) for name, sizes in TABLES["models"].items()},
-}
+_TRICKS = [_trick(trick, short) for trick in ENGINE_TRICKS for short in DTYPES]
+KINDS = {kind: Section(kind, **entry) for kind, entry in TABLES["sections"].items()}
+KINDS |= {section.kind: section for section in _TRICKS}
 
 
 def alternations(
@@ -140,8 +112,7 @@ def alternations(
 
 def fixed_sections(quick: bool, fewest: int) -> Iterator[Section]:
     """Yield the sections of one size. fewest: windows in a turn."""
-    for kind in [kind for kind in KINDS if kind not in (*SIZED, "growth")]:
-        section = KINDS[kind]
+    for section in [KINDS[kind] for kind in KINDS if kind not in (*SIZED, "growth")]:
         changed = replace(section, **section.quick) if quick else section
         if changed.contenders and not changed.windows:
             usual = fewest if quick else IDS_PER_TURN // changed.max_length

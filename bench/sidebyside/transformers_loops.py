@@ -39,12 +39,10 @@ def _contender(loop: Callable[[Any, Workload], Scored]) -> Callable[[Setting], S
 @_contender
 def plain_loop(model: Any, workload: Workload) -> Scored:
     """Score as everybody does: `model(ids, labels=ids).loss`, one window after the other."""
-    nll_sum, num_tokens = 0.0, 0
+    nll_sum = 0.0
     for ids_BT in _single(workload):
-        count = ids_BT.shape[1] - 1
-        nll_sum += model(ids_BT, labels=ids_BT).loss.item() * count
-        num_tokens += count
-    return Scored(nll_sum, num_tokens)
+        nll_sum += model(ids_BT, labels=ids_BT).loss.item() * (ids_BT.shape[1] - 1)
+    return Scored(nll_sum, workload.tokens.num_targets)
 
 
 @_contender
@@ -88,18 +86,17 @@ def hf_guide(model: Any, workload: Workload) -> Scored:
     Window means are weighted by a count. The guide subtracts one from the count of every window,
     though an overlapped window has lost none.
     """
-    nll_sum, weighted, num_tokens, num_counted = 0.0, 0.0, 0, 0
+    nll_sum, weighted, num_counted = 0.0, 0.0, 0
     for window, ids_BT in zip(workload.windows(), _single(workload), strict=True):
         scored = len(window.targets_N)  # the first id of all is predicted by nothing
         labels_BT = ids_BT.clone()
         labels_BT[:, :-scored] = -100
         loss = model(ids_BT, labels=labels_BT).loss.item()
         nll_sum += loss * scored
-        num_tokens += scored
         counted = scored if window.index == 0 else scored - 1
         weighted += loss * counted
         num_counted += counted
-    return Scored(nll_sum, num_tokens, math.exp(weighted / num_counted))
+    return Scored(nll_sum, workload.tokens.num_targets, math.exp(weighted / num_counted))
 
 
 @_contender

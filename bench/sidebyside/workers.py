@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 from importlib import import_module
 from multiprocessing import get_context
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import perplexit as px
-from sidebyside.contenders import Setting, Workload, open_contender
+from sidebyside.contenders import Score, Setting, Workload, contender_named
 
 LIBRARIES = ("OMP", "MKL", "OPENBLAS", "RAYON", "TVM")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
@@ -45,10 +45,8 @@ class OwnProcess:
     ) -> None:
         counts = {f"{library}_NUM_THREADS": str(threads) for library in LIBRARIES}
         os.environ.update(counts | OFFLINE)
-        self._log = log
-        self._executor = ProcessPoolExecutor(
-            1, get_context("spawn"), initializer=_begin, initargs=(threads, log, without)
-        )
+        self._log, start = log, (threads, log, without)
+        self._executor = ProcessPoolExecutor(1, get_context("spawn"), _begin, start)
         path = list(sys.path)
         sys.path[:0] = [] if source is None else [str(source)]
         self._executor.submit(os.getpid)  # starts the process, with this one's path
@@ -77,16 +75,13 @@ def in_own_process(threads: int, function: str, *arguments: Any, **where: Any) -
     function: `MODULE:FUNCTION` of this package, or `MODULE:FUNCTION:ARGUMENT`, a last argument.
     where:    of OwnProcess.
     """
-    process = OwnProcess(threads, **where)
-    try:
+    with closing(OwnProcess(threads, **where)) as process:
         return process.start(_call, function, *arguments)()
-    finally:
-        process.close()
 
 
-def _call(function: str, *arguments: Any) -> Any:
+def _call(function: str, *arguments: Any, **options: Any) -> Any:
     module, name, *more = function.split(":")
-    return getattr(import_module(f"sidebyside.{module}"), name)(*arguments, *more)
+    return getattr(import_module(f"sidebyside.{module}"), name)(*arguments, *more, **options)
 
 
 def _begin(threads: int, log: Path | None, without: str) -> None:
@@ -113,7 +108,8 @@ class OpenContender:
     """A loaded contender, in its own process, that is asked for turns."""
 
     def __init__(self, name: str, setting: Setting) -> None:
-        self.score = open_contender(name, setting)
+        contender = contender_named(name)
+        self.score: Score = _call(contender.opener, setting, **contender.options)
         self.on_cuda = setting.device != "cpu"
 
     def prepare(self, workload: Workload) -> None:
@@ -122,13 +118,12 @@ class OpenContender:
 
     def turn(self, workload: Workload) -> dict[str, Any]:
         """Take a turn with its seconds; the nll of single tokens is left out."""
-        synchronize()
-        cpu, began = time.process_time(), time.perf_counter()
-        scored = self.score(workload)
-        synchronize()
-        seconds = time.perf_counter() - began
-        found = {"seconds": scored.seconds or seconds, "cpu_seconds": time.process_time() - cpu}
-        return _known(asdict(scored) | {"nll": None} | found)
+        with px.Timer() as timer:
+            cpu = time.process_time()
+            scored = self.score(workload)
+        cpu_seconds = time.process_time() - cpu
+        found = {"seconds": scored.seconds or timer.seconds, "cpu_seconds": cpu_seconds}
+        return asdict(scored) | {"nll": None} | found
 
     def memory(self, workload: Workload) -> dict[str, Any]:
         """Take a turn with the peak of memory beyond what was held before it.
@@ -148,7 +143,7 @@ class OpenContender:
             # Where a part of the turn is timed alone, the turn's memory belongs to nobody.
             "peak_bytes": None if scored.seconds else peak,
         }
-        return _known(asdict(scored) | found)
+        return asdict(scored) | found
 
     def tensor_bytes(self, workload: Workload) -> dict[str, Any]:
         """Take a turn while torch's operations are counted, which costs time and memory."""
@@ -162,14 +157,15 @@ _OPEN: list[OpenContender] = []  # the one contender of a worker's process
 
 def load(name: str, setting: Setting) -> float:
     """Open this process's contender; return the seconds that it took."""
-    began = time.perf_counter()
-    _OPEN.append(OpenContender(name, setting))
-    return time.perf_counter() - began
+    with px.Timer() as timer:
+        _OPEN.append(OpenContender(name, setting))
+    return timer.seconds
 
 
 def ask(method: str, workload: Workload) -> Any:
-    """Return what the method of this process's contender returns."""
-    return getattr(_OPEN[0], method)(workload)
+    """Return what the method of this process's contender returns, without what is not known."""
+    found = getattr(_OPEN[0], method)(workload) or {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class PeakMemory(px.MemoryTracker):
@@ -185,14 +181,3 @@ class PeakMemory(px.MemoryTracker):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         super().__init__(python=False, torch_cpu=False)
-
-
-def synchronize() -> None:
-    """Wait until CUDA devices have done the work queued so far."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def _known(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if value is not None}

@@ -16,18 +16,9 @@ from tests.resident import mapped
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 from sidebyside import command, contenders, growth, records, report, sections, workers  # noqa: E402 - scripts beside the package
+from sidebyside.alternation import turns  # noqa: E402
 from sidebyside.contenders import Score, Scored, Setting, Workload  # noqa: E402
-from sidebyside.paired_ratios import (  # noqa: E402
-    ForwardFlops,
-    Spread,
-    attention_flops,
-    growth_exponent,
-    product_flops,
-    share_of_ceiling,
-    times_faster,
-    tokens_per_second,
-    turns,
-)
+from sidebyside.records import Spread, rate, rate_ratio, share  # noqa: E402
 from sidebyside.workloads import write_workload  # noqa: E402
 
 WINDOW, NUM_WINDOWS = 40, 3
@@ -48,34 +39,44 @@ def test_spread_is_the_median_between_the_extremes() -> None:
         Spread.of([])
 
 
+def record_of(tokens: int = 1, **seconds: list[float]) -> dict[str, Any]:
+    entries = {name: {"seconds": turns, "num_tokens": tokens} for name, turns in seconds.items()}
+    return {"contenders": entries}
+
+
 def test_ratios_are_taken_round_by_round() -> None:
     """The machine slows down by ten in the second round; the ratio stays 2."""
-    assert times_faster([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == Spread(2.0, 2.0, 2.0)
+    record = record_of(base=[2.0, 20.0, 2.0], ours=[1.0, 10.0, 1.0])
+    assert rate_ratio(record, "ours", "base") == Spread(2.0, 2.0, 2.0)
     # three times the tokens in twice the time is 1.5 times the rate
-    assert times_faster([1.0], [2.0], base_tokens=10, tokens=30).median == pytest.approx(1.5)
-    assert tokens_per_second([1.0, 2.0, 4.0], 100).median == 50
+    record = record_of(10, base=[1.0], ours=[2.0])
+    record["contenders"]["ours"]["num_tokens"] = 30
+    assert rate_ratio(record, "ours", "base").median == pytest.approx(1.5)
+    assert rate(record_of(100, ours=[1.0, 2.0, 4.0]), "ours").median == 50
     with pytest.raises(ValueError, match="zip"):
-        times_faster([1.0], [1.0, 2.0])
+        rate_ratio(record_of(base=[1.0], ours=[1.0, 2.0]), "ours", "base")
 
 
 def test_flops() -> None:
+    from sidebyside.gemm import attention_flops, product_flops  # noqa: PLC0415 - imports torch
+
     assert product_flops([2 * 3, 3 * 5], 7) == 2 * 7 * (6 + 15)
     # window of 3 ids: 1 + 2 + 3 pairs, two products of width multiply-adds each
     assert attention_flops([3], num_layers=2, width=8) == 2 * (1 + 2 + 3) * 2 * 8 * 2
 
 
 def test_share_of_the_ceiling() -> None:
-    flops = ForwardFlops(products=100.0, attention=20.0)
-    alone, with_attention = share_of_ceiling([3.0, 3.0], [4.0, 6.0], flops)
-    assert alone.high == pytest.approx(0.75)
-    assert with_attention.high == pytest.approx(0.9)
+    record = record_of(gemm=[3.0, 3.0], ours=[4.0, 6.0])
+    record["flops"] = {"products": 100.0, "attention": 20.0}
+    assert share(record, "ours").high == pytest.approx(0.75)
+    assert share(record, "ours", attention=True).high == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
 def test_growth_exponent(exponent: float) -> None:
     sizes = [128, 256, 512, 1024]
     costs = [7 * size**exponent for size in sizes]
-    assert growth_exponent(sizes, costs) == pytest.approx(exponent)
+    assert growth.growth_exponent(sizes, costs) == pytest.approx(exponent)
 
 
 # --- what is scored ----------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def test_the_ceiling_is_all_the_models_products(
     ceiling.prepare(workload)
     scored = ceiling(workload)
     assert scored.flops is not None
-    assert scored.flops.products == 2 * rows * (body + head)
+    assert scored.flops["products"] == 2 * rows * (body + head)
     assert scored.nll_sum is None
     assert (scored.seconds or 0) > 0
 
@@ -376,25 +377,22 @@ def test_the_benchmark_page_has_the_marks(part: str, tmp_path: Path) -> None:
     assert "\nfound\n" in page.read_text()
 
 
-def test_growth_is_drawn_with_its_exponents(tmp_path: Path) -> None:
+def test_growth_is_drawn_and_its_exponents_are_in_a_table(tmp_path: Path) -> None:
     sizes = (128, 256, 512)
     points = {
         "linear": [{"size": n, "seconds": n / 100, "peak_bytes": 2.0**20} for n in sizes],
         "square": [{"size": n, "seconds": n * n / 1e4, "peak_bytes": n * 1e4} for n in sizes],
     }
-    found = growth.exponents(points)
-    assert found["linear"]["seconds"] == pytest.approx(1)
-    assert found["linear"]["peak_bytes"] == pytest.approx(0)
-    assert found["square"]["seconds_at_the_end"] == pytest.approx(2)
     axis = {"label": "ids", "points": points}
     names = ("window", "vocabulary", "batch", "documents")
     axes = dict.fromkeys(names, axis)
     pictures = growth.draw_growth(axes, tmp_path)
     assert [picture.name for picture in pictures] == ["scaling-time.png", "scaling-memory.png"]
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
-    assert growth.growth_table(axes)[3] == (
-        "| window: 128 to 512 | square | 2.00 | 2.00 | 1.00 | 1.00 | 26.21 s, 5 MiB |"
-    )
+    assert growth.growth_table(axes)[2:4] == [
+        "| window: 128 to 512 | linear | 1.00 | 1.00 | 0.00 | 0.00 | 5.12 s, 1 MiB |",
+        "| window: 128 to 512 | square | 2.00 | 2.00 | 1.00 | 1.00 | 26.21 s, 5 MiB |",
+    ]
 
 
 def test_growth_is_read_from_the_records_of_all_points() -> None:
