@@ -10,7 +10,7 @@ import perplexit as px
 from perplexit.cli.demo_files import MODEL_FILE, MODEL_PACKAGE, packaged_file
 from sidebyside.alternation import Bench, say
 from sidebyside.contenders import TABLES
-from sidebyside.report import MIB
+from sidebyside.records import MIB
 from sidebyside.workloads import speeches
 
 ENTRY = "from perplexit.cli.app import main; main()"

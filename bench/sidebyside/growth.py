@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sidebyside.contenders import TABLES
-from sidebyside.records import Record
-from sidebyside.report import MIB, table
+from sidebyside.records import MIB, Record
+from sidebyside.report import table
 from sidebyside.sections import KINDS, Section
 
 Axes = Mapping[str, Mapping[str, Any]]  # by name: label, and points of each way, see `growth_axes`

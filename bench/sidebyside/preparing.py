@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 import perplexit as px
 from perplexit.resources.host_memory import rss_bytes
 from sidebyside.alternation import Bench, turns
-from sidebyside.report import MIB
+from sidebyside.records import MIB
 from sidebyside.workers import PeakMemory, in_own_process
 from sidebyside.workloads import speeches
 

@@ -14,6 +14,7 @@ from sidebyside.contenders import CEILING
 
 Record = Mapping[str, Any]
 BEST = "the best"
+MIB = 2**20
 SAME_TEXT = 1e-3  # relative difference of perplexities that still counts as the same
 
 
@@ -44,7 +45,7 @@ def rate(record: Record, name: str) -> Spread:
     return Spread.of([entry["num_tokens"] / seconds for seconds in entry["seconds"]])
 
 
-def rate_ratio(record: Record, name: str, base: str) -> Spread:
+def speedup(record: Record, name: str, base: str) -> Spread:
     """Return how many times the rate of `base` the contender's is: the ratios round by round.
 
     Tokens count where the two did not score equally many in a turn.
@@ -66,9 +67,9 @@ def share(record: Record, name: str, *, attention: bool = False) -> Spread:
     return Spread.of([factor * (g / s) for g, s in zip(gemm, ours, strict=True)])
 
 
-def memory_bytes(record: Record, name: str, key: str = "peak_bytes") -> float:
+def mebibytes(record: Record, name: str, key: str = "peak_bytes") -> float:
     """Return a figure of the turn for memory: by default its peak beyond the loaded model."""
-    return float(record["contenders"][name]["memory"][key])
+    return float(record["contenders"][name]["memory"][key]) / MIB
 
 
 def mean_nll(record: Record, name: str) -> float:
@@ -90,7 +91,7 @@ def best_within(record: Record, base: str, tolerance: float) -> str:
         with suppress(KeyError):
             ours = name.startswith(("perplexit", "openvino"))
             if ours and perplexity_apart(record, name, base) <= tolerance:
-                rates[rate_ratio(record, name, base).median] = name
+                rates[speedup(record, name, base).median] = name
     return rates[max(rates, default=0.0)]
 
 
@@ -117,7 +118,7 @@ def findings(section: str, record: Record, aims: Sequence[Sequence[Any]]) -> Ite
 
 
 def _speed(record: Record, name: str, base: str) -> float:
-    return rate_ratio(record, name, base).median
+    return speedup(record, name, base).median
 
 
 def _token(record: Record, name: str, _: str) -> float:
@@ -137,7 +138,7 @@ MEASURES: dict[str, tuple[str, Callable[[Record, str, str], float], bool]] = {
     "ceiling": ("share of the GEMM ceiling", lambda r, n, _: share(r, n).median, False),
     "peak": (
         "peak beyond the weights, against {base}",
-        lambda r, n, b: memory_bytes(r, n) / memory_bytes(r, b),
+        lambda r, n, b: mebibytes(r, n) / mebibytes(r, b),
         True,
     ),
     "token": ("{name}, largest difference of a token (nats)", _token, True),

@@ -13,19 +13,9 @@ from typing import Any
 import psutil
 
 from perplexit.resources.cores import num_cores
-from sidebyside.records import (
-    Record,
-    Spread,
-    findings,
-    mean_nll,
-    memory_bytes,
-    rate,
-    rate_ratio,
-    share,
-)
+from sidebyside.records import Record, Spread, findings, mean_nll, mebibytes, rate, share, speedup
 from sidebyside.sections import KINDS, section_order
 
-MIB = 2**20
 AIMS_HEADER = ("what", "section", "aim", "measured", "met")
 PACKAGES = (
     *("perplexit", "torch", "transformers", "lm-eval", "openvino", "llama-cpp-python"),
@@ -91,14 +81,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 # The columns of an alternation: heading, format, and how a contender's figure is found.
 COLUMNS: tuple[tuple[str, str, Callable[[Record, str], Any]], ...] = (
     ("per second", ",.4g", rate),
-    ("× base", ".2f", lambda r, n: rate_ratio(r, n, r["base"])),
-    ("× lm-eval", ".2f", lambda r, n: rate_ratio(r, n, "lm-eval")),
+    ("× base", ".2f", lambda r, n: speedup(r, n, r["base"])),
+    ("× lm-eval", ".2f", lambda r, n: speedup(r, n, "lm-eval")),
     ("share of the GEMM ceiling", ".2f", share),
     ("with attention", ".2f", partial(share, attention=True)),
-    ("loaded (MiB)", ",.0f", lambda r, n: memory_bytes(r, n, "loaded_bytes") / MIB),
-    ("peak beyond that (MiB)", ",.0f", lambda r, n: memory_bytes(r, n, "peak_bytes") / MIB),
-    ("process (MiB)", ",.0f", lambda r, n: memory_bytes(r, n, "process_bytes") / MIB),
-    ("tensors (MiB)", ",.0f", lambda r, n: memory_bytes(r, n, "tensor_bytes") / MIB),
+    ("loaded (MiB)", ",.0f", lambda r, n: mebibytes(r, n, "loaded_bytes")),
+    ("peak beyond that (MiB)", ",.0f", lambda r, n: mebibytes(r, n, "peak_bytes")),
+    ("process (MiB)", ",.0f", lambda r, n: mebibytes(r, n, "process_bytes")),
+    ("tensors (MiB)", ",.0f", lambda r, n: mebibytes(r, n, "tensor_bytes")),
     ("mean nll, nats from the base", "+.1e", lambda r, n: mean_nll(r, n) - mean_nll(r, r["base"])),
 )
 CONTENDERS_HEADER = ("section", "", *(heading for heading, _, _ in COLUMNS))

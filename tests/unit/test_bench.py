@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 from sidebyside import command, contenders, growth, records, report, sections, workers  # noqa: E402 - scripts beside the package
 from sidebyside.alternation import turns  # noqa: E402
 from sidebyside.contenders import Score, Scored, Setting, Workload  # noqa: E402
-from sidebyside.records import Spread, rate, rate_ratio, share  # noqa: E402
+from sidebyside.records import Spread, rate, share, speedup  # noqa: E402
 from sidebyside.workloads import write_workload  # noqa: E402
 
 WINDOW, NUM_WINDOWS = 40, 3
@@ -47,14 +47,14 @@ def record_of(tokens: int = 1, **seconds: list[float]) -> dict[str, Any]:
 def test_ratios_are_taken_round_by_round() -> None:
     """The machine slows down by ten in the second round; the ratio stays 2."""
     record = record_of(base=[2.0, 20.0, 2.0], ours=[1.0, 10.0, 1.0])
-    assert rate_ratio(record, "ours", "base") == Spread(2.0, 2.0, 2.0)
+    assert speedup(record, "ours", "base") == Spread(2.0, 2.0, 2.0)
     # three times the tokens in twice the time is 1.5 times the rate
     record = record_of(10, base=[1.0], ours=[2.0])
     record["contenders"]["ours"]["num_tokens"] = 30
-    assert rate_ratio(record, "ours", "base").median == pytest.approx(1.5)
+    assert speedup(record, "ours", "base").median == pytest.approx(1.5)
     assert rate(record_of(100, ours=[1.0, 2.0, 4.0]), "ours").median == 50
     with pytest.raises(ValueError, match="zip"):
-        rate_ratio(record_of(base=[1.0], ours=[1.0, 2.0]), "ours", "base")
+        speedup(record_of(base=[1.0], ours=[1.0, 2.0]), "ours", "base")
 
 
 def test_flops() -> None:
