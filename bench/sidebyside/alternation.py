@@ -69,15 +69,18 @@ class Alternation:
         workload = write(section.windows, section.max_length, **size)
         warm_up = write(1, WARM_UP_IDS, strided=section.strided)
         check = write(section.check_windows, section.check) if section.check else None
-        with ExitStack() as stack:
-            start = partial(self._start, stack)
-            first_turn = partial(self._first, warm_up, check, workload)
-            for doing, work in (("starting", start), ("loading", first_turn)):
-                for name in self._found:
-                    say(f"{section.name}: {doing} {name}")
-                    self._attempt(name, work)
-            for number, name in turns(section.contenders, section.rounds or bench.rounds):
-                self._attempt(name, partial(self._turn, workload, number))
+        names, rounds = section.contenders, section.rounds or bench.rounds
+        orders = [names, names[::-1]] if section.mirrored else [names]
+        for half, order in enumerate(orders):
+            with ExitStack() as stack:
+                start = partial(self._start, stack)
+                first_turn = partial(self._first, warm_up, check, workload)
+                for doing, work in (("starting", start), ("loading", first_turn)):
+                    for name in order:
+                        say(f"{section.name}: {doing} {name}")
+                        self._attempt(name, work)
+                for number, name in turns(order, rounds // len(orders)):
+                    self._attempt(name, partial(self._turn, workload, half or number))
         if all("error" in entry for entry in self._found.values()):
             raise WorkerError("no contender could be measured")
         _compare_tokens(self._found, section.contenders[0])

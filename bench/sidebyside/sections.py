@@ -30,6 +30,7 @@ class Section:
     check, check_windows: windows of which length, and how many, all contenders score in full first,
         so that their losses can be compared; None where a turn's own losses do.
     threads, rounds: in place of the bench's own.
+    mirrored:   the second half of the rounds follows a loading in reverse order; see decision 15.
     warms_up:   a turn comes before the one whose memory counts. A program that keeps the buffers of
         its fixed shapes takes all of its memory in the first.
     """
@@ -55,6 +56,7 @@ class Section:
     threads: int | None = None
     rounds: int | None = None
     random_ids: bool = False
+    mirrored: bool = False
     warms_up: bool = True
     device: str = "cpu"
     batch_size: int | None = None
