@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
     options = _options(arguments, description)
     plan = list(_plan(options))
     if options.list:
-        print(*(f"{item.name:28}{item.question}" for item in plan), sep="\n")
+        print(*(f"{item.name:30}{item.question}" for item in plan), sep="\n")
         return 0
     options.output.mkdir(parents=True, exist_ok=True)
     failed = measure(plan, options)
