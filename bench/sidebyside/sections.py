@@ -70,11 +70,11 @@ class Section:
 def _trick(trick: str, short: str) -> Section:
     """Return the section of one engine trick: scoring with it and without it."""
     engine = trick.partition("_")[0]
-    name = engine if engine in ("openvino", "tvm") else "perplexit nll"
+    name = {"openvino": "openvino", "tvm": "tvm 32"}.get(engine, "perplexit nll")
     without = f"{name} without {trick}"
     question = f"What does the engine trick {trick} gain in {short}, in speed and in memory?"
-    options = {"base": without, "dtype": DTYPES[short], **TABLES["trick"]}
-    return Section(f"trick-{trick}-{short}", question, (name, without), **options)
+    options = TABLES["trick"] | TABLES["slow-trick"].get(trick, {}) | {"dtype": DTYPES[short]}
+    return Section(f"trick-{trick}-{short}", question, (name, without), base=without, **options)
 
 
 _TRICKS = [_trick(trick, short) for trick in ENGINE_TRICKS for short in DTYPES]

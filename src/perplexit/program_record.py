@@ -97,7 +97,7 @@ class ProgramMetadata:
 
     perplexity: True: ids and targets in, one nll per target out. False: ids in, logits out.
     head_rows:  rows of logits alive at a time inside a perplexity program.
-    head_columns: columns of logits alive at a time; None: the whole vocabulary.
+    head_columns: the same of columns, in programs of earlier versions; None: all columns.
     request:    what `compile` was asked for; None: not recorded.
     cache:      of a program that can be fed a window in blocks; None: whole windows alone.
     """

@@ -94,11 +94,10 @@ def test_a_c_library_without_these_calls_is_left_alone(monkeypatch):
 def test_openvino_s_graph_changes_are_switched_off_and_recorded(
     tiny_llama_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv(ENVIRONMENT, "openvino_head,openvino_attention,openvino_streams")
+    monkeypatch.setenv(ENVIRONMENT, "openvino_attention,openvino_streams")
     folder = compile(tiny_llama_dir, to="openvino", output=tmp_path / "program").folder
     record = json.loads(next(folder.glob("*.json")).read_text())
-    assert record["made_by"]["without"] == "openvino_attention, openvino_head, openvino_streams"
-    assert record["head_columns"] == VOCAB_SIZE
+    assert record["made_by"]["without"] == "openvino_attention, openvino_streams"
     session = load_session(folder, threads=2)
     assert session.description.settings["properties"]["program"]["NUM_STREAMS"] == "1"
     check_losses(session)

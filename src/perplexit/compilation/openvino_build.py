@@ -7,7 +7,7 @@ import openvino as ov
 
 from perplexit.checkpoints.loading import Checkpoint
 from perplexit.compilation.openvino_graph import convert_graph
-from perplexit.compilation.openvino_head import HEAD_PREFIX, ROWS, columns_at_a_time
+from perplexit.compilation.openvino_head import HEAD_PREFIX, head_rows
 from perplexit.compilation.program_build import Losses, ProgramBuild, verified, verified_change
 from perplexit.compilation.targets import CompileRequest
 from perplexit.program_record import ProgramMetadata
@@ -49,13 +49,11 @@ def build_openvino_program(
         )
         changed = saved(compressed)
         verification = verified_change(changed, reference, losses, request.recipe.precision)
-    columns = columns_at_a_time(build.model.vocab_size)
     return build.record(
         folder,
         verification,
         opset=13,
         quantization=quantization,
-        head_rows=ROWS if request.perplexity else None,
-        head_columns=columns if request.perplexity else None,
+        head_rows=head_rows(build.model.vocab_size) if request.perplexity else None,
         made_by=compiled_without(),
     )

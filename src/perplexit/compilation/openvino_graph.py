@@ -24,7 +24,7 @@ def convert_graph(model: Any, *, perplexity: bool, shapes: ProgramShapes) -> ov.
     """Convert a transformers causal language model (left in eager attention and eval mode).
 
     With `perplexity`: input_ids_BT, target_rows_N, target_ids_N → nll_N, the head in a loop over
-    rows of targets, block by block of the vocabulary. Without: input_ids_BT → logits_BTV.
+    rows of targets. Without: input_ids_BT → logits_BTV.
     Raises CompilationError where the model cannot be traced or converted.
     """
     model.eval().requires_grad_(False)

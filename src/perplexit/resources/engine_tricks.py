@@ -15,7 +15,6 @@ ENGINE_TRICKS = {
     "head_blocks": "PyTorch, CPU: the head's logits in blocks that stay in the cache",
     "memory_advice": "Linux: pages that are no longer needed go back to the system",
     "openvino_attention": "OpenVINO, when compiled: attention without most future keys",
-    "openvino_head": "OpenVINO, when compiled: the head in blocks of the vocabulary",
     "openvino_streams": "OpenVINO: each stream scores windows of its own",
     "tvm_schedule": "TVM, when compiled: tiled matrix products on all threads",
 }
