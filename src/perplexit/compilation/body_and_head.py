@@ -21,10 +21,15 @@ _LONGEST = 2**24  # ids: more than any window has
 _FEWEST_ROWS, _MOST_ROWS = 32, 256  # below, the head's weights are read too often; above, no gain
 
 
-def rows_at_a_time(vocab_size: int) -> int:
-    """Return how many rows of logits the head inside a program makes at a time."""
-    rows = _HEAD_LOGITS_BYTES // (4 * vocab_size)
-    return max(_FEWEST_ROWS, min(_MOST_ROWS, rows // 16 * 16))
+def rows_at_a_time(
+    vocab_size: int, *, logits_bytes: int = _HEAD_LOGITS_BYTES, most: int = _MOST_ROWS
+) -> int:
+    """Return how many rows of float32 logits the head inside a program makes at a time.
+
+    At least 32 and at most `most`, in sixteens, of `logits_bytes` together.
+    """
+    rows = logits_bytes // (4 * vocab_size)
+    return max(_FEWEST_ROWS, min(most, rows // 16 * 16))
 
 
 def check_rotary(model: Any, shapes: ProgramShapes) -> None:

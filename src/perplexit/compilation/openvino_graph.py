@@ -14,7 +14,7 @@ from perplexit.checkpoints.quiet import quiet_transformers
 from perplexit.compilation.body_and_head import Body, LogitsHead, check_rotary, exportable_attention
 from perplexit.compilation.compiler_errors import stated_by
 from perplexit.compilation.openvino_attention import ints, skip_future_keys
-from perplexit.compilation.openvino_head import mark_head, nll_of_targets
+from perplexit.compilation.openvino_head import attached, nll_of_targets
 from perplexit.program_record import ProgramShapes
 from perplexit.quantization.openvino_engine import BOUNDARY
 from perplexit.resources.engine_tricks import is_on
@@ -59,12 +59,7 @@ def _converted(module: torch.nn.Module, *inputs: torch.Tensor) -> ov.Model:
 
 
 def _with_logits_head(body: ov.Model, head: ov.Model) -> ov.Model:
-    hidden_BTD = _boundary(body)
-    mark_head(head)
-    head_input = head.get_parameters()[0]
-    logits_BTV = head.get_results()[0].input_value(0)
-    for reader in list(head_input.output(0).get_target_inputs()):
-        reader.replace_source_output(hidden_BTD)
+    logits_BTV = attached(head, _boundary(body))
     logits_BTV.get_tensor().set_names({"logits"})
     return ov.Model([logits_BTV], _ids_of(body), "logits")
 

@@ -14,22 +14,20 @@ import numpy as np
 import openvino as ov
 import torch
 from openvino import opset13 as ops
-from torch import Tensor, nn
 
-from perplexit.compilation.body_and_head import LogitsHead
+from perplexit.compilation.body_and_head import LogitsHead, rows_at_a_time
 from perplexit.compilation.openvino_attention import ints
 
 HEAD_PREFIX = "perplexit_head"
-# Fewer rows make slower products, more fill up the last turn with rows for nothing.
-_FEWEST_ROWS, _MOST_ROWS = 32, 128
-_HEAD_LOGITS = 2**24  # 64 MiB of float32
-
 Convert = Callable[..., ov.Model]  # a module and its example inputs → its graph
 
 
 def head_rows(vocab_size: int) -> int:
-    """Return how many rows of logits the head makes at a time: at most 64 MiB of them."""
-    return max(_FEWEST_ROWS, min(_MOST_ROWS, _HEAD_LOGITS // vocab_size))
+    """Return how many targets a turn of the loop takes.
+
+    Fewer make slower products, more fill up the last turn with rows for nothing.
+    """
+    return rows_at_a_time(vocab_size, logits_bytes=64 * 2**20, most=128)
 
 
 def nll_of_targets(
@@ -59,10 +57,16 @@ def nll_of_targets(
     return ops.slice(flat, ints(0), num_targets, ints(1), ints(0))
 
 
-def mark_head(head: ov.Model) -> None:
-    """Name the head's nodes, so that no weight compression takes them."""
+def attached(head: ov.Model, hidden: ov.Output) -> Any:
+    """Return the logits of a converted head that reads `hidden` in place of its parameter.
+
+    Its nodes get names by which weight compression leaves them alone.
+    """
     for index, op in enumerate(head.get_ops()):
         op.set_friendly_name(f"{HEAD_PREFIX}.{index}")
+    for reader in list(head.get_parameters()[0].output(0).get_target_inputs()):
+        reader.replace_source_output(hidden)
+    return head.get_results()[0].input_value(0)
 
 
 def _in_turns(values_N: Any, rows: int, num_targets: Any) -> Any:
@@ -89,36 +93,16 @@ def _nll_of_rows(model: Any, hidden_RD: Any, target_ids_R: Any, convert: Convert
 
     m is the largest logit, own the target's.
     """
-    logits_RV = _logits(model, hidden_RD, convert)
+    rows, hidden_size = (int(axis) for axis in hidden_RD.get_output_shape(0))
+    example_1RD = torch.linspace(-1, 1, rows * hidden_size).reshape(1, rows, hidden_size)
+    head = convert(LogitsHead(model), example_1RD)
+    logits_1RV = attached(head, ops.unsqueeze(hidden_RD, ints(0)).output(0))
+    logits_RV = ops.squeeze(logits_1RV, ints(0))
     largest_R1 = ops.reduce_max(logits_RV, ints(1), keep_dims=True)
     shifted_RV = ops.exp(ops.subtract(logits_RV, largest_R1))
     log_sum_R1 = ops.log(ops.reduce_sum(shifted_RV, ints(1), keep_dims=True))
     own_R1 = ops.gather_elements(logits_RV, ops.unsqueeze(target_ids_R, ints(1)), axis=1)
     return ops.squeeze(ops.add(log_sum_R1, ops.subtract(largest_R1, own_R1)), ints(1))
-
-
-def _logits(model: Any, hidden_RD: Any, convert: Convert) -> Any:
-    """Return the logits_RV of the model's own head as a node that reads `hidden_RD`."""
-    rows, hidden_size = (int(axis) for axis in hidden_RD.get_output_shape(0))
-    example_1RD = torch.linspace(-1, 1, rows * hidden_size).reshape(1, rows, hidden_size)
-    head = convert(_RowsHead(model), example_1RD[0])
-    mark_head(head)
-    for reader in list(head.get_parameters()[0].output(0).get_target_inputs()):
-        reader.replace_source_output(hidden_RD.output(0))
-    return head.get_results()[0].input_value(0)
-
-
-class _RowsHead(nn.Module):
-    """Hidden states (R, D) → logits (R, V), by the model's own head."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.head = LogitsHead(model)
-
-    def forward(self, hidden_RD: Tensor) -> Tensor:
-        """Map (R, D) → (R, V)."""
-        logits_RV: Tensor = self.head(hidden_RD[None]).flatten(0, 1)
-        return logits_RV
 
 
 def _int(value: int) -> Any:
