@@ -80,6 +80,11 @@ def test_another_format_version_is_refused(program):
         ProgramMetadata.read(program)
 
 
+def test_the_columns_that_earlier_versions_wrote_are_read(program):
+    edit(program, head_columns=1024)
+    assert ProgramMetadata.read(program).head_columns == 1024
+
+
 @pytest.mark.parametrize("changes", [{"shapes": 3}, {"surprise": 1}, {"model": {"address": "x"}}])
 def test_a_record_of_another_form_is_refused(program, changes):
     edit(program, **changes)
